@@ -1,0 +1,78 @@
+"""
+The two guides of JCDP as pure functions, per image and in float32 whatever the UNet runs in.
+
+A guide is a distance D between x_t and the reference r_t, the protected image diffused to the same timestep. Its
+contribution to the reverse step is -scale * strength(t) * grad D(x_t, r_t) (equations 18 and 20 of *Unlearnable Examples
+Give a False Sense of Security*, ACM MM 2023); the scheduler multiplies it by sigma_t^2. Distances are per image (the mean
+over an image's values for the pixel guide, LPIPS for the perceptual one) and never averaged over the batch, so a scale
+means the same at batch 1 and at batch 500, and an image's result does not depend on its neighbours.
+"""
+
+import torch
+
+
+STRENGTHS = ("constant", "noise_to_signal")
+
+
+def strength(schedule: str, alpha_bar: float) -> float:
+    """
+    Strength of a guide over time, the factor on its scale.
+
+    Args:
+        schedule (`str`): `"constant"` (the paper: 1 at every t) or `"noise_to_signal"` (the authors' code, after GDMP:
+            sqrt((1 - alpha_bar_t) / alpha_bar_t), the standard deviation of the noise in units of the signal).
+        alpha_bar (`float`): Cumulative product of the alphas at t, in (0, 1].
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule == "noise_to_signal":
+        return ((1 - alpha_bar) / alpha_bar) ** 0.5
+    raise ValueError(f"guidance_strength is {schedule!r}, but must be one of {STRENGTHS}.")
+
+
+def in_window(timestep: int, window: tuple[int, int] | None) -> bool:
+    """Whether a guide with the inclusive window (first, last) of timesteps acts at t; None is always."""
+    return window is None or window[0] <= timestep <= window[1]
+
+
+def pixel_gradient(sample: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """
+    Gradient of the per-image mean squared error with respect to the sample, in closed form: 2 (x - r) / (C H W).
+
+    Args:
+        sample (`torch.Tensor`): x_t, shape (B, C, H, W), any float type.
+        reference (`torch.Tensor`): r_t, same shape.
+
+    Returns:
+        `torch.Tensor`: float32, shape (B, C, H, W).
+    """
+    return (sample.float() - reference.float()).mul_(2 / sample[0].numel())
+
+
+def perceptual_gradient(sample: torch.Tensor, reference: torch.Tensor, network) -> torch.Tensor:
+    """
+    Gradient of a per-image perceptual distance with respect to the sample, by automatic differentiation.
+
+    The reference's features are computed outside the graph. The sum over the batch is differentiated, which gives each
+    image the gradient of its own distance.
+
+    Args:
+        sample (`torch.Tensor`): x_t in the network's input range [-1, 1] plus noise, shape (B, C, H, W).
+        reference (`torch.Tensor`): r_t, same shape.
+        network (`LPIPSModel`): Frozen, in float32; anything with `features(x)` and `distance(features, features) -> (B,)`.
+
+    Returns:
+        `torch.Tensor`: float32, shape (B, C, H, W).
+
+    Raises:
+        RuntimeError: Inside `torch.inference_mode()`, which forbids gradients; use `torch.no_grad()`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "perceptual guidance needs gradients, which torch.inference_mode() forbids: use torch.no_grad()."
+        )
+    with torch.no_grad():
+        target = network.features(reference.float())
+    with torch.enable_grad():
+        leaf = sample.detach().float().requires_grad_(True)
+        return torch.autograd.grad(network.distance(network.features(leaf), target).sum(), leaf)[0]

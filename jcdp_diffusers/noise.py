@@ -1,0 +1,104 @@
+"""
+Standard normal noise as a pure function of (seed, image id, round, step, use).
+
+An image's noise does not depend on its batch, its shard, the process that draws it or what was drawn before, which is
+what makes a purified image reproducible alone and a killed run resumable to the same bits. The generator is
+Philox4x32-10 (Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011), vectorised over images in torch on
+any device; the normal transform is Box and Muller's.
+
+Key and counter of one image: blake2b of its id, keyed by the seed, gives 96 bits, of which 64 are Philox's key and 32 the
+counter's last word; the other words hold the position within the image, the step, and round and use.
+"""
+
+import hashlib
+
+import torch
+
+
+USES = ("start", "reference", "variance")  # what the noise is for; a position in this tuple is part of the counter
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+# Every image's block of values is padded to this many, so that vector instructions treat a value alike wherever its image
+# lies in the batch: the tail of a vectorised loop may round differently from its body.
+_BLOCK = 64
+
+
+def image_keys(seed: int, ids: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
+    """
+    Philox words of each image: the same id and seed always give the same three.
+
+    Args:
+        seed (`int`): In [0, 2^64).
+        ids (`list[str]`): One id per image; any text.
+
+    Returns:
+        `torch.Tensor`: int64 words in [0, 2^32), shape (B, 3): two of the key, one of the counter.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, but must lie in [0, 2**64).")
+    digests = (hashlib.blake2b(i.encode(), digest_size=12, key=seed.to_bytes(8, "little")).digest() for i in ids)
+    words = [[int.from_bytes(d[k : k + 4], "little") for k in (0, 4, 8)] for d in digests]
+    return torch.tensor(words, dtype=torch.int64).reshape(-1, 3).to(device)
+
+
+def philox4x32(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[torch.Tensor]:
+    """
+    Ten rounds of Philox4x32, elementwise.
+
+    Args:
+        counter (`list[torch.Tensor]`): Four int64 tensors of 32-bit words, shapes that broadcast.
+        key (`list[torch.Tensor]`): Two of the same.
+
+    Returns:
+        `list[torch.Tensor]`: Four int64 tensors of 32-bit words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for turn in range(10):
+        # A product of two 32-bit words wraps in int64 only in its sign, which shifting and masking removes.
+        low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((high >> 32) & _MASK) ^ c1 ^ ((k0 + turn * _WEYL[0]) & _MASK)
+        c2 = ((low >> 32) & _MASK) ^ c3 ^ ((k1 + turn * _WEYL[1]) & _MASK)
+        c1, c3 = high & _MASK, low & _MASK
+    return [c0, c1, c2, c3]
+
+
+def normal_noise(
+    keys: torch.Tensor, shape: tuple[int, ...], *, round_index: int, step_index: int, use: str
+) -> torch.Tensor:
+    """
+    Standard normal noise for a batch of images.
+
+    Args:
+        keys (`torch.Tensor`): From `image_keys`, shape (B, 3); the noise is made on its device.
+        shape (`tuple[int, ...]`): Of one image, (C, H, W), at most 2^33 values.
+        round_index (`int`): Purification round, from 0, below 2^24.
+        step_index (`int`): Position in the round's list of timesteps, from 0, below 2^32.
+        use (`str`): `"start"`, `"reference"` or `"variance"`.
+
+    Returns:
+        `torch.Tensor`: float32, shape (B, *shape); the same bits for the same arguments on one kind of machine.
+    """
+    values = torch.Size(shape).numel()
+    blocks = -(-values // (4 * _BLOCK)) * _BLOCK
+    position = torch.arange(blocks, device=keys.device)
+    image = keys[:, :, None]
+    tag = USES.index(use) << 24 | round_index
+    counter = [position, torch.full_like(position, step_index), torch.full_like(position, tag), image[:, 2]]
+    words = philox4x32(counter, [image[:, 0], image[:, 1]])
+    normals = []
+    for radius_bits, angle_bits in ((words[0], words[1]), (words[2], words[3])):
+        # (bits + 1) / 2^32 lies in (0, 1], so the logarithm is finite; the largest possible value is 6.66.
+        radius = ((radius_bits + 1).to(torch.float32) * 2**-32).log_().mul_(-2).sqrt_()
+        angle = angle_bits.to(torch.float32) * (2 * torch.pi * 2**-32)
+        normals += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(normals, 1).reshape(len(keys), -1)[:, :values].reshape(len(keys), *shape)
+
+
+def content_id(image: torch.Tensor) -> str:
+    """Id of an image by its content: blake2b of shape and bytes of the 8-bit image (uint8, shape (C, H, W))."""
+    digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
+    digest.update(image.contiguous().numpy().tobytes())
+    return digest.hexdigest()

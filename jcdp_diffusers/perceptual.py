@@ -1,0 +1,205 @@
+"""
+Perceptual distance from frozen features of a classifier: LPIPS (Zhang et al., CVPR 2018) as a diffusers model.
+
+The `lpips` package registers each head twice, cannot be saved as safetensors and downloads weights when it is built. Here
+the same network is a plain `ModelMixin`: it saves and loads like a UNet, and computes the same bits as `lpips.LPIPS`.
+"""
+
+import os
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+
+class Fire(nn.Module):
+    """SqueezeNet's block: a 1x1 squeeze, then a 1x1 and a 3x3 expansion side by side (Iandola et al., 2016)."""
+
+    def __init__(self, channels: int, squeeze: int, expand: int):
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, squeeze, 1)
+        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.squeeze(x).relu()
+        return torch.cat([self.expand1x1(x).relu(), self.expand3x3(x).relu()], 1)
+
+
+def _alexnet() -> list[nn.Module]:
+    return [
+        nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
+        nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
+        nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(),
+    ]  # fmt: skip
+
+
+def _vgg16() -> list[nn.Module]:
+    layers, channels = [], 3
+    for block in ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)):
+        for width in block:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2, 2))
+    return layers[:-1]  # no tap lies behind the last pooling
+
+
+def _squeezenet1_1() -> list[nn.Module]:
+    return [
+        nn.Conv2d(3, 64, 3, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        Fire(64, 16, 64), Fire(128, 16, 64), nn.MaxPool2d(3, 2, ceil_mode=True),
+        Fire(128, 32, 128), Fire(256, 32, 128), nn.MaxPool2d(3, 2, ceil_mode=True),
+        Fire(256, 48, 192), Fire(384, 48, 192), Fire(384, 64, 256), Fire(512, 64, 256),
+    ]  # fmt: skip
+
+
+def _squeezenet1_0() -> list[nn.Module]:
+    return [
+        nn.Conv2d(3, 96, 7, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        Fire(96, 16, 64), Fire(128, 16, 64), Fire(128, 32, 128), nn.MaxPool2d(3, 2, ceil_mode=True),
+        Fire(256, 32, 128), Fire(256, 48, 192), Fire(384, 48, 192), Fire(384, 64, 256),
+        nn.MaxPool2d(3, 2, ceil_mode=True), Fire(512, 64, 256),
+    ]  # fmt: skip
+
+
+# Per trunk: its layers, indexed as torchvision's `features`; after which of them a feature map is taken; those maps'
+# channels; the smallest square input that leaves every map non-empty; and the (shift, scale) from [-1, 1] to the input
+# that the trunk was trained on, channel by channel.
+_IMAGENET = ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
+_UNIT_RANGE = ((-1.0, -1.0, -1.0), (2.0, 2.0, 2.0))
+TRUNKS = {
+    "alex": (_alexnet, (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31, _IMAGENET),
+    "vgg": (_vgg16, (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16, _IMAGENET),
+    "squeeze": (_squeezenet1_1, (1, 4, 7, 9, 10, 11, 12), (64, 128, 256, 384, 384, 512, 512), 17, _IMAGENET),
+    "squeezenet1_0": (
+        _squeezenet1_0, (0, 3, 4, 5, 7, 8, 9, 10, 12), (96, 128, 128, 256, 256, 384, 384, 512, 512), 21, _UNIT_RANGE,
+    ),
+}  # fmt: skip
+
+
+class LPIPSModel(ModelMixin, ConfigMixin):
+    """
+    Frozen perceptual distance between images in [-1, 1].
+
+    D(x, y) = sum over feature maps of the spatial mean of w . (f(x) - f(y))^2, with f normalised to unit length over
+    channels and w the calibrated heads (equation 1 of Zhang et al.), or ones if `calibrated` is False. It stays in float32
+    under `.to(dtype)`: normalised features divide by lengths that half precision rounds to zero.
+
+    Args:
+        trunk (`str`): `"alex"`, `"vgg"` (VGG16), `"squeeze"` (SqueezeNet 1.1), or `"squeezenet1_0"`, for which no heads
+            were ever published.
+        calibrated (`bool`): With the published heads' shape (weights are random until loaded), or plain features.
+    """
+
+    _keep_in_fp32_modules = ["layers", "heads"]
+
+    @register_to_config
+    def __init__(self, trunk: str = "alex", calibrated: bool = True):
+        super().__init__()
+        if trunk not in TRUNKS:
+            raise ValueError(f"trunk is {trunk!r}, but must be one of {tuple(TRUNKS)}.")
+        if calibrated and trunk == "squeezenet1_0":
+            raise ValueError("calibrated is True, but trunk 'squeezenet1_0' has no published heads: pass calibrated=False.")
+        build, self.taps, channels, self.smallest_input, (shift, scale) = TRUNKS[trunk]
+        self.layers = nn.Sequential(*build())
+        self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1, bias=False) for c in channels) if calibrated else None
+        self.register_buffer("shift", torch.tensor(shift, dtype=torch.float32)[None, :, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32)[None, :, None, None], persistent=False)
+        self.requires_grad_(False).eval()
+
+    @property
+    def name(self) -> str:
+        """What a purification configuration calls this network: `"lpips-alex"`, or `"features-squeezenet1_0"`."""
+        return f"{'lpips' if self.config.calibrated else 'features'}-{self.config.trunk}"
+
+    @classmethod
+    def from_lpips(cls, net="alex") -> "LPIPSModel":
+        """
+        Take trunk and heads over from the `lpips` package.
+
+        Args:
+            net (`str` or `lpips.LPIPS`): `"alex"`, `"vgg"` or `"squeeze"`: lpips ships the heads, and torchvision downloads
+                the ImageNet trunk once (233, 528 or 5 MB). Or a network that was already built.
+        """
+        import lpips
+
+        source = lpips.LPIPS(net=net, verbose=False) if isinstance(net, str) else net
+        model = cls(trunk=source.pnet_type.removesuffix("16"), calibrated=bool(source.lpips))
+        state = {}
+        for key, value in source.state_dict().items():
+            part, *rest = key.split(".")
+            if part == "net":  # net.slice2.3.weight: lpips keeps torchvision's layer numbers inside its slices
+                state["layers." + ".".join(rest[1:])] = value
+            elif part.startswith("lin") and part != "lins":  # lin0.model.1.weight, registered again as lins.0
+                state[f"heads.{part[3:]}.weight"] = value
+        model.load_state_dict(state)
+        return model
+
+    @classmethod
+    def from_trunk_file(cls, path: str | os.PathLike, trunk: str = "squeezenet1_0") -> "LPIPSModel":
+        """
+        Plain, uncalibrated features of an ImageNet classifier, for machines without network.
+
+        Args:
+            path (`str` or `os.PathLike`): A safetensors file of a torchvision classifier (keys `features.0.weight`, ...).
+            trunk (`str`): Which network it holds.
+        """
+        from safetensors.torch import load_file
+
+        model = cls(trunk=trunk, calibrated=False)
+        wanted = set(model.layers.state_dict())
+        state = {key.removeprefix("features."): value for key, value in load_file(path).items()}
+        if missing := sorted(wanted - set(state)):
+            raise ValueError(f"path is {os.fspath(path)!r}, but a {trunk} trunk needs the key 'features.{missing[0]}' in it.")
+        model.layers.load_state_dict({key: state[key] for key in wanted})
+        return model
+
+    def _apply(self, fn, recurse=True):
+        def move_only(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move_only, recurse)
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """
+        Feature maps of unit length over channels.
+
+        Args:
+            images (`torch.Tensor`): float32, shape (B, 3, H, W) or (B, 1, H, W) (grey, shown to all three channels), in
+                [-1, 1], noise on top allowed.
+
+        Raises:
+            ValueError: If the images are too small for the trunk.
+        """
+        if min(images.shape[-2:]) < self.smallest_input:
+            raise ValueError(
+                f"images are {images.shape[-2]}x{images.shape[-1]}, but the {self.config.trunk!r} trunk needs at least "
+                f"{self.smallest_input}x{self.smallest_input} pixels: enlarge them first or choose another trunk."
+            )
+        x = (images.expand(-1, 3, -1, -1) - self.shift) / self.scale
+        maps = []
+        for index, layer in enumerate(self.layers):
+            x = layer(x)
+            if index in self.taps:
+                # At a pixel where all channels are zero the root's gradient would be infinite; the floor makes it zero
+                # and changes no distance, since the division adds 1e-10 anyway.
+                length = x.square().sum(1, keepdim=True).clamp_min(1e-30).sqrt()
+                maps.append(x / (length + 1e-10))
+        return maps
+
+    def distance(self, features: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
+        """Distance per image between two lists of feature maps: shape (B,)."""
+        total = 0
+        for index, (a, b) in enumerate(zip(features, others, strict=True)):
+            squares = (a - b) ** 2
+            weighted = self.heads[index](squares) if self.heads is not None else squares.sum(1, keepdim=True)
+            total = total + weighted.mean([2, 3])
+        return total[:, 0]
+
+    def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Distance per image between two batches of images in [-1, 1], shape (B, C, H, W): shape (B,)."""
+        return self.distance(self.features(images), self.features(others))

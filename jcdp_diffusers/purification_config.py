@@ -1,0 +1,162 @@
+"""How to purify: the settings of one purification, four named presets, and the file that a purifier repository keeps them in."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from .guidance import STRENGTHS
+
+
+CONFIG_NAME = "purification_config.json"
+REFERENCES = ("chain", "fresh")
+
+
+@dataclasses.dataclass(frozen=True)
+class PurificationConfig:
+    """
+    Settings of one purification; `pipe(images, ...)` takes each of them as an argument, too.
+
+    Args:
+        diffusion_steps (`int`): T_p, the number of forward steps: images are diffused to the level alpha_bar[T_p - 1].
+        num_inference_steps (`int`, *optional*): UNet evaluations per round, spread evenly from T_p - 1 down to 0; None is T_p.
+        num_rounds (`int`): N, how often the image is diffused and denoised again.
+        pixel_guidance_scale (`float`): Scale of the pixel guide (gradient of the per-image mean squared error); 0 is off.
+        perceptual_guidance_scale (`float`): Scale of the perceptual guide (gradient of the per-image LPIPS); 0 is off.
+        guidance_strength (`str`): Factor on both scales over time: `"constant"` or `"noise_to_signal"` (`guidance.strength`).
+        pixel_guidance_window (`tuple[int, int]`, *optional*): First and last timestep (inclusive, counted from 0) at which the
+            pixel guide acts; None is always.
+        perceptual_guidance_window (`tuple[int, int]`, *optional*): The same for the perceptual guide.
+        reference (`str`): Noise of the reference that the guides pull towards. `"chain"`: the forward chain of the protected
+            image, with the noise that made x_Tp (the paper's Algorithm 1). `"fresh"`: drawn anew at every step (the authors' code).
+        start_one_level_higher (`bool`): Start from alpha_bar[T_p] but denoise from T_p - 1, the authors' code's off-by-one.
+        final_variance_factor (`float`): Factor on the guidance at t = 0, where variance conventions differ.
+        variance_type (`str`, *optional*): `"fixed_small"` or `"fixed_large"`; None keeps the repository's scheduler as it is.
+        perceptual_network (`str`, *optional*): `LPIPSModel.name` that the perceptual scale was tuned for.
+        trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) that the network was
+            trained on; a T_p beyond it is refused. None is the whole schedule.
+    """
+
+    diffusion_steps: int = 100
+    num_inference_steps: int | None = None
+    num_rounds: int = 1
+    pixel_guidance_scale: float = 0.0
+    perceptual_guidance_scale: float = 0.0
+    guidance_strength: str = "constant"
+    pixel_guidance_window: tuple[int, int] | None = None
+    perceptual_guidance_window: tuple[int, int] | None = None
+    reference: str = "chain"
+    start_one_level_higher: bool = False
+    final_variance_factor: float = 1.0
+    variance_type: str | None = None
+    perceptual_network: str | None = None
+    trained_timesteps: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        for name in ("pixel_guidance_window", "perceptual_guidance_window", "trained_timesteps"):
+            pair = getattr(self, name)
+            if pair is not None:
+                if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
+                    raise ValueError(f"{name} is {pair}, but must be two timesteps 0 <= first <= last, or None.")
+                object.__setattr__(self, name, tuple(pair))  # JSON has lists only
+        evaluations = self.num_inference_steps
+        if self.diffusion_steps < 1:
+            raise ValueError(f"diffusion_steps is {self.diffusion_steps}, but must be at least 1.")
+        if evaluations is not None and not 1 <= evaluations <= self.diffusion_steps:
+            raise ValueError(
+                f"num_inference_steps is {evaluations}, but must lie between 1 and diffusion_steps ({self.diffusion_steps})."
+            )
+        if self.num_rounds < 1:
+            raise ValueError(f"num_rounds is {self.num_rounds}, but must be at least 1.")
+        for name in ("pixel_guidance_scale", "perceptual_guidance_scale"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be a finite number of at least 0.")
+        for name, accepted in (
+            ("guidance_strength", STRENGTHS),
+            ("reference", REFERENCES),
+            ("variance_type", (None, "fixed_small", "fixed_large")),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {accepted}.")
+
+    @property
+    def evaluations_per_image(self) -> int:
+        """UNet evaluations that purifying one image costs."""
+        return self.num_rounds * (self.num_inference_steps or self.diffusion_steps)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
+        """Write `purification_config.json` into a folder, which is made if needed; returns the file's path."""
+        path = Path(save_directory) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **hub_options) -> "PurificationConfig | None":
+        """
+        Read `purification_config.json` of a purifier repository; None if it has none.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or a repository on the Hub.
+            hub_options: Passed to `hf_hub_download`: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+        """
+        path = Path(pretrained_model_name_or_path) / CONFIG_NAME
+        if not path.parent.is_dir():
+            try:
+                path = Path(hf_hub_download(str(pretrained_model_name_or_path), CONFIG_NAME, **hub_options))
+            except (EntryNotFoundError, LocalEntryNotFoundError):
+                return None
+        if not path.is_file():
+            return None
+        values = json.loads(path.read_text())
+        if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls)}):
+            raise ValueError(f"{path} holds {unknown[0]!r}, which is no field of PurificationConfig.")
+        return cls(**values)
+
+
+# Per-image scales of the authors' code, which divides the gradient of a batch mean over 500 images by
+# m = (2 * 8 / 255) / 3 / 70000: one image's share of 1/m is 1 / (500 m). GDMP: batch 100, scale 60000.
+_CODE_SCALE = 70_000 * 3 * 255 / (2 * 8) / 500
+_GDMP_SCALE = 60_000 * 3 * 255 / (2 * 8) / 100
+
+PRESETS = {
+    # Diffuse and denoise without a guide: AVATAR (Dolatabadi et al., 2024) and DiffPure (Nie et al., 2022), t* = 100.
+    "unconditional": PurificationConfig(),
+    # Algorithm 1 of the paper: both guides at every step, constant scales. T_p and N are the authors' code's; the paper
+    # does not give its two scales: these are ours, each chosen to move the image about as far as the other.
+    "paper": PurificationConfig(
+        diffusion_steps=20,
+        num_rounds=4,
+        pixel_guidance_scale=10_000.0,
+        perceptual_guidance_scale=500.0,
+        perceptual_network="lpips-alex",
+    ),
+    # What the authors' released code does (jiangw-0/LE_JCDP): the pixel guide at t = 19..11, the perceptual one at 10..0.
+    # At t = 0 its variance is 5.4532e-5, where diffusers' fixed_large has beta_0 = 1.0e-4.
+    "code": PurificationConfig(
+        diffusion_steps=20,
+        num_rounds=4,
+        pixel_guidance_scale=_CODE_SCALE,
+        perceptual_guidance_scale=_CODE_SCALE,
+        guidance_strength="noise_to_signal",
+        pixel_guidance_window=(11, 19),
+        perceptual_guidance_window=(0, 10),
+        reference="fresh",
+        start_one_level_higher=True,
+        final_variance_factor=0.545317,
+        variance_type="fixed_large",
+        perceptual_network="lpips-alex",
+    ),
+    # Guided Diffusion Model for Purification (Wang et al., 2022): the pixel guide alone, at every step.
+    "gdmp": PurificationConfig(
+        diffusion_steps=36,
+        num_rounds=4,
+        pixel_guidance_scale=_GDMP_SCALE,
+        guidance_strength="noise_to_signal",
+        reference="fresh",
+        variance_type="fixed_large",
+    ),
+}
