@@ -1,0 +1,819 @@
+"""
+Training of a purifier: an unconditional DDPM on raw images, on any number of processes.
+
+The order of the images, their noise, timesteps, flips and crops are a pure function of (seed, step, position in the total
+batch), never the state of a random stream. So a run that was killed goes on to the same weights, and two processes of
+batch 8 see the same total batch as one process of batch 16. Labels are never read.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import ProjectConfiguration
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel, compute_snr
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from .checkpoints import PROGRESS_NAME, find_checkpoint, list_checkpoints, remove_leftovers, save_checkpoint
+from .purification_config import PurificationConfig
+
+
+if TYPE_CHECKING:
+    import datasets
+
+    from .data import LabelledImages
+
+
+RECORD_NAME = "training_record.json"
+TIMESTEP_SAMPLINGS = ("uniform", "antithetic", "stratified")
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """
+    Settings of one training run, under the names of diffusers' training scripts.
+
+    The batch that one optimiser step sees has train_batch_size * processes * gradient_accumulation_steps images. The
+    defaults of optimiser, gradient clipping, averaging and timestep sampling are those of the DDPM paper's CIFAR-10
+    recipe, but for the warm-ups.
+
+    Args:
+        max_train_steps (`int`): Optimiser steps.
+        train_batch_size (`int`): Images per process and micro-batch.
+        gradient_accumulation_steps (`int`): Micro-batches per optimiser step.
+        learning_rate (`float`): Its peak; no scaling by batch or processes.
+        lr_scheduler (`str`): A name of `diffusers.optimization.get_scheduler`, stepped once per optimiser step.
+        lr_warmup_steps (`int`): Optimiser steps of linear warm-up.
+        adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon (`float`): Of AdamW.
+        max_grad_norm (`float`): Gradients are clipped to this norm.
+        ema_max_decay, ema_inv_gamma, ema_power (`float`): The averaged weights decay by
+            min(ema_max_decay, 1 - (1 + step / ema_inv_gamma)^-ema_power), so a short run forgets its starting point.
+        mixed_precision (`str`): `"no"`, `"bf16"` or `"fp16"`; weights, average and optimiser stay in float32.
+        gradient_checkpointing (`bool`): Recompute activations in the backward pass, for memory.
+        snr_gamma (`float`, *optional*): Min-SNR loss weight (Hang et al., 2023; 5 is theirs); None weighs every image 1.
+        random_flip (`bool`): Mirror half of the images. Off, because digits and text must not flip.
+        trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) to train on. A
+            purifier never visits t >= T_p; None is the whole schedule, which a generator of images needs.
+        timestep_sampling (`str`): `"uniform"`, `"antithetic"` (t together with its mirror in the range) or `"stratified"`
+            (one t from each of as many equal parts of the range as the total batch has images).
+        checkpointing_steps (`int`, *optional*): Steps between checkpoints, one more at the end; None writes none.
+        checkpoints_total_limit (`int`, *optional*): How many to keep.
+        resume_from_checkpoint (`str`, *optional*): `"latest"` (a fresh start if there is none) or a checkpoint's name.
+        validation_steps (`int`): Steps between held-out losses and grids; one of each at the start and at the end.
+        validation_timesteps (`tuple[int, int]`, *optional*): Range of the held-out loss; None is `trained_timesteps`.
+        num_grid_images (`int`): Images in the denoising and sample grids; 0 writes none.
+        logging_steps (`int`): Steps between entries of the loss history.
+        report_to (`str` or `GeneralTracker`, *optional*): A tracker of Accelerate, such as `"tensorboard"`.
+        dataloader_num_workers (`int`): Processes that decode images which do not fit in memory.
+        seed (`int`): Everything random follows from it.
+        cpu (`bool`): Stay on the CPU even if there is an accelerator.
+    """
+
+    max_train_steps: int = 10_000
+    train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-4
+    lr_scheduler: str = "constant_with_warmup"
+    lr_warmup_steps: int = 100
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    ema_max_decay: float = 0.9999
+    ema_inv_gamma: float = 1.0
+    ema_power: float = 0.75
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    snr_gamma: float | None = None
+    random_flip: bool = False
+    trained_timesteps: tuple[int, int] | None = None
+    timestep_sampling: str = "antithetic"
+    checkpointing_steps: int | None = 500
+    checkpoints_total_limit: int | None = 2
+    resume_from_checkpoint: str | None = None
+    validation_steps: int = 500
+    validation_timesteps: tuple[int, int] | None = None
+    num_grid_images: int = 8
+    logging_steps: int = 10
+    report_to: str | GeneralTracker | None = None
+    dataloader_num_workers: int = 0
+    seed: int = 0
+    cpu: bool = False
+
+    def __post_init__(self):
+        positive = (
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "validation_steps",
+            "logging_steps",
+        )
+        for name in positive + ("checkpointing_steps", "checkpoints_total_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        for name in ("learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power", "snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, but must be a finite number above 0.")
+        if not 0 <= self.ema_max_decay < 1:
+            raise ValueError(f"ema_max_decay is {self.ema_max_decay}, but must lie in [0, 1).")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, but must lie in [0, 2**63).")
+        for name, accepted in (("mixed_precision", PRECISIONS), ("timestep_sampling", TIMESTEP_SAMPLINGS)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {accepted}.")
+
+    def timesteps(self, scheduler: DDPMScheduler, name: str = "trained_timesteps") -> tuple[int, int]:
+        """A range of timesteps, checked against the scheduler's; the whole schedule by default."""
+        end = scheduler.config.num_train_timesteps
+        first, last = getattr(self, name) or (0, end)
+        if not 0 <= first < last <= end:
+            raise ValueError(
+                f"{name} is {(first, last)}, but must be first < end within 0 and {end} of the scheduler."
+            )
+        return first, last
+
+
+# What may differ between a run and its continuation without changing the weights. The learning rate's schedule adds
+# `max_train_steps` unless it is constant; the batch is compared as a total.
+_FREE_SETTINGS = {
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "validation_steps",
+    "validation_timesteps",
+    "num_grid_images",
+    "logging_steps",
+    "report_to",
+    "dataloader_num_workers",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- images
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """
+    Images of any size and any number, decoded, resized and cropped when they are needed, so memory stays bounded.
+
+    Args:
+        dataset (`datasets.Dataset`): With an `image` column; no other column is read.
+        resolution (`int`): The shorter side is resized to this, and a square of this size is cut out.
+        channels (`int`, defaults to 3): 3 converts to RGB, 1 to greyscale.
+        center_crop (`bool`, defaults to `False`): Cut the square from the middle rather than at random.
+        seed (`int`, defaults to 0): Of the random crops, each a function of (seed, draw).
+    """
+
+    def __init__(
+        self,
+        dataset: "datasets.Dataset",
+        *,
+        resolution: int,
+        channels: int = 3,
+        center_crop: bool = False,
+        seed: int = 0,
+    ):
+        if channels not in (1, 3):
+            raise ValueError(f"channels is {channels}, but must be 1 or 3.")
+        self.dataset = dataset.select_columns("image")
+        self.resolution, self.center_crop, self.seed = resolution, center_crop, seed
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
+        """Image number key[0], cropped for draw number key[1]: uint8, shape (C, resolution, resolution)."""
+        index, draw = key
+        image = self.resized(index)
+        spare = (image.width - self.resolution, image.height - self.resolution)
+        if self.center_crop:
+            left, top = spare[0] // 2, spare[1] // 2
+        else:
+            left, top = np.random.default_rng([self.seed, draw]).integers(0, np.add(spare, 1))
+        image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        array = np.asarray(image).reshape(self.resolution, self.resolution, self.channels)
+        return torch.from_numpy(array.transpose(2, 0, 1).copy())
+
+    def resized(self, index: int) -> Image.Image:
+        """Image number `index` with its shorter side at `resolution`."""
+        image = self.dataset[int(index)]["image"].convert("RGB" if self.channels == 3 else "L")
+        scale = self.resolution / min(image.size)
+        size = (max(self.resolution, round(image.width * scale)), max(self.resolution, round(image.height * scale)))
+        return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    """The order in which an epoch visits the images: a permutation that depends on nothing but its arguments."""
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchLayout:
+    """Which positions of a step's total batch belong to a process, micro-batch by micro-batch."""
+
+    rank: int
+    world: int
+    per_device: int
+    accumulation: int
+
+    @property
+    def total(self) -> int:
+        return self.world * self.per_device * self.accumulation
+
+    def positions(self, micro: int) -> slice:
+        start = (micro * self.world + self.rank) * self.per_device
+        return slice(start, start + self.per_device)
+
+    def draws(self, seed: int, length: int, start_step: int, end_step: int) -> Iterator[list[tuple[int, int]]]:
+        """(image, draw) pairs of this process's micro-batches; draw d is position d % total of step d // total."""
+        order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, seed, length=length))
+        for step in range(start_step, end_step):
+            for micro in range(self.accumulation):
+                here = self.positions(micro)
+                numbers = range(step * self.total + here.start, step * self.total + here.stop)
+                yield [(int(order(d // length)[d % length]), d) for d in numbers]
+
+
+def micro_batches(
+    images: "LabelledImages | ImageFiles",
+    layout: BatchLayout,
+    config: TrainingConfig,
+    start_step: int,
+    device: torch.device,
+) -> Iterator[torch.Tensor]:
+    """This process's micro-batches from a step on: uint8, shape (train_batch_size, C, H, W), on the device."""
+    draws = layout.draws(config.seed, len(images), start_step, config.max_train_steps)
+    if isinstance(images, ImageFiles):
+        loader = torch.utils.data.DataLoader(
+            images,
+            batch_sampler=draws,
+            num_workers=config.dataloader_num_workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # its default would take the workers' seed from the global stream
+        )
+        for batch in loader:
+            yield batch.to(device, non_blocking=True)
+    else:
+        pixels = _channels_first(images.images).to(device)
+        for batch in draws:
+            yield pixels[torch.tensor([index for index, _ in batch], device=device)]
+
+
+def _channels_first(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- noise
+
+
+def random_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose stream is a function of the key."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def sample_timesteps(sampling: str, count: int, first: int, end: int, generator: torch.Generator) -> torch.Tensor:
+    """
+    Timesteps of a total batch, each uniform in [first, end) by itself.
+
+    Args:
+        sampling (`str`): One of `TIMESTEP_SAMPLINGS`: independent; in pairs that mirror each other in the range (as in the
+            training code of DDIM); or one from each of `count` equal parts of the range.
+
+    Returns:
+        `torch.Tensor`: int64, shape (count,).
+    """
+    draw = torch.rand(count, generator=generator, device=generator.device)
+    if sampling == "stratified":
+        draw = (torch.arange(count, device=draw.device) + draw) / count
+    timesteps = first + (draw * (end - first)).long().clamp_(max=end - first - 1)
+    if sampling == "antithetic":
+        half = -(-count // 2)
+        timesteps[half:] = first + end - 1 - timesteps[: count - half]
+    return timesteps
+
+
+def denoising_target(scheduler: DDPMScheduler, clean, noise, timesteps) -> torch.Tensor:
+    """What the network is to predict, by the scheduler's `prediction_type`."""
+    return {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: scheduler.get_velocity(clean, noise, timesteps),
+        "sample": lambda: clean,
+    }[scheduler.config.prediction_type]()
+
+
+def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Min-SNR-gamma weights of the loss in the network's own target (Hang et al., 2023, section 3.4); shape (B,)."""
+    snr = compute_snr(scheduler, timesteps)
+    clipped = snr.clamp(max=gamma)
+    return {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[
+        scheduler.config.prediction_type
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ validation
+
+_VALIDATION_CHUNK = 64  # fixed, so that the noise of an image does not depend on batch size or processes
+
+
+@torch.no_grad()
+def held_out_losses(
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    images: np.ndarray,
+    *,
+    timesteps: tuple[int, int],
+    seed: int = 0,
+    chunks: slice = slice(None),
+) -> torch.Tensor:
+    """
+    Denoising losses on images that were not trained on, with noise and timesteps that stay the same from call to call.
+
+    Args:
+        images (`np.ndarray`): uint8, shape (N, H, W, C). Image i gets the middle of the i-th of N equal parts of the range.
+        timesteps (`tuple[int, int]`): First timestep and end (exclusive).
+        chunks (`slice`): Which blocks of 64 images to compute: how several processes share the work.
+
+    Returns:
+        `torch.Tensor`: float64, one per image: the mean squared error of the network's prediction over the image's values.
+    """
+    device = unet.device
+    first, end = timesteps
+    part = (torch.arange(len(images)) + 0.5) / len(images)
+    steps = first + (part * (end - first)).long()
+    losses = []
+    was_training = unet.training
+    unet.eval()
+    for start in range(0, len(images), _VALIDATION_CHUNK)[chunks]:
+        clean = normalize(_channels_first(images[start : start + _VALIDATION_CHUNK]))
+        noise = torch.randn(clean.shape, generator=random_generator(seed, "validation", start))
+        t = steps[start : start + _VALIDATION_CHUNK].to(device)
+        clean, noise = clean.to(device), noise.to(device)
+        prediction = unet(scheduler.add_noise(clean, noise, t), t).sample.float()
+        target = denoising_target(scheduler, clean, noise, t)
+        losses.append(F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3)).double())
+    unet.train(was_training)
+    return torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float64, device=device)
+
+
+@torch.no_grad()
+def denoising_grid(
+    unet: UNet2DModel, scheduler: DDPMScheduler, images: np.ndarray, *, timesteps: tuple[int, int], seed: int = 0
+) -> np.ndarray:
+    """
+    A picture of what the network removes: the images, then for three noise levels the noised ones and the x_0 predicted from them.
+
+    Args:
+        images (`np.ndarray`): uint8, shape (N, H, W, C).
+        timesteps (`tuple[int, int]`): The levels are at one, two and three thirds of this range.
+
+    Returns:
+        `np.ndarray`: uint8, shape (7 H, N W, 3).
+    """
+    clean = normalize(_channels_first(images)).to(unet.device)
+    noise = torch.randn(clean.shape, generator=random_generator(seed, "grid")).to(unet.device)
+    rows = [clean]
+    was_training = unet.training
+    unet.eval()
+    for third in (1, 2, 3):
+        t = torch.full(
+            (len(clean),), timesteps[0] + (timesteps[1] - timesteps[0]) * third // 3 - 1, device=unet.device
+        )
+        t = t.clamp(min=timesteps[0])
+        noised = scheduler.add_noise(clean, noise, t)
+        prediction = unet(noised, t).sample.float()
+        signal = scheduler.alphas_cumprod.to(unet.device)[t].view(-1, 1, 1, 1)
+        original = {
+            "epsilon": lambda: (noised - (1 - signal).sqrt() * prediction) / signal.sqrt(),
+            "v_prediction": lambda: signal.sqrt() * noised - (1 - signal).sqrt() * prediction,
+            "sample": lambda: prediction,
+        }[scheduler.config.prediction_type]()
+        rows += [noised, original]
+    unet.train(was_training)
+    return _grid(rows)
+
+
+@torch.no_grad()
+def sample_grid(unet: UNet2DModel, scheduler: DDPMScheduler, count: int, *, seed: int = 0) -> np.ndarray:
+    """Images drawn from noise in 50 DDIM steps: uint8, shape (H, count W, 3). Means something after training on every timestep."""
+    size = unet.config.sample_size
+    sampler = DDIMScheduler.from_config(scheduler.config)
+    sampler.set_timesteps(50)
+    sample = torch.randn((count, unet.config.in_channels, size, size), generator=random_generator(seed, "samples"))
+    sample = sample.to(unet.device)
+    was_training = unet.training
+    unet.eval()
+    for t in sampler.timesteps:
+        sample = sampler.step(unet(sample, t).sample.float(), t, sample).prev_sample
+    unet.train(was_training)
+    return _grid([sample])
+
+
+def _grid(rows: list[torch.Tensor]) -> np.ndarray:
+    picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
+    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy().transpose(1, 2, 0)
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+def train_purifier(
+    images: "LabelledImages | ImageFiles",
+    *,
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    output_dir: str | os.PathLike,
+    config: TrainingConfig,
+    validation_images: "LabelledImages | None" = None,
+    base_model: str | None = None,
+    data_description: dict | None = None,
+    progress: bool = True,
+) -> Path:
+    """
+    Train a network to denoise raw images, and write it as a plain DDPM repository.
+
+    Called alike on each process of `torchrun` or `accelerate launch`.
+
+    Args:
+        images (`LabelledImages` or `ImageFiles`): In memory, or decoded as needed. Labels are not read.
+        unet (`UNet2DModel`): Trained in place; holds the averaged weights at the end.
+        scheduler (`DDPMScheduler`): The forward process; its configuration goes into the repository unchanged.
+        output_dir (`str` or `os.PathLike`): The repository: weights, scheduler, `purification_config.json`,
+            `training_record.json` and the card `README.md`; beside them `checkpoint-<step>` and `grids`.
+        validation_images (`LabelledImages`, *optional*): Held out, for the denoising loss and the grids.
+        base_model (`str`, *optional*): Which repository the network came from, for record and card.
+        data_description (`dict`, *optional*): Where the images came from, for record and card.
+        progress (`bool`, defaults to `True`): Show a bar with loss, images per second and remaining time.
+
+    Returns:
+        `Path`: `output_dir`.
+    """
+    timesteps = config.timesteps(scheduler)
+    _check(images, unet, scheduler)
+    output_dir = Path(output_dir)
+    # A second run in one process may want another precision than the first, which this singleton would refuse.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        cpu=config.cpu,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        run = _Run(accelerator, images, unet, scheduler, output_dir, config, timesteps, validation_images)
+        run.describe(base_model, data_description)
+        run.train(progress)
+        run.finish()
+    return output_dir
+
+
+def _check(images, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
+    channels = images.channels if isinstance(images, ImageFiles) else images.images.shape[3]
+    if len(images) == 0:
+        raise ValueError("images is empty, but must hold at least one image.")
+    if channels != unet.config.in_channels:
+        raise ValueError(f"images have {channels} channels, but the network takes {unet.config.in_channels}.")
+    if unet.config.out_channels != unet.config.in_channels:
+        raise ValueError(
+            f"unet gives {unet.config.out_channels} channels for {unet.config.in_channels}, but a learned variance cannot be "
+            "trained: give a network that predicts as many channels as it takes."
+        )
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(
+            f"prediction_type is {scheduler.config.prediction_type!r}, but must be 'epsilon', 'v_prediction' or 'sample'."
+        )
+
+
+class _Run:
+    """One training run: what `train_purifier` would otherwise hand from function to function."""
+
+    def __init__(self, accelerator, images, unet, scheduler, output_dir, config, timesteps, validation_images):
+        self.accelerator, self.images, self.unet, self.config = accelerator, images, unet, config
+        self.output_dir, self.timesteps, self.validation_images = output_dir, timesteps, validation_images
+        self.scheduler = DDPMScheduler.from_config(scheduler.config)
+        self.layout = BatchLayout(
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.train_batch_size,
+            config.gradient_accumulation_steps,
+        )
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet.float().to(accelerator.device, memory_format=torch.channels_last).train()
+        optimizer = torch.optim.AdamW(
+            unet.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        # Not prepared: Accelerate would step a prepared schedule once per process. This one counts optimiser steps.
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+        self.ema = EMAModel(
+            unet.parameters(),
+            decay=config.ema_max_decay,
+            use_ema_warmup=True,
+            inv_gamma=config.ema_inv_gamma,
+            power=config.ema_power,
+            foreach=True,
+        )
+        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
+        accelerator.register_for_checkpointing(self.lr_scheduler, self.ema)
+        accelerator.register_save_state_pre_hook(self._save_weights)
+        accelerator.register_load_state_pre_hook(self._load_weights)
+        self.step, self.seconds = 0, 0.0
+        self.history: list[dict] = []
+        self.validation: list[dict] = []
+
+    # Weights are saved without the prefix of DistributedDataParallel, so a run can go on with another number of processes.
+    def _save_weights(self, models, weights, folder):
+        if self.accelerator.is_main_process:
+            state = {name: tensor.contiguous() for name, tensor in self.unet.state_dict().items()}
+            save_file(state, os.path.join(folder, "unet.safetensors"))
+        weights.clear()
+
+    def _load_weights(self, models, folder):
+        self.unet.load_state_dict(load_file(os.path.join(folder, "unet.safetensors")))
+        models.clear()
+
+    def describe(self, base_model: str | None, data_description: dict | None) -> None:
+        """Collect what the record says about the run, and what a continuation must share with it."""
+        config = dataclasses.asdict(self.config)
+        config["report_to"] = getattr(self.config.report_to, "name", self.config.report_to)
+        self.settings = config
+        free = _FREE_SETTINGS | ({"max_train_steps"} if self.config.lr_scheduler.startswith("constant") else set())
+        self.identity = {name: value for name, value in config.items() if name not in free}
+        self.identity["trained_timesteps"] = list(self.timesteps)
+        self.identity["total_batch_size"] = self.layout.total
+        self.identity["images"] = _fingerprint(self.images)
+        self.base_model = base_model
+        self.data = {"num_images": len(self.images), **(data_description or {})}
+
+    def train(self, progress: bool) -> None:
+        config, accelerator = self.config, self.accelerator
+        self._resume()
+        if config.report_to is not None:
+            accelerator.init_trackers("train_purifier", config={k: str(v) for k, v in self.settings.items()})
+        bar = tqdm(
+            total=config.max_train_steps,
+            initial=self.step,
+            unit="step",
+            desc="train",
+            disable=not (progress and accelerator.is_main_process),
+        )
+        batches = micro_batches(self.images, self.layout, config, self.step, accelerator.device)
+        running_loss = torch.zeros((), device=accelerator.device)
+        if self.step == 0:
+            self._validate()
+        self.first_step, self.start = self.step, time.perf_counter()
+        self.seconds_before = self.seconds
+        while self.step < config.max_train_steps:
+            loss, norm = self._optimizer_step(batches)
+            self.step += 1
+            running_loss += loss
+            bar.update()
+            if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
+                self._log(running_loss, norm, bar)
+                running_loss.zero_()
+            last = self.step == config.max_train_steps
+            if last or self.step % config.validation_steps == 0:
+                self._validate()
+            if config.checkpointing_steps is not None and (last or self.step % config.checkpointing_steps == 0):
+                self._checkpoint()
+        bar.close()
+
+    def _optimizer_step(self, batches: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step over this process's share of the total batch; returns its mean loss and the gradient's norm."""
+        config, accelerator, layout = self.config, self.accelerator, self.layout
+        generator = random_generator(config.seed, "step", self.step, device=accelerator.device)
+        timesteps = sample_timesteps(config.timestep_sampling, layout.total, *self.timesteps, generator)
+        flips = torch.rand(layout.total, generator=generator, device=accelerator.device) < 0.5
+        noise = None
+        mean_loss = torch.zeros((), device=accelerator.device)
+        for micro in range(config.gradient_accumulation_steps):
+            here = layout.positions(micro)
+            clean = normalize(next(batches))
+            if noise is None:
+                noise = torch.randn((layout.total, *clean.shape[1:]), generator=generator, device=accelerator.device)
+            if config.random_flip:
+                clean = torch.where(flips[here].view(-1, 1, 1, 1), clean.flip(3), clean)
+            # Dropout, too, is a function of the step, so it needs no saved state.
+            torch.manual_seed(random_generator(config.seed, "dropout", self.step, micro, layout.rank).initial_seed())
+            with accelerator.accumulate(self.model):
+                loss = self._loss(clean, noise[here], timesteps[here])
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            mean_loss += loss.detach() / config.gradient_accumulation_steps
+        self.lr_scheduler.step()
+        self.ema.step(self.unet.parameters())
+        return mean_loss, norm
+
+    def _loss(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        noised = self.scheduler.add_noise(clean, noise, timesteps)
+        prediction = self.model(noised, timesteps).sample.float()
+        target = denoising_target(self.scheduler, clean, noise, timesteps)
+        losses = F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3))
+        if self.config.snr_gamma is not None:
+            losses = losses * min_snr_weights(self.scheduler, timesteps, self.config.snr_gamma)
+        return losses.mean()
+
+    def _log(self, running_loss: torch.Tensor, norm: torch.Tensor, bar: tqdm) -> None:
+        self._clock()
+        since = self.step - (self.history[-1]["step"] if self.history else 0)
+        loss = (self.accelerator.reduce(running_loss, "mean") / since).item()
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"the loss is {loss} at step {self.step}: lower learning_rate ({self.config.learning_rate})."
+            )
+        rate = self.layout.total * (self.step - self.first_step) / (self.seconds - self.seconds_before)
+        entry = {
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "gradient_norm": float(norm),
+        }
+        self.history.append(entry)
+        bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{rate:.0f}"}, refresh=False)
+        self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=self.step)
+
+    def _clock(self) -> None:
+        self.seconds = self.seconds_before + time.perf_counter() - self.start
+
+    def _validate(self) -> None:
+        """Held-out loss and grids of the averaged weights; the weights in training come back unchanged."""
+        if self.validation_images is None:
+            return
+        accelerator, config = self.accelerator, self.config
+        held_out = self.validation_images.images
+        where = (
+            config.timesteps(self.scheduler, "validation_timesteps") if config.validation_timesteps else self.timesteps
+        )
+        if self.step > 0:
+            self.ema.store(self.unet.parameters())
+            self.ema.copy_to(self.unet.parameters())
+        share = slice(accelerator.process_index, None, accelerator.num_processes)
+        losses = held_out_losses(self.unet, self.scheduler, held_out, timesteps=where, seed=config.seed, chunks=share)
+        total = accelerator.reduce(losses.sum(), "sum")
+        self.validation.append({"step": self.step, "loss": total.item() / len(held_out), "timesteps": list(where)})
+        accelerator.log({"held_out_loss": self.validation[-1]["loss"]}, step=self.step)
+        if accelerator.is_main_process and config.num_grid_images:
+            shown = held_out[: config.num_grid_images]
+            self._show(
+                "denoising",
+                denoising_grid(self.unet, self.scheduler, shown, timesteps=self.timesteps, seed=config.seed),
+            )
+            if self.timesteps == (0, self.scheduler.config.num_train_timesteps):
+                self._show("samples", sample_grid(self.unet, self.scheduler, len(shown), seed=config.seed))
+        if self.step > 0:
+            self.ema.restore(self.unet.parameters())
+
+    def _show(self, name: str, picture: np.ndarray) -> None:
+        folder = self.output_dir / "grids"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / f"{name}-{self.step:07d}.png")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: picture[None]}, step=self.step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: [picture]}, step=self.step)
+
+    def _checkpoint(self) -> None:
+        self._clock()
+        save_checkpoint(
+            self.output_dir,
+            self.step,
+            self.accelerator.save_state,
+            {
+                "step": self.step,
+                "seconds": self.seconds,
+                "identity": self.identity,
+                "history": self.history,
+                "validation": self.validation,
+            },
+            is_main_process=self.accelerator.is_main_process,
+            wait_for_everyone=self.accelerator.wait_for_everyone,
+            total_limit=self.config.checkpoints_total_limit,
+        )
+
+    def _resume(self) -> None:
+        wanted = self.config.resume_from_checkpoint
+        if wanted is None:
+            if found := list_checkpoints(self.output_dir):
+                raise ValueError(
+                    f"output_dir is {str(self.output_dir)!r}, which holds {found[-1].name} of an earlier run: give "
+                    "resume_from_checkpoint='latest' to go on with it, or another folder."
+                )
+            return
+        checkpoint = find_checkpoint(self.output_dir, wanted)
+        if checkpoint is None:
+            return
+        saved = json.loads((checkpoint / PROGRESS_NAME).read_text())
+        identity = json.loads(json.dumps(self.identity))
+        for name, value in saved["identity"].items():
+            if identity[name] != value:
+                raise ValueError(f"{name} is {identity[name]!r}, but {checkpoint.name} was trained with {value!r}.")
+        if saved["step"] > self.config.max_train_steps:
+            raise ValueError(
+                f"max_train_steps is {self.config.max_train_steps}, but {checkpoint.name} has trained for {saved['step']}."
+            )
+        self.accelerator.load_state(str(checkpoint))
+        self.ema.to(self.accelerator.device)
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.history, self.validation = saved["history"], saved["validation"]
+
+    def finish(self) -> None:
+        """Put the averaged weights into the network and write the repository."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.ema.copy_to(self.unet.parameters())
+        self.unet.to(memory_format=torch.contiguous_format).eval()
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.output_dir)
+            DDPMPipeline(self.unet, self.scheduler).save_pretrained(self.output_dir)
+            end = self.timesteps[1]
+            PurificationConfig(diffusion_steps=min(100, end), trained_timesteps=self.timesteps).save_pretrained(
+                self.output_dir
+            )
+            (self.output_dir / RECORD_NAME).write_text(json.dumps(self._record(), indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+
+    def _record(self) -> dict:
+        return {
+            "base_model": self.base_model,
+            "data": self.data,
+            "steps": self.step,
+            "total_batch_size": self.layout.total,
+            "processes": self.layout.world,
+            "trained_timesteps": list(self.timesteps),
+            "parameters": self.unet.num_parameters(),
+            "settings": self.settings,
+            "ema": ema_horizon(self.ema, self.step),
+            "seconds": round(self.seconds, 1),
+            "device": str(self.accelerator.device),
+            "history": self.history,
+            "validation": self.validation,
+        }
+
+
+def ema_horizon(ema: EMAModel, steps: int) -> dict:
+    """
+    How far back the averaged weights reach after a number of steps.
+
+    Returns:
+        `dict`: `weight_of_start`, the share of the weights as they were after the first step; `mean_age`, in steps.
+    """
+    share, age = 1.0, 0.0
+    for step in range(2, steps + 1):
+        decay = ema.get_decay(step)
+        share, age = share * decay, decay * (age + 1)
+    return {"weight_of_start": share, "mean_age": age}
+
+
+def _fingerprint(images: "LabelledImages | ImageFiles") -> str:
+    """What tells one collection from another: every pixel if they are in memory, else their number and form."""
+    if isinstance(images, ImageFiles):
+        return (
+            f"{len(images)} images, {images.channels}x{images.resolution}x{images.resolution}, {images.center_crop=}"
+        )
+    return hashlib.blake2b(np.ascontiguousarray(images.images), digest_size=16).hexdigest()
