@@ -2,10 +2,10 @@
 The two guides of JCDP as pure functions, per image and in float32 whatever the UNet runs in.
 
 A guide is a distance D between x_t and the reference r_t, the protected image diffused to the same timestep. Its
-contribution to the reverse step is -scale * strength(t) * grad D(x_t, r_t) (equations 18 and 20 of *Unlearnable Examples
-Give a False Sense of Security*, ACM MM 2023); the scheduler multiplies it by sigma_t^2. Distances are per image (the mean
-over an image's values for the pixel guide, LPIPS for the perceptual one) and never averaged over the batch, so a scale
-means the same at batch 1 and at batch 500, and an image's result does not depend on its neighbours.
+contribution to the reverse step is -scale * strength(t) * grad D(x_t, r_t) (equations 18 and 20 of *Unlearnable
+Examples Give a False Sense of Security*, ACM MM 2023); the scheduler multiplies it by sigma_t^2. Distances are per
+image (the mean over an image's values for the pixel guide, LPIPS for the perceptual one) and never averaged over the
+batch, so a scale means the same at batch 1 and at batch 500, and an image's result does not depend on its neighbours.
 """
 
 import torch
@@ -59,7 +59,8 @@ def perceptual_gradient(sample: torch.Tensor, reference: torch.Tensor, network) 
     Args:
         sample (`torch.Tensor`): x_t in the network's input range [-1, 1] plus noise, shape (B, C, H, W).
         reference (`torch.Tensor`): r_t, same shape.
-        network (`LPIPSModel`): Frozen, in float32; anything with `features(x)` and `distance(features, features) -> (B,)`.
+        network (`LPIPSModel`): Frozen, in float32; anything with `features(x)` and `distance(features, features) ->
+            (B,)`.
 
     Returns:
         `torch.Tensor`: float32, shape (B, C, H, W).
@@ -76,3 +77,27 @@ def perceptual_gradient(sample: torch.Tensor, reference: torch.Tensor, network) 
     with torch.enable_grad():
         leaf = sample.detach().float().requires_grad_(True)
         return torch.autograd.grad(network.distance(network.features(leaf), target).sum(), leaf)[0]
+
+
+def earlier_chain_noise(
+    noise: torch.Tensor, alpha_bar: float, earlier_alpha_bar: float, fresh: torch.Tensor
+) -> torch.Tensor:
+    """
+    Noise of the same forward chain at an earlier step, drawn backwards.
+
+    The chain is x_t = sqrt(alpha_bar_t) x_0 + n_t. Given n_t, the step s < t has the law of the forward posterior
+    q(x_s | x_t, x_0) (equation 7 of Ho et al., 2020), of which x_0's part is already accounted for. So a reference can
+    follow the chain that made x_Tp (Algorithm 1) without T_p tensors being kept, and steps can be left out exactly.
+
+    Args:
+        noise (`torch.Tensor`): n_t, of variance 1 - alpha_bar_t.
+        alpha_bar (`float`): alpha_bar_t.
+        earlier_alpha_bar (`float`): alpha_bar_s, larger than `alpha_bar`.
+        fresh (`torch.Tensor`): Standard normal noise, same shape.
+
+    Returns:
+        `torch.Tensor`: n_s, of variance 1 - alpha_bar_s.
+    """
+    alpha = alpha_bar / earlier_alpha_bar
+    share = (1 - earlier_alpha_bar) / (1 - alpha_bar)
+    return noise * (alpha**0.5 * share) + fresh * ((1 - alpha) * share) ** 0.5

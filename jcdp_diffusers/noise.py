@@ -3,11 +3,11 @@ Standard normal noise as a pure function of (seed, image id, round, step, use).
 
 An image's noise does not depend on its batch, its shard, the process that draws it or what was drawn before, which is
 what makes a purified image reproducible alone and a killed run resumable to the same bits. The generator is
-Philox4x32-10 (Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011), vectorised over images in torch on
-any device; the normal transform is Box and Muller's.
+Philox4x32-10 (Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011), vectorised over images in torch
+on any device; the normal transform is Box and Muller's.
 
-Key and counter of one image: blake2b of its id, keyed by the seed, gives 96 bits, of which 64 are Philox's key and 32 the
-counter's last word; the other words hold the position within the image, the step, and round and use.
+Key and counter of one image: blake2b of its id, keyed by the seed, gives 96 bits, of which 64 are Philox's key and 32
+the counter's last word; the other words hold the position within the image, the step, and round and use.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ USES = ("start", "reference", "variance")  # what the noise is for; a position i
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
-# Every image's block of values is padded to this many, so that vector instructions treat a value alike wherever its image
-# lies in the batch: the tail of a vectorised loop may round differently from its body.
+# Every image's block of values is padded to this many, so that vector instructions treat a value alike wherever its
+# image lies in the batch: the tail of a vectorised loop may round differently from its body.
 _BLOCK = 64
 
 

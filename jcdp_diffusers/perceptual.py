@@ -1,8 +1,9 @@
 """
 Perceptual distance from frozen features of a classifier: LPIPS (Zhang et al., CVPR 2018) as a diffusers model.
 
-The `lpips` package registers each head twice, cannot be saved as safetensors and downloads weights when it is built. Here
-the same network is a plain `ModelMixin`: it saves and loads like a UNet, and computes the same bits as `lpips.LPIPS`.
+The `lpips` package registers each head twice, cannot be saved as safetensors and downloads weights when it is built.
+Here the same network is a plain `ModelMixin`: it saves and loads like a UNet, and computes the same bits as
+`lpips.LPIPS`.
 """
 
 import os
@@ -85,12 +86,12 @@ class LPIPSModel(ModelMixin, ConfigMixin):
     Frozen perceptual distance between images in [-1, 1].
 
     D(x, y) = sum over feature maps of the spatial mean of w . (f(x) - f(y))^2, with f normalised to unit length over
-    channels and w the calibrated heads (equation 1 of Zhang et al.), or ones if `calibrated` is False. It stays in float32
-    under `.to(dtype)`: normalised features divide by lengths that half precision rounds to zero.
+    channels and w the calibrated heads (equation 1 of Zhang et al.), or ones if `calibrated` is False. It stays in
+    float32 under `.to(dtype)`: normalised features divide by lengths that half precision rounds to zero.
 
     Args:
-        trunk (`str`): `"alex"`, `"vgg"` (VGG16), `"squeeze"` (SqueezeNet 1.1), or `"squeezenet1_0"`, for which no heads
-            were ever published.
+        trunk (`str`): `"alex"`, `"vgg"` (VGG16), `"squeeze"` (SqueezeNet 1.1), or `"squeezenet1_0"`, for which no
+            heads were ever published.
         calibrated (`bool`): With the published heads' shape (weights are random until loaded), or plain features.
     """
 
@@ -102,7 +103,9 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         if trunk not in TRUNKS:
             raise ValueError(f"trunk is {trunk!r}, but must be one of {tuple(TRUNKS)}.")
         if calibrated and trunk == "squeezenet1_0":
-            raise ValueError("calibrated is True, but trunk 'squeezenet1_0' has no published heads: pass calibrated=False.")
+            raise ValueError(
+                "calibrated is True, but trunk 'squeezenet1_0' has no published heads: pass calibrated=False."
+            )
         build, self.taps, channels, self.smallest_input, (shift, scale) = TRUNKS[trunk]
         self.layers = nn.Sequential(*build())
         self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1, bias=False) for c in channels) if calibrated else None
@@ -121,8 +124,8 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         Take trunk and heads over from the `lpips` package.
 
         Args:
-            net (`str` or `lpips.LPIPS`): `"alex"`, `"vgg"` or `"squeeze"`: lpips ships the heads, and torchvision downloads
-                the ImageNet trunk once (233, 528 or 5 MB). Or a network that was already built.
+            net (`str` or `lpips.LPIPS`): `"alex"`, `"vgg"` or `"squeeze"`: lpips ships the heads, and torchvision
+                downloads the ImageNet trunk once (233, 528 or 5 MB). Or a network that was already built.
         """
         import lpips
 
@@ -144,7 +147,8 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         Plain, uncalibrated features of an ImageNet classifier, for machines without network.
 
         Args:
-            path (`str` or `os.PathLike`): A safetensors file of a torchvision classifier (keys `features.0.weight`, ...).
+            path (`str` or `os.PathLike`): A safetensors file of a torchvision classifier (keys `features.0.weight`,
+                ...).
             trunk (`str`): Which network it holds.
         """
         from safetensors.torch import load_file
@@ -153,7 +157,9 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         wanted = set(model.layers.state_dict())
         state = {key.removeprefix("features."): value for key, value in load_file(path).items()}
         if missing := sorted(wanted - set(state)):
-            raise ValueError(f"path is {os.fspath(path)!r}, but a {trunk} trunk needs the key 'features.{missing[0]}' in it.")
+            raise ValueError(
+                f"path is {os.fspath(path)!r}, but a {trunk} trunk needs the key 'features.{missing[0]}' in it."
+            )
         model.layers.load_state_dict({key: state[key] for key in wanted})
         return model
 
@@ -169,15 +175,15 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         Feature maps of unit length over channels.
 
         Args:
-            images (`torch.Tensor`): float32, shape (B, 3, H, W) or (B, 1, H, W) (grey, shown to all three channels), in
-                [-1, 1], noise on top allowed.
+            images (`torch.Tensor`): float32, shape (B, 3, H, W) or (B, 1, H, W) (grey, shown to all three channels),
+                in [-1, 1], noise on top allowed.
 
         Raises:
             ValueError: If the images are too small for the trunk.
         """
         if min(images.shape[-2:]) < self.smallest_input:
             raise ValueError(
-                f"images are {images.shape[-2]}x{images.shape[-1]}, but the {self.config.trunk!r} trunk needs at least "
+                f"images are {images.shape[-2]}x{images.shape[-1]}, but trunk {self.config.trunk!r} needs at least "
                 f"{self.smallest_input}x{self.smallest_input} pixels: enlarge them first or choose another trunk."
             )
         x = (images.expand(-1, 3, -1, -1) - self.shift) / self.scale

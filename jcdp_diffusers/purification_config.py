@@ -1,4 +1,4 @@
-"""How to purify: the settings of one purification, four named presets, and the file that a purifier repository keeps them in."""
+"""How to purify: settings, four named presets, and the file in which a purifier repository keeps its own."""
 
 import dataclasses
 import json
@@ -22,22 +22,28 @@ class PurificationConfig:
 
     Args:
         diffusion_steps (`int`): T_p, the number of forward steps: images are diffused to the level alpha_bar[T_p - 1].
-        num_inference_steps (`int`, *optional*): UNet evaluations per round, spread evenly from T_p - 1 down to 0; None is T_p.
+        num_inference_steps (`int`, *optional*): UNet evaluations per round, spread evenly from T_p - 1 down to 0; None
+            is T_p.
         num_rounds (`int`): N, how often the image is diffused and denoised again.
-        pixel_guidance_scale (`float`): Scale of the pixel guide (gradient of the per-image mean squared error); 0 is off.
+        pixel_guidance_scale (`float`): Scale of the pixel guide (gradient of the per-image mean squared error); 0 is
+            off.
         perceptual_guidance_scale (`float`): Scale of the perceptual guide (gradient of the per-image LPIPS); 0 is off.
-        guidance_strength (`str`): Factor on both scales over time: `"constant"` or `"noise_to_signal"` (`guidance.strength`).
-        pixel_guidance_window (`tuple[int, int]`, *optional*): First and last timestep (inclusive, counted from 0) at which the
-            pixel guide acts; None is always.
+        guidance_strength (`str`): Factor on both scales over time: `"constant"` or `"noise_to_signal"`
+            (`guidance.strength`).
+        pixel_guidance_window (`tuple[int, int]`, *optional*): First and last timestep (inclusive, counted from 0) at
+            which the pixel guide acts; None is always.
         perceptual_guidance_window (`tuple[int, int]`, *optional*): The same for the perceptual guide.
-        reference (`str`): Noise of the reference that the guides pull towards. `"chain"`: the forward chain of the protected
-            image, with the noise that made x_Tp (the paper's Algorithm 1). `"fresh"`: drawn anew at every step (the authors' code).
-        start_one_level_higher (`bool`): Start from alpha_bar[T_p] but denoise from T_p - 1, the authors' code's off-by-one.
+        reference (`str`): Noise of the reference that the guides pull towards. `"chain"`: the forward chain of the
+            protected image, with the noise that made x_Tp (the paper's Algorithm 1). `"fresh"`: drawn anew at every
+            step (the authors' code).
+        start_one_level_higher (`bool`): Start from alpha_bar[T_p] but denoise from T_p - 1, the authors' code's
+            off-by-one.
         final_variance_factor (`float`): Factor on the guidance at t = 0, where variance conventions differ.
-        variance_type (`str`, *optional*): `"fixed_small"` or `"fixed_large"`; None keeps the repository's scheduler as it is.
+        variance_type (`str`, *optional*): `"fixed_small"` or `"fixed_large"`; None keeps the repository's scheduler as
+            it is.
         perceptual_network (`str`, *optional*): `LPIPSModel.name` that the perceptual scale was tuned for.
-        trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) that the network was
-            trained on; a T_p beyond it is refused. None is the whole schedule.
+        trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) that the
+            network was trained on; a T_p beyond it is refused. None is the whole schedule.
     """
 
     diffusion_steps: int = 100
@@ -67,7 +73,8 @@ class PurificationConfig:
             raise ValueError(f"diffusion_steps is {self.diffusion_steps}, but must be at least 1.")
         if evaluations is not None and not 1 <= evaluations <= self.diffusion_steps:
             raise ValueError(
-                f"num_inference_steps is {evaluations}, but must lie between 1 and diffusion_steps ({self.diffusion_steps})."
+                f"num_inference_steps is {evaluations}, but must lie between 1 and diffusion_steps "
+                f"({self.diffusion_steps})."
             )
         if self.num_rounds < 1:
             raise ValueError(f"num_rounds is {self.num_rounds}, but must be at least 1.")
@@ -95,19 +102,24 @@ class PurificationConfig:
         return path
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **hub_options) -> "PurificationConfig | None":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **hub_options
+    ) -> "PurificationConfig | None":
         """
         Read `purification_config.json` of a purifier repository; None if it has none.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or a repository on the Hub.
-            hub_options: Passed to `hf_hub_download`: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+            hub_options: Passed to `hf_hub_download`: `revision`, `token`, `cache_dir`, `local_files_only`,
+            `force_download`.
         """
         path = Path(pretrained_model_name_or_path) / CONFIG_NAME
         if not path.parent.is_dir():
             try:
                 path = Path(hf_hub_download(str(pretrained_model_name_or_path), CONFIG_NAME, **hub_options))
-            except (EntryNotFoundError, LocalEntryNotFoundError):
+            except LocalEntryNotFoundError:  # no network and no copy: nobody knows whether the repository has the file
+                raise
+            except EntryNotFoundError:
                 return None
         if not path.is_file():
             return None
@@ -125,8 +137,8 @@ _GDMP_SCALE = 60_000 * 3 * 255 / (2 * 8) / 100
 PRESETS = {
     # Diffuse and denoise without a guide: AVATAR (Dolatabadi et al., 2024) and DiffPure (Nie et al., 2022), t* = 100.
     "unconditional": PurificationConfig(),
-    # Algorithm 1 of the paper: both guides at every step, constant scales. T_p and N are the authors' code's; the paper
-    # does not give its two scales: these are ours, each chosen to move the image about as far as the other.
+    # Algorithm 1 of the paper: both guides at every step, constant scales. T_p and N are the authors' code's; the
+    # paper does not give its two scales: these are ours, each chosen to move the image about as far as the other.
     "paper": PurificationConfig(
         diffusion_steps=20,
         num_rounds=4,
@@ -134,8 +146,8 @@ PRESETS = {
         perceptual_guidance_scale=500.0,
         perceptual_network="lpips-alex",
     ),
-    # What the authors' released code does (jiangw-0/LE_JCDP): the pixel guide at t = 19..11, the perceptual one at 10..0.
-    # At t = 0 its variance is 5.4532e-5, where diffusers' fixed_large has beta_0 = 1.0e-4.
+    # What the authors' released code does (jiangw-0/LE_JCDP): the pixel guide at t = 19..11, the perceptual one at
+    # 10..0. At t = 0 its variance is 5.4532e-5, where diffusers' fixed_large has beta_0 = 1.0e-4.
     "code": PurificationConfig(
         diffusion_steps=20,
         num_rounds=4,

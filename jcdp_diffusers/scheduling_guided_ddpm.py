@@ -29,7 +29,8 @@ class GuidedDDPMScheduler(DDPMScheduler):
         variance_noise: torch.Tensor | None = None,
     ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
-        Go from x_t to x_{t-1}; bit-equal to `DDPMScheduler.step` when neither `gradient` nor `variance_noise` is given.
+        Go from x_t to x_{t-1}; bit-equal to `DDPMScheduler.step` when neither `gradient` nor `variance_noise` is
+        given.
 
         Args:
             model_output (`torch.Tensor`): The network's prediction at x_t, shape (B, C, H, W).
@@ -49,8 +50,8 @@ class GuidedDDPMScheduler(DDPMScheduler):
             return super().step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
         if self.config.variance_type not in ("fixed_small", "fixed_large"):
             raise ValueError(
-                f"variance_type is {self.config.variance_type!r}, but guided steps accept 'fixed_small' and 'fixed_large' "
-                "only, because the others are logarithms, standard deviations or network outputs."
+                f"variance_type is {self.config.variance_type!r}, but guided steps accept only 'fixed_small' and "
+                "'fixed_large', because the others are logarithms, standard deviations or network outputs."
             )
         variance = self._get_variance(timestep)
         if variance_noise is None:

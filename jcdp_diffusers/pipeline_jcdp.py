@@ -1,0 +1,500 @@
+"""A batch of images in, purified images out: joint conditional diffusion purification as a diffusers pipeline."""
+
+import contextlib
+import dataclasses
+import inspect
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi, snapshot_download
+from PIL import Image
+
+from .guidance import earlier_chain_noise, in_window, perceptual_gradient, pixel_gradient, strength
+from .noise import content_id, image_keys, normal_noise
+from .perceptual import LPIPSModel
+from .purification_config import CONFIG_NAME, PRESETS, PurificationConfig
+from .scheduling_guided_ddpm import GuidedDDPMScheduler
+
+
+Images = Image.Image | list[Image.Image] | np.ndarray | torch.Tensor
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+MICRO_BATCH = {"cpu": 16}  # beyond it activations leave a CPU's cache and up to a third of the speed is lost
+MICRO_BATCH_ON_ACCELERATOR = 256
+
+
+@dataclasses.dataclass
+class PurificationOutput(BaseOutput):
+    """
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): Purified images, as `output_type` asked: PIL,
+            float array (N, H, W, C) in [0, 1], or float32 tensor (N, C, H, W) in [0, 1].
+        seed (`int`, *optional*): Seed of the noise, given or drawn; None if generators were given.
+        ids (`list[str]`, *optional*): Id of each image, given or made from its content; None if generators were given.
+    """
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+    seed: int | None = None
+    ids: list[str] | None = None
+
+
+class JointConditionalPurificationPipeline(DiffusionPipeline):
+    """
+    Diffuse protected images a little and denoise them again, guided towards what they show.
+
+    Implements Algorithm 1 of *Unlearnable Examples Give a False Sense of Security* (ACM MM 2023): N rounds of T_p
+    forward steps and T_p reverse steps whose mean is shifted by sigma_t^2 (d1 + d2), d1 = -scale grad MSE, d2 = -scale
+    grad LPIPS.
+
+    Any DDPM repository is a purifier: `from_pretrained("google/ddpm-cifar10-32")` works, and what `save_pretrained`
+    writes loads in plain diffusers. Beside the DDPM it may hold `purification_config.json` and `perceptual/`.
+
+    Args:
+        unet (`UNet2DModel`): Noise predictor, trained on raw images in [-1, 1].
+        scheduler (`GuidedDDPMScheduler`): A plain `DDPMScheduler` is converted; its configuration is kept.
+        perceptual (`LPIPSModel`, *optional*): Needed for a positive perceptual scale only.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _exclude_from_cpu_offload = [
+        "perceptual"
+    ]  # called at every step: moving it in and out would cost more than its work
+    _optional_components = ["perceptual"]
+    _callback_tensor_inputs = ["sample"]
+
+    def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, perceptual: LPIPSModel | None = None):
+        super().__init__()
+        if type(scheduler) is DDPMScheduler:
+            scheduler = GuidedDDPMScheduler.from_config(scheduler.config)
+        self.register_modules(unet=unet, scheduler=scheduler, perceptual=perceptual)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self.purification_config: PurificationConfig | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """
+        Load a purifier: a folder or Hub repository that `DDPMPipeline` can load, too.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or repository id.
+            kwargs: As for `DiffusionPipeline.from_pretrained`; `perceptual=` takes precedence over the repository's
+            own.
+        """
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            # diffusers downloads only what model_index.json names; the same snapshot gets what lies beside it.
+            beside = [CONFIG_NAME, "perceptual/*"]
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=beside, **hub_options))
+        pipe.purification_config = PurificationConfig.from_pretrained(folder)
+        if "perceptual" not in kwargs and (folder / "perceptual").is_dir():
+            pipe.register_modules(perceptual=LPIPSModel.from_pretrained(folder / "perceptual"))
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """Share the components of another pipeline, e.g. a `DDPMPipeline`; `perceptual=` may be added."""
+        pipe = super().from_pipe(pipeline, **kwargs)
+        pipe.purification_config = getattr(pipeline, "purification_config", None)
+        return pipe
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        commit_message: str = "Upload purifier",
+        private: bool | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+        **kwargs,
+    ):
+        """
+        Write a plain DDPM repository, with `purification_config.json` and `perceptual/` beside it if there are any.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Made if needed.
+            push_to_hub (`bool`): Push the folder, as it then is, in one commit.
+            repo_id (`str`, *optional*): The folder's name by default.
+            commit_message, private, create_pr, token: As in `huggingface_hub`.
+            kwargs: Passed to `DDPMPipeline.save_pretrained`: `safe_serialization`, `variant`, `max_shard_size`.
+        """
+        scheduler = DDPMScheduler.from_config(self.scheduler.config)
+        DDPMPipeline(self.unet, scheduler).save_pretrained(save_directory, **kwargs)
+        if self.purification_config is not None:
+            self.purification_config.save_pretrained(save_directory)
+        if self.perceptual is not None:
+            self.perceptual.save_pretrained(Path(save_directory) / "perceptual")
+        if push_to_hub:
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id or Path(save_directory).name, private=private, exist_ok=True).repo_id
+            api.upload_folder(
+                repo_id=repo_id, folder_path=save_directory, commit_message=commit_message, create_pr=create_pr
+            )
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """Push the purifier in one commit; `kwargs` as for `save_pretrained`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Images,
+        *,
+        preset: str | PurificationConfig | None = None,
+        diffusion_steps: int | None = None,
+        num_inference_steps: int | None = None,
+        num_rounds: int | None = None,
+        pixel_guidance_scale: float | None = None,
+        perceptual_guidance_scale: float | None = None,
+        guidance_strength: str | None = None,
+        pixel_guidance_window: tuple[int, int] | None = None,
+        perceptual_guidance_window: tuple[int, int] | None = None,
+        reference: str | None = None,
+        variance_type: str | None = None,
+        seed: int | None = None,
+        ids: list[str] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        micro_batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample",),
+    ) -> PurificationOutput | tuple:
+        """
+        Purify images.
+
+        A setting is the argument of this call if given, else that of `preset`, else of the repository's
+        `purification_config.json`, else the package's default (`PurificationConfig()`, preset `"unconditional"`).
+
+        An image's result depends on its content, the settings, the seed and its id, not on the other images of the
+        call: the networks always run on exactly `micro_batch_size` images, the last batch padded, and on a CPU on a
+        power of two of threads. Equal bits are promised for equal settings on one kind of machine.
+
+        Args:
+            images (`PIL.Image.Image`, `list`, `np.ndarray` or `torch.Tensor`): PIL images of one size; or a float
+                array (N, H, W, C) or tensor (N, C, H, W) in [0, 1]. C is the UNet's number of channels.
+            preset (`str` or `PurificationConfig`, *optional*): `"unconditional"`, `"paper"`, `"code"`, `"gdmp"`, or
+                settings.
+            diffusion_steps (`int`, *optional*): T_p.
+            num_inference_steps (`int`, *optional*): UNet evaluations per round, at most T_p.
+            num_rounds (`int`, *optional*): N.
+            pixel_guidance_scale, perceptual_guidance_scale (`float`, *optional*): Scales of the guides; 0 costs
+                nothing.
+            guidance_strength, pixel_guidance_window, perceptual_guidance_window, reference, variance_type
+            (*optional*):
+                As in `PurificationConfig`.
+            seed (`int`, *optional*): Of the noise; drawn and returned if neither seed nor generator is given.
+            ids (`list[str]`, *optional*): Unique id of each image, part of the noise's key; made from its content if
+                not given.
+            generator (`torch.Generator` or a list of one per image, *optional*): Instead of a seed. A list makes an
+                image's result independent of its batch, a single generator does not.
+            micro_batch_size (`int`, *optional*): Images per UNet call, 16 on a CPU, 256 elsewhere by default.
+            output_type (`str`): `"pil"`, `"np"` or `"pt"`.
+            return_dict (`bool`): A `PurificationOutput`, or the tuple `(images,)`.
+            callback_on_step_end (`Callable`, *optional*): Called as `f(pipe, step, timestep, {"sample": sample})`
+                after each step, counted over all rounds; a dictionary that it returns may replace the sample, shape
+                (N, C, H, W).
+            callback_on_step_end_tensor_inputs (`tuple[str, ...]`): `"sample"` is all there is.
+
+        Raises:
+            ValueError: For images, settings or components that cannot be used, in one sentence.
+            TypeError: For images of a type that is not listed above.
+        """
+        # 1. Check and settle
+        self.check_inputs(images, seed, ids, generator, output_type, callback_on_step_end_tensor_inputs)
+        overrides = dict(
+            diffusion_steps=diffusion_steps,
+            num_inference_steps=num_inference_steps,
+            num_rounds=num_rounds,
+            pixel_guidance_scale=pixel_guidance_scale,
+            perceptual_guidance_scale=perceptual_guidance_scale,
+            guidance_strength=guidance_strength,
+            pixel_guidance_window=pixel_guidance_window,
+            perceptual_guidance_window=perceptual_guidance_window,
+            reference=reference,
+            variance_type=variance_type,
+        )
+        config = self.resolve_config(preset, **overrides)
+        device = self._execution_device
+        original = self.image_processor.preprocess(images).to(device, torch.float32)
+        count = len(original)
+        if generator is None:
+            seed = secrets.randbits(63) if seed is None else seed
+            ids = [content_id(image) for image in to_bytes(original)] if ids is None else list(ids)
+        self.check_lengths(count, ids, generator)
+
+        # 2. Pad to whole micro-batches, so that the networks see one shape only
+        size = micro_batch_size or MICRO_BATCH.get(device.type, MICRO_BATCH_ON_ACCELERATOR)
+        batches = [slice(start, start + size) for start in range(0, count, size)]
+        original = torch.cat([original, original.new_zeros(-count % size, *original.shape[1:])])
+        draw_noise = self.prepare_noise(original.shape, count, seed, ids, generator, device)
+
+        # 3. Timesteps, on a scheduler of this call's own
+        scheduler = self.prepare_scheduler(config)
+        start_level = config.diffusion_steps - (0 if config.start_one_level_higher else 1)
+        start_bar = scheduler.alphas_cumprod[start_level].item()
+
+        # 4. N rounds of forward and reverse
+        sample = original.clone()
+        chain_noise, chain_bar = torch.empty_like(original), [start_bar] * len(batches)
+        steps = len(scheduler.timesteps)
+        with (
+            power_of_two_threads(device),
+            self.progress_bar(total=config.num_rounds * steps * len(batches)) as progress,
+        ):
+            for round_index in range(config.num_rounds):
+                for index, rows in enumerate(batches):
+                    noise = draw_noise(rows, round_index, 0, "start").mul_((1 - start_bar) ** 0.5)
+                    sample[rows] = sample[rows].mul_(start_bar**0.5).add_(noise)
+                    chain_noise[rows], chain_bar[index] = noise, start_bar
+                for step_index, timestep in enumerate(scheduler.timesteps.tolist()):
+                    for index, rows in enumerate(batches):
+                        sample[rows], chain_bar[index] = self.reverse_step(
+                            scheduler,
+                            config,
+                            timestep,
+                            sample[rows],
+                            original[rows],
+                            chain_noise[rows],
+                            chain_bar[index],
+                            lambda use, rows=rows: draw_noise(rows, round_index, step_index, use),
+                        )
+                        progress.update()
+                    if callback_on_step_end is not None:
+                        changed = callback_on_step_end(
+                            self, round_index * steps + step_index, timestep, {"sample": sample[:count]}
+                        )
+                        if changed:
+                            sample[:count] = changed.pop("sample", sample[:count])
+
+        # 5. Back to images
+        sample = sample[:count]
+        if not torch.isfinite(sample).all():
+            raise ValueError(
+                f"unet of type {self.unet.dtype} returned values that are not finite: check its weights or type."
+            )
+        purified = self.image_processor.postprocess(sample, output_type=output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (purified,)
+        return PurificationOutput(images=purified, seed=seed, ids=ids)
+
+    def reverse_step(
+        self, scheduler, config, timestep, sample, original, chain_noise, chain_bar, draw_noise
+    ) -> tuple[torch.Tensor, float]:
+        """
+        One guided reverse step of one micro-batch: predict, guide, draw.
+
+        Args:
+            scheduler (`GuidedDDPMScheduler`): With this run's timesteps.
+            config (`PurificationConfig`): Settings.
+            timestep (`int`): t, counted from 0.
+            sample (`torch.Tensor`): x_t, float32, (B, C, H, W).
+            original (`torch.Tensor`): The protected images in [-1, 1], (B, C, H, W).
+            chain_noise (`torch.Tensor`): Noise of the reference's forward chain at `chain_bar`; overwritten when it
+                moves on.
+            chain_bar (`float`): alpha_bar that `chain_noise` belongs to.
+            draw_noise (`Callable[[str], torch.Tensor]`): From a use to standard normal noise of the sample's shape.
+
+        Returns:
+            `tuple[torch.Tensor, float]`: x_{t-1} and the chain's alpha_bar.
+        """
+        prediction = self.unet(sample.to(self.unet.dtype), timestep, return_dict=False)[0].float()
+        pixel = config.pixel_guidance_scale > 0 and in_window(timestep, config.pixel_guidance_window)
+        perceptual = config.perceptual_guidance_scale > 0 and in_window(timestep, config.perceptual_guidance_window)
+        gradient = None
+        if pixel or perceptual:
+            bar = scheduler.alphas_cumprod[timestep].item()
+            if config.reference == "fresh":
+                noise = draw_noise("reference").mul_((1 - bar) ** 0.5)
+            else:
+                if bar != chain_bar:
+                    chain_noise.copy_(earlier_chain_noise(chain_noise, chain_bar, bar, draw_noise("reference")))
+                noise, chain_bar = chain_noise, bar
+            reference = noise + original * bar**0.5
+            factor = -strength(config.guidance_strength, bar) * (
+                config.final_variance_factor if timestep == 0 else 1.0
+            )
+            if pixel:
+                gradient = pixel_gradient(sample, reference).mul_(factor * config.pixel_guidance_scale)
+            if perceptual:
+                slope = perceptual_gradient(sample, reference, self.perceptual)
+                slope.mul_(factor * config.perceptual_guidance_scale)
+                gradient = slope if gradient is None else gradient.add_(slope)
+        variance_noise = draw_noise("variance") if timestep > 0 else None
+        previous = scheduler.step(prediction, timestep, sample, gradient=gradient, variance_noise=variance_noise)
+        return previous.prev_sample, chain_bar
+
+    def resolve_config(self, preset: str | PurificationConfig | None = None, **overrides) -> PurificationConfig:
+        """
+        The settings that a call with these arguments uses: argument, else preset, else repository, else package
+        default.
+
+        Args:
+            preset (`str` or `PurificationConfig`, *optional*): A preset's name, or settings.
+            overrides: Fields of `PurificationConfig`; None is not given.
+
+        Raises:
+            ValueError: If the preset is unknown, or this purifier cannot do what the settings ask.
+        """
+        repository = self.purification_config
+        if isinstance(preset, str) and preset not in PRESETS:
+            raise ValueError(f"preset is {preset!r}, but must be one of {tuple(PRESETS)}.")
+        base = PRESETS[preset] if isinstance(preset, str) else preset or repository or PRESETS["unconditional"]
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        # What the network was trained on is a fact of the repository, whatever settings are used.
+        trained = repository.trained_timesteps if repository is not None else base.trained_timesteps
+        config = dataclasses.replace(base, **overrides, trained_timesteps=trained)
+
+        end = self.scheduler.config.num_train_timesteps if trained is None else trained[1]
+        highest = config.diffusion_steps + config.start_one_level_higher
+        if highest > end:
+            raise ValueError(
+                f"diffusion_steps is {config.diffusion_steps}, but this purifier knows only timesteps below {end}, "
+                f"so at most {end - config.start_one_level_higher} is accepted."
+            )
+        if "gradient" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(
+                f"scheduler is a {type(self.scheduler).__name__}, whose step takes no gradient: set "
+                "pipe.scheduler = GuidedDDPMScheduler.from_config(pipe.scheduler.config)."
+            )
+        if config.perceptual_guidance_scale > 0:
+            wanted = None if "perceptual_guidance_scale" in overrides else config.perceptual_network
+            if self.perceptual is None or wanted not in (None, self.perceptual.name):
+                has = "no network" if self.perceptual is None else repr(self.perceptual.name)
+                raise ValueError(
+                    f"perceptual_guidance_scale is {config.perceptual_guidance_scale:g} and needs the network "
+                    f"{wanted or 'it is meant for'!r}, but the pipeline has {has}: pass "
+                    "perceptual=LPIPSModel.from_lpips('alex') to from_pretrained, or perceptual_guidance_scale=0."
+                )
+        return config
+
+    def prepare_scheduler(self, config: PurificationConfig) -> DDPMScheduler:
+        """A copy of the scheduler for one call: its variance type, and timesteps from T_p - 1 down to 0."""
+        changes = {} if config.variance_type is None else {"variance_type": config.variance_type}
+        scheduler = type(self.scheduler).from_config(self.scheduler.config, **changes)
+        evaluations = config.num_inference_steps or config.diffusion_steps
+        timesteps = np.linspace(config.diffusion_steps - 1, 0, evaluations).round().astype(int)
+        scheduler.set_timesteps(timesteps=timesteps.tolist())
+        return scheduler
+
+    def prepare_noise(self, shape, count, seed, ids, generator, device) -> Callable:
+        """
+        From (rows, round, step, use) to noise for those rows; rows behind the last image get zeros or a key of their
+        own.
+        """
+        if generator is None:
+            keys = image_keys(seed, ids + ["padding"] * (shape[0] - count), device)
+
+            def draw(rows, round_index, step_index, use):
+                return normal_noise(keys[rows], shape[1:], round_index=round_index, step_index=step_index, use=use)
+        else:
+
+            def draw(rows, round_index, step_index, use):
+                real = range(count)[rows]
+                own = generator if isinstance(generator, torch.Generator) else [generator[i] for i in real]
+                noise = torch.zeros(rows.stop - rows.start, *shape[1:], device=device)
+                noise[: len(real)] = randn_tensor((len(real), *shape[1:]), generator=own, device=device)
+                return noise
+
+        return draw
+
+    def check_inputs(self, images, seed, ids, generator, output_type, callback_tensor_inputs):
+        """Refuse what cannot be purified, each with one sentence."""
+        if generator is not None and (seed is not None or ids is not None):
+            raise ValueError(
+                "generator is given together with seed or ids, but noise comes from one of the two: drop either."
+            )
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type is {output_type!r}, but must be 'pil', 'np' or 'pt'.")
+        if unknown := [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]:
+            raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}, but only 'sample' is accepted.")
+        if ids is not None and len(set(ids)) < len(ids):
+            raise ValueError(f"ids has {len(ids) - len(set(ids))} repeated entries, but each image needs its own.")
+        channels = self.unet.config.in_channels
+        if isinstance(images, (Image.Image, list, tuple)):
+            images = [images] if isinstance(images, Image.Image) else list(images)
+            if not images:
+                raise ValueError("images is an empty list, but at least one image is needed.")
+            if wrong := [i for i in images if not isinstance(i, Image.Image)]:
+                raise TypeError(f"images is a list with a {type(wrong[0]).__name__}, but a list must hold PIL images.")
+            modes = {1: "L", 3: "RGB"}
+            if wrong := [i for i in images if i.mode != modes.get(channels)]:
+                raise ValueError(
+                    f"images has a PIL image of mode {wrong[0].mode!r}, but this UNet takes {channels} channels, mode "
+                    f"{modes.get(channels)!r}: convert it first."
+                )
+            sizes = {i.size for i in images}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"images has sizes {sorted(sizes)[:3]}, but all images of one call must have the same size."
+                )
+            (width, height), given = sizes.pop(), channels
+        elif isinstance(images, (np.ndarray, torch.Tensor)):
+            floating = images.is_floating_point() if isinstance(images, torch.Tensor) else images.dtype.kind == "f"
+            if not floating:
+                raise ValueError(
+                    f"images is of type {images.dtype}, but must be a float type in [0, 1]: divide by 255."
+                )
+            if images.ndim != 4 or 0 in images.shape:
+                raise ValueError(f"images has shape {tuple(images.shape)}, but must have four non-empty dimensions.")
+            given, height, width = (
+                images.shape[1:] if isinstance(images, torch.Tensor) else (images.shape[3], *images.shape[1:3])
+            )
+            if not bool((images == images).all()):
+                raise ValueError("images has NaN values, but every value must be a number in [0, 1].")
+            low, high = float(images.min()), float(images.max())
+            if low < 0 or high > 1:
+                raise ValueError(f"images has values from {low:g} to {high:g}, but must lie in [0, 1].")
+        else:
+            raise TypeError(
+                f"images is a {type(images).__name__}, but must be a PIL image, a list of them, a NumPy array or a "
+                "torch tensor."
+            )
+        if given != channels:
+            raise ValueError(f"images has {given} channels, but this UNet takes {channels}.")
+        multiple = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"images are {height}x{width}, but height and width must be multiples of {multiple} for this UNet."
+            )
+
+    def check_lengths(self, count, ids, generator):
+        """Refuse ids or generators that are not one per image."""
+        if ids is not None and len(ids) != count:
+            raise ValueError(f"ids has {len(ids)} entries, but there are {count} images.")
+        if isinstance(generator, (list, tuple)) and len(generator) != count:
+            raise ValueError(f"generator has {len(generator)} entries, but there are {count} images.")
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """From [-1, 1] to uint8 on the CPU, rounded once: what an image's content id is made from."""
+    return images.mul(127.5).add_(127.5).round_().clamp_(0, 255).to("cpu", torch.uint8)
+
+
+@contextlib.contextmanager
+def power_of_two_threads(device: torch.device):
+    """
+    On a CPU, run on the largest power of two of the available threads: with three, results depend on an image's place.
+    """
+    threads = torch.get_num_threads()
+    allowed = 1 << (threads.bit_length() - 1)
+    if device.type == "cpu" and allowed != threads:
+        torch.set_num_threads(allowed)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
