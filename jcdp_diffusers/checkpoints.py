@@ -1,8 +1,8 @@
 """
 Training checkpoints that a kill at any moment cannot spoil.
 
-A folder named `checkpoint-<step>` is complete: it is written under a name with a leading dot, flushed to the disk and then
-renamed. A folder that is to go is renamed first, too, so no half-deleted one bears a checkpoint's name.
+A folder named `checkpoint-<step>` is complete: it is written under a name with a leading dot, flushed to the disk and
+then renamed. A folder that is to go is renamed first, too, so no half-deleted one bears a checkpoint's name.
 """
 
 import json

@@ -1,13 +1,12 @@
 """
 Training of a purifier: an unconditional DDPM on raw images, on any number of processes.
 
-The order of the images, their noise, timesteps, flips and crops are a pure function of (seed, step, position in the total
-batch), never the state of a random stream. So a run that was killed goes on to the same weights, and two processes of
-batch 8 see the same total batch as one process of batch 16. Labels are never read.
+The order of the images, their noise, timesteps, flips and crops are a pure function of (seed, step, position in the
+total batch), never the state of a random stream. So a run that was killed goes on to the same weights, and two
+processes of batch 8 see the same total batch as one process of batch 16. Labels are never read.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -15,7 +14,6 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,25 +22,31 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .checkpoints import PROGRESS_NAME, find_checkpoint, list_checkpoints, remove_leftovers, save_checkpoint
+from .data import LabelledImages
+from .denoising import (
+    PREDICTION_TYPES,
+    TIMESTEP_SAMPLINGS,
+    denoising_grid,
+    denoising_target,
+    held_out_losses,
+    min_snr_weights,
+    random_generator,
+    sample_grid,
+    sample_timesteps,
+)
 from .purification_config import PurificationConfig
-
-
-if TYPE_CHECKING:
-    import datasets
-
-    from .data import LabelledImages
+from .training_images import BatchLayout, ImageFiles, micro_batches, normalize
 
 
 RECORD_NAME = "training_record.json"
-TIMESTEP_SAMPLINGS = ("uniform", "antithetic", "stratified")
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -68,12 +72,12 @@ class TrainingConfig:
             min(ema_max_decay, 1 - (1 + step / ema_inv_gamma)^-ema_power), so a short run forgets its starting point.
         mixed_precision (`str`): `"no"`, `"bf16"` or `"fp16"`; weights, average and optimiser stay in float32.
         gradient_checkpointing (`bool`): Recompute activations in the backward pass, for memory.
-        snr_gamma (`float`, *optional*): Min-SNR loss weight (Hang et al., 2023; 5 is theirs); None weighs every image 1.
+        snr_gamma (`float`, *optional*): Min-SNR loss weight (Hang et al., 2023; 5 is theirs); None weighs all alike.
         random_flip (`bool`): Mirror half of the images. Off, because digits and text must not flip.
-        trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) to train on. A
-            purifier never visits t >= T_p; None is the whole schedule, which a generator of images needs.
-        timestep_sampling (`str`): `"uniform"`, `"antithetic"` (t together with its mirror in the range) or `"stratified"`
-            (one t from each of as many equal parts of the range as the total batch has images).
+        trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) to train on.
+            A purifier never visits t >= T_p; None is the whole schedule, which a generator of images needs.
+        timestep_sampling (`str`): `"uniform"`, `"antithetic"` (t together with its mirror in the range) or
+            `"stratified"` (one t from each of as many equal parts of the range as the total batch has images).
         checkpointing_steps (`int`, *optional*): Steps between checkpoints, one more at the end; None writes none.
         checkpoints_total_limit (`int`, *optional*): How many to keep.
         resume_from_checkpoint (`str`, *optional*): `"latest"` (a fresh start if there is none) or a checkpoint's name.
@@ -172,289 +176,14 @@ _FREE_SETTINGS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------- images
-
-
-class ImageFiles(torch.utils.data.Dataset):
-    """
-    Images of any size and any number, decoded, resized and cropped when they are needed, so memory stays bounded.
-
-    Args:
-        dataset (`datasets.Dataset`): With an `image` column; no other column is read.
-        resolution (`int`): The shorter side is resized to this, and a square of this size is cut out.
-        channels (`int`, defaults to 3): 3 converts to RGB, 1 to greyscale.
-        center_crop (`bool`, defaults to `False`): Cut the square from the middle rather than at random.
-        seed (`int`, defaults to 0): Of the random crops, each a function of (seed, draw).
-    """
-
-    def __init__(
-        self,
-        dataset: "datasets.Dataset",
-        *,
-        resolution: int,
-        channels: int = 3,
-        center_crop: bool = False,
-        seed: int = 0,
-    ):
-        if channels not in (1, 3):
-            raise ValueError(f"channels is {channels}, but must be 1 or 3.")
-        self.dataset = dataset.select_columns("image")
-        self.resolution, self.center_crop, self.seed = resolution, center_crop, seed
-        self.channels = channels
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
-        """Image number key[0], cropped for draw number key[1]: uint8, shape (C, resolution, resolution)."""
-        index, draw = key
-        image = self.resized(index)
-        spare = (image.width - self.resolution, image.height - self.resolution)
-        if self.center_crop:
-            left, top = spare[0] // 2, spare[1] // 2
-        else:
-            left, top = np.random.default_rng([self.seed, draw]).integers(0, np.add(spare, 1))
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
-        array = np.asarray(image).reshape(self.resolution, self.resolution, self.channels)
-        return torch.from_numpy(array.transpose(2, 0, 1).copy())
-
-    def resized(self, index: int) -> Image.Image:
-        """Image number `index` with its shorter side at `resolution`."""
-        image = self.dataset[int(index)]["image"].convert("RGB" if self.channels == 3 else "L")
-        scale = self.resolution / min(image.size)
-        size = (max(self.resolution, round(image.width * scale)), max(self.resolution, round(image.height * scale)))
-        return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The order in which an epoch visits the images: a permutation that depends on nothing but its arguments."""
-    return np.random.default_rng([seed, epoch]).permutation(length)
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchLayout:
-    """Which positions of a step's total batch belong to a process, micro-batch by micro-batch."""
-
-    rank: int
-    world: int
-    per_device: int
-    accumulation: int
-
-    @property
-    def total(self) -> int:
-        return self.world * self.per_device * self.accumulation
-
-    def positions(self, micro: int) -> slice:
-        start = (micro * self.world + self.rank) * self.per_device
-        return slice(start, start + self.per_device)
-
-    def draws(self, seed: int, length: int, start_step: int, end_step: int) -> Iterator[list[tuple[int, int]]]:
-        """(image, draw) pairs of this process's micro-batches; draw d is position d % total of step d // total."""
-        order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, seed, length=length))
-        for step in range(start_step, end_step):
-            for micro in range(self.accumulation):
-                here = self.positions(micro)
-                numbers = range(step * self.total + here.start, step * self.total + here.stop)
-                yield [(int(order(d // length)[d % length]), d) for d in numbers]
-
-
-def micro_batches(
-    images: "LabelledImages | ImageFiles",
-    layout: BatchLayout,
-    config: TrainingConfig,
-    start_step: int,
-    device: torch.device,
-) -> Iterator[torch.Tensor]:
-    """This process's micro-batches from a step on: uint8, shape (train_batch_size, C, H, W), on the device."""
-    draws = layout.draws(config.seed, len(images), start_step, config.max_train_steps)
-    if isinstance(images, ImageFiles):
-        loader = torch.utils.data.DataLoader(
-            images,
-            batch_sampler=draws,
-            num_workers=config.dataloader_num_workers,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # its default would take the workers' seed from the global stream
-        )
-        for batch in loader:
-            yield batch.to(device, non_blocking=True)
-    else:
-        pixels = _channels_first(images.images).to(device)
-        for batch in draws:
-            yield pixels[torch.tensor([index for index, _ in batch], device=device)]
-
-
-def _channels_first(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-# ----------------------------------------------------------------------------------------------------------------- noise
-
-
-def random_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose stream is a function of the key."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def sample_timesteps(sampling: str, count: int, first: int, end: int, generator: torch.Generator) -> torch.Tensor:
-    """
-    Timesteps of a total batch, each uniform in [first, end) by itself.
-
-    Args:
-        sampling (`str`): One of `TIMESTEP_SAMPLINGS`: independent; in pairs that mirror each other in the range (as in the
-            training code of DDIM); or one from each of `count` equal parts of the range.
-
-    Returns:
-        `torch.Tensor`: int64, shape (count,).
-    """
-    draw = torch.rand(count, generator=generator, device=generator.device)
-    if sampling == "stratified":
-        draw = (torch.arange(count, device=draw.device) + draw) / count
-    timesteps = first + (draw * (end - first)).long().clamp_(max=end - first - 1)
-    if sampling == "antithetic":
-        half = -(-count // 2)
-        timesteps[half:] = first + end - 1 - timesteps[: count - half]
-    return timesteps
-
-
-def denoising_target(scheduler: DDPMScheduler, clean, noise, timesteps) -> torch.Tensor:
-    """What the network is to predict, by the scheduler's `prediction_type`."""
-    return {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: scheduler.get_velocity(clean, noise, timesteps),
-        "sample": lambda: clean,
-    }[scheduler.config.prediction_type]()
-
-
-def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Min-SNR-gamma weights of the loss in the network's own target (Hang et al., 2023, section 3.4); shape (B,)."""
-    snr = compute_snr(scheduler, timesteps)
-    clipped = snr.clamp(max=gamma)
-    return {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[
-        scheduler.config.prediction_type
-    ]
-
-
-# ------------------------------------------------------------------------------------------------------------ validation
-
-_VALIDATION_CHUNK = 64  # fixed, so that the noise of an image does not depend on batch size or processes
-
-
-@torch.no_grad()
-def held_out_losses(
-    unet: UNet2DModel,
-    scheduler: DDPMScheduler,
-    images: np.ndarray,
-    *,
-    timesteps: tuple[int, int],
-    seed: int = 0,
-    chunks: slice = slice(None),
-) -> torch.Tensor:
-    """
-    Denoising losses on images that were not trained on, with noise and timesteps that stay the same from call to call.
-
-    Args:
-        images (`np.ndarray`): uint8, shape (N, H, W, C). Image i gets the middle of the i-th of N equal parts of the range.
-        timesteps (`tuple[int, int]`): First timestep and end (exclusive).
-        chunks (`slice`): Which blocks of 64 images to compute: how several processes share the work.
-
-    Returns:
-        `torch.Tensor`: float64, one per image: the mean squared error of the network's prediction over the image's values.
-    """
-    device = unet.device
-    first, end = timesteps
-    part = (torch.arange(len(images)) + 0.5) / len(images)
-    steps = first + (part * (end - first)).long()
-    losses = []
-    was_training = unet.training
-    unet.eval()
-    for start in range(0, len(images), _VALIDATION_CHUNK)[chunks]:
-        clean = normalize(_channels_first(images[start : start + _VALIDATION_CHUNK]))
-        noise = torch.randn(clean.shape, generator=random_generator(seed, "validation", start))
-        t = steps[start : start + _VALIDATION_CHUNK].to(device)
-        clean, noise = clean.to(device), noise.to(device)
-        prediction = unet(scheduler.add_noise(clean, noise, t), t).sample.float()
-        target = denoising_target(scheduler, clean, noise, t)
-        losses.append(F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3)).double())
-    unet.train(was_training)
-    return torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float64, device=device)
-
-
-@torch.no_grad()
-def denoising_grid(
-    unet: UNet2DModel, scheduler: DDPMScheduler, images: np.ndarray, *, timesteps: tuple[int, int], seed: int = 0
-) -> np.ndarray:
-    """
-    A picture of what the network removes: the images, then for three noise levels the noised ones and the x_0 predicted from them.
-
-    Args:
-        images (`np.ndarray`): uint8, shape (N, H, W, C).
-        timesteps (`tuple[int, int]`): The levels are at one, two and three thirds of this range.
-
-    Returns:
-        `np.ndarray`: uint8, shape (7 H, N W, 3).
-    """
-    clean = normalize(_channels_first(images)).to(unet.device)
-    noise = torch.randn(clean.shape, generator=random_generator(seed, "grid")).to(unet.device)
-    rows = [clean]
-    was_training = unet.training
-    unet.eval()
-    for third in (1, 2, 3):
-        t = torch.full(
-            (len(clean),), timesteps[0] + (timesteps[1] - timesteps[0]) * third // 3 - 1, device=unet.device
-        )
-        t = t.clamp(min=timesteps[0])
-        noised = scheduler.add_noise(clean, noise, t)
-        prediction = unet(noised, t).sample.float()
-        signal = scheduler.alphas_cumprod.to(unet.device)[t].view(-1, 1, 1, 1)
-        original = {
-            "epsilon": lambda: (noised - (1 - signal).sqrt() * prediction) / signal.sqrt(),
-            "v_prediction": lambda: signal.sqrt() * noised - (1 - signal).sqrt() * prediction,
-            "sample": lambda: prediction,
-        }[scheduler.config.prediction_type]()
-        rows += [noised, original]
-    unet.train(was_training)
-    return _grid(rows)
-
-
-@torch.no_grad()
-def sample_grid(unet: UNet2DModel, scheduler: DDPMScheduler, count: int, *, seed: int = 0) -> np.ndarray:
-    """Images drawn from noise in 50 DDIM steps: uint8, shape (H, count W, 3). Means something after training on every timestep."""
-    size = unet.config.sample_size
-    sampler = DDIMScheduler.from_config(scheduler.config)
-    sampler.set_timesteps(50)
-    sample = torch.randn((count, unet.config.in_channels, size, size), generator=random_generator(seed, "samples"))
-    sample = sample.to(unet.device)
-    was_training = unet.training
-    unet.eval()
-    for t in sampler.timesteps:
-        sample = sampler.step(unet(sample, t).sample.float(), t, sample).prev_sample
-    unet.train(was_training)
-    return _grid([sample])
-
-
-def _grid(rows: list[torch.Tensor]) -> np.ndarray:
-    picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
-    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy().transpose(1, 2, 0)
-    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
-
-
-# -------------------------------------------------------------------------------------------------------------- training
-
-
 def train_purifier(
-    images: "LabelledImages | ImageFiles",
+    images: LabelledImages | ImageFiles,
     *,
     unet: UNet2DModel,
     scheduler: DDPMScheduler,
     output_dir: str | os.PathLike,
     config: TrainingConfig,
-    validation_images: "LabelledImages | None" = None,
+    validation_images: LabelledImages | None = None,
     base_model: str | None = None,
     data_description: dict | None = None,
     progress: bool = True,
@@ -507,12 +236,14 @@ def _check(images, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
         raise ValueError(f"images have {channels} channels, but the network takes {unet.config.in_channels}.")
     if unet.config.out_channels != unet.config.in_channels:
         raise ValueError(
-            f"unet gives {unet.config.out_channels} channels for {unet.config.in_channels}, but a learned variance cannot be "
-            "trained: give a network that predicts as many channels as it takes."
+            f"unet gives {unet.config.out_channels} channels for {unet.config.in_channels}, but must give as many as "
+            "it takes: a learned variance cannot be trained."
         )
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+    if unet.class_embedding is not None:
+        raise ValueError("unet is conditioned on classes, but must be unconditional: labels are never read.")
+    if scheduler.config.prediction_type not in PREDICTION_TYPES:
         raise ValueError(
-            f"prediction_type is {scheduler.config.prediction_type!r}, but must be 'epsilon', 'v_prediction' or 'sample'."
+            f"prediction_type is {scheduler.config.prediction_type!r}, but must be one of {PREDICTION_TYPES}."
         )
 
 
@@ -562,7 +293,7 @@ class _Run:
         self.history: list[dict] = []
         self.validation: list[dict] = []
 
-    # Weights are saved without the prefix of DistributedDataParallel, so a run can go on with another number of processes.
+    # Without the prefix of DistributedDataParallel, so that a run can go on with another number of processes.
     def _save_weights(self, models, weights, folder):
         if self.accelerator.is_main_process:
             state = {name: tensor.contiguous() for name, tensor in self.unet.state_dict().items()}
@@ -583,6 +314,8 @@ class _Run:
         self.identity["trained_timesteps"] = list(self.timesteps)
         self.identity["total_batch_size"] = self.layout.total
         self.identity["images"] = _fingerprint(self.images)
+        self.identity["unet"] = _public(self.unet.config)
+        self.identity["scheduler"] = _public(self.scheduler.config)
         self.base_model = base_model
         self.data = {"num_images": len(self.images), **(data_description or {})}
 
@@ -598,7 +331,8 @@ class _Run:
             desc="train",
             disable=not (progress and accelerator.is_main_process),
         )
-        batches = micro_batches(self.images, self.layout, config, self.step, accelerator.device)
+        draws = self.layout.draws(config.seed, len(self.images), self.step, config.max_train_steps)
+        batches = micro_batches(self.images, draws, accelerator.device, config.dataloader_num_workers)
         running_loss = torch.zeros((), device=accelerator.device)
         if self.step == 0:
             self._validate()
@@ -609,13 +343,14 @@ class _Run:
             self.step += 1
             running_loss += loss
             bar.update()
-            if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
+            last = self.step == config.max_train_steps
+            saving = config.checkpointing_steps is not None and (last or self.step % config.checkpointing_steps == 0)
+            if last or saving or self.step % config.logging_steps == 0:
                 self._log(running_loss, norm, bar)
                 running_loss.zero_()
-            last = self.step == config.max_train_steps
             if last or self.step % config.validation_steps == 0:
                 self._validate()
-            if config.checkpointing_steps is not None and (last or self.step % config.checkpointing_steps == 0):
+            if saving:
                 self._checkpoint()
         bar.close()
 
@@ -644,6 +379,7 @@ class _Run:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             mean_loss += loss.detach() / config.gradient_accumulation_steps
+        self.learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
         self.ema.step(self.unet.parameters())
         return mean_loss, norm
@@ -669,7 +405,7 @@ class _Run:
         entry = {
             "step": self.step,
             "loss": loss,
-            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "learning_rate": self.learning_rate,
             "gradient_norm": float(norm),
         }
         self.history.append(entry)
@@ -703,7 +439,8 @@ class _Run:
                 denoising_grid(self.unet, self.scheduler, shown, timesteps=self.timesteps, seed=config.seed),
             )
             if self.timesteps == (0, self.scheduler.config.num_train_timesteps):
-                self._show("samples", sample_grid(self.unet, self.scheduler, len(shown), seed=config.seed))
+                shape = (len(shown), shown.shape[3], *shown.shape[1:3])
+                self._show("samples", sample_grid(self.unet, self.scheduler, shape, seed=config.seed))
         if self.step > 0:
             self.ema.restore(self.unet.parameters())
 
@@ -751,10 +488,10 @@ class _Run:
         identity = json.loads(json.dumps(self.identity))
         for name, value in saved["identity"].items():
             if identity[name] != value:
-                raise ValueError(f"{name} is {identity[name]!r}, but {checkpoint.name} was trained with {value!r}.")
+                raise ValueError(f"{name} is {identity[name]!r}, but {checkpoint} was trained with {value!r}.")
         if saved["step"] > self.config.max_train_steps:
             raise ValueError(
-                f"max_train_steps is {self.config.max_train_steps}, but {checkpoint.name} has trained for {saved['step']}."
+                f"max_train_steps is {self.config.max_train_steps}, but {checkpoint.name} has {saved['step']} already."
             )
         self.accelerator.load_state(str(checkpoint))
         self.ema.to(self.accelerator.device)
@@ -810,7 +547,12 @@ def ema_horizon(ema: EMAModel, steps: int) -> dict:
     return {"weight_of_start": share, "mean_age": age}
 
 
-def _fingerprint(images: "LabelledImages | ImageFiles") -> str:
+def _public(config: dict) -> dict:
+    """A diffusers configuration without its own notes, such as the version that wrote it."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _fingerprint(images: LabelledImages | ImageFiles) -> str:
     """What tells one collection from another: every pixel if they are in memory, else their number and form."""
     if isinstance(images, ImageFiles):
         return (

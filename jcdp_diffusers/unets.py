@@ -5,8 +5,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 
 # What the original DDPM (Ho et al., 2020) and the authors' network share and diffusers' defaults do not: sine before
-# cosine, frequencies 10000^(-k / (half - 1)), a group-norm epsilon of 1e-6, one attention head, and downsampling that pads
-# on the right and at the bottom only.
+# cosine, frequencies 10000^(-k / (half - 1)), a group-norm epsilon of 1e-6, one attention head, and downsampling that
+# pads on the right and at the bottom only.
 _DDPM = {
     "flip_sin_to_cos": False,
     "freq_shift": 1,
@@ -28,7 +28,7 @@ def _levels(channels: tuple[int, ...], attention: tuple[int, ...]) -> dict:
 
 
 UNETS = {
-    # 35,746,307 parameters with 3 channels: the network of the DDPM paper for CIFAR-10, and JCDP's. Attention at 16x16.
+    # 35,746,307 parameters with 3 channels: the DDPM paper's for CIFAR-10, and JCDP's. Attention at 16x16.
     "ddpm-cifar10": _DDPM | _levels((128, 256, 256, 256), (1,)) | {"layers_per_block": 2, "dropout": 0.1},
     # 2.74 million: attention at 8x8.
     "small32": _DDPM | _levels((32, 64, 128), (2,)) | {"layers_per_block": 1},
@@ -46,7 +46,7 @@ def named_unet(name: str, *, in_channels: int = 3, sample_size: int = 32, seed: 
     Args:
         name (`str`): A key of `UNETS`.
         in_channels (`int`, defaults to 3): 3 for colour, 1 for greyscale images.
-        sample_size (`int`, defaults to 32): Height and width of the images; a multiple of 2 to the number of levels less one.
+        sample_size (`int`, defaults to 32): Side of the images; halved between levels, so a multiple of 4 or 8.
         seed (`int`): Of the initial weights; torch's global generator is left as it was.
 
     Raises:
@@ -63,7 +63,7 @@ def named_unet(name: str, *, in_channels: int = 3, sample_size: int = 32, seed: 
 
 
 def ddpm_scheduler() -> DDPMScheduler:
-    """The schedule of DDPM on CIFAR-10: 1,000 steps, beta linear from 1e-4 to 0.02, the larger fixed variance, x_0 clipped."""
+    """DDPM's schedule on CIFAR-10: T = 1000, beta linear from 1e-4 to 0.02, the larger fixed variance, x_0 clipped."""
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_schedule="linear",
