@@ -5,7 +5,8 @@ A method is one file and one line in `_FILES`. The file offers
 * `SOURCE`: the paper and, where there is one, the released program that it follows;
 * `PRESETS`: name -> frozen dataclass with every number of the method; `published`, `cpu` and `smoke` at least;
 * `budget(settings, shape)`: what the method promises of one image's perturbation, `shape` being `(C, H, W)`: a
-  dictionary with any of `linf` (in 1/255), `l2` (images in [0, 1]) and `l0` (pixels), empty where the method has no budget;
+  dictionary with any of `linf` (in 1/255), `l2` (images in [0, 1]) and `l0` (pixels), empty where the method has no
+  budget;
 * `perturb(images, labels, settings, *, seed, device, checkpoint_dir, progress)`: the perturbation.
 
 `get` puts one signature and the checks of the input around the latter.
@@ -23,6 +24,13 @@ import torch
 
 _FILES = {
     "lsp": "lsp",
+    "emn": "emn",
+    "emn-class": "emn_class",
+    "remn": "remn",
+    "tap": "tap",
+    "ops": "ops",
+    "ar": "ar",
+    "cuda": "cuda",
 }
 NAMES = tuple(_FILES)
 
@@ -70,15 +78,15 @@ def get(name: str) -> Callable[..., torch.Tensor]:
     """The poison called `name`.
 
     Returns:
-        `poison(images, labels, *, seed=0, preset="published", device="cpu", checkpoint_dir=None, progress=False)`, which
-        returns the perturbation, float32 `(N, C, H, W)` on the CPU, to be added to images in [0, 1]
+        `poison(images, labels, *, seed=0, preset="published", device="cpu", checkpoint_dir=None, progress=False)`, a
+        function that returns the perturbation, float32 `(N, C, H, W)` on the CPU, to be added to images in [0, 1]
         (`apply_perturbation`). It changes neither its arguments nor the state of any global random generator; the same
         seed gives the same perturbation.
 
         Its arguments: `images`, float `(N, C, H, W)` in [0, 1] with one or three channels; `labels`, int64 `(N,)`;
-        `preset`, a name or an object of the method's dataclass; `device`, where networks run; `checkpoint_dir`, a folder
-        in which a costly method keeps its state, so that the same call goes on where it was cut off; `progress`,
-        whether to show a bar with the time that remains.
+        `preset`, a name or an object of the method's dataclass; `device`, where networks run; `checkpoint_dir`, a
+        folder in which a costly method keeps its state, so that the same call goes on where it was cut off;
+        `progress`, whether to show a bar with the time that remains.
 
     Raises:
         ValueError: if there is no poison called `name`.

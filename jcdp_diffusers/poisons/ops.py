@@ -1,0 +1,84 @@
+"""OPS: one pixel of every image takes one colour, the same pixel and colour for all images of a class.
+
+For every class, every position and every corner of the colour cube are tried, and the pair is kept whose distance to
+the images of the class is large and steady: the mean of |colour - pixel| over its standard deviation, both over
+images and channels. No pair serves two classes. The budget is one pixel; the change of that pixel is not bounded.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+SOURCE = "Wu et al., One-Pixel Shortcut: On the Learning Preference of Deep Neural Networks, ICLR 2023"
+
+
+@dataclass(frozen=True)
+class OPSSettings:
+    """Numbers of OPS: none but the number of pixels.
+
+    Attributes:
+        pixels: how many pixels of an image are changed.
+    """
+
+    pixels: int = 1
+
+
+PRESETS = {"published": OPSSettings(), "cpu": OPSSettings(), "smoke": OPSSettings()}
+
+
+def budget(settings: OPSSettings, shape: tuple[int, int, int]) -> dict[str, float]:
+    return {"l0": settings.pixels}
+
+
+def perturb(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    settings: OPSSettings,
+    *,
+    seed: int,
+    device: torch.device,
+    checkpoint_dir: Path | None,
+    progress: bool,
+) -> torch.Tensor:
+    """See `jcdp_diffusers.poisons.get`; nothing is random, so `seed` changes nothing, and no network takes part.
+
+    Raises:
+        ValueError: if there are more classes than pairs of a position and a colour.
+    """
+    channels, height, width = images.shape[1:]
+    colours = np.array(list(product([0.0, 1.0], repeat=channels)))
+    num_classes = int(labels.max()) + 1
+    if num_classes * settings.pixels > len(colours) * height * width:
+        raise ValueError(
+            f"labels has {num_classes} classes, but {height} x {width} images offer {len(colours) * height * width}."
+        )
+
+    perturbation = torch.zeros_like(images)
+    free = np.ones((len(colours), height * width), dtype=bool)
+    for label in range(num_classes):
+        rows = torch.nonzero(labels == label)[:, 0]
+        if len(rows) == 0:
+            continue
+        scores = np.where(free, _scores(images[rows].numpy(), colours), -1.0)
+        for shortcut in np.argsort(-scores, axis=None, kind="stable")[: settings.pixels]:
+            colour, position = np.unravel_index(shortcut, scores.shape)
+            free[colour, position] = False
+            row, column = divmod(int(position), width)
+            perturbation[rows, :, row, column] = torch.tensor(colours[colour]).float() - images[rows, :, row, column]
+    return perturbation
+
+
+def _scores(images: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Mean over standard deviation of |colour - pixel| for every colour and position, shape (colours, H * W)."""
+    pixels = images.reshape(*images.shape[:2], -1)
+    scores = np.empty((len(colours), pixels.shape[2]))
+    for i, colour in enumerate(colours):
+        distance = np.abs(colour[:, None] - pixels)
+        mean, spread = distance.mean(axis=(0, 1)), distance.std(axis=(0, 1))
+        # A pixel that never changes (the black margin of a scan) is the perfect shortcut in any colour but its own.
+        scores[i] = np.divide(mean, spread, out=np.where(mean > 0, np.inf, 0.0), where=spread > 0)
+    return scores

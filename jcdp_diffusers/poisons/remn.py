@@ -1,0 +1,217 @@
+"""REMN (also REM): error-minimising noise that holds against adversarial training.
+
+The noise lowers the loss that is left after an adversary of a smaller radius has raised it, under random crops and
+mirroring; the surrogate is trained on adversarial versions of the perturbed images meanwhile. At every step the
+noise of the batch is found anew from a random start; in the end, that of every image is found once more with the
+final surrogate.
+
+The released program leaves out the last incomplete batch in the end, so that a few images keep noise of an older
+surrogate. Ours does not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from jcdp_diffusers.poisons import surrogate
+from jcdp_diffusers.poisons.progress import Progress
+
+
+SOURCE = (
+    "Fu et al., Robust Unlearnable Examples: Protecting Data Against Adversarial Learning, ICLR 2022, and its program"
+)
+
+
+@dataclass(frozen=True)
+class REMNSettings:
+    """Numbers of REMN.
+
+    Attributes:
+        epsilon: bound of every value of the noise, in 1/255. step: length of a step of the descent, in 1/255. steps:
+        steps of the descent, from a uniformly random start. samples: augmentations over which the gradient of a step
+        is summed. adversary_epsilon, adversary_step, adversary_steps: the adversary's bound, length and number of
+        steps, in 1/255. crop_padding: of the augmentation. model_steps: training steps of the surrogate. batch_size:
+        images of a step. learning_rate, momentum, weight_decay: of the surrogate's SGD. decay_every: training steps
+        after which the learning rate falls to a tenth, again and again. surrogate: a victim's name. width: its
+        width. bfloat16: whether the surrogate runs in mixed precision.
+    """
+
+    epsilon: float = 8.0
+    step: float = 1.6
+    steps: int = 10
+    samples: int = 5
+    adversary_epsilon: float = 4.0
+    adversary_step: float = 0.8
+    adversary_steps: int = 10
+    crop_padding: int = 4
+    model_steps: int = 5000
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_every: int = 2000
+    surrogate: str = "resnet18"
+    width: int = 64
+    bfloat16: bool = False
+
+
+PRESETS = {
+    "published": REMNSettings(),
+    "cpu": REMNSettings(
+        step=3.0,
+        steps=5,
+        samples=1,
+        adversary_step=2.0,
+        adversary_steps=3,
+        model_steps=300,
+        decay_every=120,
+        width=16,
+        bfloat16=True,
+    ),
+    "smoke": REMNSettings(
+        step=4.0,
+        steps=2,
+        samples=2,
+        adversary_step=2.0,
+        adversary_steps=2,
+        crop_padding=1,
+        model_steps=3,
+        batch_size=32,
+        decay_every=2,
+        width=4,
+    ),
+}
+
+
+def budget(settings: REMNSettings, shape: tuple[int, int, int]) -> dict[str, float]:
+    return {"linf": settings.epsilon}
+
+
+def perturb(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    settings: REMNSettings,
+    *,
+    seed: int,
+    device: torch.device,
+    checkpoint_dir: Path | None,
+    progress: bool,
+) -> torch.Tensor:
+    """See `jcdp_diffusers.poisons.get`."""
+    kept = Progress(checkpoint_dir, "remn", settings, seed, images, labels)
+    model = surrogate.build(settings.surrogate, settings.width, images, labels, seed, device)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings.decay_every, gamma=0.1)
+    draw = torch.Generator().manual_seed(seed)
+    augment = surrogate.CropFlip(images.shape[2:], settings.crop_padding, draw)
+    noise = torch.zeros(images.shape, dtype=torch.int8)
+    order = torch.empty(0, dtype=torch.int64)
+    done = 0
+    if (state := kept.load()) is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        draw.set_state(state["draw"])
+        noise, order, done = state["noise"], state["order"], state["done"]
+
+    def save() -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        kept.save(state | {"draw": draw.get_state(), "noise": noise, "order": order, "done": done})
+
+    batches = torch.arange(len(images)).split(settings.batch_size)
+    total = settings.model_steps + len(batches)
+    with tqdm(total=total, initial=done, unit="batch", desc="remn", disable=not progress) as bar:
+        while done < settings.model_steps:
+            # An epoch's last, incomplete batch is left out.
+            if len(order) < settings.batch_size:
+                order = torch.randperm(len(images), generator=draw)
+            rows, order = order[: settings.batch_size], order[settings.batch_size :]
+            batch, targets = images[rows].to(device), labels[rows].to(device)
+            fixed = surrogate.frozen(model)
+            noise[rows] = robust_noise(fixed, batch, targets, settings, augment, draw)
+            seen = augment(batch + noise[rows].to(device) / 255).clamp(0, 1)
+            loss = _train_step(model, optimizer, adversarial(fixed, seen, targets, settings, draw), targets, settings)
+            schedule.step()
+            done += 1
+            bar.update()
+            bar.set_postfix_str(f"surrogate's loss {loss:.3f}")
+            if kept.due():
+                save()
+        fixed = surrogate.frozen(model)
+        for rows in batches[done - settings.model_steps :]:
+            noise[rows] = robust_noise(
+                fixed, images[rows].to(device), labels[rows].to(device), settings, augment, draw
+            )
+            done += 1
+            bar.update()
+            if kept.due() or done == total:
+                save()
+    return noise.float() / 255
+
+
+def robust_noise(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    settings: REMNSettings,
+    augment: Callable[[torch.Tensor], torch.Tensor],
+    draw: torch.Generator,
+) -> torch.Tensor:
+    """Noise that lowers the loss left by the adversary, int8 `(B, C, H, W)` in 1/255, on the CPU."""
+    epsilon = settings.epsilon / 255
+    delta = _uniform(images, epsilon, draw)
+    for _ in range(settings.steps):
+        total = torch.zeros_like(images)
+        for _ in range(settings.samples):
+            moved = (images + delta).requires_grad_()
+            seen = augment(moved.clamp(0, 1))
+            attacked = adversarial(model, seen.detach(), labels, settings, draw)
+            gradient, _ = surrogate.image_gradient(model, attacked, labels, bfloat16=settings.bfloat16)
+            # The adversary is taken as a constant shift of the augmented image.
+            total += torch.autograd.grad(seen, moved, gradient)[0]
+        delta = surrogate.sign_step(delta, total, settings.step / 255, epsilon)
+    return (255 * delta).round().to(torch.int8).cpu()
+
+
+def adversarial(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, settings: REMNSettings, draw: torch.Generator
+) -> torch.Tensor:
+    """Adversarial versions of images: projected sign ascent from a random start, kept in [0, 1]."""
+    epsilon = settings.adversary_epsilon / 255
+    attacked = (images + _uniform(images, epsilon, draw)).clamp(0, 1)
+    for _ in range(settings.adversary_steps):
+        gradient, _ = surrogate.image_gradient(model, attacked, labels, bfloat16=settings.bfloat16)
+        shift = surrogate.sign_step(attacked - images, -gradient, settings.adversary_step / 255, epsilon)
+        attacked = (images + shift).clamp(0, 1)
+    return attacked
+
+
+def _train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    settings: REMNSettings,
+) -> float:
+    model.train()
+    with surrogate.precision(settings.bfloat16, images.device):
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits.float(), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def _uniform(images: torch.Tensor, epsilon: float, draw: torch.Generator) -> torch.Tensor:
+    return (epsilon * (2 * torch.rand(images.shape, generator=draw) - 1)).to(images.device)

@@ -1,0 +1,98 @@
+"""What the poisons that need a network share: the surrogate, gradients for images, augmentation inside an attack."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.fx.experimental.optimization import fuse
+from torch.nn import functional as F
+
+from jcdp_diffusers import victims
+
+
+def build(
+    name: str, width: int, images: torch.Tensor, labels: torch.Tensor, seed: int, device: torch.device
+) -> nn.Module:
+    """A surrogate with weights drawn from `seed`: one of our own victims, for the classes of `labels`, on `device`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = victims.get(name)(int(labels.max()) + 1, in_channels=images.shape[1], width=width)
+    return model.to(device=device, memory_format=torch.channels_last)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The same function as `model` in eval mode, for gradients with respect to images alone.
+
+    Batch normalisation is folded into the convolutions before it, which makes a pass about 1.6 times faster on a CPU
+    and changes it by rounding only. The copy does not follow when `model` is trained on.
+    """
+    training = model.training
+    folded = fuse(model.eval()).requires_grad_(False)
+    model.train(training)
+    return folded.to(memory_format=torch.channels_last)
+
+
+def precision(bfloat16: bool, device: torch.device) -> torch.autocast:
+    """Mixed precision with bfloat16, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
+def image_gradient(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bfloat16: bool,
+    augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of the summed cross-entropy with respect to images.
+
+    Args:
+        model: from images `(B, C, H, W)` in [0, 1] to logits.
+        images: where the gradient is taken.
+        labels: int64 `(B,)`.
+        bfloat16: whether the network runs in bfloat16.
+        augment: differentiable, applied before the network.
+
+    Returns:
+        The gradient `(B, C, H, W)` and the losses `(B,)`.
+    """
+    images = images.detach().requires_grad_()
+    seen = images if augment is None else augment(images)
+    with precision(bfloat16, images.device):
+        logits = model(seen.contiguous(memory_format=torch.channels_last))
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    (gradient,) = torch.autograd.grad(losses.sum(), images)
+    return gradient, losses.detach()
+
+
+def sign_step(delta: torch.Tensor, gradient: torch.Tensor, step: float, epsilon: float) -> torch.Tensor:
+    """One step of projected sign descent: `step` against the gradient's sign, then back into [-epsilon, epsilon]."""
+    return (delta - step * gradient.sign()).clamp(-epsilon, epsilon)
+
+
+class CropFlip:
+    """Random crop after zero padding, and random mirroring, by kornia, which differentiates both.
+
+    kornia draws from torch's global generator; here it is seeded for the call from `generator` and put back
+    afterwards.
+
+    Args:
+        size: `(H, W)`.
+        padding: zeros on each side.
+        generator: source of all draws, on the CPU.
+    """
+
+    def __init__(self, size: tuple[int, int], padding: int, generator: torch.Generator):
+        from kornia.augmentation import ImageSequential, RandomCrop, RandomHorizontalFlip
+
+        self.transform = ImageSequential(
+            RandomCrop(tuple(size), padding=padding, cropping_mode="slice"), RandomHorizontalFlip()
+        )
+        self.generator = generator
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.transform(images)
