@@ -80,7 +80,7 @@ def held_out_losses(
     Denoising losses on images that were not trained on, with noise and timesteps that stay the same from call to call.
 
     Args:
-        images (`np.ndarray`): uint8, shape (N, H, W, C). Each gets a timestep of its own, evenly spread over the range.
+        images (`np.ndarray`): uint8, shape (N, H, W, C). Each gets its own timestep, spread evenly over the range.
         timesteps (`tuple[int, int]`): First timestep and end (exclusive).
         seed (`int`, defaults to 0): Of noise and timesteps.
         chunks (`slice`): Which blocks of 64 images to compute: how several processes share the work.

@@ -1,0 +1,168 @@
+"""
+Does a purifier start better from another domain's network, and from fewer timesteps? One command, on a CPU.
+
+    python training/finetune_versus_scratch.py --source ../shared/data/cifar100 --target ../shared/data/cifar10
+
+A network is trained on the source; then, for equally many steps on the target, four more: from scratch and from the
+source's network, each on every timestep and on the first ones only. The denoising loss of the averaged weights on
+held-out target images, at the first timesteps, goes to `results/finetune_versus_scratch.jsonl`, and from there into a
+plot. The same command goes on with a run that was interrupted.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from diffusers import DDPMPipeline
+
+from jcdp_diffusers.data import load_images
+from jcdp_diffusers.results import append_record, read_records
+from jcdp_diffusers.train import RECORD_NAME, TrainingConfig, train_purifier
+from jcdp_diffusers.unets import UNETS, ddpm_scheduler, named_unet
+
+
+ROOT = Path(__file__).resolve().parents[1]
+WHAT = "held-out denoising loss"
+ARMS = {
+    "scratch, all timesteps": (False, False),
+    "scratch, first timesteps": (False, True),
+    "fine-tuned, all timesteps": (True, False),
+    "fine-tuned, first timesteps": (True, True),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--source", required=True, help="images of another domain: Hub id or folder")
+    parser.add_argument("--target", required=True, help="images of the domain to purify: Hub id or folder")
+    parser.add_argument("--source_split", default="test")
+    parser.add_argument("--target_split", default="test")
+    parser.add_argument("--unet", default="mini32", choices=sorted(UNETS))
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--num_held_out", type=int, default=256, help="target images that no network is trained on")
+    parser.add_argument("--source_steps", type=int, default=1500)
+    parser.add_argument("--target_steps", type=int, default=500)
+    parser.add_argument("--train_batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument(
+        "--first_timesteps", type=int, default=100, help="end of the restricted range, and of the loss's"
+    )
+    parser.add_argument("--validation_steps", type=int, default=50)
+    parser.add_argument("--mixed_precision", default="bf16", choices=("no", "bf16", "fp16"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune_versus_scratch"))
+    parser.add_argument("--results", type=Path, default=ROOT / "results" / "finetune_versus_scratch.jsonl")
+    parser.add_argument("--plot", type=Path, default=ROOT / "training" / "finetune_versus_scratch.png")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    def config(steps, trained_timesteps=None):
+        return TrainingConfig(
+            max_train_steps=steps,
+            train_batch_size=args.train_batch_size,
+            learning_rate=args.learning_rate,
+            lr_warmup_steps=50,
+            trained_timesteps=trained_timesteps,
+            validation_steps=args.validation_steps,
+            validation_timesteps=(0, args.first_timesteps),
+            mixed_precision=args.mixed_precision,
+            checkpointing_steps=500,
+            resume_from_checkpoint="latest",
+            seed=args.seed,
+        )
+
+    def network():
+        return named_unet(args.unet, sample_size=args.resolution, seed=args.seed)
+
+    source = load_images(args.source, split=args.source_split, image_size=args.resolution)
+    target = load_images(args.target, split=args.target_split, image_size=args.resolution)
+    held_out = target.subset(range(args.num_held_out))
+    collected = target.subset(range(args.num_held_out, len(target)))
+
+    source_dir = args.output_dir / "source"
+    if not (source_dir / RECORD_NAME).is_file():
+        train_purifier(
+            source,
+            unet=network(),
+            scheduler=ddpm_scheduler(),
+            output_dir=source_dir,
+            config=config(args.source_steps),
+            validation_images=held_out,
+        )
+    for arm, (finetuned, restricted) in ARMS.items():
+        output_dir = args.output_dir / arm.replace(", ", "-").replace(" ", "-")
+        if (output_dir / RECORD_NAME).is_file():
+            continue
+        train_purifier(
+            collected,
+            unet=DDPMPipeline.from_pretrained(source_dir).unet if finetuned else network(),
+            scheduler=ddpm_scheduler(),
+            output_dir=output_dir,
+            config=config(args.target_steps, (0, args.first_timesteps) if restricted else None),
+            validation_images=held_out,
+            base_model=str(source_dir) if finetuned else None,
+        )
+        write_records(args, arm, json.loads((output_dir / RECORD_NAME).read_text()))
+    plot(args.results, args.plot)
+
+
+def write_records(args: argparse.Namespace, arm: str, record: dict) -> None:
+    """One record per point of an arm's curve."""
+    shared = ("unet", "num_held_out", "train_batch_size", "learning_rate", "first_timesteps", "mixed_precision")
+    settings = {name: getattr(args, name) for name in shared}
+    settings |= {
+        "source": f"{Path(args.source).name} {args.source_split}",
+        "target": f"{Path(args.target).name} {args.target_split}",
+        "source_steps": args.source_steps,
+        "arm": arm,
+    }
+    for point in record["validation"]:
+        append_record(
+            args.results,
+            what=WHAT,
+            value=point["loss"],
+            seed=args.seed,
+            protocol="finetune_versus_scratch",
+            settings=settings | {"step": point["step"]},
+            device=record["device"],
+            seconds=record["seconds"],
+        )
+
+
+def plot(results: Path, path: Path) -> None:
+    """Loss against steps, one line per arm, from the records alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [record for record in read_records(results) if record["what"] == WHAT]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for arm, (finetuned, restricted) in ARMS.items():
+        points = sorted((r["settings"]["step"], r["value"]) for r in records if r["settings"]["arm"] == arm)
+        axes.plot(
+            *zip(*points),
+            label=arm,
+            color="tab:blue" if finetuned else "tab:orange",
+            linestyle="-" if restricted else "--",
+            marker=".",
+        )
+    settings = records[-1]["settings"]
+    axes.set(
+        xlabel=f"steps on {settings['target']} (batch {settings['train_batch_size']})",
+        ylabel=f"held-out loss, t < {settings['first_timesteps']}",
+        yscale="log",
+        title=f"{settings['unet']}, source: {settings['source']} for {settings['source_steps']} steps",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(parse_args())
