@@ -1,7 +1,35 @@
-"""Fixtures that every room's tests may use. One thread and no network, so that a run is the same everywhere."""
+"""Fixtures that every room's tests may use; nothing reaches for the network."""
 
 import os
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+from diffusers import DDPMPipeline, DDPMScheduler  # noqa: E402
+from diffusers.utils import logging  # noqa: E402
+from tiny import tiny_unet  # noqa: E402
+
+
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def ddpm_folder(tmp_path_factory) -> Path:
+    """A folder that plain diffusers wrote, as google/ddpm-cifar10-32 is configured (fixed_large), only tiny."""
+    folder = tmp_path_factory.mktemp("ddpm")
+    DDPMPipeline(tiny_unet(), DDPMScheduler(variance_type="fixed_large")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def shared() -> Path:
+    """
+    The folder of real data and weights beside the repository (or named by JCDP_SHARED), which is never committed.
+    """
+    folder = Path(os.environ.get("JCDP_SHARED", Path(__file__).parents[2] / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: set JCDP_SHARED to a folder with data/cifar10 and weights")
+    return folder

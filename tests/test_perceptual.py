@@ -1,0 +1,114 @@
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from jcdp_diffusers import LPIPSModel
+from jcdp_diffusers.perceptual import TRUNKS
+
+
+def images(seed, size=64, channels=3):
+    return torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def random_model(trunk):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LPIPSModel(trunk, calibrated=trunk != "squeezenet1_0")
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_equal_to_the_lpips_package_bit_for_bit(net, calibrated):
+    import lpips
+
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        reference = lpips.LPIPS(net=net, pnet_rand=True, lpips=calibrated, verbose=False)
+    ours = LPIPSModel.from_lpips(reference)
+    assert ours.name == ("lpips-" if calibrated else "features-") + net
+    with torch.no_grad():
+        assert torch.equal(ours(images(0), images(1)), reference(images(0), images(1)).flatten())
+
+
+def test_the_calibrated_heads_come_from_the_wheel():
+    import lpips
+
+    with torch.random.fork_rng():
+        ours = LPIPSModel.from_lpips(lpips.LPIPS(net="alex", pnet_rand=True, verbose=False))
+    total = sum(head.weight.sum().item() for head in ours.heads)
+    path = f"{lpips.__path__[0]}/weights/v0.1/alex.pth"
+    expected = sum(value.sum().item() for value in torch.load(path, weights_only=True).values())
+    assert total == pytest.approx(expected) and all((head.weight >= 0).all() for head in ours.heads)
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_save_load_same_bits(trunk, tmp_path):
+    model = random_model(trunk)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
+    loaded = LPIPSModel.from_pretrained(tmp_path)
+    assert loaded.name == model.name and not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert torch.equal(loaded(images(0), images(1)), model(images(0), images(1)))
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_smallest_input_works_and_one_pixel_less_is_refused(trunk):
+    model = random_model(trunk)
+    size = model.smallest_input
+    assert torch.isfinite(model(images(0, size), images(1, size))).all()
+    message = f"images are {size - 1}x{size - 1}, but trunk '{trunk}' needs at least {size}x{size} pixels"
+    with pytest.raises(ValueError, match=message):
+        model.features(images(0, size - 1))
+    # The table is right: without our check torch itself has no output there.
+    model.smallest_input = 1
+    with pytest.raises(RuntimeError):
+        model.features(images(0, size - 1))
+
+
+def test_stays_in_float32(tmp_path):
+    model = random_model("alex").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    for one in (model, model.half(), LPIPSModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)):
+        assert {t.dtype for t in [*one.parameters(), *one.buffers()]} == {torch.float32}
+        assert one.shift.flatten().tolist() == pytest.approx([-0.030, -0.088, -0.188])
+
+
+def test_grey_images_are_shown_to_all_channels():
+    model, grey, other = random_model("alex"), images(0, channels=1), images(1, channels=1)
+    assert torch.equal(model(grey, other), model(grey.repeat(1, 3, 1, 1), other.repeat(1, 3, 1, 1)))
+
+
+def test_trunk_file_matches_torchvisions_feature_maps(shared):
+    """The shipped SqueezeNet 1.0 against torchvision's own module with the same weights."""
+    from safetensors.torch import load_file
+    from torchvision.models import squeezenet1_0
+
+    path = shared / "weights" / "squeezenet1_0_imagenet.safetensors"
+    reference = squeezenet1_0()
+    reference.load_state_dict(load_file(path))
+    model = LPIPSModel.from_trunk_file(path)
+    x, wanted = (images(0) + 1) / 2, []
+    for index, layer in enumerate(reference.features.eval()):
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False  # torchvision would overwrite the map taken before it
+        x = layer(x)
+        if index in (0, 3, 4, 5, 7, 8, 9, 10, 12):
+            wanted.append(nn.functional.normalize(x, dim=1))
+    for ours, theirs in zip(model.features(images(0)), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_wrong_trunks_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(ValueError, match="trunk is 'resnet', but must be one of"):
+        LPIPSModel("resnet")
+    with pytest.raises(ValueError, match="calibrated is True, but trunk 'squeezenet1_0' has no published heads"):
+        LPIPSModel("squeezenet1_0")
+    save_file({"features.0.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="needs the key 'features.0.bias' in it"):
+        LPIPSModel.from_trunk_file(tmp_path / "x.safetensors")

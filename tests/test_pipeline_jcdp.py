@@ -1,0 +1,476 @@
+import inspect
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from PIL import Image
+from tiny import tiny_unet
+
+from jcdp_diffusers import (
+    PRESETS,
+    GuidedDDPMScheduler,
+    JointConditionalPurificationPipeline,
+    LPIPSModel,
+    PurificationConfig,
+)
+from jcdp_diffusers.noise import image_keys, normal_noise
+
+
+Pipeline = JointConditionalPurificationPipeline
+GUIDED = dict(diffusion_steps=4, num_rounds=2, pixel_guidance_scale=2000.0, perceptual_guidance_scale=50.0)
+
+
+def photos(count, size=32, channels=3):
+    return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LPIPSModel("alex")
+
+
+@pytest.fixture
+def pipe(network):
+    return quiet(Pipeline(tiny_unet(), DDPMScheduler(variance_type="fixed_large"), network))
+
+
+@pytest.fixture
+def plain():
+    return quiet(Pipeline(tiny_unet(), DDPMScheduler(variance_type="fixed_large")))
+
+
+class TestRepository:
+    def test_a_plain_ddpm_folder_is_a_purifier(self, ddpm_folder):
+        pipe = quiet(Pipeline.from_pretrained(ddpm_folder))
+        assert type(pipe.scheduler) is GuidedDDPMScheduler and pipe.scheduler.config.variance_type == "fixed_large"
+        assert pipe.perceptual is None and pipe.purification_config is None
+        assert pipe(photos(1), diffusion_steps=2, seed=0).images[0].size == (32, 32)
+
+    def test_plain_diffusers_loads_what_is_saved(self, pipe, tmp_path):
+        pipe.purification_config = PurificationConfig(diffusion_steps=30, trained_timesteps=(0, 200))
+        pipe.save_pretrained(tmp_path)
+        for cls in (DDPMPipeline, DiffusionPipeline):
+            loaded = cls.from_pretrained(tmp_path)
+            assert type(loaded) is DDPMPipeline and type(loaded.scheduler) is DDPMScheduler
+            assert loaded.scheduler.config.variance_type == "fixed_large"
+            for name, value in pipe.unet.state_dict().items():
+                assert torch.equal(loaded.unet.state_dict()[name], value)
+        ours = quiet(Pipeline.from_pretrained(tmp_path))
+        assert ours.purification_config == pipe.purification_config and ours.perceptual.name == "lpips-alex"
+        settings = GUIDED | dict(seed=1, output_type="pt")
+        assert torch.equal(ours(photos(2), **settings).images, pipe(photos(2), **settings).images)
+
+    def test_optional_components_may_be_absent_or_replaced(self, pipe, plain, network, tmp_path):
+        plain.save_pretrained(tmp_path / "plain")
+        assert not (tmp_path / "plain" / "perceptual").exists()
+        assert Pipeline.from_pretrained(tmp_path / "plain", perceptual=network).perceptual is network
+        pipe.save_pretrained(tmp_path / "with")
+        assert Pipeline.from_pretrained(tmp_path / "with", perceptual=None).perceptual is None
+
+    def test_from_pipe_shares_the_components(self, ddpm_folder, network):
+        plain = DDPMPipeline.from_pretrained(ddpm_folder)
+        pipe = Pipeline.from_pipe(plain, perceptual=network)
+        assert pipe.unet is plain.unet and pipe.perceptual is network and pipe.purification_config is None
+        pipe.purification_config = PurificationConfig(diffusion_steps=7)
+        assert Pipeline.from_pipe(pipe).purification_config.diffusion_steps == 7
+
+    def test_a_folder_that_is_no_pipeline_is_refused(self, tmp_path):
+        tiny_unet().save_pretrained(tmp_path)
+        with pytest.raises(OSError, match="model_index.json"):
+            Pipeline.from_pretrained(tmp_path)
+
+
+class TestSameBits:
+    def test_alone_in_seven_in_forty_and_permuted(self, pipe):
+        images, ids = photos(40), [f"image {i}" for i in range(40)]
+        run = lambda rows: pipe(images[rows], ids=[ids[i] for i in rows], seed=3, output_type="pt", **GUIDED).images
+        everything = run(list(range(40)))
+        assert torch.equal(run([5])[0], everything[5])
+        assert torch.equal(run(list(range(20, 27))), everything[20:27])
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(1)).tolist()
+        assert torch.equal(run(order), everything[order])
+
+    @pytest.mark.parametrize("threads", [2, 3])
+    def test_with_more_threads_too(self, plain, threads):
+        images, ids = photos(20), [str(i) for i in range(20)]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            settings = dict(diffusion_steps=3, seed=0, output_type="pt")
+            everything = plain(images, ids=ids, **settings).images
+            assert torch.equal(plain(images[17:18], ids=ids[17:18], **settings).images[0], everything[17])
+            assert torch.equal(plain(images.flip(0), ids=ids[::-1], **settings).images.flip(0), everything)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+
+    def test_in_another_process(self, plain, tmp_path):
+        plain.save_pretrained(tmp_path / "purifier")
+        torch.save(photos(3), tmp_path / "images.pt")
+        script = (
+            "import hashlib, sys, torch; torch.set_num_threads(1);"
+            "from jcdp_diffusers import JointConditionalPurificationPipeline as P;"
+            "pipe = P.from_pretrained(sys.argv[1] + '/purifier');"
+            "out = pipe(torch.load(sys.argv[1] + '/images.pt'), diffusion_steps=3, seed=0, output_type='pt').images;"
+            "print(hashlib.sha256(out.numpy().tobytes()).hexdigest())"
+        )
+        lines = {
+            subprocess.run(
+                [sys.executable, "-c", script, str(tmp_path)],
+                env={**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONHASHSEED": salt},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for salt in ("1", "2")
+        }
+        assert len(lines) == 1
+
+    def test_another_micro_batch_size_stays_within_a_hundredth_of_a_level(self, pipe):
+        run = lambda size: pipe(photos(5), micro_batch_size=size, seed=0, output_type="pt", **GUIDED).images
+        assert (run(2) - run(16)).abs().max() < 0.01 / 255
+
+    def test_without_ids_the_content_is_the_id(self, plain):
+        images, settings = photos(3), dict(diffusion_steps=2, seed=0, output_type="pt")
+        together = plain(images, **settings)
+        assert torch.equal(plain(images[2:], **settings).images[0], together.images[2])
+        again = plain(images, ids=together.ids, seed=together.seed, diffusion_steps=2, output_type="pt")
+        assert torch.equal(again.images, together.images)
+
+    def test_a_seed_is_drawn_and_returned(self, plain):
+        out = plain(photos(1), diffusion_steps=2, output_type="pt")
+        assert plain(photos(1), diffusion_steps=2, output_type="pt").seed != out.seed
+        assert torch.equal(plain(photos(1), diffusion_steps=2, seed=out.seed, output_type="pt").images, out.images)
+
+    def test_one_generator_per_image_makes_the_batch_irrelevant(self, plain):
+        generators = lambda rows: [torch.Generator().manual_seed(i) for i in rows]
+        settings = dict(diffusion_steps=3, output_type="pt")
+        everything = plain(photos(20), generator=generators(range(20)), **settings)
+        alone = plain(photos(20)[17:18], generator=generators([17]), **settings)
+        assert torch.equal(alone.images[0], everything.images[17]) and everything.seed is None
+        single = lambda: plain(photos(3), generator=torch.Generator().manual_seed(0), **settings).images
+        assert torch.equal(single(), single())
+
+    def test_no_global_random_state_is_touched(self, pipe):
+        before = torch.get_rng_state()
+        pipe(photos(2), seed=0, **GUIDED)
+        pipe(photos(2), **GUIDED)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+class ZeroUNet(torch.nn.Module):
+    """Predicts no noise at all, so that every step is a formula; built on a real configuration."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.dtype, self.device = tiny_unet().config, torch.float32, torch.device("cpu")
+
+    def forward(self, sample, timestep, return_dict=True):
+        return (torch.zeros_like(sample),)
+
+
+class TestMethod:
+    def test_without_guides_it_is_plain_ddpm_from_the_noised_image(self, plain):
+        """Against diffusers' own scheduler, its add_noise and the same noise."""
+        images, steps = photos(16), 10
+        result = plain(images, ids=list(map(str, range(16))), seed=0, diffusion_steps=steps, output_type="pt").images
+        noise = lambda step, use: normal_noise(
+            image_keys(0, list(map(str, range(16)))), (3, 32, 32), round_index=0, step_index=step, use=use
+        )
+        scheduler = DDPMScheduler(variance_type="fixed_large")
+        x = scheduler.add_noise(2 * images - 1, noise(0, "start"), torch.tensor([steps - 1]))
+        with torch.no_grad():
+            for index, t in enumerate(reversed(range(steps))):
+                x = scheduler.step(
+                    plain.unet(x, t).sample, t, x, generator=torch.Generator().manual_seed(t)
+                ).prev_sample
+                if t > 0:  # diffusers draws the noise itself: swap its for ours
+                    own = torch.randn(x.shape, generator=torch.Generator().manual_seed(t))
+                    x = x + scheduler._get_variance(t).sqrt() * (noise(index, "variance") - own)
+        torch.testing.assert_close(result, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=2e-6)
+
+    def test_one_cycle_of_code_is_the_authors_loop(self, network):
+        """
+        The formulas of the released code in plain NumPy float64 and `lpips`' own arithmetic, the off-by-one included:
+        start at abar[20], denoise 19..0; pixel guide at 19..11 and perceptual at 10..0 with scale K g(t) on the batch
+        mean of 500; fresh reference noise at every step; sigma^2 = beta_t, and 5.4532e-5 at t = 0; clamp x_0.
+        """
+        images, ids, size = photos(4), list("abcd"), 3 * 32 * 32
+        pipe = quiet(Pipeline(ZeroUNet(), DDPMScheduler(), network))  # fixed_small: the preset brings its own variance
+        result = pipe(
+            images, preset="code", num_rounds=1, seed=9, ids=ids, micro_batch_size=4, output_type="pt"
+        ).images
+        assert pipe.scheduler.config.variance_type == "fixed_small"
+
+        beta = np.linspace(1e-4, 0.02, 1000)
+        bar = np.cumprod(1 - beta)
+        posterior_1 = beta[1] * (1 - bar[0]) / (1 - bar[1])
+        keys = image_keys(9, ids)
+        noise = lambda step, use: (
+            normal_noise(keys, (3, 32, 32), round_index=0, step_index=step, use=use).double().numpy()
+        )
+        protected = 2 * images.double().numpy() - 1
+        x = math.sqrt(bar[20]) * protected + math.sqrt(1 - bar[20]) * noise(0, "start")
+        k_over_batch = 1 / ((8 * 2 / 255) / 3 / 70000) / 500
+        for index, t in enumerate(range(19, -1, -1)):
+            previous = bar[t - 1] if t else 1.0
+            original = np.clip(x / math.sqrt(bar[t]), -1, 1)
+            mean = beta[t] * math.sqrt(previous) / (1 - bar[t]) * original
+            mean += (1 - previous) * math.sqrt(1 - beta[t]) / (1 - bar[t]) * x
+            variance = beta[t] if t else posterior_1
+            scale = k_over_batch * math.sqrt((1 - bar[t]) / bar[t])
+            r = math.sqrt(bar[t]) * protected + math.sqrt(1 - bar[t]) * noise(index, "reference")
+            if t > 10:
+                slope = 2 * (x - r) / size
+            else:
+                leaf = torch.tensor(x, dtype=torch.float32, requires_grad=True)
+                distance = network(leaf, torch.tensor(r, dtype=torch.float32)).sum()
+                slope = torch.autograd.grad(distance, leaf)[0].double().numpy()
+            x = mean - variance * scale * slope
+            if t:
+                x = x + math.sqrt(variance) * noise(index, "variance")
+        expected = torch.from_numpy(np.clip(x / 2 + 0.5, 0, 1)).float()
+        torch.testing.assert_close(result, expected, rtol=0, atol=5e-5)
+
+    @pytest.mark.parametrize(("preset", "level"), [("code", 20), ("paper", 19), ("gdmp", 35), ("unconditional", 99)])
+    def test_where_each_preset_starts(self, preset, level):
+        """
+        Only `code` starts one level above the first timestep. A grey image (0) and start noise 1 make x the level.
+        """
+        pipe = quiet(Pipeline(ZeroUNet(), DDPMScheduler(variance_type="fixed_large")))
+        pipe.prepare_noise = lambda *a: (
+            lambda rows, r, s, use: torch.full((16, 3, 32, 32), 1.0 if use == "start" else 0.0)
+        )
+        seen = {}
+
+        def remember(pipe, step, timestep, tensors):
+            seen[timestep] = tensors["sample"][0, 0, 0, 0].item()
+
+        settings = dict(preset=preset, num_rounds=1, pixel_guidance_scale=0.0, perceptual_guidance_scale=0.0)
+        pipe(photos(1) * 0 + 0.5, seed=0, callback_on_step_end=remember, **settings)
+        first = PRESETS[preset].diffusion_steps - 1
+        assert list(seen) == list(range(first, -1, -1))
+        beta = np.linspace(1e-4, 0.02, 1000)
+        bar = np.cumprod(1 - beta)
+        x, previous = math.sqrt(1 - bar[level]), bar[first - 1]
+        mean = beta[first] * math.sqrt(previous) / (1 - bar[first]) * x / math.sqrt(bar[first])
+        mean += (1 - previous) * math.sqrt(1 - beta[first]) / (1 - bar[first]) * x
+        assert seen[first] == pytest.approx(mean, rel=1e-5)
+
+    def test_the_reference_of_paper_starts_as_the_sample_itself(self, network):
+        """
+        Algorithm 1: in the first round the reference chain is the chain that made x_Tp, so the first gradient is zero.
+        """
+        guided = quiet(Pipeline(ZeroUNet(), DDPMScheduler(variance_type="fixed_large"), network))
+        run = lambda scale: (
+            guided(photos(2), diffusion_steps=1, pixel_guidance_scale=scale, seed=0, output_type="pt").images
+        )
+        assert torch.equal(run(0.0), run(1e6))
+
+    def test_a_guide_pulls_towards_the_protected_image(self, pipe):
+        images = photos(4)
+        distance = lambda **scales: (
+            (pipe(images, diffusion_steps=20, seed=0, output_type="pt", **scales).images - images)
+            .square()
+            .mean()
+            .item()
+        )
+        free = distance()
+        assert distance(pixel_guidance_scale=50_000.0) < 0.9 * free
+        perceived = lambda **scales: pipe.perceptual(
+            2 * pipe(images, diffusion_steps=20, seed=0, output_type="pt", **scales).images - 1, 2 * images - 1
+        ).mean()
+        assert perceived(perceptual_guidance_scale=5000.0) < 0.95 * perceived()
+
+    def test_a_scale_of_zero_costs_nothing(self, plain):
+        """No reference noise is drawn, and the perceptual network is not even needed."""
+        drawn = []
+        prepare = plain.prepare_noise
+        plain.prepare_noise = lambda *a: (
+            lambda draw: lambda rows, r, s, use: drawn.append(use) or draw(rows, r, s, use)
+        )(prepare(*a))
+        plain(photos(1), preset="paper", num_rounds=1, pixel_guidance_scale=0, perceptual_guidance_scale=0, seed=0)
+        assert drawn.count("start") == 1 and drawn.count("variance") == 19 and "reference" not in drawn
+        drawn.clear()
+        plain(photos(1), diffusion_steps=5, pixel_guidance_scale=1.0, pixel_guidance_window=(1, 2), seed=0)
+        assert drawn.count("reference") == 2
+
+    def test_respaced_steps_run_from_the_start_level_to_zero(self, plain):
+        seen = []
+        plain(
+            photos(1),
+            diffusion_steps=100,
+            num_inference_steps=5,
+            seed=0,
+            callback_on_step_end=lambda pipe, step, t, tensors: seen.append(t),
+        )
+        assert seen == [99, 74, 50, 25, 0]
+
+    def test_float32_state_around_a_bfloat16_unet(self, pipe):
+        settings = GUIDED | dict(seed=0, output_type="pt")
+        exact = pipe(photos(2), **settings).images
+        pipe.to(torch.bfloat16)
+        assert pipe.unet.dtype == torch.bfloat16 and pipe.perceptual.dtype == torch.float32
+        half = pipe(photos(2), **settings).images
+        assert half.dtype == torch.float32 and 0 < (half - exact).abs().max() < 0.05
+
+
+class TestCall:
+    @pytest.mark.parametrize("kind", ["pil", "one pil", "np", "pt"])
+    def test_inputs_and_outputs(self, plain, kind):
+        tensor = (photos(2) * 255).round() / 255
+        arrays = tensor.permute(0, 2, 3, 1).numpy()
+        pictures = [Image.fromarray((a * 255).round().astype(np.uint8)) for a in arrays]
+        images = {"pil": pictures, "one pil": pictures[0], "np": arrays, "pt": tensor}[kind]
+        count = 1 if kind == "one pil" else 2
+        settings = dict(diffusion_steps=2, seed=0, ids=["a", "b"][:count])
+        out = {o: plain(images, output_type=o, **settings).images for o in ("pil", "np", "pt")}
+        expected = plain(tensor[:count], output_type="pt", **settings).images
+        torch.testing.assert_close(out["pt"], expected, rtol=0, atol=1e-6)
+        assert out["np"].shape == (count, 32, 32, 3) and out["np"].dtype == np.float32
+        assert np.array_equal(out["np"].transpose(0, 3, 1, 2), out["pt"].numpy())
+        assert np.array_equal(np.stack(out["pil"]), (out["np"] * 255).round().astype(np.uint8))
+        assert 0 <= out["pt"].min() and out["pt"].max() <= 1
+
+    def test_grey_images(self):
+        pipe = quiet(Pipeline(tiny_unet(1, 16), DDPMScheduler()))
+        out = pipe([Image.new("L", (16, 16), 128)], diffusion_steps=2, seed=0)
+        assert out.images[0].mode == "L"
+        assert pipe(photos(2, 16, 1), diffusion_steps=2, seed=0, output_type="pt").images.shape == (2, 1, 16, 16)
+
+    def test_tuple_output(self, plain):
+        settings = dict(diffusion_steps=2, seed=0, output_type="pt")
+        assert torch.equal(plain(photos(1), return_dict=False, **settings)[0], plain(photos(1), **settings).images)
+
+    def test_callback_sees_and_may_replace_the_sample(self, plain):
+        seen = []
+
+        def halve(pipe, step, timestep, tensors):
+            seen.append((step, timestep, tuple(tensors["sample"].shape)))
+            return {"sample": tensors["sample"] * 0} if timestep == 0 else None
+
+        out = plain(
+            photos(2), diffusion_steps=2, num_rounds=2, seed=0, output_type="pt", callback_on_step_end=halve
+        ).images
+        assert seen == [(i, t, (2, 3, 32, 32)) for i, t in enumerate([1, 0, 1, 0])]
+        assert torch.equal(out, torch.full_like(out, 0.5))
+
+    def test_settings_are_looked_up_from_near_to_far(self, pipe):
+        assert pipe.resolve_config() == PRESETS["unconditional"]
+        pipe.purification_config = PurificationConfig(diffusion_steps=30, trained_timesteps=(0, 50))
+        assert pipe.resolve_config().diffusion_steps == 30
+        assert pipe.resolve_config("paper").diffusion_steps == 20
+        assert pipe.resolve_config("paper", diffusion_steps=25).diffusion_steps == 25
+        assert pipe.resolve_config("paper").trained_timesteps == (0, 50)
+        assert pipe.resolve_config(PurificationConfig(diffusion_steps=9, num_rounds=3)).num_rounds == 3
+        defaults = {p.default for n, p in inspect.signature(pipe.__call__).parameters.items() if n.endswith("scale")}
+        assert defaults == {None}
+
+    def test_a_t_p_that_the_network_was_not_trained_on_is_refused(self, pipe):
+        pipe.purification_config = PurificationConfig(diffusion_steps=30, trained_timesteps=(0, 50))
+        message = "diffusion_steps is 51, but this purifier knows only timesteps below 50, so at most 50"
+        with pytest.raises(ValueError, match=message):
+            pipe(photos(1), diffusion_steps=51)
+        pipe(photos(1), diffusion_steps=50, num_inference_steps=1)
+        with pytest.raises(ValueError, match="so at most 49 is accepted"):  # code starts one level higher
+            pipe(photos(1), preset="code", diffusion_steps=50)
+        with pytest.raises(
+            ValueError, match="diffusion_steps is 1001, but this purifier knows only timesteps below 1000"
+        ):
+            Pipeline(tiny_unet(), DDPMScheduler())(photos(1), diffusion_steps=1001, num_inference_steps=1)
+
+    def test_a_perceptual_scale_needs_the_network_it_was_tuned_for(self, plain):
+        with pytest.raises(
+            ValueError, match=r"needs the network 'lpips-alex', but the pipeline has no network: pass percep"
+        ):
+            plain(photos(1), preset="paper")
+        squeeze = quiet(Pipeline(plain.unet, plain.scheduler, LPIPSModel("squeezenet1_0", calibrated=False)))
+        with pytest.raises(ValueError, match="but the pipeline has 'features-squeezenet1_0'"):
+            squeeze(photos(1), preset="code")
+        squeeze(photos(1), preset="paper", num_rounds=1, num_inference_steps=2, perceptual_guidance_scale=1.0)
+
+    @pytest.mark.parametrize(
+        ("images", "kwargs", "message"),
+        [
+            (
+                (photos(1) * 255).to(torch.uint8),
+                {},
+                r"images is of type torch.uint8, but must be a float type in \[0, 1\]",
+            ),
+            (np.zeros((1, 32, 32, 3), np.uint8), {}, "images is of type uint8, but must be a float type"),
+            (photos(1, channels=1), {}, "images has 1 channels, but this UNet takes 3"),
+            (np.zeros((1, 32, 32, 4), np.float32), {}, "images has 4 channels, but this UNet takes 3"),
+            (photos(1, 33), {}, "images are 33x33, but height and width must be multiples of 2 for this UNet"),
+            (photos(1) * float("nan"), {}, "images has NaN values, but every value must be a number in"),
+            (photos(1) * 2 - 1, {}, r"images has values from -0.99\d* to 0.99\d*, but must lie in \[0, 1\]"),
+            (photos(1) * 255, {}, r"images has values from 0.0\d* to 25\d.\d*, but must lie in \[0, 1\]"),
+            (photos(1)[0], {}, r"images has shape \(3, 32, 32\), but must have four non-empty dimensions"),
+            (photos(0), {}, r"images has shape \(0, 3, 32, 32\), but must have four non-empty dimensions"),
+            ([], {}, "images is an empty list, but at least one image is needed"),
+            (
+                [Image.new("CMYK", (32, 32))],
+                {},
+                "images has a PIL image of mode 'CMYK', but this UNet takes 3 channels, mode",
+            ),
+            ([Image.new("I;16", (32, 32))], {}, "images has a PIL image of mode 'I;16'"),
+            ([Image.new("RGB", (32, 32)), Image.new("RGB", (32, 34))], {}, "images has sizes .* the same size"),
+            (photos(2), dict(ids=["a"], seed=0), "ids has 1 entries, but there are 2 images"),
+            (photos(2), dict(ids=["a", "a"], seed=0), "ids has 1 repeated entries, but each image needs its own"),
+            (photos(2), dict(generator=[torch.Generator()]), "generator has 1 entries, but there are 2 images"),
+            (photos(1), dict(generator=torch.Generator(), seed=0), "generator is given together with seed or ids"),
+            (photos(1), dict(seed=-1), r"seed is -1, but must lie in \[0, 2\*\*64\)"),
+            (photos(1), dict(output_type="jpg"), "output_type is 'jpg', but must be 'pil', 'np' or 'pt'"),
+            (photos(1), dict(preset="best"), "preset is 'best', but must be one of"),
+            (
+                photos(1),
+                dict(callback_on_step_end_tensor_inputs=["latents"]),
+                "callback_on_step_end_tensor_inputs has 'latents', but only 'sample' is accepted",
+            ),
+        ],
+    )
+    def test_bad_input_gets_one_sentence(self, plain, images, kwargs, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            plain(images, **kwargs)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("images", ["a path", [np.zeros((32, 32, 3))]])
+    def test_other_types_are_refused(self, plain, images):
+        with pytest.raises(TypeError, match="images is a"):
+            plain(images)
+
+    def test_a_scheduler_without_guidance_is_refused(self, plain):
+        plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
+        with pytest.raises(
+            ValueError, match="scheduler is a DDIMScheduler, whose step takes no gradient: set pipe.scheduler"
+        ):
+            plain(photos(1))
+
+    def test_a_broken_network_is_reported(self, plain):
+        with torch.no_grad():
+            next(plain.unet.parameters()).fill_(float("nan"))
+        with pytest.raises(ValueError, match="unet of type torch.float32 returned values that are not finite"):
+            plain(photos(1), diffusion_steps=2)
+
+    def test_the_registered_scheduler_is_left_as_it_was(self, plain):
+        before = dict(plain.scheduler.config), plain.scheduler.timesteps.clone()
+        plain(photos(1), preset="gdmp", num_rounds=1, seed=0)
+        assert dict(plain.scheduler.config) == before[0] and torch.equal(plain.scheduler.timesteps, before[1])
+
+    def test_progress_counts_every_unet_call(self, plain, capsys):
+        calls = []
+        plain.unet.register_forward_hook(lambda *a: calls.append(1))
+        plain.set_progress_bar_config(disable=False)
+        plain(photos(20), diffusion_steps=3, num_rounds=2, seed=0)
+        assert len(calls) == 2 * 3 * 2 and "12/12" in capsys.readouterr().err

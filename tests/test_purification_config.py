@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from jcdp_diffusers import PRESETS, PurificationConfig
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_save_load_gives_the_same_settings(name, tmp_path):
+    PRESETS[name].save_pretrained(tmp_path / "new")
+    assert PurificationConfig.from_pretrained(tmp_path / "new") == PRESETS[name]
+
+
+def test_a_folder_without_the_file_has_no_settings(tmp_path):
+    assert PurificationConfig.from_pretrained(tmp_path) is None
+
+
+def test_constants_of_the_authors_code():
+    """Against the figures worked out from the released configuration: bsize 500, ptb 8, guide_scale 70000."""
+    code = PRESETS["code"]
+    assert code.pixel_guidance_scale == code.perceptual_guidance_scale == 6693.75
+    # closed form of the pixel shift: 2 * scale / 3072 = 4.357910 per unit of sigma^2 g(t) (x - r)
+    assert 2 * code.pixel_guidance_scale / 3072 == pytest.approx(4.357910, abs=1e-6)
+    assert 2 * PRESETS["gdmp"].pixel_guidance_scale / 3072 == pytest.approx(18.68, abs=0.01)
+    assert 1.0e-4 * code.final_variance_factor == pytest.approx(5.4532e-5, rel=1e-4)
+    assert code.evaluations_per_image == 80 and PRESETS["unconditional"].evaluations_per_image == 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(diffusion_steps=0), "diffusion_steps is 0, but must be at least 1"),
+        (dict(num_rounds=0), "num_rounds is 0, but must be at least 1"),
+        (
+            dict(num_inference_steps=101),
+            r"num_inference_steps is 101, but must lie between 1 and diffusion_steps \(100\)",
+        ),
+        (dict(num_inference_steps=0), "num_inference_steps is 0, but must lie between 1"),
+        (dict(pixel_guidance_scale=-1), "pixel_guidance_scale is -1, but must be a finite number of at least 0"),
+        (
+            dict(perceptual_guidance_scale=float("nan")),
+            "perceptual_guidance_scale is nan, but must be a finite number",
+        ),
+        (dict(guidance_strength="loud"), "guidance_strength is 'loud', but must be one of"),
+        (dict(reference="none"), "reference is 'none', but must be one of"),
+        (dict(variance_type="learned"), "variance_type is 'learned', but must be one of"),
+        (dict(pixel_guidance_window=(5, 3)), r"pixel_guidance_window is \(5, 3\), but must be two timesteps"),
+        (dict(trained_timesteps=(0,)), r"trained_timesteps is \(0,\), but must be two timesteps"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PurificationConfig(**settings)
+
+
+def test_an_unknown_field_in_the_file_is_refused(tmp_path):
+    path = PurificationConfig().save_pretrained(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"strenght": 1}))
+    with pytest.raises(ValueError, match="holds 'strenght', which is no field of PurificationConfig"):
+        PurificationConfig.from_pretrained(tmp_path)
