@@ -27,7 +27,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
         residual = self.bn2(self.conv2(residual))
-        return F.relu(residual + self.downsample(x), inplace=True)
+        residual += self.downsample(x)
+        return F.relu(residual, inplace=True)
 
 
 class ResNet18(nn.Module):
