@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,12 @@ from .denoising import (
     sample_grid,
     sample_timesteps,
 )
+from .model_card import RECORD_NAME, write_card
 from .purification_config import PurificationConfig
+from .results import package_versions
 from .training_images import BatchLayout, ImageFiles, micro_batches, normalize
 
 
-RECORD_NAME = "training_record.json"
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -200,12 +202,17 @@ def train_purifier(
         output_dir (`str` or `os.PathLike`): The repository: weights, scheduler, `purification_config.json`,
             `training_record.json` and the card `README.md`; beside them `checkpoint-<step>` and `grids`.
         validation_images (`LabelledImages`, *optional*): Held out, for the denoising loss and the grids.
-        base_model (`str`, *optional*): Which repository the network came from, for record and card.
-        data_description (`dict`, *optional*): Where the images came from, for record and card.
+        base_model (`str`, *optional*): Hub id or folder that the network came from, for record and card.
+        data_description (`dict`, *optional*): Where the images came from, for record and card: `source`, `split`,
+            `hub_id` (if it is one), `resolution`, and whatever else decides what the network saw.
         progress (`bool`, defaults to `True`): Show a bar with loss, images per second and remaining time.
 
     Returns:
         `Path`: `output_dir`.
+
+    Raises:
+        ValueError: If images, network, scheduler, folder and settings do not fit together, in one sentence.
+        FloatingPointError: If the loss is no finite number any more.
     """
     timesteps = config.timesteps(scheduler)
     _check(images, unet, scheduler)
@@ -318,6 +325,8 @@ class _Run:
         self.identity["scheduler"] = _public(self.scheduler.config)
         self.base_model = base_model
         self.data = {"num_images": len(self.images), **(data_description or {})}
+        if self.validation_images is not None:
+            self.data["num_validation_images"] = len(self.validation_images)
 
     def train(self, progress: bool) -> None:
         config, accelerator = self.config, self.accelerator
@@ -398,8 +407,8 @@ class _Run:
         since = self.step - (self.history[-1]["step"] if self.history else 0)
         loss = (self.accelerator.reduce(running_loss, "mean") / since).item()
         if not math.isfinite(loss):
-            raise RuntimeError(
-                f"the loss is {loss} at step {self.step}: lower learning_rate ({self.config.learning_rate})."
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.step}: lower learning_rate, which is {self.config.learning_rate}."
             )
         rate = self.layout.total * (self.step - self.first_step) / (self.seconds - self.seconds_before)
         entry = {
@@ -513,24 +522,34 @@ class _Run:
                 self.output_dir
             )
             (self.output_dir / RECORD_NAME).write_text(json.dumps(self._record(), indent=2) + "\n")
+            write_card(self.output_dir)
         self.accelerator.wait_for_everyone()
 
     def _record(self) -> dict:
         return {
             "base_model": self.base_model,
+            "base_model_on_hub": self.base_model is not None and not Path(self.base_model).exists(),
             "data": self.data,
             "steps": self.step,
             "total_batch_size": self.layout.total,
             "processes": self.layout.world,
             "trained_timesteps": list(self.timesteps),
+            "num_train_timesteps": self.scheduler.config.num_train_timesteps,
             "parameters": self.unet.num_parameters(),
             "settings": self.settings,
             "ema": ema_horizon(self.ema, self.step),
             "seconds": round(self.seconds, 1),
-            "device": str(self.accelerator.device),
+            "images_per_second": round(self.step * self.layout.total / self.seconds, 1),
+            "device": self._device(),
+            "packages": package_versions(),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "history": self.history,
             "validation": self.validation,
         }
+
+    def _device(self) -> str:
+        device = self.accelerator.device
+        return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def ema_horizon(ema: EMAModel, steps: int) -> dict:
