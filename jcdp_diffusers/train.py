@@ -6,11 +6,13 @@ total batch), never the state of a random stream. So a run that was killed goes 
 processes of batch 8 see the same total batch as one process of batch 16. Labels are never read.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -149,6 +151,27 @@ class TrainingConfig:
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {accepted}.")
 
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Offer every setting as `--name`, with the help that this class's docstring gives."""
+        for field in dataclasses.fields(cls):
+            options = {"default": field.default, "help": _setting_help(field.name)}
+            if field.type is bool:
+                options |= {"action": "store_true"}
+            elif field.name in _CHOICES:
+                options |= {"choices": _CHOICES[field.name]}
+            elif "tuple" in str(field.type):
+                options |= {"type": int, "nargs": 2, "metavar": ("FIRST", "END")}
+            else:
+                options |= {"type": next(kind for kind in (int, float, str) if kind.__name__ in str(field.type))}
+            parser.add_argument(f"--{field.name}", **options)
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> "TrainingConfig":
+        """The settings among parsed arguments."""
+        values = {field.name: getattr(args, field.name) for field in dataclasses.fields(cls)}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
     def timesteps(self, scheduler: DDPMScheduler, name: str = "trained_timesteps") -> tuple[int, int]:
         """A range of timesteps, checked against the scheduler's; the whole schedule by default."""
         end = scheduler.config.num_train_timesteps
@@ -158,6 +181,16 @@ class TrainingConfig:
                 f"{name} is {(first, last)}, but must be first < end within 0 and {end} of the scheduler."
             )
         return first, last
+
+
+_CHOICES = {"mixed_precision": PRECISIONS, "timestep_sampling": TIMESTEP_SAMPLINGS}
+
+
+def _setting_help(name: str) -> str:
+    """A setting's entry in the docstring of TrainingConfig, on one line and without its type."""
+    entries = re.findall(r"^ {8}(\w+(?:, \w+)*) \([^)]*\): ((?:.|\n {12})+)", TrainingConfig.__doc__, re.MULTILINE)
+    text = next(text for names, text in entries if name in names.split(", "))
+    return " ".join(text.split()).replace("%", "%%")
 
 
 # What may differ between a run and its continuation without changing the weights. The learning rate's schedule adds
@@ -220,7 +253,7 @@ def train_purifier(
     # A second run in one process may want another precision than the first, which this singleton would refuse.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        cpu=config.cpu,
+        cpu=on_cpu(config.cpu),
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to,
@@ -235,10 +268,26 @@ def train_purifier(
     return output_dir
 
 
+def on_cpu(wanted: bool) -> bool:
+    """What to give Accelerate as `cpu`: unless it is told so, processes started on a machine without an accelerator
+    do not find each other, and each trains alone."""
+    return wanted or not torch.accelerator.is_available()
+
+
+def _shape(images: LabelledImages | ImageFiles) -> tuple[int, int, int]:
+    """Height, width and channels."""
+    if isinstance(images, ImageFiles):
+        return images.resolution, images.resolution, images.channels
+    return images.images.shape[1:]
+
+
 def _check(images, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
-    channels = images.channels if isinstance(images, ImageFiles) else images.images.shape[3]
+    height, width, channels = _shape(images)
     if len(images) == 0:
         raise ValueError("images is empty, but must hold at least one image.")
+    divisor = 2 ** (len(unet.config.block_out_channels) - 1)
+    if height % divisor or width % divisor:
+        raise ValueError(f"images are {height}x{width}, but the network takes multiples of {divisor} only.")
     if channels != unet.config.in_channels:
         raise ValueError(f"images have {channels} channels, but the network takes {unet.config.in_channels}.")
     if unet.config.out_channels != unet.config.in_channels:
@@ -267,6 +316,8 @@ class _Run:
             config.train_batch_size,
             config.gradient_accumulation_steps,
         )
+        height, width, _ = _shape(images)
+        unet.register_to_config(sample_size=height if height == width else (height, width))
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         unet.float().to(accelerator.device, memory_format=torch.channels_last).train()

@@ -42,8 +42,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--unet", default="mini32", choices=sorted(UNETS))
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--num_held_out", type=int, default=256, help="target images that no network is trained on")
-    parser.add_argument("--source_steps", type=int, default=1500)
-    parser.add_argument("--target_steps", type=int, default=500)
+    parser.add_argument("--source_steps", type=int, default=1000)
+    parser.add_argument("--target_steps", type=int, default=400)
     parser.add_argument("--train_batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument(
@@ -59,14 +59,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    def config(steps, trained_timesteps=None):
+    def config(steps, validation_steps, trained_timesteps=None):
         return TrainingConfig(
             max_train_steps=steps,
             train_batch_size=args.train_batch_size,
             learning_rate=args.learning_rate,
             lr_warmup_steps=50,
             trained_timesteps=trained_timesteps,
-            validation_steps=args.validation_steps,
+            validation_steps=validation_steps,
+            num_grid_images=0,
             validation_timesteps=(0, args.first_timesteps),
             mixed_precision=args.mixed_precision,
             checkpointing_steps=500,
@@ -89,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
             unet=network(),
             scheduler=ddpm_scheduler(),
             output_dir=source_dir,
-            config=config(args.source_steps),
+            config=config(args.source_steps, args.source_steps),
             validation_images=held_out,
         )
     for arm, (finetuned, restricted) in ARMS.items():
@@ -101,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
             unet=DDPMPipeline.from_pretrained(source_dir).unet if finetuned else network(),
             scheduler=ddpm_scheduler(),
             output_dir=output_dir,
-            config=config(args.target_steps, (0, args.first_timesteps) if restricted else None),
+            config=config(args.target_steps, args.validation_steps, (0, args.first_timesteps) if restricted else None),
             validation_images=held_out,
             base_model=str(source_dir) if finetuned else None,
         )

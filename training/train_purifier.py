@@ -1,0 +1,166 @@
+"""
+Train a purifier: from scratch, or fine-tuned from any DDPM repository, on raw images without labels.
+
+On a CPU, from a folder of photographs:
+    python training/train_purifier.py --unet mini32 --dataset photos --output_dir my-purifier --max_train_steps 2000
+On eight GPUs, fine-tuned as in the paper (a total batch of 256), and published:
+    accelerate launch --num_processes 8 training/train_purifier.py --pretrained google/ddpm-cifar10-32 \\
+        --dataset photos --output_dir my-purifier --max_train_steps 10000 --train_batch_size 32 \\
+        --mixed_precision bf16 --trained_timesteps 0 100 --resume_from_checkpoint latest --push_to_hub
+`torchrun --nproc_per_node 8` in place of `accelerate launch` does the same, and gives several processes on a CPU, too.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+from accelerate import PartialState
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import HfApi
+
+from jcdp_diffusers.data import LabelledImages, load_images, open_dataset
+from jcdp_diffusers.model_card import push_purifier, write_card
+from jcdp_diffusers.results import read_records
+from jcdp_diffusers.train import TrainingConfig, on_cpu, train_purifier
+from jcdp_diffusers.training_images import ImageFiles, training_images, usable
+from jcdp_diffusers.unets import UNETS, ddpm_scheduler, named_unet
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind each option, and the description's lines as they are."""
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=_Help)
+    start = parser.add_argument_group("where to start").add_mutually_exclusive_group(required=True)
+    start.add_argument("--unet", choices=sorted(UNETS), help="from scratch, with this network")
+    start.add_argument("--pretrained", metavar="REPO", help="fine-tune this DDPM repository, and keep its schedule")
+    parser.add_argument("--revision", help="of --pretrained")
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="of --unet: greyscale or colour")
+
+    images = parser.add_argument_group("images")
+    images.add_argument("--dataset", required=True, help="Hub id, folder of Parquet, folder of images, or .npz")
+    images.add_argument("--split", help="needed where there are several")
+    images.add_argument("--image_column", help="found by its usual names if not given")
+    images.add_argument(
+        "--resolution", type=int, help="side of the square in pixels; the network's own, or 32, if not given"
+    )
+    images.add_argument(
+        "--center_crop", action="store_true", help="cut the square from the middle rather than at random"
+    )
+    images.add_argument(
+        "--skip_unusable_images", action="store_true", help="leave out what cannot be decoded as it is"
+    )
+    images.add_argument("--max_train_samples", type=int, help="use the first so many images only")
+    images.add_argument("--validation_dataset", help="held-out images; if not given, they are taken from --dataset")
+    images.add_argument("--validation_split", help="of --validation_dataset")
+    images.add_argument(
+        "--num_validation_images",
+        type=int,
+        default=256,
+        help="held-out images, at most a tenth of --dataset; 0 for none",
+    )
+
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="the repository, and beside it checkpoints and grids"
+    )
+    parser.add_argument("--push_to_hub", action="store_true", help="publish weights, card and settings, in one commit")
+    parser.add_argument("--hub_model_id", help="name on the Hub; the folder's name if not given")
+    parser.add_argument("--hub_private_repo", action="store_true", help="if the repository is made now")
+    parser.add_argument("--license", help="for the card, as the Hub spells it")
+    parser.add_argument(
+        "--card_results", type=Path, metavar="JSONL", help="records of measurements to quote in the card"
+    )
+    TrainingConfig.add_arguments(parser.add_argument_group("training"))
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    config = TrainingConfig.from_arguments(args)
+    state = PartialState(cpu=on_cpu(args.cpu))
+    repo_id = args.hub_model_id or args.output_dir.resolve().name
+    if args.push_to_hub and state.is_main_process:
+        # Whoever may not push learns it before the training rather than after.
+        repo_id = HfApi().create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True).repo_id
+
+    with state.main_process_first():  # the others find what the first has put into the cache
+        unet, scheduler = load_model(args)
+        images, held_out, description = load_data(args, unet)
+    train_purifier(
+        images,
+        unet=unet,
+        scheduler=scheduler,
+        output_dir=args.output_dir,
+        config=config,
+        validation_images=held_out,
+        base_model=args.pretrained,
+        data_description=description,
+    )
+    if state.is_main_process:
+        results = read_records(args.card_results) if args.card_results else ()
+        write_card(args.output_dir, repo_id=repo_id, license=args.license, results=results)
+        if args.push_to_hub:
+            print(push_purifier(args.output_dir, repo_id, private=args.hub_private_repo or None))
+    state.destroy_process_group()
+
+
+def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, DDPMScheduler]:
+    if args.pretrained:
+        pipe = DDPMPipeline.from_pretrained(args.pretrained, revision=args.revision)
+        return pipe.unet, pipe.scheduler
+    unet = named_unet(args.unet, in_channels=args.channels, sample_size=args.resolution or 32, seed=args.seed)
+    return unet, ddpm_scheduler()
+
+
+def load_data(
+    args: argparse.Namespace, unet: UNet2DModel
+) -> tuple[LabelledImages | ImageFiles, LabelledImages | None, dict]:
+    """Images to train on, held-out ones, and what record and card say about them."""
+    resolution, channels = args.resolution or unet.config.sample_size, unet.config.in_channels
+    dataset = read(args.dataset, args.split, args, channels)
+    if args.max_train_samples is not None:
+        dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
+    if args.validation_dataset:
+        held_out = read(args.validation_dataset, args.validation_split, args, channels)
+        held_out = held_out.select(range(min(args.num_validation_images, len(held_out))))
+    else:
+        order = np.random.default_rng(args.seed).permutation(len(dataset))
+        count = min(args.num_validation_images, len(dataset) // 10)
+        held_out = dataset.select(np.sort(order[:count]))
+        dataset = dataset.select(np.sort(order[count:]))
+    images = training_images(
+        dataset, resolution=resolution, channels=channels, center_crop=args.center_crop, seed=args.seed
+    )
+    description = {
+        "source": args.dataset,
+        "split": args.split,
+        "hub_id": None if Path(args.dataset).exists() else args.dataset.split(":")[0],
+        "resolution": resolution,
+        "crop": "center" if args.center_crop else "random",
+    }
+    if len(held_out) == 0:
+        return images, None, description
+    return images, load_images(held_out, image_size=resolution, channels=channels), description
+
+
+def read(source: str, split: str | None, args: argparse.Namespace, channels: int) -> datasets.Dataset:
+    """Ids and images of a source; labels stay unread."""
+    dataset = open_dataset(source, split=split, image_column=args.image_column).select_columns(["id", "image"])
+    if args.skip_unusable_images:
+        found = len(dataset)
+        dataset = dataset.filter(usable, fn_kwargs={"channels": channels})
+        if len(dataset) < found:
+            print(
+                f"{found - len(dataset)} of {found} images of {source} cannot be used and are left out",
+                file=sys.stderr,
+            )
+    return dataset
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"train_purifier: {error}")
