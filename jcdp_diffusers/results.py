@@ -50,8 +50,8 @@ def append_record(
 ) -> dict:
     """Append one measured cell to a JSON Lines file and return the record as it was written.
 
-    Any number of processes may append to one file: each record is one write under a lock. A line that a crash cut short
-    is left to :func:`read_records` to name; the next record starts on a line of its own.
+    Any number of processes may append to one file: each record is one write under a lock. A line that a crash cut
+    short is left to :func:`read_records` to name; the next record starts on a line of its own.
 
     Args:
         path: the file, made with its folder if needed.
@@ -125,14 +125,13 @@ def summarise(records: Iterable[Mapping], by: Sequence[str] = ("what", "protocol
     """Mean and spread over seeds, one row per group, in the order in which the groups first appear.
 
     Of several records that agree in the group, the seed and the settings, the last counts: it is a repetition of the
-    same cell. Records of one group and seed with different settings are refused, because their mean would mean nothing.
+    same cell. Records of one group and seed with different settings are refused: their mean would mean nothing.
 
     Args:
         by: fields of a record that name a group; "settings.width" is one setting.
 
     Returns:
-        dicts of the fields in `by`, `mean`, `std` (sample standard deviation, n - 1 in the denominator; None for a single
-        value), `n` and `values`.
+        dicts of the fields in `by`, `mean`, `std` (sample standard deviation, None for a single value), `n`, `values`.
     """
     groups: dict[str, dict[str, Mapping]] = {}
     for record in records:
