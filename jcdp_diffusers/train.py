@@ -374,7 +374,9 @@ class _Run:
         self.identity["images"] = _fingerprint(self.images)
         self.identity["unet"] = _public(self.unet.config)
         self.identity["scheduler"] = _public(self.scheduler.config)
-        self.base_model = base_model
+        self.base_model_on_hub = base_model is not None and not Path(base_model).exists()
+        # The record is published: no paths of one's own.
+        self.base_model = base_model if self.base_model_on_hub or base_model is None else Path(base_model).name
         self.data = {"num_images": len(self.images), **(data_description or {})}
         if self.validation_images is not None:
             self.data["num_validation_images"] = len(self.validation_images)
@@ -579,7 +581,7 @@ class _Run:
     def _record(self) -> dict:
         return {
             "base_model": self.base_model,
-            "base_model_on_hub": self.base_model is not None and not Path(self.base_model).exists(),
+            "base_model_on_hub": self.base_model_on_hub,
             "data": self.data,
             "steps": self.step,
             "total_batch_size": self.layout.total,

@@ -133,10 +133,11 @@ def load_data(
     images = training_images(
         dataset, resolution=resolution, channels=channels, center_crop=args.center_crop, seed=args.seed
     )
+    local = Path(args.dataset).exists()
     description = {
-        "source": args.dataset,
+        "source": Path(args.dataset).name if local else args.dataset,  # a record is published: no paths of one's own
         "split": args.split,
-        "hub_id": None if Path(args.dataset).exists() else args.dataset.split(":")[0],
+        "hub_id": None if local else args.dataset.split(":")[0],
         "resolution": resolution,
         "crop": "center" if args.center_crop else "random",
     }
