@@ -2,9 +2,9 @@
 
     python eval/poisons.py --dataset DIR --output results/poisons_cifar10_mini.jsonl --cache runs/poisons
 
-Every cell (poison or its control, seed) is a training run; it appends its test accuracy and its accuracy on the images that
-it was trained on, and is skipped when it is on record already. So the command can be stopped at any time and given again,
-and several can write into one file.
+Every cell (poison or its control, seed) is a training run; it appends its test accuracy and its accuracy on the images
+that it was trained on, and is skipped when it is on record already. So the command can be stopped at any time and
+given again, and several can write into one file.
 """
 
 import argparse

@@ -147,7 +147,7 @@ def coefficients(num_classes: int, channels: int, settings: ARSettings, draw: np
             if len(found) == num_classes:
                 return np.stack(found)
     raise ValueError(
-        f"required_response is {required:g}, but only {len(found)} of {num_classes} were found so far apart."
+        f"required_response is {required:g}, but only {len(found)} of {num_classes} processes were found."
     )
 
 

@@ -1,8 +1,8 @@
 """`jcdp poison`: a data set in, the protected data set out, with a card that says what was done to it.
 
 The folder holds Parquet files with lossless images, ids and labels, and `README.md`, which is written last: a folder
-with it is complete. Until then the state of a costly poison lies beside it in a hidden folder, and the same command goes
-on from there.
+with it is complete. Until then the state of a costly poison lies beside it in a hidden folder, and the same command
+goes on from there.
 """
 
 import argparse

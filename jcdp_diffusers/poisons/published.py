@@ -3,8 +3,8 @@
 Files come as tensors or arrays in `.pt`, `.pth`, `.npy`, `.npz` or `.safetensors`; one row per image (sample-wise, by
 index) or per class (class-wise, by label); channels first or last; as perturbations or as poisoned images; in [0, 1],
 [-0.5, 0.5], 0 to 255 or int8. What a file is, is found by trying what its shape and values allow and comparing with
-the clean images; what was found is returned in words, and what does not fit the clean images is refused. Nothing is ever
-unpickled, except by torch's loader for weights alone.
+the clean images; what was found is returned in words, and what does not fit the clean images is refused. Nothing is
+ever unpickled, except by torch's loader for weights alone.
 """
 
 import pickle

@@ -1,0 +1,142 @@
+import argparse
+import hashlib
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from jcdp_diffusers import poisons
+from jcdp_diffusers.data import load_images, write_dataset
+from jcdp_diffusers.poisons import protect
+from jcdp_diffusers.poisons.progress import Progress
+
+
+def command(*options):
+    parser = argparse.ArgumentParser()
+    protect.add_arguments(parser)
+    protect.run(parser.parse_args([str(option) for option in options]))
+
+
+@pytest.fixture
+def source(tmp_path, data):
+    """A folder with a train and a test split, and a column that is nobody's business."""
+    folder = tmp_path / "clean"
+    write_dataset(folder, data, columns={"camera": [f"c{row % 3}" for row in range(40)]})
+    write_dataset(folder, data.subset(range(8)), split="test")
+    return folder
+
+
+@pytest.mark.parametrize("name", poisons.NAMES)
+def test_noise_stays_with_its_image_through_shuffles_and_filters(name, data, tmp_path):
+    """Poison, write, read, shuffle and filter by ids and labels, join with the clean images: the difference is the noise."""
+    perturbation = poisons.get(name)(data.tensor(), torch.from_numpy(data.labels), preset="smoke")
+    expected = dict(zip(data.ids, poisons.apply_perturbation(data.images, perturbation), strict=True))
+    protect.protect_dataset(data, tmp_path, method=name, preset="smoke")
+
+    rows = datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
+    rows = rows.shuffle(seed=3).filter(lambda row: row["label"] != 1)
+    assert len(rows) == 30 and rows["id"] != sorted(rows["id"])
+    label_of = dict(zip(data.ids, data.labels.tolist(), strict=True))
+    for row in rows:
+        np.testing.assert_array_equal(np.asarray(row["image"]), expected[row["id"]])
+        assert row["label"] == label_of[row["id"]]
+
+
+def test_command_writes_one_split_and_leaves_the_others_alone(source, data, tmp_path, capsys):
+    digests = {path: hashlib.sha256(path.read_bytes()).digest() for path in source.iterdir()}
+    output = tmp_path / "protected"
+    command("--method", "lsp", "--dataset", source, "--split", "train", "--output", output, "--seed", 4)
+    assert digests == {path: hashlib.sha256(path.read_bytes()).digest() for path in source.iterdir()}
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "train-00000-of-00001.parquet"]
+
+    protected = load_images(output)
+    assert protected.ids == data.ids and protected.class_names == data.class_names
+    np.testing.assert_array_equal(protected.labels, data.labels)
+    perturbation = poisons.get("lsp")(data.tensor(), torch.from_numpy(data.labels), seed=4)
+    np.testing.assert_array_equal(protected.images, poisons.apply_perturbation(data.images, perturbation))
+    rows = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows["camera"][:4] == ["c0", "c1", "c2", "c0"]
+    assert "40 protected images in" in capsys.readouterr().out
+
+
+def test_card_says_what_was_done(source, data, tmp_path):
+    output = tmp_path / "protected"
+    command("--method", "emn-class", "--dataset", source, "--split", "train", "--output", output, "--preset", "smoke")
+    card = protect.read_card(output)
+    assert (card["method"], card["preset"], card["seed"], card["images"]) == ("emn-class", "smoke", 0, 40)
+    assert card["settings"]["epsilon"] == 8.0 and card["settings"]["max_rounds"] == 2
+    assert card["promised"] == {"linf": 8.0} and "Huang" in card["reference"]
+    assert card["measured"] == poisons.measured_norms(data.images, load_images(output).images)
+    text = (output / "README.md").read_text()
+    assert "| `step` | 4.0 |" in text and "| measured linf, after rounding to 8 bits |" in text
+
+
+def test_same_command_again_does_nothing_and_another_is_refused(source, tmp_path):
+    output = tmp_path / "protected"
+    options = ("--dataset", source, "--split", "train", "--output", output)
+    command("--method", "lsp", *options)
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    command("--method", "lsp", *options)
+    assert before == {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    with pytest.raises(
+        ValueError, match="output is .*, which holds a data set of seed 0 instead of 1; give an empty folder"
+    ):
+        command("--method", "lsp", *options, "--seed", 1)
+    with pytest.raises(ValueError, match="which holds a data set of method 'lsp' instead of 'ops'"):
+        command("--method", "ops", *options)
+
+
+def test_command_goes_on_where_it_was_cut_off(source, data, tmp_path, monkeypatch):
+    output = tmp_path / "protected"
+    options = ("--method", "tap", "--preset", "smoke", "--dataset", source, "--split", "train", "--output", output)
+    save = Progress.save
+
+    def save_and_stop(self, state):
+        save(self, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        command(*options)
+    assert not (output / "README.md").exists() and (output / ".poison-state" / "tap.pt").exists()
+    monkeypatch.setattr(Progress, "save", save)
+    command(*options)
+    whole = poisons.get("tap")(data.tensor(), torch.from_numpy(data.labels), preset="smoke")
+    np.testing.assert_array_equal(load_images(output).images, poisons.apply_perturbation(data.images, whole))
+    assert not (output / ".poison-state").exists()
+
+
+def test_published_file_is_added_and_what_it_is_is_stated(source, data, tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(-8, 9, (4, 3, 16, 16)).astype(np.int8)
+    np.save(tmp_path / "noise.npy", noise)
+    output = tmp_path / "protected"
+    options = ("--dataset", source, "--split", "train", "--output", output)
+    command("--perturbation", tmp_path / "noise.npy", "--linf", 8, *options)
+    expected = poisons.apply_perturbation(data.images, noise[data.labels] / 255.0)
+    np.testing.assert_array_equal(load_images(output).images, expected)
+    assert "kind: class-wise; holds: perturbations in 1/255, values from -8 to 8 (int8); norms: linf 8/255" in (
+        capsys.readouterr().out
+    )
+    card = protect.read_card(output)
+    assert card["perturbation"] == "noise.npy" and card["promised"] == {"linf": 8.0}
+    assert "| `kind` | class-wise |" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("options", [(), ("--method", "lsp", "--perturbation", "noise.npy"), ("--method", "noise")])
+def test_wrong_usage_exits_with_2(options, tmp_path):
+    with pytest.raises(SystemExit) as exit_info:
+        command("--dataset", tmp_path, "--output", tmp_path / "out", *options)
+    assert exit_info.value.code == 2
+
+
+def test_data_without_labels_is_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="dataset has no labels, but a poison needs one for every image"):
+        protect.protect_dataset(replace(data, labels=None), tmp_path, method="lsp")
+
+
+def test_foreign_folder_is_not_overwritten(data, tmp_path):
+    (tmp_path / "README.md").write_text("# My holiday\n")
+    with pytest.raises(ValueError, match="its README.md is not the card of a protected data set"):
+        protect.protect_dataset(data, tmp_path, method="lsp")

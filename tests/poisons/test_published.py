@@ -1,0 +1,231 @@
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from jcdp_diffusers import poisons
+from jcdp_diffusers.poisons.published import read_perturbation
+
+
+@pytest.fixture(scope="module")
+def delta(data):
+    """A perturbation in whole levels, at most 8/255."""
+    return np.random.default_rng(0).integers(-8, 9, data.tensor().shape).astype(np.int8)
+
+
+@pytest.fixture(scope="module")
+def poisoned(data, delta):
+    return poisons.apply_perturbation(data.images, delta / 255.0)
+
+
+def write(path, array):
+    if path.suffix == ".safetensors":
+        save_file({"noise": torch.from_numpy(np.ascontiguousarray(array))}, path)
+    elif path.suffix == ".npz":
+        np.savez(path, noise=array)
+    elif path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        torch.save(torch.from_numpy(np.ascontiguousarray(array)), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".npy", ".npz", ".safetensors"])
+def test_every_file_format_is_read(suffix, tmp_path, data, delta):
+    perturbation, recognised = read_perturbation(write(tmp_path / f"noise{suffix}", delta), data, budget={"linf": 8})
+    assert perturbation.dtype == torch.float32
+    np.testing.assert_allclose(perturbation.numpy(), delta / 255.0, atol=1e-7)
+    assert recognised["kind"] == "sample-wise" and "in 1/255" in recognised["holds"] and "int8" in recognised["holds"]
+    assert recognised["norms"].startswith("linf 8/255, l2 ")
+
+
+@pytest.mark.parametrize(
+    "stored, words",
+    [
+        (
+            lambda delta, poisoned: (delta / 255).astype(np.float32),
+            "perturbations for images in an interval of length 1",
+        ),
+        (lambda delta, poisoned: delta.astype(np.float32), "perturbations in 1/255"),
+        (lambda delta, poisoned: delta.astype(np.int16), "perturbations in 1/255"),
+        (lambda delta, poisoned: (delta / 255).astype(np.float32).transpose(0, 2, 3, 1), "interval of length 1"),
+        (lambda delta, poisoned: poisoned, r"poisoned images 0 to 255, values from 0 to 255 \(uint8\)"),
+        (lambda delta, poisoned: poisoned.astype(np.float32), "poisoned images 0 to 255"),
+        (lambda delta, poisoned: poisoned / 255, r"poisoned images in \[0, 1\]"),
+        (lambda delta, poisoned: poisoned / 255 - 0.5, r"poisoned images in \[-0.5, 0.5\]"),
+    ],
+)
+def test_every_range_and_layout_is_recognised(stored, words, tmp_path, data, delta, poisoned):
+    path = write(tmp_path / "noise.npy", stored(delta, poisoned))
+    perturbation, recognised = read_perturbation(path, data, budget={"linf": 8})
+    np.testing.assert_array_equal(poisons.apply_perturbation(data.images, perturbation), poisoned)
+    assert recognised["kind"] == "sample-wise"
+    assert re.search(words, recognised["holds"])
+
+
+def test_class_wise_noise_follows_the_labels(tmp_path, data):
+    pattern = np.random.default_rng(0).uniform(-8, 8, (4, 3, 16, 16)).astype(np.float32) / 255
+    shuffled = data.subset(np.random.default_rng(1).permutation(40)[:31])
+    perturbation, recognised = read_perturbation(write(tmp_path / "noise.pt", pattern), shuffled)
+    np.testing.assert_array_equal(perturbation.numpy(), pattern[shuffled.labels])
+    assert recognised["kind"] == "class-wise"
+
+
+def test_rows_with_ids_are_joined_by_id(tmp_path, data, delta):
+    order = np.random.default_rng(2).permutation(40)
+    np.savez(tmp_path / "noise.npz", noise=delta[order], labels=data.labels[order], ids=np.array(data.ids)[order])
+    kept = data.subset(np.flatnonzero(data.labels != 2)[::-1])
+    with pytest.raises(ValueError, match="perturbation is 'noise.npz' with 40 rows, but 30 .one per image. or 4"):
+        read_perturbation(tmp_path / "noise.npz", kept)
+    perturbation, _ = read_perturbation(tmp_path / "noise.npz", data.subset(np.arange(39, -1, -1)))
+    np.testing.assert_allclose(perturbation.numpy(), delta[::-1] / 255.0, atol=1e-7)
+
+
+def test_folder_of_numbered_images_is_read_in_their_order(tmp_path, data, poisoned):
+    for row, image in enumerate(poisoned):
+        Image.fromarray(image).save(tmp_path / f"{row}.png")
+    perturbation, recognised = read_perturbation(tmp_path, data, budget={"linf": 8})
+    np.testing.assert_array_equal(poisons.apply_perturbation(data.images, perturbation), poisoned)
+    assert "poisoned images 0 to 255" in recognised["holds"]
+
+
+def test_folder_in_another_label_order_is_refused(tmp_path, data, poisoned):
+    for row, (image, label) in enumerate(zip(poisoned, data.labels, strict=True)):
+        (tmp_path / str(label)).mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / str(label) / f"{row}.png")
+    with pytest.raises(ValueError, match="whose labels are not in the clean images' order, from row 1 on"):
+        read_perturbation(tmp_path, data)
+    by_class = data.subset(np.argsort(data.labels, kind="stable"))
+    perturbation, _ = read_perturbation(tmp_path, by_class, budget={"linf": 8})
+    assert perturbation.shape == (40, 3, 16, 16)
+
+
+def test_wrong_length_is_refused(tmp_path, data, delta):
+    with pytest.raises(
+        ValueError, match=r"with 39 rows, but 40 \(one per image\) or 4 \(one per class\) are accepted"
+    ):
+        read_perturbation(write(tmp_path / "noise.npy", delta[:39]), data)
+    with pytest.raises(ValueError, match="with 39 rows, but there are 40 clean images"):
+        read_perturbation(write(tmp_path / "noise.npy", delta[:39]), data, kind="sample-wise")
+    with pytest.raises(ValueError, match="with 2 rows, but labels go up to 3"):
+        read_perturbation(write(tmp_path / "noise.npy", delta[:2]), data, kind="class-wise")
+
+
+def test_wrong_size_is_refused(tmp_path, data, delta):
+    path = write(tmp_path / "noise.npy", delta[:, :, :8])
+    with pytest.raises(
+        ValueError, match=r"of shape \(40, 3, 8, 16\), but images of 16 x 16 x 3 need \(rows, 3, 16, 16\)"
+    ):
+        read_perturbation(path, data)
+
+
+def test_wrong_label_order_is_refused(tmp_path, data, delta):
+    labels = data.labels.copy()
+    labels[[4, 5]] = labels[[5, 4]]
+    torch.save({"noise": torch.from_numpy(delta), "targets": torch.from_numpy(labels)}, tmp_path / "noise.pt")
+    with pytest.raises(ValueError, match="'noise.pt', whose labels are not in the clean images' order, from row 4 on"):
+        read_perturbation(tmp_path / "noise.pt", data)
+
+
+@pytest.mark.parametrize("shift", [0, 0.5])
+def test_poisoned_images_in_another_order_are_refused(shift, tmp_path, data, poisoned):
+    path = write(tmp_path / "images.npy", poisoned[np.random.default_rng(3).permutation(40)] / 255 - shift)
+    with pytest.raises(ValueError, match="not like the clean ones in their order|as large as images are; declare"):
+        read_perturbation(path, data)
+    with pytest.raises(ValueError, match="not like the clean ones in their order|but 8 was declared"):
+        read_perturbation(path, data, budget={"linf": 8})
+
+
+@pytest.mark.parametrize("budget", [{"linf": 4}, {"l2": 0.3}, {"l0": 1}])
+def test_norm_beyond_the_declared_budget_is_refused(budget, tmp_path, data, delta):
+    (norm, bound) = next(iter(budget.items()))
+    with pytest.raises(ValueError, match=f"'noise.npy' with {norm} .*, but {bound:g} was declared"):
+        read_perturbation(write(tmp_path / "noise.npy", delta), data, budget=budget)
+
+
+def test_rounding_does_not_break_a_budget(tmp_path, data):
+    noise = np.random.default_rng(0).standard_normal(data.tensor().shape)
+    noise /= np.sqrt(np.square(noise).sum(axis=(1, 2, 3), keepdims=True))
+    read_perturbation(write(tmp_path / "noise.npy", noise), data, budget={"l2": 1.0})
+
+
+def test_unknown_budget_and_kind_are_refused(tmp_path, data, delta):
+    path = write(tmp_path / "noise.npy", delta)
+    with pytest.raises(ValueError, match="budget has 'l1', but linf, l2, l0 are accepted"):
+        read_perturbation(path, data, budget={"l1": 8})
+    with pytest.raises(ValueError, match="kind is 'universal', but sample-wise and class-wise are accepted"):
+        read_perturbation(path, data, kind="universal")
+
+
+class Payload:
+    """Would run code on unpickling."""
+
+    def __reduce__(self):
+        return (print, ("unpickled",))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy", ".npz"])
+def test_code_in_a_file_is_not_run(suffix, tmp_path, data, capfd):
+    path = tmp_path / f"noise{suffix}"
+    if suffix == ".pt":
+        torch.save({"noise": Payload()}, path)
+    elif suffix == ".npz":
+        np.savez(path, noise=np.array([Payload()], dtype=object))
+    else:
+        np.save(path, np.array([Payload()], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="it can only be read by running code from it, or is damaged; plain tensors"):
+        read_perturbation(path, data)
+    assert "unpickled" not in capfd.readouterr().out
+
+
+def test_pickles_and_missing_files_are_refused(tmp_path, data, delta):
+    path = tmp_path / "noise.pkl"
+    path.write_bytes(pickle.dumps(delta))
+    with pytest.raises(ValueError, match="perturbation is 'noise.pkl', but .pt, .pth, .npy, .npz, .safetensors files"):
+        read_perturbation(path, data)
+    with pytest.raises(ValueError, match="perturbation is '.*none.pt', but there is no such file"):
+        read_perturbation(tmp_path / "none.pt", data)
+
+
+def test_files_without_one_image_array_are_refused(tmp_path, data, delta):
+    np.savez(tmp_path / "two.npz", one=delta, other=delta)
+    with pytest.raises(
+        ValueError, match=r"'two.npz' with \['one', 'other'\], but one array of four dimensions is needed"
+    ):
+        read_perturbation(tmp_path / "two.npz", data)
+    np.save(tmp_path / "nan.npy", np.full(delta.shape, np.nan))
+    with pytest.raises(ValueError, match="'nan.npy' of float64, but finite numbers are accepted"):
+        read_perturbation(tmp_path / "nan.npy", data)
+    np.save(tmp_path / "large.npy", 300.0 * np.sign(delta - 0.5))
+    with pytest.raises(ValueError, match=r"'large.npy' with values from -300 to 300 .*, but values within 255 of 0"):
+        read_perturbation(tmp_path / "large.npy", data)
+    torch.save("noise", tmp_path / "text.pt")
+    with pytest.raises(ValueError, match="'text.pt' with a str, but tensors and arrays are accepted"):
+        read_perturbation(tmp_path / "text.pt", data)
+
+
+def test_as_many_images_as_classes_need_a_kind(tmp_path, data, delta):
+    four = data.subset(range(4))
+    path = write(tmp_path / "noise.npy", delta[:4])
+    with pytest.raises(
+        ValueError, match="kind must say whether the 4 rows of 'noise.npy' are sample-wise or class-wise"
+    ):
+        read_perturbation(path, four)
+    assert read_perturbation(path, four, kind="class-wise")[1]["kind"] == "class-wise"
+
+
+def test_one_pixel_noise_is_read_and_its_norm_stated(tmp_path, data):
+    perturbation = poisons.get("ops")(data.tensor(), torch.from_numpy(data.labels))
+    path = write(tmp_path / "ops.npy", perturbation.numpy())
+    read, recognised = read_perturbation(path, data, budget={"l0": 1})
+    assert torch.equal(read, perturbation) and recognised["norms"].endswith("l0 1")
+
+
+def test_strongly_changed_images_are_recognised(tmp_path, data):
+    poisoned = data.tensor() + poisons.get("cuda")(data.tensor(), torch.from_numpy(data.labels))
+    path = write(tmp_path / "cuda.npy", poisoned.numpy())
+    assert "poisoned images in [0, 1]" in read_perturbation(path, data)[1]["holds"]

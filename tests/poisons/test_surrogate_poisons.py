@@ -1,0 +1,313 @@
+"""EMN, REMN and TAP: the poisons that attack a network of our own."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from jcdp_diffusers import poisons, victims
+from jcdp_diffusers.poisons import emn, emn_class, progress, remn, surrogate, tap
+from jcdp_diffusers.poisons.emn import EMNSettings
+from jcdp_diffusers.poisons.remn import REMNSettings
+from jcdp_diffusers.poisons.tap import TAPSettings
+
+
+CPU = torch.device("cpu")
+
+
+class Linear(nn.Module):
+    """Logits that are linear in the image, so that attacks have a closed form."""
+
+    def __init__(self, num_classes=4, size=8, seed=0):
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.weight = 0.05 * torch.randn(num_classes, 3 * size * size, generator=draw)
+
+    def forward(self, images):
+        return images.flatten(1) @ self.weight.T
+
+
+@pytest.fixture
+def middle():
+    """Images whose budget is never cut off by the valid range, and labels."""
+    draw = torch.Generator().manual_seed(1)
+    return 0.3 + 0.4 * torch.rand(12, 3, 8, 8, generator=draw), torch.arange(12) % 4
+
+
+def two_classes(weight):
+    """Two classes: the gradient's sign is that of the difference of their weights, wherever it is taken."""
+    return (weight[1] - weight[0]).sign().reshape(3, 8, 8)
+
+
+def test_minimisation_reaches_the_closed_form_of_a_linear_network(middle):
+    images, labels = middle[0], middle[1] % 2
+    model = Linear(num_classes=2)
+    settings = EMNSettings(steps=12)
+    noise = emn.minimise(model, images, labels, torch.zeros_like(images), settings, CPU)
+    towards = torch.where(labels == 1, 1.0, -1.0).reshape(-1, 1, 1, 1) * two_classes(model.weight)
+    torch.testing.assert_close(noise, 8 / 255 * towards)
+
+
+def test_minimisation_walks_one_step_per_step_and_starts_where_it_is(middle):
+    images, labels = middle[0], middle[1] % 2
+    model = Linear(num_classes=2)
+    towards = torch.where(labels == 1, 1.0, -1.0).reshape(-1, 1, 1, 1) * two_classes(model.weight)
+    start = 2 / 255 * torch.ones_like(images)
+    noise = emn.minimise(model, images, labels, start, EMNSettings(steps=3), CPU)
+    torch.testing.assert_close(noise, (start + 3 * 0.8 / 255 * towards).clamp(-8 / 255, 8 / 255))
+
+
+def test_minimisation_starts_every_step_at_a_valid_image():
+    """On black images only what lies above black is kept from step to step; the last step is not cut off."""
+    images, labels = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
+    model = Linear(num_classes=2)
+    noise = emn.minimise(model, images, labels, torch.zeros_like(images), EMNSettings(steps=5), CPU)
+    towards = torch.where(labels == 1, 1.0, -1.0).reshape(-1, 1, 1, 1) * two_classes(model.weight)
+    torch.testing.assert_close(noise, torch.where(towards > 0, 5 * 0.8 / 255, -0.8 / 255))
+
+
+@pytest.mark.parametrize("name", ["emn", "emn-class"])
+def test_clamped_variant_loses_the_negative_half(name, images, labels):
+    settings = poisons.settings(name, "smoke")
+    noise = poisons.get(name)(images, labels, preset=settings)
+    clamped = poisons.get(name)(images, labels, preset=replace(settings, positive_only=True))
+    assert noise.min() < 0 and torch.equal(clamped, noise.clamp(min=0))
+
+
+@pytest.mark.parametrize("name", ["emn", "emn-class"])
+def test_clamped_variant_can_be_had_by_name(name):
+    presets = poisons.method(name).PRESETS
+    assert presets["clamped"] == replace(presets["published"], positive_only=True)
+    assert presets["cpu-clamped"] == replace(presets["cpu"], positive_only=True)
+
+
+def test_published_numbers_are_the_papers():
+    settings = poisons.settings("emn")
+    assert (settings.epsilon, settings.step, settings.steps, settings.model_steps) == (8, 0.8, 20, 10)
+    settings = poisons.settings("emn-class")
+    assert (settings.epsilon, settings.step, settings.steps, settings.subset) == (8, 0.8, 1, 0.2)
+    settings = poisons.settings("remn")
+    assert (settings.epsilon, settings.adversary_epsilon, settings.samples, settings.model_steps) == (8, 4, 5, 5000)
+    settings = poisons.settings("tap")
+    assert (settings.epsilon, settings.step, settings.steps, settings.restarts) == (8, 0.4, 250, 8)
+
+
+def test_error_minimising_noise_lowers_the_loss_of_its_surrogate(images, labels):
+    model = surrogate.build("resnet18", 4, images, labels, 0, CPU)
+    settings = EMNSettings(steps=10, batch_size=20)
+    optimizer = emn.make_optimizer(model, settings)
+    for _ in range(20):
+        emn.train_step(model, optimizer, images, labels, settings, CPU)
+    fixed = surrogate.frozen(model)
+    noise = emn.minimise(fixed, images, labels, torch.zeros_like(images), settings, CPU)
+    clean_loss, loss = (F.cross_entropy(fixed(batch), labels) for batch in (images, images + noise))
+    assert loss < clean_loss - 0.05
+
+
+def test_noise_that_never_gets_there_is_returned_with_a_warning(images, labels):
+    settings = replace(poisons.settings("emn", "smoke"), stop_error=0.0, max_rounds=1)
+    with pytest.warns(UserWarning, match="emn ended after max_rounds = 1 rounds with a training error of"):
+        assert poisons.get("emn")(images, labels, preset=settings).any()
+
+
+def test_class_wise_noise_is_one_pattern_per_class(images, labels):
+    noise = poisons.get("emn-class")(images, labels, preset="smoke")
+    for label in range(4):
+        of_class = noise[labels == label]
+        assert torch.equal(of_class, of_class[:1].expand_as(of_class))
+    assert len({tuple(noise[row].flatten().tolist()) for row in range(4)}) == 4
+
+
+def test_pattern_of_a_class_is_the_mean_over_its_images_in_the_batch():
+    noise = torch.arange(8.0).reshape(4, 1, 1, 2)
+    pattern = emn_class._class_means(noise, torch.tensor([0, 2, 0, 2]), torch.full((3, 1, 1, 2), 9.0))
+    assert pattern.flatten().tolist() == [2.0, 3.0, 9.0, 9.0, 4.0, 5.0]
+
+
+def test_subset_is_a_fifth_of_every_class():
+    labels = torch.tensor([0] * 50 + [1] * 20 + [3] * 2)
+    rows = emn_class._stratified(labels, 0.2, torch.Generator().manual_seed(0))
+    assert labels[rows].bincount().tolist() == [10, 4, 0, 1] and len(rows.unique()) == len(rows)
+
+
+@pytest.mark.parametrize("targeted", [True, False])
+def test_adversarial_poison_reaches_the_closed_form_of_a_linear_network(middle, targeted):
+    """Two classes: towards the next class and away from the own one are the same direction."""
+    images, labels = middle[0], middle[1] % 2
+    model = Linear(num_classes=2)
+    settings = TAPSettings(targeted=targeted, steps=45, crop_padding=0)
+    draw = torch.Generator().manual_seed(0)
+
+    # Without mirroring, which would mix the weights of the two halves of the image.
+    def no_augmentation(size, padding, generator):
+        return lambda batch: batch
+
+    original, surrogate.CropFlip = surrogate.CropFlip, no_augmentation
+    try:
+        delta, losses = tap.attack(model, images, labels, settings, draw)
+    finally:
+        surrogate.CropFlip = original
+    away = torch.where(labels == 1, -1.0, 1.0).reshape(-1, 1, 1, 1) * two_classes(model.weight)
+    torch.testing.assert_close(delta, 8 / 255 * away)
+    assert losses.shape == (12,)
+
+
+def test_targeted_poison_makes_the_surrogate_see_the_next_class(images, labels):
+    model = surrogate.build("resnet18", 8, images, labels, 0, CPU).eval()
+    settings = TAPSettings(steps=20, step=1.0, crop_padding=1)
+    delta, _ = tap.attack(model, images, labels, settings, torch.Generator().manual_seed(0))
+    before, after = (F.cross_entropy(model(batch), (labels + 1) % 4) for batch in (images, images + delta))
+    assert after < before and (images + delta).min() >= 0 and (images + delta).max() <= 1
+
+
+def test_restart_with_the_lowest_loss_is_kept(images, labels, monkeypatch):
+    """Attacks that return their own number as perturbation, with the loss 2, 1, 3."""
+    calls = iter(range(3))
+
+    def attack(model, images, labels, settings, draw):
+        restart = next(calls)
+        return torch.full_like(images, restart / 255), torch.full((len(images),), [2.0, 1.0, 3.0][restart])
+
+    monkeypatch.setattr(tap, "attack", attack)
+    settings = replace(poisons.settings("tap", "smoke"), restarts=3, batch_size=40)
+    perturbation = poisons.get("tap")(images, labels, preset=settings)
+    assert torch.equal(perturbation, torch.full_like(images, 1 / 255))
+
+
+def test_untargeted_variant_differs_and_can_be_had_by_name(images, labels):
+    settings = poisons.settings("tap", "smoke")
+    targeted, untargeted = (
+        poisons.get("tap")(images, labels, preset=replace(settings, targeted=which)) for which in (True, False)
+    )
+    assert not torch.equal(targeted, untargeted)
+    assert not poisons.settings("tap", "untargeted").targeted and poisons.settings("tap").targeted
+
+
+def test_adversary_reaches_the_closed_form_of_a_linear_network(middle):
+    images, labels = middle[0], middle[1] % 2
+    model = Linear(num_classes=2)
+    attacked = remn.adversarial(model, images, labels, REMNSettings(), torch.Generator().manual_seed(0))
+    away = torch.where(labels == 1, -1.0, 1.0).reshape(-1, 1, 1, 1) * two_classes(model.weight)
+    torch.testing.assert_close(attacked, images + 4 / 255 * away)
+
+
+def test_robust_noise_lowers_the_loss_that_the_adversary_leaves(images, labels):
+    model = surrogate.build("resnet18", 8, images, labels, 0, CPU).eval()
+    settings = REMNSettings(samples=2, adversary_steps=3, adversary_step=2.0, crop_padding=1)
+    draw = torch.Generator().manual_seed(0)
+    augment = surrogate.CropFlip((16, 16), 1, draw)
+    noise = remn.robust_noise(model, images, labels, settings, augment, draw)
+    assert noise.dtype == torch.int8 and noise.abs().max() == 8
+
+    def loss_under_attack(batch):
+        attacked = remn.adversarial(model, batch.clamp(0, 1), labels, settings, torch.Generator().manual_seed(1))
+        return F.cross_entropy(model(attacked), labels)
+
+    assert loss_under_attack(images + noise / 255) < loss_under_attack(images)
+
+
+def test_robust_noise_is_pushed_through_the_augmentation(middle):
+    """A linear network that sees the image mirrored: noise has the mirrored closed form."""
+    images, labels = middle[0], middle[1] % 2
+    model = Linear(num_classes=2)
+    settings = REMNSettings(samples=1)
+    noise = remn.robust_noise(
+        model, images, labels, settings, lambda batch: batch.flip(-1), torch.Generator().manual_seed(0)
+    )
+    towards = torch.where(labels == 1, 1.0, -1.0).reshape(-1, 1, 1, 1) * two_classes(model.weight).flip(-1)
+    assert torch.equal(noise, (8 * towards).to(torch.int8))
+
+
+def test_frozen_surrogate_is_the_same_function(images):
+    model = victims.get("resnet18")(4, width=8)
+    draw = torch.Generator().manual_seed(0)
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=draw))
+    model.train()
+    fixed = surrogate.frozen(model)
+    assert model.training and not any(parameter.requires_grad for parameter in fixed.parameters())
+    torch.testing.assert_close(fixed(images), model.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+def test_augmentation_crops_mirrors_and_differentiates(images):
+    augment = surrogate.CropFlip((16, 16), 2, torch.Generator().manual_seed(0))
+    moved = images.clone().requires_grad_()
+    seen = augment(moved)
+    for image, result in zip(images, seen.detach(), strict=True):
+        padded = F.pad(image, (2, 2, 2, 2))
+        windows = [padded[:, top : top + 16, left : left + 16] for top in range(5) for left in range(5)]
+        assert any(torch.equal(result, window) or torch.equal(result, window.flip(-1)) for window in windows)
+    (gradient,) = torch.autograd.grad(seen.sum(), moved)
+    # Every pixel is seen once or cut off.
+    assert set(gradient.unique().tolist()) == {0.0, 1.0}
+
+
+class Interrupted(Exception):
+    """Stands for a kill right after a state was saved."""
+
+
+RESUMABLE = {
+    "emn": {"stop_error": 0.0, "max_rounds": 2},
+    "emn-class": {"stop_error": 0.0, "max_rounds": 4},
+    "remn": {},
+    "tap": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore:emn")
+@pytest.mark.parametrize("saves", [1, 2, 3])
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(name, saves, images, labels, tmp_path, monkeypatch):
+    settings = replace(poisons.settings(name, "smoke"), **RESUMABLE[name])
+    whole = poisons.get(name)(images, labels, preset=settings)
+
+    save = progress.Progress.save
+    count = 0
+
+    def save_and_stop(self, state):
+        nonlocal count
+        save(self, state)
+        count += 1
+        if count == saves:
+            raise Interrupted
+
+    monkeypatch.setattr(progress, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(progress.Progress, "save", save_and_stop)
+    with pytest.raises(Interrupted):
+        poisons.get(name)(images, labels, preset=settings, checkpoint_dir=tmp_path)
+    monkeypatch.setattr(progress.Progress, "save", save)
+    resumed = poisons.get(name)(images, labels, preset=settings, checkpoint_dir=tmp_path)
+    assert torch.equal(resumed, whole)
+    assert torch.equal(poisons.get(name)(images, labels, preset=settings, checkpoint_dir=tmp_path), whole)
+
+
+def test_state_of_another_run_is_refused(images, labels, tmp_path):
+    poisons.get("emn")(images, labels, preset="smoke", checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="checkpoint_dir is .*, but it holds another run .*; give an empty folder"):
+        poisons.get("emn")(images, labels, preset="smoke", seed=1, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds another run"):
+        poisons.get("emn")(1 - images, labels, preset="smoke", checkpoint_dir=tmp_path)
+
+
+def test_a_state_half_written_does_not_replace_the_last(images, labels, tmp_path, monkeypatch):
+    kept = progress.Progress(tmp_path, "emn", "settings", 0, images, labels)
+    kept.save({"done": 1})
+
+    def torn(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError, match="disk full"):
+        kept.save({"done": 2})
+    assert kept.load()["done"] == 1
+
+
+def test_random_draws_of_a_batch_do_not_depend_on_the_batches_before(images, labels, tmp_path):
+    settings = replace(poisons.settings("tap", "smoke"), restarts=1, batch_size=10)
+    whole = poisons.get("tap")(images, labels, preset=settings)
+    assert np.array_equal(whole, poisons.get("tap")(images, labels, preset=settings, checkpoint_dir=tmp_path))
