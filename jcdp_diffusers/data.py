@@ -1048,32 +1048,47 @@ def check_roles(
         budget: largest change of a pixel by the protection, images in [0, 1]; L-inf.
 
     Raises:
-        ValueError: with the two roles, the number of images concerned and the first pair of ids.
+        ValueError: with the two roles, the number of images concerned and the first pair of ids. The rows to leave out
+            come from :func:`find_overlap`.
     """
-    if not 0 <= budget <= 1:
-        raise ValueError(f"budget is {budget}; 0 to 1 is accepted (16/255 is 16 levels).")
+    levels = _levels_of(budget)
     roles = {"protected": protected, "collected": collected, "test": test}
-    for (first, one), (second, other) in itertools.combinations(roles.items(), 2):
-        pairs = _pairs_of_equal_ids(one, other)
-        _refuse_pairs(pairs, one, other, f"{first} and {second} have {{}} ids in common")
-    for (first, one), (second, other) in itertools.combinations(roles.items(), 2):
+    pairs_of_roles = list(itertools.combinations(roles.items(), 2))
+    for (first, one), (second, other) in pairs_of_roles:
+        _refuse(_pairs_of_equal_ids(one, other), one, other, f"{first} and {second} have {{}} ids in common")
+    for (first, one), (second, other) in pairs_of_roles:
         pairs = _pairs_of_equal_pixels(one, other)
-        _refuse_pairs(pairs, one, other, f"{first} and {second} have {{}} images with the same pixels in common")
-    levels = math.floor(budget * 255 + 1e-6)
+        _refuse(pairs, one, other, f"{first} and {second} have {{}} images with the same pixels in common")
     for second, other in (("collected", collected), ("test", test)):
         pairs = _pairs_within(protected, other, levels)
-        _refuse_pairs(
-            pairs, protected, other, f"protected has {{}} images within {levels}/255 (L-inf) of a {second} one"
-        )
+        _refuse(pairs, protected, other, f"protected has {{}} images within {levels}/255 (L-inf) of a {second} one")
 
 
-def _refuse_pairs(pairs: list[tuple[int, int]], one: LabelledImages, other: LabelledImages, sentence: str) -> None:
+def find_overlap(one: LabelledImages, other: LabelledImages, *, budget: float = 0.0) -> np.ndarray:
+    """All pairs of rows that are one image by :func:`check_roles`: same id, same pixels, or within `budget`.
+
+    Returns:
+        int64 (pairs, 2), sorted: rows of `one` and rows of `other`. `np.delete(np.arange(len(other)), pairs[:, 1])` is
+        what to pass to `other.subset` to be rid of them.
+    """
+    levels = _levels_of(budget)
+    pairs = {*_pairs_of_equal_ids(one, other), *_pairs_of_equal_pixels(one, other), *_pairs_within(one, other, levels)}
+    return np.array(sorted(pairs), np.int64).reshape(-1, 2)
+
+
+def _levels_of(budget: float) -> int:
+    if not 0 <= budget <= 1:
+        raise ValueError(f"budget is {budget}; 0 to 1 is accepted (16/255 is 16 levels).")
+    return math.floor(budget * 255 + 1e-6)
+
+
+def _refuse(pairs: list[tuple[int, int]], one: LabelledImages, other: LabelledImages, sentence: str) -> None:
     if pairs:
         first, second = min(pairs)
         count = len({row for row, _ in pairs})
         raise ValueError(
             f"{sentence.format(count)}, the first {one.ids[first]!r} and {other.ids[second]!r}; disjoint roles are "
-            "accepted."
+            "accepted (data.find_overlap lists the rows)."
         )
 
 

@@ -19,6 +19,7 @@ from jcdp_diffusers.data import (
     LabelledImages,
     check_roles,
     decode_image,
+    find_overlap,
     load_images,
     open_dataset,
     to_uint8,
@@ -803,6 +804,24 @@ def test_nearness_agrees_with_comparing_every_pair(shape):
         expected = {tuple(pair) for pair in np.argwhere(differences <= levels).tolist()}
         assert set(module._pairs_within(ours, theirs, levels)) == expected
         assert levels < 16 or expected
+
+
+def test_find_overlap_lists_the_rows_to_leave_out():
+    protected, collected, test = three_roles()
+    images = collected.images.copy()
+    images[4] = protected.images[9]
+    images[17] = np.clip(protected.images[2].astype(int) + 8, 0, 255)
+    ids = list(collected.ids)
+    ids[21] = protected.ids[0]
+    collected = LabelledImages(images, None, tuple(ids))
+    assert find_overlap(protected, collected).tolist() == [[0, 21], [9, 4]]
+    pairs = find_overlap(protected, collected, budget=8 / 255)
+    assert pairs.tolist() == [[0, 21], [2, 17], [9, 4]]
+    with pytest.raises(ValueError, match="data.find_overlap lists the rows"):
+        check_roles(protected, collected, test)
+    collected = collected.subset(np.delete(np.arange(len(collected)), pairs[:, 1]))
+    check_roles(protected, collected, test)
+    assert find_overlap(protected, collected).shape == (0, 2)
 
 
 def test_images_of_other_sizes_are_other_images():
