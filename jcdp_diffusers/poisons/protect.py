@@ -257,8 +257,10 @@ def _card(facts: dict[str, Any]) -> str:
     for title, key in (("preset", "preset"), ("source", "reference"), ("seed", "seed"), ("clean images", "source")):
         if facts.get(key) is not None:
             lines.append(f"| {title} | {facts[key]} |")
+    published = asdict(poisons.settings(facts["method"])) if "method" in facts else {}
     for key, value in (facts.get("settings") or facts.get("recognised") or {}).items():
-        lines.append(f"| `{key}` | {value} |")
+        scaled = "" if value == _plain(published.get(key, value)) else f" (published: {published[key]})"
+        lines.append(f"| `{key}` | {value}{scaled} |")
     for key, value in facts["promised"].items():
         lines.append(f"| declared {key} | {value:g} |")
     for key, value in facts["measured"].items():

@@ -63,11 +63,11 @@ class REMNSettings:
 PRESETS = {
     "published": REMNSettings(),
     "cpu": REMNSettings(
-        step=3.0,
-        steps=5,
+        step=4.0,
+        steps=4,
         samples=1,
-        adversary_step=2.0,
-        adversary_steps=3,
+        adversary_step=3.0,
+        adversary_steps=2,
         model_steps=300,
         decay_every=120,
         width=16,

@@ -70,7 +70,11 @@ def test_card_says_what_was_done(source, data, tmp_path):
     assert card["promised"] == {"linf": 8.0} and "Huang" in card["reference"]
     assert card["measured"] == poisons.measured_norms(data.images, load_images(output).images)
     text = (output / "README.md").read_text()
-    assert "| `step` | 4.0 |" in text and "| measured linf, after rounding to 8 bits |" in text
+    assert (
+        "| `step` | 4.0 (published: 0.8) |" in text
+        and "| `epsilon` | 8.0 |" in text
+        and "| measured linf, after rounding to 8 bits |" in text
+    )
 
 
 def test_same_command_again_does_nothing_and_another_is_refused(source, tmp_path):
