@@ -1,6 +1,6 @@
 """Draws the pictures of the repository: `python eval/figures.py poisons --help` and the like.
 
-A picture is a line in `FIGURES`: a function that adds its options to a parser, and one that draws from what was parsed.
+A picture is a line in `FIGURES`: a function that adds its options to a parser, and one that draws from what it parsed.
 """
 
 import argparse

@@ -64,6 +64,7 @@ class EMNSettings:
 _CPU = EMNSettings(steps=5, step=2.0, model_steps=20, batch_size=128, max_rounds=20, width=16, bfloat16=True)
 PRESETS = {
     "published": EMNSettings(),
+    "gpu": EMNSettings(bfloat16=True),
     "clamped": EMNSettings(positive_only=True),
     "cpu": _CPU,
     "cpu-clamped": replace(_CPU, positive_only=True),

@@ -61,6 +61,7 @@ class EMNClassSettings:
 _CPU = EMNClassSettings(batch_size=128, max_rounds=60, width=16, bfloat16=True)
 PRESETS = {
     "published": EMNClassSettings(),
+    "gpu": EMNClassSettings(bfloat16=True),
     "clamped": EMNClassSettings(positive_only=True),
     "cpu": _CPU,
     "cpu-clamped": replace(_CPU, positive_only=True),

@@ -62,6 +62,7 @@ class REMNSettings:
 
 PRESETS = {
     "published": REMNSettings(),
+    "gpu": REMNSettings(bfloat16=True),
     "cpu": REMNSettings(
         step=4.0,
         steps=4,

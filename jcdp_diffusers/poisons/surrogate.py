@@ -86,8 +86,9 @@ class CropFlip:
     def __init__(self, size: tuple[int, int], padding: int, generator: torch.Generator):
         from kornia.augmentation import ImageSequential, RandomCrop, RandomHorizontalFlip
 
+        # Cutting by resampling treats the batch as a whole; by slices, kornia would take image after image.
         self.transform = ImageSequential(
-            RandomCrop(tuple(size), padding=padding, cropping_mode="slice"), RandomHorizontalFlip()
+            RandomCrop(tuple(size), padding=padding, cropping_mode="resample"), RandomHorizontalFlip()
         )
         self.generator = generator
 

@@ -67,6 +67,7 @@ _CPU = TAPSettings(
 )
 PRESETS = {
     "published": TAPSettings(),
+    "gpu": TAPSettings(bfloat16=True),
     "untargeted": TAPSettings(targeted=False),
     "cpu": _CPU,
     "cpu-untargeted": replace(_CPU, targeted=False),

@@ -240,10 +240,11 @@ def test_augmentation_crops_mirrors_and_differentiates(images):
     for image, result in zip(images, seen.detach(), strict=True):
         padded = F.pad(image, (2, 2, 2, 2))
         windows = [padded[:, top : top + 16, left : left + 16] for top in range(5) for left in range(5)]
-        assert any(torch.equal(result, window) or torch.equal(result, window.flip(-1)) for window in windows)
+        windows += [window.flip(-1) for window in windows]
+        assert any(torch.allclose(result, window, atol=1e-5) for window in windows)
     (gradient,) = torch.autograd.grad(seen.sum(), moved)
     # Every pixel is seen once or cut off.
-    assert set(gradient.unique().tolist()) == {0.0, 1.0}
+    assert set(gradient.round(decimals=4).unique().tolist()) == {0.0, 1.0}
 
 
 class Interrupted(Exception):
