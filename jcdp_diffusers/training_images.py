@@ -61,7 +61,7 @@ class ImageFiles(torch.utils.data.Dataset):
             ) from error
         if not self.center_crop:
             pixels = self._random_square(pixels, draw)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
     def _random_square(self, pixels: np.ndarray, draw: int) -> np.ndarray:
         height, width, channels = pixels.shape
