@@ -309,7 +309,7 @@ class _Run:
     def __init__(self, accelerator, images, unet, scheduler, output_dir, config, timesteps, validation_images):
         self.accelerator, self.images, self.unet, self.config = accelerator, images, unet, config
         self.output_dir, self.timesteps, self.validation_images = output_dir, timesteps, validation_images
-        # Without its notes: among them diffusers lists arguments given by position as defaults, and would drop them here.
+        # Without its notes: diffusers counts arguments given by position among the defaults, and would drop them here.
         self.scheduler = DDPMScheduler.from_config(_public(scheduler.config))
         self.layout = BatchLayout(
             accelerator.process_index,

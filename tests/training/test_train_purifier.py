@@ -1,0 +1,321 @@
+"""The training script from outside: killed, on two processes, published; and in this process for the rest."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from hub_server import HubServer
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_unet
+
+from training import train_purifier
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "training" / "train_purifier.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of photographs of several sizes, in class folders."""
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        (folder / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((16 + i % 3, 16 + i % 5), Image.Resampling.BICUBIC)
+        picture.save(folder / f"class{i % 2}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small DDPM repository with a schedule of its own."""
+    folder = tmp_path_factory.mktemp("base")
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", variance_type="fixed_large", num_train_timesteps=100)
+    DDPMPipeline(tiny_unet(size=16), scheduler).save_pretrained(folder)
+    return folder
+
+
+def options(photos, base, output_dir, **changes):
+    values = {
+        "pretrained": base,
+        "dataset": photos,
+        "output_dir": output_dir,
+        "resolution": 16,
+        "max_train_steps": 12,
+        "train_batch_size": 4,
+        "lr_warmup_steps": 2,
+        "lr_scheduler": "cosine",
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 3,
+        "validation_steps": 6,
+        "num_validation_images": 4,
+        "num_grid_images": 2,
+        "logging_steps": 1,
+        "resume_from_checkpoint": "latest",
+    } | changes
+    arguments = []
+    for name, value in values.items():
+        arguments += [f"--{name}"] + ([] if value is True else [str(part) for part in np.atleast_1d(value)])
+    return arguments
+
+
+def run_here(*arguments):
+    """The script in this process, which has imported everything already."""
+    train_purifier.main(train_purifier.parse_args(list(arguments) + ["--cpu"]))
+
+
+def start(*command, **environment):
+    """The script in a process group of its own, so that it can be killed with all its processes."""
+    environment = (
+        os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | environment
+    )
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process, timeout=300):
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def kill_at_a_random_step(process, output_dir, rng, timeout=200):
+    """SIGKILL, once a checkpoint is there, at a moment that may fall into a step or into the writing of the next one."""
+    deadline = time.monotonic() + timeout
+    while not list(output_dir.glob("checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.6))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def weights(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def record(folder):
+    return json.loads((folder / "training_record.json").read_text())
+
+
+def assert_same_run(one, two):
+    """Bit for bit: the averaged weights, the weights in training, and both curves."""
+    for file in ("unet/diffusion_pytorch_model.safetensors", "checkpoint-60/unet.safetensors"):
+        first, second = load_file(one / file), load_file(two / file)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert record(one)["history"] == record(two)["history"]
+    assert record(one)["validation"] == record(two)["validation"]
+
+
+# ------------------------------------------------------------------------------------------------------- killed
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As many as the processes started here have, because sums depend on their number to the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, photos, base):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_here(*options(photos, base, whole, max_train_steps=60))
+    process = start(sys.executable, str(SCRIPT), "--cpu", *options(photos, base, cut, max_train_steps=60))
+    kill_at_a_random_step(process, cut, np.random.default_rng(0))
+    assert not (cut / "model_index.json").exists()
+    run_here(*options(photos, base, cut, max_train_steps=60))
+    assert_same_run(whole, cut)
+    assert {path.name for path in cut.glob("*checkpoint-*")} == {"checkpoint-56", "checkpoint-58", "checkpoint-60"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_again_and_again_goes_on_to_the_same_weights(tmp_path, photos, base, processes):
+    command = [*(TORCHRUN if processes == 2 else [sys.executable]), str(SCRIPT), "--cpu"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(start(*command, *options(photos, base, whole, max_train_steps=60)))
+    rng = np.random.default_rng(processes)
+    for _ in range(3):
+        process = start(*command, *options(photos, base, cut, max_train_steps=60))
+        if (cut / "checkpoint-2").exists():
+            time.sleep(4)  # past the imports
+        kill_at_a_random_step(process, cut, rng)
+        for path in cut.glob("checkpoint-*"):
+            assert (path / "progress.json").is_file() and (path / f"random_states_{processes - 1}.pkl").is_file()
+    finish(start(*command, *options(photos, base, cut, max_train_steps=60)))
+    assert_same_run(whole, cut)
+
+
+# ------------------------------------------------------------------------------------------------- two processes
+
+
+def test_two_processes_train_the_same_total_batch_to_the_same_loss(tmp_path, photos, base):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    run_here(*options(photos, base, alone, train_batch_size=8))
+    finish(start(*TORCHRUN, str(SCRIPT), "--cpu", *options(photos, base, both, train_batch_size=4)))
+    assert record(both)["processes"] == 2 and record(both)["total_batch_size"] == 8
+    for one, two in zip(record(alone)["history"], record(both)["history"], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["learning_rate"] == one["learning_rate"]
+    for one, two in zip(record(alone)["validation"], record(both)["validation"], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    first, second = weights(alone), weights(both)
+    assert all(torch.allclose(first[name], second[name], atol=2e-4) for name in first)
+    assert (both / "checkpoint-12" / "random_states_1.pkl").is_file()
+    # A checkpoint of two processes is one of one process, too.
+    (both / "checkpoint-12").rename(tmp_path / "last")
+    run_here(*options(photos, base, both, train_batch_size=8))
+    resumed = weights(both)
+    assert all(torch.allclose(resumed[name], second[name], atol=2e-4) for name in resumed)
+
+
+# ------------------------------------------------------------------------------------------------------ published
+
+
+PUBLISH = """
+import sys
+from training import train_purifier
+from diffusers import DDPMPipeline, DiffusionPipeline
+from jcdp_diffusers import JointConditionalPurificationPipeline
+import numpy as np, torch
+
+train_purifier.main(train_purifier.parse_args(sys.argv[1:]))
+loaded = [cls.from_pretrained("tester/my-purifier") for cls in (DDPMPipeline, DiffusionPipeline)]
+purifier = JointConditionalPurificationPipeline.from_pretrained("tester/my-purifier")
+assert purifier.purification_config.trained_timesteps == (0, 20), purifier.purification_config
+grey = np.full((2, 16, 16, 3), 0.5, np.float32)
+assert purifier(grey, seed=0, output_type="np").images.shape == grey.shape
+local = DDPMPipeline.from_pretrained(sys.argv[sys.argv.index("--output_dir") + 1]).unet.state_dict()
+for pipe in [*loaded, purifier]:
+    assert all(torch.equal(local[name], tensor) for name, tensor in pipe.unet.state_dict().items())
+    assert pipe.scheduler.config.beta_schedule == "scaled_linear"
+print("loaded by", *(type(pipe).__name__ for pipe in [*loaded, purifier]))
+"""
+
+
+def test_from_a_folder_of_photographs_to_a_pushed_purifier(tmp_path, photos, base):
+    extra = {"trained_timesteps": (0, 20), "push_to_hub": True, "license": "mit"}
+    arguments = options(photos, base, tmp_path / "my-purifier", **extra)
+    with HubServer() as hub:
+        process = start(sys.executable, "-c", PUBLISH, *arguments, **hub.environment(tmp_path / "cache"))
+        output = finish(process)
+    assert "loaded by DDPMPipeline DDPMPipeline JointConditionalPurificationPipeline" in output
+    (commit,) = hub.commits
+    assert commit.repo == "models/tester/my-purifier"
+    assert set(commit.files) == {
+        "README.md",
+        "model_index.json",
+        "purification_config.json",
+        "scheduler/scheduler_config.json",
+        "training_record.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+    assert (tmp_path / "my-purifier" / "checkpoint-12" / "optimizer.bin").is_file()
+    card = commit.files["README.md"].decode()
+    assert 'from_pretrained("tester/my-purifier")' in card and "license: mit" in card
+    assert "does not generate images" in card
+    published = b"".join(commit.files.values())
+    assert str(tmp_path).encode() not in published and str(photos).encode() not in published
+
+
+# ------------------------------------------------------------------------------------------------ in this process
+
+
+def test_fine_tuning_keeps_the_schedule(tmp_path, photos, base):
+    run_here(*options(photos, base, tmp_path / "out", max_train_steps=1))
+    kept, original = (
+        json.loads((f / "scheduler/scheduler_config.json").read_text()) for f in (tmp_path / "out", base)
+    )
+    assert kept == original
+    entry = record(tmp_path / "out")
+    assert entry["base_model"] == base.name and not entry["base_model_on_hub"]
+    assert entry["data"] == {
+        "num_images": 36, "num_validation_images": 4, "source": "photos", "split": None, "hub_id": None,
+        "resolution": 16, "crop": "random",
+    }  # fmt: skip
+
+
+def test_from_scratch_in_grey_with_held_out_images_of_their_own(tmp_path, photos):
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "digits.npz", images=images, labels=np.zeros(12, np.int64))
+    arguments = ["--unet", "tiny32", "--channels", "1", "--dataset", str(tmp_path / "digits.npz"), "--resolution", "8"]
+    arguments += ["--validation_dataset", str(tmp_path / "digits.npz"), "--num_validation_images", "5"]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "1", "--max_train_samples", "9"]
+    run_here(*arguments)
+    data = record(tmp_path / "out")["data"]
+    assert (data["num_images"], data["num_validation_images"]) == (9, 5)
+    assert DDPMPipeline.from_pretrained(tmp_path / "out").unet.config.in_channels == 1
+
+
+def test_results_are_quoted_in_the_card(tmp_path, photos, base):
+    line = {"what": "accuracy", "value": 0.5, "protocol": "smoke", "seed": 0, "settings": {}, "device": "cpu"}
+    (tmp_path / "records.jsonl").write_text(json.dumps(line) + "\n")
+    extra = {"max_train_steps": 1, "card_results": tmp_path / "records.jsonl", "hub_model_id": "me/x"}
+    run_here(*options(photos, base, tmp_path / "out", **extra))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| accuracy | 0.5 | smoke | 0 |" in card and 'from_pretrained("me/x")' in card
+
+
+def test_unusable_images_are_left_out_when_asked(tmp_path, photos, base, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for i, mode in enumerate(("RGB", "RGBA", "RGB", "RGB")):
+        Image.new(mode, (20, 16)).save(folder / f"{i}.png")
+    changes = {"max_train_steps": 1, "num_validation_images": 0}
+    with pytest.raises(ValueError, match="cannot be used: transparency"):
+        run_here(*options(folder, base, tmp_path / "a", **changes))
+    run_here(*options(folder, base, tmp_path / "b", **changes, skip_unusable_images=True))
+    assert "1 of 4 images" in capsys.readouterr().err
+    assert record(tmp_path / "b")["data"]["num_images"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--unet", "tiny32", "--resolution", "30"], "train_purifier: sample_size is 30, but must be a multiple of 4"),
+        (["--unet", "tiny32", "--seed", "-1"], r"train_purifier: seed is -1, but must lie in \[0, 2\*\*63\)"),
+        (
+            ["--unet", "tiny32", "--dataset", "nowhere/at/all"],
+            "train_purifier: source 'nowhere/at/all' does not exist",
+        ),
+    ],
+)
+def test_failures_are_one_sentence(tmp_path, photos, monkeypatch, arguments, sentence):
+    command = [str(SCRIPT), "--cpu", "--dataset", str(photos), "--output_dir", str(tmp_path / "out"), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert re.match(sentence, stopped.value.code) and "\n" not in stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--unet", "huge"], "invalid choice: 'huge'"),
+        ([], "one of the arguments --unet --pretrained is required"),
+        (["--unet", "tiny32", "--pretrained", "x"], "not allowed with argument"),
+    ],
+)
+def test_usage(capsys, arguments, sentence):
+    with pytest.raises(SystemExit) as stopped:
+        train_purifier.parse_args(["--dataset", "x", "--output_dir", "y", *arguments])
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
