@@ -51,6 +51,7 @@ from jcdp_diffusers import victims
 from jcdp_diffusers.data import LabelledImages
 
 
+SCHEDULES = ("steps", "cosine", "one_cycle")
 HOOK_METHODS = ("start_epoch", "before_augmentation", "before_forward", "loss")
 
 
@@ -101,6 +102,14 @@ class Recipe:
     max_steps_per_epoch: int | None = None
     smoke: bool = False
 
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}, but accepted are {', '.join(SCHEDULES)}.")
+        if self.epochs < 1:
+            raise ValueError(f"epochs is {self.epochs}, but a recipe needs at least 1.")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size is {self.batch_size}, but batch normalisation needs at least 2 images.")
+
 
 RECIPES = {
     recipe.name: recipe
@@ -142,7 +151,7 @@ class VictimResult:
         accuracy: test accuracy after the last epoch.
         peak_accuracy: highest test accuracy after any epoch.
         train_accuracy: accuracy on the training images as given, without augmentation, after the last epoch.
-        per_class_accuracy: float64 (num_classes,), test accuracy after the last epoch.
+        per_class_accuracy: float64 (num_classes,), test accuracy after the last epoch, NaN for a class without images.
         confusion: int64 (num_classes, num_classes), test images of class row that were called class column.
         history: one entry per epoch: `epoch` (from 1), `learning_rate` (at its start), `train_loss` (mean over its
             steps), `test_accuracy`, `seconds` (since the start).
@@ -203,7 +212,7 @@ def train_victim(
     device = torch.device(device)
     width = recipe.width if width is None else width
     build = victims.get(victim)
-    with _seeded_globally(seed, device):
+    with _reproducible(seed, device):
         model = build(num_classes, in_channels=train.images.shape[-1], width=width)
 
     train_images, train_labels = _on_device(train, device)
@@ -236,7 +245,7 @@ def train_victim(
         accuracy=history[-1]["test_accuracy"],
         peak_accuracy=max(entry["test_accuracy"] for entry in history),
         train_accuracy=train_accuracy,
-        per_class_accuracy=np.diag(confusion) / confusion.sum(axis=1),
+        per_class_accuracy=_per_class(confusion),
         confusion=confusion,
         history=tuple(history),
         seconds=time.perf_counter() - start,
@@ -308,7 +317,7 @@ def train_model(
     data_generator = torch.Generator(device).manual_seed(data_seed)
     hook_generator = torch.Generator(device).manual_seed(hook_seed)
 
-    with _seeded_globally(seed, device):  # dropout draws from the global state
+    with _reproducible(seed, device):  # dropout draws from the global state
         for epoch in range(recipe.epochs):
             model.train()
             for hook in hooks:
@@ -319,7 +328,7 @@ def train_model(
             order = torch.randperm(len(images), generator=data_generator, device=device)
             for batch in _batches(order, recipe):
                 loss = _loss(model, images[batch], labels[batch], recipe, hooks, data_generator, hook_generator)
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 loss.backward()
                 if recipe.clip_norm is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
@@ -407,6 +416,11 @@ def _accuracy(confusion: np.ndarray) -> float:
     return float(np.trace(confusion) / confusion.sum())
 
 
+def _per_class(confusion: np.ndarray) -> np.ndarray:
+    count = confusion.sum(axis=1)
+    return np.divide(np.diag(confusion), count, out=np.full(len(count), np.nan), where=count > 0)
+
+
 def _loss(
     model: nn.Module,
     images: torch.Tensor,
@@ -457,15 +471,13 @@ def _scheduler(
         return torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: (1 + math.cos(math.pi * (step // steps_per_epoch) / recipe.epochs)) / 2
         )
-    if recipe.schedule == "one_cycle":
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            recipe.learning_rate,
-            total_steps=recipe.epochs * steps_per_epoch,
-            pct_start=recipe.warmup,
-            cycle_momentum=False,
-        )
-    raise ValueError(f"schedule is {recipe.schedule!r}, but accepted are 'steps', 'cosine' and 'one_cycle'.")
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        recipe.learning_rate,
+        total_steps=recipe.epochs * steps_per_epoch,
+        pct_start=recipe.warmup,
+        cycle_momentum=False,
+    )
 
 
 def _runs_in_bfloat16(wanted: bool, device: torch.device) -> bool:
@@ -482,14 +494,19 @@ def _autocast(wanted: bool, device: torch.device) -> torch.autocast:
 
 
 @contextmanager
-def _seeded_globally(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's global state inside and restores it afterwards, for libraries that take no generator."""
+def _reproducible(seed: int, device: torch.device) -> Iterator[None]:
+    """Equal seeds, equal bits: seeds torch's global state, for libraries that take no generator, and restores it."""
+    deterministic = torch.backends.cudnn.deterministic
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        yield
+        torch.backends.cudnn.deterministic = True
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.deterministic = deterministic
 
 
 def _on_device(data: LabelledImages, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

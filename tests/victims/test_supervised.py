@@ -120,6 +120,14 @@ def test_sets_are_never_altered(train, test):
     assert np.array_equal(before[0], train.images) and np.array_equal(before[1], test.images)
 
 
+def test_a_named_class_without_images_has_no_accuracy(train, test):
+    names = tuple("0123456789") + ("ten",)
+    train, test = dataclasses.replace(train, class_names=names), dataclasses.replace(test, class_names=names)
+    result = train_victim(train, test, recipe=QUICK)
+    assert result.confusion.shape == (11, 11)
+    assert np.isnan(result.per_class_accuracy).tolist() == [False] * 10 + [True]
+
+
 def test_progress_sees_every_entry(train, test):
     seen = []
     result = train_victim(train, test, recipe=QUICK, progress=seen.append)
@@ -436,17 +444,24 @@ def without(data, label):
         (lambda d: d, lambda d: d, {"recipe": "slow"}, "recipe 'slow' is unknown; accepted are bridgepure, iss, emn"),
         (lambda d: d, lambda d: d, {"victim": "lenet"}, "victim 'lenet' is unknown"),
         (lambda d: d, lambda d: d, {"hooks": [object()]}, "a hook has one or more of the methods start_epoch"),
-        (
-            lambda d: d,
-            lambda d: d,
-            {"recipe": dataclasses.replace(QUICK, schedule="linear")},
-            "schedule is 'linear', but accepted are 'steps', 'cosine' and 'one_cycle'",
-        ),
     ],
 )
 def test_errors_in_one_sentence(train, test, change_train, change_test, keywords, message):
     with pytest.raises(ValueError, match=message):
         train_victim(change_train(train), change_test(test), **{"recipe": QUICK} | keywords)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"schedule": "linear"}, "schedule is 'linear', but accepted are steps, cosine, one_cycle"),
+        ({"epochs": 0}, "epochs is 0, but a recipe needs at least 1"),
+        ({"batch_size": 1}, "batch_size is 1, but batch normalisation needs at least 2 images"),
+    ],
+)
+def test_recipes_that_cannot_be_followed(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(QUICK, **change)
 
 
 def test_two_losses_are_one_too_many(train, test):
