@@ -8,6 +8,7 @@ given again, and several can write into one file.
 """
 
 import argparse
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.poisons.control import shuffled
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.results import append_record, read_records
-from jcdp_diffusers.victims.supervised import RECIPES, train_victim
+from jcdp_diffusers.victims.supervised import RECIPES, Recipe, train_victim
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,6 +33,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train_images", type=int, default=5000)
     parser.add_argument("--test_images", type=int, default=5000)
     parser.add_argument("--protocol", default="mini", choices=sorted(RECIPES), help="the victim's recipe")
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+    parser.add_argument("--batch_size", type=int, help="instead of the recipe's: small sets need small batches")
+    parser.add_argument("--learning_rate", type=float, help="instead of the recipe's")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of the victim; the poison's is 0")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -62,6 +66,8 @@ def main() -> None:
     args = parse_args()
     clean = first_images(args.dataset, "train", args.train_images)
     test = first_images(args.dataset, "test", args.test_images)
+    changes = {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate")}
+    recipe = replace(RECIPES[args.protocol], **{name: value for name, value in changes.items() if value is not None})
     cells = [("clean", None)] * ("clean" in args.kinds)
     cells += [(kind, name) for name in args.poisons for kind in ("poison", "control") if kind in args.kinds]
     for kind, name in cells:
@@ -71,6 +77,7 @@ def main() -> None:
             "test_images": args.test_images,
             "victim": "resnet18",
             "width": args.width,
+            "recipe": asdict(recipe) | {"milestones": list(recipe.milestones)},
             "data": kind,
         }
         data = clean
@@ -83,19 +90,20 @@ def main() -> None:
             data = controlled(clean, data)
             settings |= {"control_norms": poisons.measured_norms(clean.images, data.images)}
         for seed in args.seeds:
-            score(data, test, seed, settings, args)
+            score(data, test, recipe, seed, settings, args)
 
 
-def score(data: LabelledImages, test: LabelledImages, seed: int, settings: dict, args: argparse.Namespace) -> None:
+def score(
+    data: LabelledImages, test: LabelledImages, recipe: Recipe, seed: int, settings: dict, args: argparse.Namespace
+) -> None:
     """Trains one victim and records it, unless it is on record."""
-    fields = ("dataset", "train_images", "test_images", "width", "data", "poison", "preset")
+    fields = ("dataset", "train_images", "test_images", "width", "recipe", "data", "poison", "preset")
     cell = {name: settings.get(name) for name in fields} | {"seed": seed, "protocol": args.protocol}
     for record in read_records(args.output) if Path(args.output).exists() else []:
         known = {name: record["settings"].get(name) for name in fields}
         known |= {"seed": record["seed"], "protocol": record["protocol"]}
         if record["what"] == "accuracy" and known == cell:
             return
-    recipe = RECIPES[args.protocol]
     title = f"{settings['data']} {settings.get('poison', '')} seed {seed}"
     with tqdm(total=recipe.epochs, unit="epoch", desc=title) as bar:
         result = train_victim(
