@@ -96,6 +96,8 @@ def train_purifier(
         log_with=config.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
+    if config.report_to is not None and not accelerator.log_with:
+        raise ValueError(f"report_to is {config.report_to!r}, which is not installed: pip install {config.report_to}.")
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         run = _Run(accelerator, images, unet, scheduler, output_dir, config, timesteps, validation_images)

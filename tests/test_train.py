@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_the_network_handed_in_holds_the_result(tmp_path):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
 def test_training_lowers_the_held_out_loss(tmp_path, prediction_type, mixed_precision):
     folder = train(
         tmp_path,
@@ -131,6 +132,13 @@ def test_pictures_of_denoising_and_samples(tmp_path):
     ]
     whole = train(tmp_path / "b", held_out=HELD_OUT, num_grid_images=3, max_train_steps=1)
     assert "samples-0000001.png" in {path.name for path in (whole / "grids").iterdir()}
+
+
+def test_bar_shows_loss_throughput_and_remaining_time(tmp_path, capsys):
+    config = TrainingConfig(max_train_steps=3, train_batch_size=4, logging_steps=1, checkpointing_steps=None, cpu=True)
+    train_purifier(IMAGES, unet=tiny_unet(size=8), scheduler=DDPMScheduler(), output_dir=tmp_path, config=config)
+    bar = capsys.readouterr().err
+    assert re.search(r"train: 100%.* 3/3 \[\d\d:\d\d<\d\d:\d\d, .*step/s, loss=\d\.\d{4}, images/s=\d+\]", bar)
 
 
 class Listener(GeneralTracker):
@@ -238,20 +246,18 @@ def dropping_unet():
     return dropping
 
 
-def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("mixed_precision", ["no", "fp16"])  # fp16 has a loss scale to go on with
+def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path, mixed_precision):
     """Bit for bit, with dropout, flips, averaging, a schedule and a loss history that spans the interruption."""
     settings = dict(
         max_train_steps=7, checkpointing_steps=3, random_flip=True, lr_scheduler="cosine", lr_warmup_steps=2,
-        logging_steps=2, validation_steps=2, held_out=HELD_OUT,
+        logging_steps=2, validation_steps=2, held_out=HELD_OUT, mixed_precision=mixed_precision,
     )  # fmt: skip
     whole = train(tmp_path / "whole", dropping_unet(), **settings)
-    train(tmp_path / "cut", dropping_unet(), **settings)
-    for name in ("checkpoint-6", "checkpoint-7"):
-        (tmp_path / "cut" / name).rename(tmp_path / f"gone-{name}")
-    train(tmp_path / "cut-3", dropping_unet(), **settings | {"checkpoints_total_limit": None})
-    for name in ("checkpoint-6", "checkpoint-7"):
-        (tmp_path / "cut-3" / name).rename(tmp_path / f"gone-3-{name}")
-    resumed = train(tmp_path / "cut-3", dropping_unet(), **settings, resume_from_checkpoint="latest")
+    train(tmp_path / "cut", dropping_unet(), **settings, checkpoints_total_limit=None)
+    for step in (6, 7):
+        (tmp_path / "cut" / f"checkpoint-{step}").rename(tmp_path / f"gone-{step}")
+    resumed = train(tmp_path / "cut", dropping_unet(), **settings, resume_from_checkpoint="latest")
     assert same(weights(resumed), weights(whole))
     for name in ("history", "validation", "steps", "ema"):
         assert record(resumed)[name] == record(whole)[name]
@@ -429,6 +435,11 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=sentence):
             train(tmp_path, **{"resume_from_checkpoint": "latest"} | settings)
+
+
+def test_a_tracker_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="report_to is 'comet_ml', which is not installed: pip install comet_ml"):
+        train(tmp_path, report_to="comet_ml")
 
 
 def test_a_diverging_run_stops(tmp_path):

@@ -192,34 +192,45 @@ def test_two_processes_train_the_same_total_batch_to_the_same_loss(tmp_path, pho
 
 PUBLISH = """
 import sys
-from training import train_purifier
+import datasets, numpy as np, torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 from jcdp_diffusers import JointConditionalPurificationPipeline
-import numpy as np, torch
+from training import train_purifier
 
-train_purifier.main(train_purifier.parse_args(sys.argv[1:]))
+folder, again, photos, *arguments = sys.argv[1:]
+datasets.load_dataset("imagefolder", data_dir=photos, split="train").push_to_hub("my-photos")
+
+train_purifier.main(train_purifier.parse_args([*arguments, "--output_dir", folder, "--dataset", photos]))
 loaded = [cls.from_pretrained("tester/my-purifier") for cls in (DDPMPipeline, DiffusionPipeline)]
 purifier = JointConditionalPurificationPipeline.from_pretrained("tester/my-purifier")
 assert purifier.purification_config.trained_timesteps == (0, 20), purifier.purification_config
 grey = np.full((2, 16, 16, 3), 0.5, np.float32)
 assert purifier(grey, seed=0, output_type="np").images.shape == grey.shape
-local = DDPMPipeline.from_pretrained(sys.argv[sys.argv.index("--output_dir") + 1]).unet.state_dict()
+local = DDPMPipeline.from_pretrained(folder).unet.state_dict()
 for pipe in [*loaded, purifier]:
     assert all(torch.equal(local[name], tensor) for name, tensor in pipe.unet.state_dict().items())
     assert pipe.scheduler.config.beta_schedule == "scaled_linear"
 print("loaded by", *(type(pipe).__name__ for pipe in [*loaded, purifier]))
+
+from_hub = ["--dataset", "tester/my-photos", "--pretrained", "tester/my-purifier", "--max_train_steps", "1"]
+train_purifier.main(train_purifier.parse_args([*arguments, "--output_dir", again, *from_hub]))
 """
 
 
-def test_from_a_folder_of_photographs_to_a_pushed_purifier(tmp_path, photos, base):
-    extra = {"trained_timesteps": (0, 20), "push_to_hub": True, "license": "mit"}
-    arguments = options(photos, base, tmp_path / "my-purifier", **extra)
+def test_from_a_folder_of_photographs_to_a_pushed_purifier_and_on_from_there(tmp_path, photos, base):
+    first, second = tmp_path / "my-purifier", tmp_path / "my-second"
+    changes = {"trained_timesteps": (0, 20), "push_to_hub": True, "license": "mit", "max_train_steps": 4}
+    arguments = options(photos, base, first, **changes)
+    for name in ("--output_dir", "--dataset"):
+        place = arguments.index(name)
+        del arguments[place : place + 2]
     with HubServer() as hub:
-        process = start(sys.executable, "-c", PUBLISH, *arguments, **hub.environment(tmp_path / "cache"))
+        places = [str(first), str(second), str(photos)]
+        process = start(sys.executable, "-c", PUBLISH, *places, *arguments, **hub.environment(tmp_path / "cache"))
         output = finish(process)
     assert "loaded by DDPMPipeline DDPMPipeline JointConditionalPurificationPipeline" in output
-    (commit,) = hub.commits
-    assert commit.repo == "models/tester/my-purifier"
+    commit, other = (commit for commit in hub.commits if commit.repo.startswith("models/"))
+    assert (commit.repo, other.repo) == ("models/tester/my-purifier", "models/tester/my-second")
     assert set(commit.files) == {
         "README.md",
         "model_index.json",
@@ -229,12 +240,14 @@ def test_from_a_folder_of_photographs_to_a_pushed_purifier(tmp_path, photos, bas
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
     }
-    assert (tmp_path / "my-purifier" / "checkpoint-12" / "optimizer.bin").is_file()
+    assert (first / "checkpoint-4" / "optimizer.bin").is_file()
     card = commit.files["README.md"].decode()
     assert 'from_pretrained("tester/my-purifier")' in card and "license: mit" in card
     assert "does not generate images" in card
     published = b"".join(commit.files.values())
     assert str(tmp_path).encode() not in published and str(photos).encode() not in published
+    card = other.files["README.md"].decode()
+    assert "base_model: tester/my-purifier" in card and "datasets:\n- tester/my-photos" in card
 
 
 # ------------------------------------------------------------------------------------------------ in this process
