@@ -3,8 +3,8 @@
 A method is one file and one line in `_FILES`. The file offers
 
 * `SOURCE`: the paper and, where there is one, the released program that it follows;
-* `PRESETS`: name -> frozen dataclass with every number of the method: `published`, `cpu` (scaled down where it is costly) and
-  `smoke` (a few steps, for tests) at least;
+* `PRESETS`: name -> frozen dataclass with every number of the method: `published`, `cpu` (scaled down where the method
+  is costly) and `smoke` (a few steps, for tests) at least;
 * `budget(settings, shape)`: what the method promises of one image's perturbation, `shape` being `(C, H, W)`: a
   dictionary with any of `linf` (in 1/255), `l2` (images in [0, 1]) and `l0` (pixels), empty where the method has no
   budget;

@@ -147,3 +147,45 @@ def test_control_has_the_norms_of_the_poison_and_nothing_else(perturbation):
     assert torch.equal(changed, unchanged)
     assert not torch.equal(control, perturbation)
     assert torch.equal(control, shuffled(perturbation, seed=0))
+
+
+NINTH = '''
+"""Stripes: every class gets horizontal stripes of its own width."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+SOURCE = "an example"
+
+
+@dataclass(frozen=True)
+class StripesSettings:
+    """Numbers of stripes: `epsilon`, their height in 1/255."""
+
+    epsilon: float = 8.0
+
+
+PRESETS = {"published": StripesSettings(), "cpu": StripesSettings(), "smoke": StripesSettings()}
+
+
+def budget(settings, shape):
+    return {"linf": settings.epsilon}
+
+
+def perturb(images, labels, settings, *, seed, device, checkpoint_dir, progress):
+    rows = torch.arange(images.shape[2]) // (labels[:, None] + 1) % 2
+    return settings.epsilon / 255 * (2.0 * rows - 1)[:, None, :, None].expand_as(images).contiguous()
+'''
+
+
+def test_a_ninth_poison_is_one_file_and_one_line(data, tmp_path, monkeypatch):
+    (tmp_path / "stripes.py").write_text(NINTH)
+    monkeypatch.setattr(poisons, "__path__", [*poisons.__path__, str(tmp_path)])
+    monkeypatch.setitem(poisons._FILES, "stripes", "stripes")
+
+    perturbation = poisons.get("stripes")(data.tensor(), torch.from_numpy(data.labels))
+    poisoned = poisons.apply_perturbation(data.images, perturbation)
+    assert poisons.measured_norms(data.images, poisoned)["linf"] == 8
+    assert poisons.budget("stripes", "smoke", (3, 16, 16)) == {"linf": 8.0}
