@@ -1,0 +1,184 @@
+"""Countermeasures: what someone who wants to learn from protected images does against the protection.
+
+A countermeasure is one of three kinds, each a function with one signature:
+
+* `"dataset"`, data set to data set, before training: `function(data, context) -> LabelledImages`;
+* `"transform"`, a per-image transform at load: `function(image) -> image`, uint8 (H, W, C), without chance;
+* `"hook"`, a hook around the training step: `function(data, context) -> hook`, the hook being what
+  `victims.supervised` describes.
+
+`get(name).prepare(train)` hides the difference, so that any countermeasure goes with any poison and victim by name:
+
+    prepared = countermeasures.get("jpeg-10").prepare(train, seed=0)
+    train_victim(prepared.data, test, hooks=prepared.hooks)
+
+Names may be joined: `"jcdp+corruption"` purifies and then trains with corrupted images. Test images never pass through
+any of this.
+
+A family of countermeasures is one file with a tuple `COUNTERMEASURES`, and each of its names is a line in `_FILES`.
+"""
+
+import importlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jcdp_diffusers.data import LabelledImages
+
+
+KINDS = ("dataset", "transform", "hook", "combination")
+
+_FILES = {
+    "gray": "iss",
+    "jpeg-10": "iss",
+    "bdr-2": "iss",
+}
+NAMES = ("none", *_FILES)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a countermeasure may use beside the images.
+
+    Args:
+        seed: of whatever chance it has before training; hooks draw from the generator that training gives them.
+        device: where networks run.
+        num_classes: number of classes.
+        purifier: a `JointConditionalPurificationPipeline`, or the folder or Hub id of one; None where there is none.
+        purification: settings that replace those of the purifying countermeasures; see `PurificationConfig`.
+        checkpoint_dir: folder in which costly work is kept, so that the same call goes on where it was cut off.
+        progress: whether to show a bar.
+    """
+
+    seed: int = 0
+    device: str | torch.device = "cpu"
+    num_classes: int | None = None
+    purifier: Any = None
+    purification: Any = None
+    checkpoint_dir: Path | None = None
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training set and the hooks to train with.
+
+    Args:
+        data: the training set after everything that is done before training.
+        hooks: for `train_victim`.
+        seconds: what it took.
+    """
+
+    data: LabelledImages
+    hooks: tuple[Any, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Countermeasure:
+    """One countermeasure.
+
+    Args:
+        name: what it is called in commands and records.
+        kind: `"dataset"`, `"transform"`, `"hook"`, or `"combination"` of several in the order of `parts`.
+        source: the paper and, where there is one, the released program that it follows.
+        cost: what it costs beside plain training, in words.
+        function: see the module's description; None for a combination.
+        settings: every number of the method, for records.
+        needs_purifier: whether `prepare` needs a `purifier`.
+        parts: of a combination.
+    """
+
+    name: str
+    kind: str
+    source: str
+    cost: str
+    function: Callable | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    needs_purifier: bool = False
+    parts: tuple["Countermeasure", ...] = ()
+
+    def prepare(
+        self,
+        data: LabelledImages,
+        *,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        num_classes: int | None = None,
+        purifier: Any = None,
+        purification: Any = None,
+        checkpoint_dir: str | Path | None = None,
+        progress: bool = False,
+    ) -> Prepared:
+        """Does what is done before training, and makes the hooks for what is done while training.
+
+        Args:
+            data: the training set; it is not changed.
+            num_classes: by default the number of class names, or the highest label plus one where there are none.
+            seed, device, purifier, purification, checkpoint_dir, progress: see `Context`.
+
+        Raises:
+            ValueError: if a purifier is needed and none given, or the countermeasure cannot use these images.
+        """
+        if self.needs_purifier and purifier is None:
+            raise ValueError(
+                f"purifier is None, but countermeasure {self.name!r} needs one: a pipeline, a folder or a Hub id."
+            )
+        if num_classes is None and data.labels is not None:
+            num_classes = len(data.class_names) if data.class_names else int(data.labels.max()) + 1
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+        context = Context(seed, device, num_classes, purifier, purification, folder, progress)
+        start = time.perf_counter()
+        hooks = []
+        for part in self.parts if self.kind == "combination" else (self,):
+            if part.kind == "transform":
+                data = data.with_images(np.stack([part.function(image) for image in data.images]))
+            elif part.kind == "dataset":
+                data = part.function(data, context)
+            else:
+                hooks.append(part.function(data, context))
+        return Prepared(data, tuple(hooks), time.perf_counter() - start)
+
+
+_COMBINATIONS = {
+    "none": Countermeasure("none", "combination", "plain training", "nothing"),
+}
+
+
+def get(name: str) -> Countermeasure:
+    """The countermeasure called `name`, or the combination of several called `"one+other"`.
+
+    Raises:
+        ValueError: if there is no countermeasure of that name.
+    """
+    if name in _COMBINATIONS:
+        return _COMBINATIONS[name]
+    if name in _FILES:
+        family = importlib.import_module(f"{__name__}.{_FILES[name]}")
+        return next(entry for entry in family.COUNTERMEASURES if entry.name == name)
+    parts = name.split("+")
+    unknown = [part for part in parts if part not in NAMES]
+    if unknown:
+        raise ValueError(
+            f"countermeasure is {unknown[0]!r}, but accepted are {', '.join(NAMES)}, and several joined by '+'."
+        )
+    return combination(name, [get(part) for part in parts])
+
+
+def combination(name: str, members: list[Countermeasure]) -> Countermeasure:
+    """Several countermeasures as one, in the order given."""
+    parts = tuple(part for member in members for part in (member.parts or (member,)) if part.name != "none")
+    return Countermeasure(
+        name,
+        "combination",
+        source="; ".join(part.source for part in parts),
+        cost="; ".join(part.cost for part in parts),
+        settings={part.name: dict(part.settings) for part in parts},
+        needs_purifier=any(part.needs_purifier for part in parts),
+        parts=parts,
+    )

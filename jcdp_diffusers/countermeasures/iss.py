@@ -1,0 +1,52 @@
+"""Image shortcut squeezing (Liu et al., ICML 2023; liuzrcc/ImageShortcutSqueezing): lossy encodings of each image.
+
+A poison that lives in colour is gone from a grey image, one that lives in small steps from a coarsely quantised one,
+and one that lives in high frequencies from a strongly compressed one. The authors apply them whenever an image is
+loaded; they have no chance in them, so once is the same.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from jcdp_diffusers.countermeasures import Countermeasure
+
+
+SOURCE = "Image shortcut squeezing (Liu, Zhao and Larson, ICML 2023; liuzrcc/ImageShortcutSqueezing)"
+JPEG_QUALITY = 10
+BITS = 2
+
+
+def gray(image: np.ndarray) -> np.ndarray:
+    """Luma (ITU-R 601, Pillow's) in every channel."""
+    return _pixels(_picture(image).convert("L"), image)
+
+
+def jpeg(image: np.ndarray) -> np.ndarray:
+    """Through a JPEG file of quality 10, with Pillow's chroma subsampling (4:2:0)."""
+    file = io.BytesIO()
+    _picture(image).save(file, format="JPEG", quality=JPEG_QUALITY)
+    return _pixels(Image.open(file), image)
+
+
+def reduce_bit_depth(image: np.ndarray) -> np.ndarray:
+    """The two highest bits of every value, the others set to 0."""
+    return _pixels(ImageOps.posterize(_picture(image), BITS), image)
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+
+
+def _pixels(picture: Image.Image, like: np.ndarray) -> np.ndarray:
+    pixels = np.asarray(picture)
+    pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+    return np.repeat(pixels, like.shape[2] // pixels.shape[2], axis=2)
+
+
+COUNTERMEASURES = (
+    Countermeasure("gray", "transform", SOURCE, "one conversion per image", gray),
+    Countermeasure("jpeg-10", "transform", SOURCE, "one JPEG per image", jpeg, {"quality": JPEG_QUALITY}),
+    Countermeasure("bdr-2", "transform", SOURCE, "one pass over the bytes", reduce_bit_depth, {"bits": BITS}),
+)
