@@ -40,7 +40,7 @@ def test_the_calibrated_heads_come_from_the_wheel():
         ours = LPIPSModel.from_lpips(lpips.LPIPS(net="alex", pnet_rand=True, verbose=False))
     total = sum(head.weight.sum().item() for head in ours.heads)
     path = f"{lpips.__path__[0]}/weights/v0.1/alex.pth"
-    expected = sum(value.sum().item() for value in torch.load(path, weights_only=True).values())
+    expected = sum(value.sum().item() for value in torch.load(path, weights_only=True, map_location="cpu").values())
     assert total == pytest.approx(expected) and all((head.weight >= 0).all() for head in ours.heads)
 
 

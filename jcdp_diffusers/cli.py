@@ -1,0 +1,53 @@
+"""`jcdp quickstart | poison | purify | score | audit`: parse, call, print."""
+
+import argparse
+import importlib
+import sys
+
+
+# Each command's room offers `add_arguments(parser)` and `run(args)`; it is imported only when its command is given, so
+# that `jcdp --help` answers at once.
+COMMANDS = {
+    "quickstart": ("jcdp_diffusers.quickstart", "protect, purify and score real images, end to end, in minutes"),
+    "poison": ("jcdp_diffusers.poisons.protect", "protect a data set with an unlearnable-examples method"),
+    "purify": ("jcdp_diffusers.purify", "turn a protected data set into a learnable one"),
+    "score": ("jcdp_diffusers.score", "train victims on one data set and test them on another"),
+    "audit": ("jcdp_diffusers.audit", "find out whether a protection survives purification"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    Run one command.
+
+    Args:
+        arguments (`list[str]`, *optional*): Words after `jcdp`; the process's own by default.
+
+    Returns:
+        `int`: 0 done, 1 a failure with one sentence on stderr, 130 interrupted (the same command goes on from there).
+        Wrong usage exits with 2.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="jcdp", description="Audit unlearnable examples: does a protection survive purification?"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if arguments[:1] == [name]:
+            room = importlib.import_module(module)
+            room.add_arguments(command)
+    args = parser.parse_args(arguments)
+    try:
+        room.run(args)
+    except KeyboardInterrupt:
+        print("jcdp: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
+        print(f"jcdp {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
