@@ -113,7 +113,7 @@ def perturb(
         weight_decay=settings.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings.decay_every, gamma=0.1)
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator(device).manual_seed(seed)
     augment = surrogate.CropFlip(images.shape[2:], settings.crop_padding, draw)
     noise = torch.zeros(images.shape, dtype=torch.int8)
     order = torch.empty(0, dtype=torch.int64)
@@ -135,7 +135,7 @@ def perturb(
         while done < settings.model_steps:
             # An epoch's last, incomplete batch is left out.
             if len(order) < settings.batch_size:
-                order = torch.randperm(len(images), generator=draw)
+                order = torch.randperm(len(images), generator=draw, device=device).cpu()
             rows, order = order[: settings.batch_size], order[settings.batch_size :]
             batch, targets = images[rows].to(device), labels[rows].to(device)
             fixed = surrogate.frozen(model)
@@ -215,4 +215,4 @@ def _train_step(
 
 
 def _uniform(images: torch.Tensor, epsilon: float, draw: torch.Generator) -> torch.Tensor:
-    return (epsilon * (2 * torch.rand(images.shape, generator=draw) - 1)).to(images.device)
+    return epsilon * (2 * torch.rand(images.shape, generator=draw, device=images.device) - 1)

@@ -80,7 +80,7 @@ class CropFlip:
     Args:
         size: `(H, W)`.
         padding: zeros on each side.
-        generator: source of all draws, on the CPU.
+        generator: source of all draws, on any device.
     """
 
     def __init__(self, size: tuple[int, int], padding: int, generator: torch.Generator):
@@ -93,7 +93,7 @@ class CropFlip:
         self.generator = generator
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        seed = int(torch.randint(2**62, (), generator=self.generator))
+        seed = int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self.transform(images)
