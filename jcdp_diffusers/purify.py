@@ -10,6 +10,7 @@ is left of the work. A run that was stopped, in whatever way, goes on when the c
 
 import argparse
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -138,31 +139,24 @@ def purify_to_folder(
             f"shards is {shards}, but the source has {rows.length or 'an unknown number of'} rows: "
             f"{'rows_per_shard is what a stream takes' if rows.length is None else 'one to that many are accepted'}."
         )
+    asked = describe_run(
+        pipe,
+        config,
+        rows,
+        seed=seed,
+        image_size=size,
+        fit=fit,
+        overlap=overlap,
+        micro_batch_size=micro_batch_size,
+        threads=threads,
+        shards=shards,
+        rows_per_shard=rows_per_shard,
+    )
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    run = settle_run(
-        output_dir,
-        describe_run(
-            pipe,
-            config,
-            rows,
-            seed=seed,
-            image_size=size,
-            fit=fit,
-            overlap=overlap,
-            micro_batch_size=micro_batch_size,
-            threads=threads,
-            shards=shards,
-            rows_per_shard=rows_per_shard,
-        ),
-    )
-    store = ShardStore(
-        output_dir,
-        rows.split,
-        rows=rows.length,
-        rows_per_shard=run["shards"]["rows_per_shard"],
-        count=run["shards"]["count"],
-    )
+    with _explained(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        run = settle_run(output_dir, asked)
+        store = ShardStore(output_dir, rows.split, rows=rows.length, **run["shards"])
 
     # 2. Shard by shard, as long as there is one that nobody has finished
     device, arithmetic = pipe._execution_device, run["arithmetic"]
@@ -174,6 +168,7 @@ def purify_to_folder(
     summary_path = output_dir / SUMMARY_NAME
     summary_before = _changed_at(summary_path)
     with (
+        _explained(output_dir),
         steady_arithmetic(pipe, arithmetic["threads"]),
         open_pool(num_workers) as pool,
         Claims(store.state / "claims", claim_timeout) as claims,
@@ -286,6 +281,21 @@ def steady_arithmetic(pipe: JointConditionalPurificationPipeline, threads: int |
         pipe.set_progress_bar_config(**bar_before)
 
 
+@contextlib.contextmanager
+def _explained(output_dir: Path) -> Iterator[None]:
+    """Trouble with the output in one sentence that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        within = str(error.filename or "").startswith(os.fspath(output_dir))
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and not within:
+            raise
+        raise OSError(
+            f"output_dir {os.fspath(output_dir)!r} cannot be written to ({os.strerror(error.errno).lower()}): mend "
+            "that and give the same command again, finished shards stay."
+        ) from error
+
+
 def _changed_at(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
@@ -355,9 +365,10 @@ def run(args: argparse.Namespace) -> int:
     cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     options = {} if args.perceptual is None else {"perceptual": load_perceptual(args.perceptual)}
     try:
-        pipe = JointConditionalPurificationPipeline.from_pretrained(args.purifier, revision=args.revision, **options)
-        pipe.to(args.device or cuda)
-        pipe.unet.to(getattr(torch, args.dtype), memory_format=torch.channels_last)
+        pipe = JointConditionalPurificationPipeline.from_pretrained(
+            args.purifier, revision=args.revision, torch_dtype=getattr(torch, args.dtype), **options
+        ).to(args.device or cuda)
+        pipe.unet.to(memory_format=torch.channels_last)
         summary = purify_to_folder(
             args.dataset,
             pipe,
@@ -385,7 +396,7 @@ def run(args: argparse.Namespace) -> int:
             push_to_hub=args.push_to_hub,
         )
     except KeyboardInterrupt:
-        finished = len(list((Path(args.output) / STATE / "shards").glob("*.json")))
+        finished = len(list(Path(args.output).glob("*.parquet")))
         stays = f"{finished} finished shards stay in {args.output}"
         print(f"Stopped: {stays}. Give the same command again to go on.", file=sys.stderr)
         return 1

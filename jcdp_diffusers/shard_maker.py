@@ -43,11 +43,12 @@ class ShardMaker:
         self.overlap = run["sizes"]["tile_overlap"] or 0
         self.preparation = (channels, run["sizes"]["image_size"], run["sizes"]["fit"], self.overlap)
         self.device = device_name(device)
-        self.kept = datasets.Features({**rows.features, "image": datasets.Image()})
-        self.rejected = datasets.Features({**rows.features, "rejection_reason": datasets.Value("string")})
         self.other_images = [
             name for name, kind in rows.features.items() if name != "image" and isinstance(kind, datasets.Image)
         ]
+        features = {**rows.features, **dict.fromkeys(self.other_images, datasets.Image())}
+        self.kept = datasets.Features({**features, "image": datasets.Image()})
+        self.rejected = datasets.Features({**features, "rejection_reason": datasets.Value("string")})
 
     def __call__(self, index: int) -> None:
         """Make a shard; in a stream, it may turn out to lie behind the end."""
@@ -123,24 +124,23 @@ class ShardMaker:
     def kept_rows(self, table: pa.Table, refused: list[str | None], files: list[bytes]) -> pa.Table:
         """The source's rows, without those refused, with other images."""
         table = table.filter(pa.array([reason is None for reason in refused]))
-        images = datasets.Image().cast_storage(
-            pa.array([{"bytes": file, "path": None} for file in files], datasets.Image().pa_type)
-        )
-        table = table.set_column(table.column_names.index("image"), "image", images)
-        table = table.select(list(self.kept)).cast(self.kept.arrow_schema)
-        # Other images may be mere paths, which would mean nothing to whoever gets the data set.
-        return datasets.table.embed_table_storage(table) if self.other_images else table
+        table = _with_images(table, "image", [{"bytes": file, "path": None} for file in files])
+        return self.portable(table).select(list(self.kept)).cast(self.kept.arrow_schema)
 
     def rejected_rows(self, table: pa.Table, refused: list[str | None]) -> pa.Table:
         """The rows refused, as they were, with the reason."""
         table = table.filter(pa.array([reason is not None for reason in refused]))
-        images = pa.array([_stored(value) for value in table["image"].to_pylist()], datasets.Image().pa_type)
-        table = table.set_column(table.column_names.index("image"), "image", images)
         if "rejection_reason" in table.column_names:
             table = table.drop_columns("rejection_reason")
         reasons = pa.array([reason for reason in refused if reason is not None], pa.string())
-        table = table.append_column("rejection_reason", reasons)
+        table = self.portable(table, "image").append_column("rejection_reason", reasons)
         return table.select(list(self.rejected)).cast(self.rejected.arrow_schema)
+
+    def portable(self, table: pa.Table, *columns: str) -> pa.Table:
+        """With the content of image files instead of paths, which would mean nothing to whoever gets the data set."""
+        for name in (*columns, *self.other_images):
+            table = _with_images(table, name, list(map(_stored, table[name].to_pylist())))
+        return table
 
 
 def purify_tiles(
@@ -157,6 +157,10 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
+
+
+def _with_images(table: pa.Table, name: str, values: list[dict | None]) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, pa.array(values, datasets.Image().pa_type))
 
 
 def _stored(value: dict | None) -> dict | None:

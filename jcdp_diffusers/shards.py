@@ -187,7 +187,9 @@ class _GroupedFile:
             self._waiting = [table[full:]]
 
     def close(self) -> None:
-        self._parquet.write_table(pa.concat_tables([self.schema.empty_table(), *self._waiting]).combine_chunks())
+        table = pa.concat_tables([self.schema.empty_table(), *self._waiting])
+        if len(table):  # `datasets` cannot read a row group without rows, but a file without row groups it can
+            self._parquet.write_table(table.combine_chunks())
         self._parquet.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -308,7 +310,7 @@ def create_once(path: Path, text: str) -> bool:
     try:
         _write(temporary, text)
         os.link(temporary, path)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):  # the latter: all is finished, and another worker has tidied up
         return False
     finally:
         temporary.unlink(missing_ok=True)
