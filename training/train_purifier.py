@@ -119,6 +119,8 @@ def load_data(
 ) -> tuple[LabelledImages | ImageFiles, LabelledImages | None, dict]:
     """Images to train on, held-out ones, and what record and card say about them."""
     resolution, channels = args.resolution or unet.config.sample_size, unet.config.in_channels
+    if not isinstance(resolution, int):
+        raise ValueError(f"resolution is None, but the network's own is {resolution}: give the side of a square.")
     dataset = read(args.dataset, args.split, args, channels)
     if args.max_train_samples is not None:
         dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
