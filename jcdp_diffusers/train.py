@@ -262,13 +262,13 @@ class _Run:
         generator = random_generator(config.seed, "step", self.step, device=accelerator.device)
         timesteps = sample_timesteps(config.timestep_sampling, layout.total, *self.timesteps, generator)
         flips = torch.rand(layout.total, generator=generator, device=accelerator.device) < 0.5
-        noise = None
+        height, width, channels = _shape(self.images)
+        shape = (layout.total, channels, height, width)
+        noise = torch.randn(shape, generator=generator, device=accelerator.device)
         mean_loss = torch.zeros((), device=accelerator.device)
         for micro in range(config.gradient_accumulation_steps):
             here = layout.positions(micro)
             clean = normalize(next(batches))
-            if noise is None:
-                noise = torch.randn((layout.total, *clean.shape[1:]), generator=generator, device=accelerator.device)
             if config.random_flip:
                 clean = torch.where(flips[here].view(-1, 1, 1, 1), clean.flip(3), clean)
             # Dropout, too, is a function of the step, so it needs no saved state.
