@@ -30,7 +30,7 @@ def test_blending_untouched_squares_gives_the_image(shape, overlap):
 @pytest.mark.parametrize("overlap", [2, 4])
 def test_squares_of_different_brightness_meet_without_a_step(overlap):
     """From one square to the next, brightness passes in overlap + 1 steps, none larger than its share."""
-    tiled = cut(np.zeros((8, 64, 1), np.uint8), 8, overlap)
+    tiled = cut(np.zeros((16, 100, 1), np.uint8), 16, overlap)
     levels = np.random.default_rng(0).uniform(size=len(tiled.places)).astype(np.float32)
     tiles = np.ones_like(tiled.tiles, np.float32) * levels[:, None, None, None]
     row = blend(tiles, tiled.places, tiled.shape, overlap)[4, :, 0]
