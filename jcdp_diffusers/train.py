@@ -336,10 +336,11 @@ class _Run:
         accelerator.log({"held_out_loss": self.validation[-1]["loss"]}, step=self.step)
         if accelerator.is_main_process and config.num_grid_images:
             shown = held_out[: config.num_grid_images]
-            self._show(
-                "denoising",
-                denoising_grid(self.unet, self.scheduler, shown, timesteps=self.timesteps, seed=config.seed),
-            )
+            # Of a long range the part that a purifier may visit: beyond it, little of an image can be seen.
+            first, end = self.timesteps
+            visited = (first, max(first + 1, min(end, round(0.15 * self.scheduler.config.num_train_timesteps))))
+            picture = denoising_grid(self.unet, self.scheduler, shown, timesteps=visited, seed=config.seed)
+            self._show("denoising", picture)
             if self.timesteps == (0, self.scheduler.config.num_train_timesteps):
                 shape = (len(shown), shown.shape[3], *shown.shape[1:3])
                 self._show("samples", sample_grid(self.unet, self.scheduler, shape, seed=config.seed))
