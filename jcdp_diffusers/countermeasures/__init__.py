@@ -37,8 +37,29 @@ _FILES = {
     "gray": "iss",
     "jpeg-10": "iss",
     "bdr-2": "iss",
+    "jcdp": "purifiers",
+    "jcdp-code": "purifiers",
+    "unconditional": "purifiers",
+    "avatar": "purifiers",
+    "diffpure": "purifiers",
+    "diffpure-l2": "purifiers",
+    "gdmp": "purifiers",
+    "eclipse-purifier": "eclipse",
+    "corruption": "eclipse",
+    "orthogonal-projection": "orthogonal_projection",
+    "cutout": "augmentation",
+    "mixup": "augmentation",
+    "cutmix": "augmentation",
+    "random-noise": "augmentation",
+    "ueraser-lite": "ueraser",
+    "ueraser": "ueraser",
+    "ueraser-max": "ueraser",
+    "at-4": "adversarial_training",
+    "at-8": "adversarial_training",
 }
-NAMES = ("none", *_FILES)
+# Several that a paper takes together; "none" is plain training.
+_COMBINATIONS = {"none": "", "eclipse": "eclipse-purifier+corruption"}
+NAMES = (*_COMBINATIONS, *_FILES)
 
 
 @dataclass(frozen=True)
@@ -145,39 +166,32 @@ class Countermeasure:
         return Prepared(data, tuple(hooks), time.perf_counter() - start)
 
 
-_COMBINATIONS = {
-    "none": Countermeasure("none", "combination", "plain training", "nothing"),
-}
-
-
 def get(name: str) -> Countermeasure:
     """The countermeasure called `name`, or the combination of several called `"one+other"`.
 
     Raises:
         ValueError: if there is no countermeasure of that name.
     """
-    if name in _COMBINATIONS:
-        return _COMBINATIONS[name]
     if name in _FILES:
         family = importlib.import_module(f"{__name__}.{_FILES[name]}")
         return next(entry for entry in family.COUNTERMEASURES if entry.name == name)
-    parts = name.split("+")
-    unknown = [part for part in parts if part not in NAMES]
+    members = [part for part in _COMBINATIONS.get(name, name).split("+") if part or name != "none"]
+    unknown = [part for part in members if part not in NAMES]
     if unknown:
         raise ValueError(
             f"countermeasure is {unknown[0]!r}, but accepted are {', '.join(NAMES)}, and several joined by '+'."
         )
-    return combination(name, [get(part) for part in parts])
+    return _combination(name, [get(part) for part in members])
 
 
-def combination(name: str, members: list[Countermeasure]) -> Countermeasure:
+def _combination(name: str, members: list[Countermeasure]) -> Countermeasure:
     """Several countermeasures as one, in the order given."""
-    parts = tuple(part for member in members for part in (member.parts or (member,)) if part.name != "none")
+    parts = tuple(part for member in members for part in (member.parts if member.kind == "combination" else (member,)))
     return Countermeasure(
         name,
         "combination",
-        source="; ".join(part.source for part in parts),
-        cost="; ".join(part.cost for part in parts),
+        source="; ".join(part.source for part in parts) or "plain training",
+        cost="; ".join(part.cost for part in parts) or "nothing",
         settings={part.name: dict(part.settings) for part in parts},
         needs_purifier=any(part.needs_purifier for part in parts),
         parts=parts,

@@ -1,6 +1,5 @@
 """What every countermeasure must be, whatever its method: parametrised over the registry."""
 
-import numpy as np
 import pytest
 
 from jcdp_diffusers import countermeasures

@@ -1,0 +1,87 @@
+"""Purification with a diffusion model, before training; everything runs through the pipeline.
+
+AVATAR is DiffPure applied to a training set: one pass, no guide, all steps from t* = 0.1, which is step 100 of 1000.
+Both integrate the reverse SDE by Euler's method in steps of 1/1000, whose noise has variance beta_t: diffusers'
+`fixed_large`. For perturbations bounded in L2 DiffPure chose t* = 0.075.
+"""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from jcdp_diffusers.countermeasures import Context, Countermeasure
+from jcdp_diffusers.data import LabelledImages, load_images
+from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
+from jcdp_diffusers.purification_config import PRESETS, PurificationConfig
+from jcdp_diffusers.purify import purify_to_folder
+
+
+def purifying(name: str, source: str, config: PurificationConfig) -> Countermeasure:
+    """A countermeasure that purifies with these settings, unless the context has others."""
+
+    def function(data: LabelledImages, context: Context) -> LabelledImages:
+        return purify(data, config if context.purification is None else context.purification, context, name)
+
+    cost = f"{config.evaluations_per_image} UNet evaluations per image, once"
+    return Countermeasure(name, "dataset", source, cost, function, dataclasses.asdict(config), needs_purifier=True)
+
+
+def purify(
+    data: LabelledImages, config: PurificationConfig | str, context: Context, name: str = "purified"
+) -> LabelledImages:
+    """Purifies images and rounds them to 8 bits.
+
+    Args:
+        data: images of any size; see `purify_to_folder`.
+        config: settings, or the name of a preset.
+        context: its `purifier` purifies, with noise from its `seed`; the images are kept in its `checkpoint_dir`.
+        name: of the folder within `checkpoint_dir`.
+
+    Returns:
+        The same rows in the same order.
+    """
+    pipe = context.purifier
+    if not isinstance(pipe, JointConditionalPurificationPipeline):
+        pipe = JointConditionalPurificationPipeline.from_pretrained(pipe).to(context.device)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (
+            Path(temporary if context.checkpoint_dir is None else context.checkpoint_dir) / f"{name}-{context.seed}"
+        )
+        purify_to_folder(
+            data, pipe, output_dir=folder, seed=context.seed, preset=config, num_workers=0, progress=context.progress
+        )
+        purified = load_images(folder, channels=data.images.shape[3])
+    if purified.ids != data.ids:
+        raise ValueError(f"checkpoint_dir {str(folder)!r} holds other ids than these images: give another folder.")
+    return data.with_images(purified.images)
+
+
+_SDE = "reverse SDE, t* = 0.1 (Nie et al., ICML 2022; NVlabs/DiffPure)"
+
+COUNTERMEASURES = (
+    purifying(
+        "jcdp",
+        "Joint conditional diffusion purification (Jiang, Diao et al., ACM MM 2023), Algorithm 1",
+        PRESETS["paper"],
+    ),
+    purifying(
+        "jcdp-code", "Joint conditional diffusion purification, as released (jiangw-0/LE_JCDP)", PRESETS["code"]
+    ),
+    purifying("unconditional", "diffusion and denoising without a guide, T_p 100", PRESETS["unconditional"]),
+    purifying(
+        "avatar",
+        f"AVATAR (Dolatabadi, Erfani and Leckie, SaTML 2024; hmdolatabadi/AVATAR): {_SDE}",
+        PurificationConfig(diffusion_steps=100, variance_type="fixed_large"),
+    ),
+    purifying("diffpure", f"DiffPure: {_SDE}", PurificationConfig(diffusion_steps=100, variance_type="fixed_large")),
+    purifying(
+        "diffpure-l2",
+        "DiffPure for perturbations bounded in L2, t* = 0.075 (Nie et al., ICML 2022; NVlabs/DiffPure)",
+        PurificationConfig(diffusion_steps=75, variance_type="fixed_large"),
+    ),
+    purifying(
+        "gdmp",
+        "Guided diffusion model for purification (Wang et al., 2022; JinyiW/GuidedDiffusionPur)",
+        PRESETS["gdmp"],
+    ),
+)
