@@ -36,7 +36,7 @@ from .purification_config import PRESETS, PurificationConfig
 from .rows import Rows, open_rows
 from .run_record import describe_run, settle_run
 from .shard_maker import ShardMaker, purify_tiles
-from .shards import CLAIM_TIMEOUT, STATE, Claims, ShardStore, write_atomically
+from .shards import CLAIM_TIMEOUT, STATE, Claims, ShardStore, ShardTakenOver, write_atomically
 from .tiles import FITS
 from .worker_pool import open_pool
 
@@ -208,6 +208,8 @@ def make_shards(make: ShardMaker, store: ShardStore, claims: Claims, bar: Progre
                             make(index)
                             made += 1
                             bar.at(store.finished_rows())
+                    except ShardTakenOver:
+                        claimed_by_others += 1
                     finally:
                         claims.release(str(index))
             index += 1
@@ -234,7 +236,8 @@ def finish(store: ShardStore, rows: Rows, run: dict, push_to_hub: str | None) ->
     count = store.end()
     if count == 0:
         raise ValueError(f"dataset {rows.name!r} has no rows in split {rows.split!r}: at least one is needed.")
-    store.fix_count()
+    if rows.length is None:
+        store.give_final_names()
     records = {store.path(index).name: store.record(index) for index in range(count)}
     summary = summarise_shards(records)
     written = sum(pq.read_metadata(store.output_dir / name).num_rows for name in records)

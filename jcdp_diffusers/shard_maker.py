@@ -62,12 +62,13 @@ class ShardMaker:
                 reasons.update(reason for reason in refused if reason is not None)
                 self.bar.add(len(table), len(table) - len(files))
             if rows_in < stop - start:
-                if self.rows.length is not None:
+                end = index + (rows_in > 0)
+                if self.rows.length is not None or max(self.store.recorded(), default=-1) >= end:
                     raise ValueError(
-                        f"dataset {self.rows.name!r} ended at row {start + rows_in}, but had {self.rows.length} rows "
-                        "when it was opened: it must not change while it is read."
+                        f"dataset {self.rows.name!r} ends at row {start + rows_in}, but has had more rows before: it "
+                        "must not change while it is purified."
                     )
-                self.store.note_end(index + (rows_in > 0))
+                self.store.note_end(end)
                 if rows_in == 0:
                     return
             seconds = time.perf_counter() - began

@@ -9,6 +9,7 @@ No clock of one machine is compared with that of another: a worker waits, by its
 claim to change. So clocks that jump or disagree neither free a living claim at once nor keep a dead one for ever.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +25,10 @@ import pyarrow.parquet as pq
 STATE = ".purify"  # with a leading dot, readers of the data set pass it by
 CLAIM_TIMEOUT = 300.0  # seconds; well above the minute for which network file systems may show an old file time
 ROWS_PER_GROUP = 256  # row groups are cut by rows alone, so that a file's bytes do not depend on how its rows arrived
+
+
+class ShardTakenOver(Exception):
+    """A worker was silent for so long that another makes its shard, or has made it."""
 
 
 class ShardStore:
@@ -55,18 +60,26 @@ class ShardStore:
         stop = (index + 1) * self.rows_per_shard
         return index * self.rows_per_shard, stop if self.rows is None else min(stop, self.rows)
 
-    def name(self, index: int) -> str:
-        """Name of a shard's file without ending; the number of shards is part of it once it is known."""
-        if self.count is None:
-            return f"{self.split}-{index:05d}"
-        width = max(5, len(str(self.count - 1)))  # names sort as their numbers do
-        return f"{self.split}-{index:0{width}d}-of-{self.count:0{width}d}"
+    def name(self, index: int, count: int | None) -> str:
+        """Name of a shard's file; the number of shards is part of it once it is known."""
+        if count is None:
+            return f"{self.split}-{index:05d}.parquet"
+        width = max(5, len(str(count - 1)))  # names sort as their numbers do
+        return f"{self.split}-{index:0{width}d}-of-{count:0{width}d}.parquet"
 
     def path(self, index: int) -> Path:
-        return self.output_dir / f"{self.name(index)}.parquet"
+        return self._present(self.output_dir, index)
 
     def rejected_path(self, index: int) -> Path:
-        return self.output_dir / "rejected" / f"{self.name(index)}.parquet"
+        return self._present(self.output_dir / "rejected", index)
+
+    def _present(self, folder: Path, index: int) -> Path:
+        """A stream's shards get their final names at the end; until then, a shard may have either."""
+        if self.rows is None and (end := self.end()) is not None:
+            final = folder / self.name(index, end)
+            if final.exists():
+                return final
+        return folder / self.name(index, self.count)
 
     def record_path(self, index: int) -> Path:
         return self.state / "shards" / f"{self.split}-{index:05d}.json"
@@ -74,9 +87,13 @@ class ShardStore:
     def is_finished(self, index: int) -> bool:
         return self.path(index).exists() and self.record_path(index).exists()
 
+    def recorded(self) -> list[int]:
+        """Shards that have been written, though perhaps removed or damaged since."""
+        return [int(path.stem.rpartition("-")[2]) for path in (self.state / "shards").glob(f"{self.split}-*.json")]
+
     def finished_rows(self) -> int:
         """Rows of the source in finished shards."""
-        finished = [int(path.stem.rpartition("-")[2]) for path in (self.state / "shards").glob(f"{self.split}-*.json")]
+        finished = self.recorded()
         rows = sum(stop - start for start, stop in map(self.range, finished))
         if self.rows is None and finished:  # all shards of a stream are full, but perhaps the last
             rows -= self.rows_per_shard - self.record(max(finished))["rows_in"]
@@ -87,7 +104,10 @@ class ShardStore:
 
     def is_intact(self, index: int) -> bool:
         """Whether a finished shard's file is what was written, byte for byte."""
-        return self.is_finished(index) and digest(self.path(index)) == self.record(index)["sha256"]
+        try:
+            return self.is_finished(index) and digest(self.path(index)) == self.record(index)["sha256"]
+        except json.JSONDecodeError:  # the record is damaged, so nobody knows about the file
+            return False
 
     def discard(self, index: int) -> None:
         """Make a shard unfinished again."""
@@ -103,25 +123,19 @@ class ShardStore:
             return self.count
         return min((int(path.name[4:]) for path in self.state.glob("end-*")), default=None)
 
-    def fix_count(self) -> None:
-        """Give the shards of a stream, now that it has been read to its end, names with their number in them."""
-        renamed = ShardStore(self.output_dir, self.split, rows=None, rows_per_shard=self.rows_per_shard, count=None)
-        renamed.count = self.end()
-        for index in range(renamed.count):
-            for old, new in (
-                (self.path(index), renamed.path(index)),
-                (self.rejected_path(index), renamed.rejected_path(index)),
-            ):
-                if old.exists():
-                    os.replace(old, new)
-        self.count = renamed.count
+    def give_final_names(self) -> None:
+        """Put the number of shards into the names of those of a stream, now that it has been read to its end."""
+        count = self.end()
+        for folder, present in ((self.output_dir, self.path), (self.output_dir / "rejected", self.rejected_path)):
+            for index in range(count):
+                if present(index).exists():
+                    os.replace(present(index), folder / self.name(index, count))
 
     def remove_leftovers(self) -> None:
         """Delete what killed workers were writing; only for a finished data set."""
-        for folder in (self.state / "writing", self.state / "claims"):
-            for path in folder.iterdir():
-                if not path.name.lstrip(".").startswith("finish"):  # which workers may be asking for right now
-                    path.unlink(missing_ok=True)
+        for pattern in ("writing/*", "claims/[0-9]*"):
+            for path in self.state.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 class ShardWriter:
@@ -149,31 +163,41 @@ class ShardWriter:
         self.rejected.write(rejected)
 
     def commit(self, **record) -> dict:
-        """Flush everything, then let the shard appear; `record` is kept with its checksum."""
+        """
+        Flush everything, then let the shard appear; `record` is kept with its checksum.
+
+        Raises:
+            ShardTakenOver: Another worker has taken this one for dead.
+        """
         self.kept.close()
-        self.rejected.close()
-        record = {
-            "index": self.index,
-            "rows_out": self.kept.rows,
-            "rejected": self.rejected.rows,
-            "bytes": self.kept.path.stat().st_size,
-            "sha256": digest(self.kept.path),
-            **record,
-        }
         if self.rejected.rows:
-            _move(self.rejected.path, self.store.rejected_path(self.index))
-        else:
-            self.store.rejected_path(self.index).unlink(missing_ok=True)
-        write_atomically(self.store.record_path(self.index), json.dumps(record, indent=1))
-        _move(self.kept.path, self.store.path(self.index))
+            self.rejected.close()
+        try:
+            record = {
+                "index": self.index,
+                "rows_out": self.kept.rows,
+                "rejected": self.rejected.rows,
+                "bytes": self.kept.path.stat().st_size,
+                "sha256": digest(self.kept.path),
+                **record,
+            }
+            if self.rejected.rows:
+                _move(self.rejected.path, self.store.rejected_path(self.index))
+            else:
+                self.store.rejected_path(self.index).unlink(missing_ok=True)
+            write_atomically(self.store.record_path(self.index), json.dumps(record, indent=1))
+            _move(self.kept.path, self.store.path(self.index))
+        except FileNotFoundError as error:
+            raise ShardTakenOver(f"what was being written for shard {self.index} has been cleared away") from error
         return record
 
 
 class _GroupedFile:
+    """A Parquet file that comes into being with its first row, or when it is closed."""
+
     def __init__(self, path: Path, schema: pa.Schema):
         self.path, self.schema, self.rows = path, schema, 0
-        self._file = open(path, "wb")
-        self._parquet = pq.ParquetWriter(self._file, schema)
+        self._file = self._parquet = None
         self._waiting: list[pa.Table] = []
 
     def write(self, table: pa.Table) -> None:
@@ -183,10 +207,12 @@ class _GroupedFile:
         if waiting >= ROWS_PER_GROUP:
             table = pa.concat_tables(self._waiting)
             full = waiting - waiting % ROWS_PER_GROUP
+            self._open()
             self._parquet.write_table(table[:full].combine_chunks(), row_group_size=ROWS_PER_GROUP)
             self._waiting = [table[full:]]
 
     def close(self) -> None:
+        self._open()
         table = pa.concat_tables([self.schema.empty_table(), *self._waiting])
         if len(table):  # `datasets` cannot read a row group without rows, but a file without row groups it can
             self._parquet.write_table(table.combine_chunks())
@@ -196,11 +222,16 @@ class _GroupedFile:
         self._file.close()
 
     def discard(self) -> None:
-        self._parquet.is_open = (
-            False  # else it would write a footer to a file that is to go, on a disk that may be full
-        )
-        self._file.close()
         self.path.unlink(missing_ok=True)
+        if self._file is not None and not self._file.closed:
+            self._parquet.is_open = False  # it would write a footer
+            with contextlib.suppress(OSError):  # the disk may be full, which is no matter now
+                self._file.close()
+
+    def _open(self) -> None:
+        if self._file is None:
+            self._file = open(self.path, "wb")
+            self._parquet = pq.ParquetWriter(self._file, self.schema)
 
 
 class Claims:
@@ -310,7 +341,7 @@ def create_once(path: Path, text: str) -> bool:
     try:
         _write(temporary, text)
         os.link(temporary, path)
-    except (FileExistsError, FileNotFoundError):  # the latter: all is finished, and another worker has tidied up
+    except FileExistsError:
         return False
     finally:
         temporary.unlink(missing_ok=True)
@@ -335,11 +366,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _move(temporary: Path, path: Path) -> None:
-    try:
-        os.replace(temporary, path)
-    except FileNotFoundError:
-        if not path.exists():  # else the others have finished the whole data set meanwhile, and tidied up
-            raise
+    os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name, too, survives a power cut

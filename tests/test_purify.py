@@ -158,8 +158,13 @@ def test_streams_of_any_length(count, pipe, tmp_path):
     summary = purify_to_folder(stream, pipe, output_dir=tmp_path, rows_per_shard=10, **SETTINGS)
     assert summary["rows_in"] == summary["rows_out"] == count
     assert list(read_back(tmp_path)) == list(images.ids)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.parquet")}
+    last = sorted(before)[-1]
+    last.unlink()
     again = purify_to_folder(open_dataset(images, streaming=True), pipe, output_dir=tmp_path, **SETTINGS)
     assert again["files"] == summary["files"]
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.parquet")}
+    assert after.keys() == before.keys() and [path for path in after if after[path] != before[path]] == [last]
 
 
 def test_a_stream_without_rows_is_refused(pipe, tmp_path):
