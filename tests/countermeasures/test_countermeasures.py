@@ -13,5 +13,5 @@ def test_names_itself_its_source_and_its_cost(name):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="countermeasure is 'prayer', but accepted are none, gray, .*joined by '\\+'"):
+    with pytest.raises(ValueError, match="countermeasure is 'prayer', but accepted are none, eclipse, gray, .*joined by '\\+'"):
         countermeasures.get("gray+prayer")
