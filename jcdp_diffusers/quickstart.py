@@ -71,11 +71,11 @@ TELLINGS = {
         sizes=(900, 500, 397),
         unet="tiny32",
         training=TrainingConfig(
-            max_train_steps=800,
+            max_train_steps=600,
             train_batch_size=32,
             learning_rate=1e-3,
             trained_timesteps=(0, 200),
-            validation_steps=800,
+            validation_steps=600,
             checkpointing_steps=200,
             checkpoints_total_limit=1,
             mixed_precision="no",
@@ -153,7 +153,7 @@ def random_noise(clean: np.ndarray, protected: np.ndarray, seed: int) -> torch.T
 def run_quickstart(
     output_dir: str | Path = "runs/quickstart",
     *,
-    telling: str = "digits",
+    telling: str | Telling = "digits",
     data: str | Path | None = None,
     seed: int = 0,
     say: Callable[[str], None] = print,
@@ -164,7 +164,7 @@ def run_quickstart(
     Args:
         output_dir (`str` or `Path`): Gets `report.md`, `report.json`, `records.jsonl`, `pictures.png`, the data sets,
             the purifier.
-        telling (`str`): A key of `TELLINGS`.
+        telling (`str` or `Telling`): A key of `TELLINGS`, or a telling of one's own.
         data (`str` or `Path`, *optional*): CIFAR-10's folder, for `cifar10-mini`.
         seed (`int`): Of the poison, the purifier and the purification; the victims take seed, seed + 1, ...
         say (`Callable`): Where a line about each stage goes.
@@ -172,11 +172,11 @@ def run_quickstart(
     Returns:
         `dict`: What `report.json` holds.
     """
-    if telling not in TELLINGS:
+    if isinstance(telling, str) and telling not in TELLINGS:
         raise ValueError(f"telling is {telling!r}, but must be one of {tuple(TELLINGS)}.")
-    if (telling == "cifar10-mini") != (data is not None):
-        raise ValueError(f"data is {data!r}, but 'cifar10-mini' needs CIFAR-10's folder and 'digits' brings its own.")
-    story, output_dir = TELLINGS[telling], Path(output_dir)
+    story, output_dir = TELLINGS[telling] if isinstance(telling, str) else telling, Path(output_dir)
+    if (story.name == "cifar10-mini") != (data is not None):
+        raise ValueError(f"data is {data!r}, but 'cifar10-mini' needs CIFAR-10's folder and digits bring their own.")
     output_dir.mkdir(parents=True, exist_ok=True)
     records = output_dir / "records.jsonl"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -195,7 +195,7 @@ def run_quickstart(
     write_dataset(output_dir / "protected", protected)
     say(f"LSP: mean L2 norm {norms['l2_mean']:.3f} after rounding, largest change {norms['linf']:.0f}/255")
     settings = {
-        "telling": telling,
+        "telling": story.name,
         "sizes": list(story.sizes),
         "poison": "lsp",
         "poison_preset": "published",
@@ -341,11 +341,8 @@ def draw_pictures(path: Path, sets: dict[str, LabelledImages]) -> None:
 
 def write_report(output_dir: Path, story: Telling, guide: str, norms: dict, settings: dict) -> dict:
     """`report.json` and `report.md` from the records alone; returns the former."""
-    own = [
-        record
-        for record in read_records(output_dir / "records.jsonl")
-        if settings.items() <= record["settings"].items()
-    ]
+    own = [r for r in read_records(output_dir / "records.jsonl") if settings.items() <= r["settings"].items()]
+    own.sort(key=lambda record: record["seed"] or 0)  # a figure measured again stands where it stood
     accuracy, trained = (
         {row["settings.row"]: row for row in summarise([r for r in own if r["what"] == what], by=("settings.row",))}
         for what in ("accuracy", "train_accuracy")

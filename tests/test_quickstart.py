@@ -1,0 +1,124 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jcdp_diffusers import PurificationConfig
+from jcdp_diffusers.data import check_roles, load_images
+from jcdp_diffusers.quickstart import ROWS, TELLINGS, Telling, digits, random_noise, run_quickstart
+from jcdp_diffusers.results import read_records
+from jcdp_diffusers.train import TrainingConfig
+
+
+SHORT = Telling(
+    name="short",
+    title="Digits, too few and too short to mean anything",
+    sizes=(60, 40, 60),
+    unet="tiny32",
+    training=TrainingConfig(
+        max_train_steps=2, train_batch_size=4, trained_timesteps=(0, 50), validation_steps=2, checkpointing_steps=1
+    ),
+    purification=PurificationConfig(diffusion_steps=10, num_inference_steps=2),
+    recipe="smoke",
+    seeds=2,
+)
+
+
+def test_digits_are_three_disjoint_roles_of_one_size():
+    roles = digits(TELLINGS["digits"].sizes)
+    assert [len(role) for role in roles] == [900, 500, 397]
+    assert len({i for role in roles for i in role.ids}) == 1797
+    check_roles(*roles)
+    for role in roles:
+        assert role.images.shape[1:] == (32, 32, 3) and len(np.unique(role.labels)) == 10
+        assert 0.29 * 255 < role.images.min() and role.images.max() < 0.71 * 255
+
+
+def test_random_noise_has_each_images_norm():
+    generator = np.random.default_rng(0)
+    clean = generator.integers(60, 180, (5, 8, 8, 3), dtype=np.uint8)
+    protected = (clean + generator.integers(-9, 9, clean.shape)).astype(np.uint8)
+    noise = random_noise(clean, protected, 0)
+    expected = np.linalg.norm((protected.astype(float) - clean).reshape(5, -1) / 255, axis=1)
+    np.testing.assert_allclose(noise.flatten(1).norm(dim=1), expected, rtol=1e-5)
+    assert torch.equal(noise, random_noise(clean, protected, 0))
+    assert not torch.equal(noise, random_noise(clean, protected, 1))
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    return folder, run_quickstart(folder, telling=SHORT, say=lambda line: None)
+
+
+def test_the_report_holds_what_it_promises(told):
+    folder, report = told
+    assert json.loads((folder / "report.json").read_text()) == report
+    for row in ROWS:
+        values = report[f"{row}_accuracy"]
+        assert len(values) == 2 and all(0 <= value <= 1 for value in values)
+    assert report["seconds"] > 0 and "no guide" in report["guide"]
+    text = (folder / "report.md").read_text()
+    for row, name in ROWS.items():
+        assert f"| {name} | {100 * np.mean(report[f'{row}_accuracy']):.1f} % |" in text
+    picture = Image.open(folder / "pictures.png")
+    assert picture.width > 1000 and len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 100
+
+
+def test_every_figure_is_on_record(told):
+    folder, report = told
+    records = read_records(folder / "records.jsonl")
+    for row in ROWS:
+        values = [r["value"] for r in records if r["what"] == "accuracy" and r["settings"]["row"] == row]
+        assert values == report[f"{row}_accuracy"]
+    assert report["seconds"] == sum(r["value"] for r in records if r["what"] == "seconds")
+
+
+def test_the_data_sets_are_aligned_by_id(told):
+    folder, _ = told
+    clean = digits(SHORT.sizes)[0]
+    protected, purified = load_images(folder / "protected"), load_images(folder / "purified")
+    assert protected.ids == purified.ids == clean.ids
+    assert np.array_equal(protected.labels, clean.labels) and np.array_equal(purified.labels, clean.labels)
+    assert not np.array_equal(protected.images, clean.images)
+    assert not np.array_equal(purified.images, protected.images)
+
+
+def test_the_same_command_again_measures_nothing_anew(told):
+    folder, report = told
+    before = (folder / "records.jsonl").read_bytes()
+    again = run_quickstart(folder, telling=SHORT, say=lambda line: None)
+    assert again == report and (folder / "records.jsonl").read_bytes() == before
+
+
+def test_a_lost_record_is_measured_again_to_the_same_figure(told):
+    folder, report = told
+    path = folder / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lost = next(i for i, line in enumerate(lines) if '"what": "accuracy"' in line and '"purified"' in line)
+    path.write_text("".join(lines[:lost] + lines[lost + 1 :]))
+    again = run_quickstart(folder, telling=SHORT, say=lambda line: None)
+    assert {k: v for k, v in again.items() if k.endswith("accuracy")} == {
+        k: v for k, v in report.items() if k.endswith("accuracy")
+    }
+
+
+def test_other_settings_do_not_pass_for_finished(told, tmp_path):
+    folder, report = told
+    other = dataclasses.replace(
+        SHORT, seeds=1, purification=PurificationConfig(diffusion_steps=20, num_inference_steps=1)
+    )
+    with pytest.raises(ValueError):  # purified with other settings into the same folder
+        run_quickstart(folder, telling=other, say=lambda line: None)
+
+
+def test_wrong_arguments_get_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="telling is 'mnist', but must be one of"):
+        run_quickstart(tmp_path, telling="mnist")
+    with pytest.raises(ValueError, match="data is None, but 'cifar10-mini' needs CIFAR-10's folder"):
+        run_quickstart(tmp_path, telling="cifar10-mini")
+    with pytest.raises(ValueError, match="data is 'x', but .* digits bring their own"):
+        run_quickstart(tmp_path, data="x")
