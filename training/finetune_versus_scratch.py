@@ -23,6 +23,7 @@ from jcdp_diffusers.unets import UNETS, ddpm_scheduler, named_unet
 
 ROOT = Path(__file__).resolve().parents[1]
 WHAT = "held-out denoising loss"
+SOURCE = "the source itself"
 ARMS = {
     "scratch, all timesteps": (False, False),
     "scratch, first timesteps": (False, True),
@@ -59,14 +60,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    def config(steps, validation_steps, trained_timesteps=None):
+    def config(steps, trained_timesteps=None):
         return TrainingConfig(
             max_train_steps=steps,
             train_batch_size=args.train_batch_size,
             learning_rate=args.learning_rate,
             lr_warmup_steps=50,
             trained_timesteps=trained_timesteps,
-            validation_steps=validation_steps,
+            validation_steps=args.validation_steps,
             num_grid_images=0,
             validation_timesteps=(0, args.first_timesteps),
             mixed_precision=args.mixed_precision,
@@ -90,9 +91,10 @@ def main(args: argparse.Namespace) -> None:
             unet=network(),
             scheduler=ddpm_scheduler(),
             output_dir=source_dir,
-            config=config(args.source_steps, args.source_steps),
+            config=config(args.source_steps),
             validation_images=held_out,
         )
+        write_records(args, SOURCE, json.loads((source_dir / RECORD_NAME).read_text()))
     for arm, (finetuned, restricted) in ARMS.items():
         output_dir = args.output_dir / arm.replace(", ", "-").replace(" ", "-")
         if (output_dir / RECORD_NAME).is_file():
@@ -102,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
             unet=DDPMPipeline.from_pretrained(source_dir).unet if finetuned else network(),
             scheduler=ddpm_scheduler(),
             output_dir=output_dir,
-            config=config(args.target_steps, args.validation_steps, (0, args.first_timesteps) if restricted else None),
+            config=config(args.target_steps, (0, args.first_timesteps) if restricted else None),
             validation_images=held_out,
             base_model=str(source_dir) if finetuned else None,
         )
@@ -152,6 +154,10 @@ def plot(results: Path, path: Path) -> None:
             marker=".",
         )
     settings = records[-1]["settings"]
+    last = max(r["settings"]["step"] for r in records if r["settings"]["arm"] != SOURCE)
+    points = [(r["settings"]["step"], r["value"]) for r in records if r["settings"]["arm"] == SOURCE]
+    points = sorted(point for point in points if point[0] <= last)
+    axes.plot(*zip(*points), label="scratch, all timesteps, on the source's images", color="grey", linestyle=":")
     axes.set(
         xlabel=f"steps on {settings['target']} (batch {settings['train_batch_size']})",
         ylabel=f"held-out loss, t < {settings['first_timesteps']}",

@@ -33,8 +33,9 @@ def test_every_arm_is_recorded_and_plotted(tmp_path, monkeypatch):
     args = finetune_versus_scratch.parse_args()
     finetune_versus_scratch.main(args)
     records = read_records(args.results)
+    arms = [*finetune_versus_scratch.ARMS, finetune_versus_scratch.SOURCE]
     assert {(r["settings"]["arm"], r["settings"]["step"]) for r in records} == {
-        (arm, step) for arm in finetune_versus_scratch.ARMS for step in (0, 1, 2)
+        (arm, step) for arm in arms for step in (0, 1, 2)
     }
     # Before the first step, arms of one start have one loss; after it they differ.
     loss = {(r["settings"]["arm"], r["settings"]["step"]): r["value"] for r in records}
