@@ -34,7 +34,7 @@ Labels, ids and all other columns are the source's own.
 ## Method
 
 Joint conditional diffusion purification (*Unlearnable Examples Give a False Sense of Security*, ACM MM 2023) by
-[jcdp-diffusers](https://pypi.org/project/jcdp-diffusers/). T_p = {diffusion_steps} forward steps, {evaluations}
+`jcdp-diffusers`. T_p = {diffusion_steps} forward steps, {evaluations}
 network evaluations per image in {num_rounds} round(s); scale of the pixel guide {pixel_guidance_scale:g}, of the
 perceptual guide {perceptual_guidance_scale:g}. All settings are in `run.json`. The noise of an image depends on the
 seed and its id alone, so each row can be made again by itself.

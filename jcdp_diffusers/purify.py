@@ -10,6 +10,7 @@ is left of the work. A run that was stopped, in whatever way, goes on when the c
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
@@ -126,6 +127,8 @@ def purify_to_folder(
     overlap = size // 4 if tile_overlap is None else tile_overlap
     _check(fit, size, overlap, threads, shards, rows_per_shard, micro_batch_size)
     config = pipe.resolve_config(preset, **settings)
+    if config.perceptual_guidance_scale > 0:
+        config = dataclasses.replace(config, perceptual_network=pipe.perceptual.name)  # the one that is used
     rows = open_rows(
         dataset,
         split=split,
@@ -197,21 +200,24 @@ def make_shards(make: ShardMaker, store: ShardStore, claims: Claims, bar: Progre
     """Make shards until all are finished, by whomever."""
     while True:
         index, claimed_by_others, made = 0, 0, 0
-        bar.at(store.finished_rows())
+        finished = store.finished()
+        bar.at(store.rows_of(finished))
         while (end := store.end()) is None or index < end:
-            if not store.is_finished(index):
-                if not claims.take(str(index)):
+            if index in finished:
+                pass
+            elif not claims.take(str(index)):
+                claimed_by_others += 1
+            else:
+                try:
+                    if not store.is_finished(index):  # it may have been since we looked
+                        make(index)
+                        made += 1
+                except ShardTakenOver:
                     claimed_by_others += 1
-                else:
-                    try:
-                        if not store.is_finished(index):  # its last owner may have just finished it
-                            make(index)
-                            made += 1
-                            bar.at(store.finished_rows())
-                    except ShardTakenOver:
-                        claimed_by_others += 1
-                    finally:
-                        claims.release(str(index))
+                finally:
+                    claims.release(str(index))
+                finished = store.finished()
+                bar.at(store.rows_of(finished))
             index += 1
         if claimed_by_others == 0:
             return
@@ -307,6 +313,9 @@ def _image_size(pipe: JointConditionalPurificationPipeline, image_size: int | No
     size = image_size or pipe.unet.config.sample_size
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"image_size is {size}, but must be the side of a square in pixels.")
+    multiple = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    if size % multiple:
+        raise ValueError(f"image_size is {size}, but must be a multiple of {multiple} for this UNet.")
     return size
 
 

@@ -129,7 +129,8 @@ def default_threads() -> int:
     """
     threads = torch.get_num_threads()
     if "LOCAL_WORLD_SIZE" in os.environ:
-        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
     return 1 << (threads.bit_length() - 1)
 
 

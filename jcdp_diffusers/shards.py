@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import threading
 import time
@@ -91,9 +92,14 @@ class ShardStore:
         """Shards that have been written, though perhaps removed or damaged since."""
         return [int(path.stem.rpartition("-")[2]) for path in (self.state / "shards").glob(f"{self.split}-*.json")]
 
-    def finished_rows(self) -> int:
-        """Rows of the source in finished shards."""
-        finished = self.recorded()
+    def finished(self) -> set[int]:
+        """All finished shards, by two listings rather than a question to the file system for each shard."""
+        name = re.compile(rf"{re.escape(self.split)}-(\d+)(-of-\d+)?\.parquet")
+        files = {int(match[1]) for entry in os.listdir(self.output_dir) if (match := name.fullmatch(entry))}
+        return files.intersection(self.recorded())
+
+    def rows_of(self, finished: set[int]) -> int:
+        """Rows of the source that went into these shards."""
         rows = sum(stop - start for start, stop in map(self.range, finished))
         if self.rows is None and finished:  # all shards of a stream are full, but perhaps the last
             rows -= self.rows_per_shard - self.record(max(finished))["rows_in"]
@@ -264,7 +270,7 @@ class Claims:
     def take(self, name: str) -> bool:
         """Claim `name` if it is free or its owner is gone."""
         path = self.folder / name
-        if not create_once(path, self._owner):
+        if path.exists() or not create_once(path, self._owner):
             if not self._is_abandoned(path):
                 return False
             self._clear_after(path)

@@ -14,11 +14,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from hub_server import HubServer
 from PIL import Image
 from purifying import SETTINGS, quick_pipe, read_back, same, some_images, source_folder
+from tiny import tiny_unet
 
 from jcdp_diffusers.data import load_images, open_dataset, to_uint8, write_dataset
+from jcdp_diffusers.perceptual import LPIPSModel
+from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.purify import main, purify_dataset, purify_to_folder
 from jcdp_diffusers.tiles import starts
 
@@ -111,6 +115,18 @@ def test_output_loads_as_a_data_set_with_a_card(finished, expected):
     summary = json.loads((finished / "summary.json").read_text())
     assert (summary["rows_in"], summary["rows_out"], summary["rejected"]) == (50, 50, 0)
     assert sorted(summary["files"]) == sorted(path.name for path in finished.glob("*.parquet"))
+
+
+def test_guides_take_part(tmp_path):
+    """A preset's scale given anew is for the network at hand, whichever the preset names."""
+    pipe = JointConditionalPurificationPipeline(tiny_unet(), DDPMScheduler(), LPIPSModel("squeeze"))
+    images = some_images(2, size=32)
+    settings = {"diffusion_steps": 1, "num_rounds": 1, "perceptual_guidance_scale": 1e4, "preset": "paper"}
+    purified = purify_dataset(images, pipe, output_dir=tmp_path, progress=False, **settings)
+    alone = pipe(images.tensor(), seed=0, ids=list(images.ids), output_type="pt", **settings).images
+    assert np.array_equal(np.stack([np.asarray(image) for image in purified["image"]]), to_uint8(alone))
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["settings"]["perceptual_network"] == pipe.perceptual.name
 
 
 def test_pipe_and_threads_are_left_as_they_were(tmp_path):
@@ -273,6 +289,7 @@ def test_refuses_to_go_on_with_another_torch(pipe, source, finished, tmp_path):
         ({"shards": 2, "rows_per_shard": 5}, "shards is 2 and rows_per_shard 5, but only one of them"),
         ({"rows_per_shard": 0}, "rows_per_shard is 0, but must be at least 1"),
         ({"image_size": -1}, "image_size is -1, but must be the side of a square"),
+        ({"image_size": 9}, "image_size is 9, but must be a multiple of 2"),
         ({"preset": "best"}, "preset is 'best', but must be one of"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

@@ -1,0 +1,146 @@
+"""How purification scales on this machine: several processes against one on the same cores, and memory against rows.
+
+    python eval/purify_scaling.py speed  --cores 0 1 --output results/purify_scaling.jsonl       # two minutes
+    python eval/purify_scaling.py memory --rows 1000 100000 --output results/purify_scaling.jsonl  # five minutes
+
+Images and networks are random, for only their sizes matter here. Every worker is a process of its own, pinned to its
+cores, and begins when all are ready; the time runs until the last one has left, checks of the finished data set
+included.
+"""
+
+import argparse
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from jcdp_diffusers.data import LabelledImages, open_dataset, write_dataset
+from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
+from jcdp_diffusers.purify import purify_to_folder
+from jcdp_diffusers.results import append_record
+from jcdp_diffusers.unets import ddpm_scheduler, named_unet
+
+
+SPEED = {"unet": "small32", "size": 32, "rows": 512, "options": {"diffusion_steps": 4, "rows_per_shard": 64}}
+MEMORY = {
+    "unet": "tiny32",
+    "size": 8,
+    "options": {"diffusion_steps": 1, "micro_batch_size": 256, "rows_per_shard": 2048, "threads": 1},
+}
+# Spawned, because a fork would inherit the memory that is to be measured.
+CONTEXT = multiprocessing.get_context("spawn")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", required=True, help="JSON Lines file of records")
+    what = parser.add_subparsers(dest="what", required=True)
+    speed = what.add_parser("speed")
+    speed.add_argument("--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0)))
+    speed.add_argument("--repeats", type=int, default=3)
+    memory = what.add_parser("memory")
+    memory.add_argument("--rows", type=int, nargs="+", default=(1_000, 100_000))
+    memory.add_argument("--kinds", nargs="+", default=("folder", "stream"), choices=("folder", "stream", "dataset"))
+    args = parser.parse_args()
+    if args.what == "speed":
+        measure_speed(args.cores, args.repeats, args.output)
+    else:
+        measure_memory(args.rows, args.kinds, args.output)
+
+
+def measure_speed(cores: list[int], repeats: int, output: str) -> None:
+    """Images per second of one process on one core, one on all, one per core; efficiency: the last over the others."""
+    arrangements = {
+        "one process, one core": [cores[:1]],
+        "one process, all cores": [cores],
+        "one process per core": [[core] for core in cores],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_images(Path(folder) / "source", SPEED["rows"], SPEED["size"])
+        rates: dict[str, list[float]] = {name: [] for name in arrangements}
+        for repeat in range(repeats):
+            for name, workers in arrangements.items():
+                seconds, _ = run(source, Path(folder) / f"{name} {repeat}", "folder", SPEED, workers)
+                rates[name].append(SPEED["rows"] / seconds)
+                settings = {"arrangement": name, "cores": len(cores), **SPEED}
+                record(output, "purification images per second", rates[name][-1], repeat, settings, seconds)
+        one, together, apart = (float(np.median(rates[name])) for name in arrangements)
+        settings = {"cores": len(cores), "repeats": repeats, **SPEED}
+        value = {"against one core": apart / one / len(cores), "against one process on all cores": apart / together}
+        record(output, "purification efficiency of one process per core", value, None, settings, 0.0)
+
+
+def measure_memory(counts: list[int], kinds: list[str], output: str) -> None:
+    """Largest resident memory of a process, in MiB."""
+    for kind in kinds:
+        for count in counts:
+            with tempfile.TemporaryDirectory() as folder:
+                source = write_images(Path(folder) / "source", count, MEMORY["size"])
+                os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
+                seconds, memory = run(source, Path(folder) / "out", kind, MEMORY, [[min(os.sched_getaffinity(0))]])
+            settings = {"source": kind, "rows": count, **MEMORY}
+            record(output, "purification peak memory (MiB)", memory, None, settings, seconds)
+
+
+def run(source: Path, out: Path, kind: str, what: dict, workers: list[list[int]]) -> tuple[float, float]:
+    """Wall-clock seconds from the moment when all workers are ready, and the largest memory of one of them."""
+    ready, memory = CONTEXT.Barrier(len(workers) + 1), CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=work, args=(source, out, kind, what, own, ready, memory)) for own in workers]
+    for process in processes:
+        process.start()
+    ready.wait()
+    start = time.perf_counter()
+    for process in processes:
+        process.join()
+    seconds = time.perf_counter() - start
+    if any(process.exitcode for process in processes):
+        raise RuntimeError("a worker failed: see above.")
+    return seconds, max(memory.get() for _ in processes)
+
+
+def work(source: Path, out: Path, kind: str, what: dict, cores: list[int], ready, memory) -> None:
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+    unet = named_unet(what["unet"], sample_size=what["size"]).eval()
+    pipe = JointConditionalPurificationPipeline(unet.to(memory_format=torch.channels_last), ddpm_scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    pipe(torch.rand(2, 3, what["size"], what["size"]), diffusion_steps=1, output_type="pt")  # first calls are slow
+    ready.wait()
+    given = source if kind == "folder" else open_dataset(source, streaming=kind == "stream")
+    purify_to_folder(given, pipe, output_dir=out, progress=False, **what["options"])
+    memory.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def write_images(folder: Path, count: int, size: int) -> Path:
+    """A folder of random images, smooth enough to compress as photographs do."""
+    draw = np.random.default_rng(0)
+    coarse = draw.integers(0, 256, (count, size // 4, size // 4, 3), dtype=np.uint8)
+    images = coarse.repeat(4, axis=1).repeat(4, axis=2)
+    images += draw.integers(0, 8, images.shape, dtype=np.uint8)
+    data = LabelledImages(images, np.arange(count) % 10, tuple(map(str, range(count))))
+    write_dataset(folder, data, shards=min(count, 10))
+    return folder
+
+
+def record(output: str, what: str, value, seed: int | None, settings: dict, seconds: float) -> None:
+    device = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    append_record(
+        output,
+        what=what,
+        value=value,
+        seed=seed,
+        protocol="scaling",
+        settings=settings,
+        device=device,
+        seconds=seconds,
+    )
+    print(what, value, settings, flush=True)
+
+
+if __name__ == "__main__":
+    main()
