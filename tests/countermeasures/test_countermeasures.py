@@ -1,17 +1,171 @@
-"""What every countermeasure must be, whatever its method: parametrised over the registry."""
+"""What every countermeasure must be, whatever its method: parametrised over the registry, so that a new one is tested by being in it."""
 
+import copy
+import dataclasses
+import importlib
+import pkgutil
+
+import numpy as np
 import pytest
+import torch
+from diffusers import DDPMScheduler
+from tiny import tiny_unet
 
-from jcdp_diffusers import countermeasures
-from jcdp_diffusers.countermeasures import KINDS
+from jcdp_diffusers import JointConditionalPurificationPipeline, PurificationConfig, countermeasures
+from jcdp_diffusers.countermeasures import KINDS, Context
+from jcdp_diffusers.victims.supervised import HOOK_METHODS, Recipe, train_victim
 
 
-@pytest.mark.parametrize("name", countermeasures.NAMES)
+QUICK = Recipe("quick", epochs=2, batch_size=32, learning_rate=0.05, width=2, max_steps_per_epoch=2)
+# Guides need a perceptual network, and a hundred steps need time.
+SHORT = PurificationConfig(diffusion_steps=3, num_inference_steps=2, pixel_guidance_scale=100.0)
+NAMES = countermeasures.NAMES
+
+
+@pytest.fixture(scope="module")
+def purifier():
+    return JointConditionalPurificationPipeline(tiny_unet(size=16), DDPMScheduler())
+
+
+@pytest.fixture
+def prepare(purifier):
+    def prepare(name, data, **options):
+        return countermeasures.get(name).prepare(data, purifier=purifier, purification=SHORT, **options)
+
+    return prepare
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_names_itself_its_source_and_its_cost(name):
     measure = countermeasures.get(name)
     assert measure.name == name and measure.kind in KINDS and measure.source and measure.cost
+    assert (measure.function is None) == (measure.kind == "combination")
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="countermeasure is 'prayer', but accepted are none, eclipse, gray, .*joined by '\\+'"):
-        countermeasures.get("gray+prayer")
+def test_every_name_of_every_family_is_registered():
+    families = [entry.name for entry in pkgutil.iter_modules(countermeasures.__path__)]
+    modules = [importlib.import_module(f"jcdp_diffusers.countermeasures.{name}") for name in families]
+    offered = [entry.name for module in modules for entry in getattr(module, "COUNTERMEASURES", ())]
+    assert sorted(offered) == sorted(set(NAMES) - {"none", "eclipse"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_a_victim_of_any_data_by_name(name, prepare, train, test):
+    """Composition: every countermeasure, one victim, the same two lines; and nothing but the victim changes."""
+    before = train.images.copy(), test.images.copy(), torch.get_rng_state()
+    prepared = prepare(name, train)
+    result = train_victim(prepared.data, test, recipe=QUICK, hooks=prepared.hooks)
+    assert np.isfinite(result.history[-1]["train_loss"])
+    assert result.confusion.sum() == len(test)
+    after = train.images, test.images, torch.get_rng_state()
+    assert all(np.array_equal(one, other) for one, other in zip(before, after))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeps_rows_and_labels(name, prepare, train):
+    data = prepare(name, train).data
+    assert data.ids == train.ids and np.array_equal(data.labels, train.labels)
+    assert data.images.shape == train.images.shape and data.images.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "none"])
+def test_does_something_and_the_same_under_one_seed(name, prepare, train, test):
+    def weights(seed, name=name):
+        prepared = prepare(name, train, seed=seed)
+        model = train_victim(prepared.data, test, recipe=QUICK, hooks=prepared.hooks, seed=seed).model
+        return torch.cat([value.flatten().float() for value in model.state_dict().values()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(1, "none"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hooks_have_the_methods_that_training_calls_and_others_have_no_hook(name, prepare, train):
+    measure, prepared = countermeasures.get(name), prepare(name, train)
+    assert all(any(hasattr(hook, method) for method in HOOK_METHODS) for hook in prepared.hooks)
+    kinds = [part.kind for part in measure.parts] if measure.kind == "combination" else [measure.kind]
+    assert len(prepared.hooks) == kinds.count("hook")
+    if set(kinds) <= {"hook"}:
+        assert prepared.data is train
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("ueraser")])
+def test_works_on_grey_images(name, train, test):
+    def grey(data):
+        return data.with_images(data.images[..., :1])
+
+    purifier = JointConditionalPurificationPipeline(tiny_unet(channels=1, size=16), DDPMScheduler())
+    prepared = countermeasures.get(name).prepare(grey(train), purifier=purifier, purification=SHORT)
+    assert train_victim(prepared.data, grey(test), recipe=QUICK, hooks=prepared.hooks).confusion.sum() == len(test)
+
+
+@pytest.mark.parametrize("name", ["jpeg-10+corruption", "gray+cutout+mixup", "orthogonal-projection+cutmix+at-4"])
+def test_several_at_once(name, train, test):
+    measure = countermeasures.get(name)
+    assert "+".join(part.name for part in measure.parts) == name == "+".join(measure.settings)
+    prepared = measure.prepare(train)
+    assert train_victim(prepared.data, test, recipe=QUICK, hooks=prepared.hooks).confusion.sum() == len(test)
+
+
+def test_combinations_of_combinations_are_flat(purifier, train):
+    measure = countermeasures.get("none+gray+eclipse")
+    assert [part.name for part in measure.parts] == ["gray", "eclipse-purifier", "corruption"]
+    assert measure.needs_purifier
+
+
+def test_order_matters(train):
+    one, other = (countermeasures.get(name).prepare(train).data.images for name in ("gray+bdr-2", "bdr-2+gray"))
+    assert not np.array_equal(one, other)
+
+
+def test_classes_are_counted_by_name_or_label(train):
+    nameless = dataclasses.replace(train, class_names=None)
+    few = nameless.subset(nameless.labels < 7)
+    assert countermeasures.get("mixup").prepare(train).hooks[0].num_classes == 10
+    assert countermeasures.get("mixup").prepare(few).hooks[0].num_classes == 7
+    assert countermeasures.get("mixup").prepare(few, num_classes=12).hooks[0].num_classes == 12
+
+
+@pytest.mark.parametrize("name", ["prayer", "gray+prayer", "", "gray+"])
+def test_unknown_names_are_refused(name):
+    unknown = name.removeprefix("gray+")
+    with pytest.raises(
+        ValueError, match=f"countermeasure is '{unknown}', but accepted are none, eclipse, .*joined by '\\+'"
+    ):
+        countermeasures.get(name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if countermeasures.get(name).needs_purifier])
+def test_a_purifier_that_is_missing(name, train):
+    with pytest.raises(ValueError, match=f"purifier is None, but countermeasure '{name}' needs one"):
+        countermeasures.get(name).prepare(train)
+
+
+@pytest.mark.parametrize("name", ["ueraser-lite", "ueraser", "ueraser-max"])
+def test_ueraser_needs_colour(name, train):
+    with pytest.raises(ValueError, match=f"data has images of 1 channel, but {name} shuffles 3"):
+        countermeasures.get(name).prepare(train.with_images(train.images[..., :1]))
+
+
+def test_projection_needs_labels(train):
+    with pytest.raises(ValueError, match="data has no labels, but orthogonal-projection needs one for every image"):
+        countermeasures.get("orthogonal-projection").prepare(dataclasses.replace(train, labels=None))
+
+
+def test_context_is_what_prepare_is_given(train):
+    """A new countermeasure is a function; what it is given is documented by `Context`."""
+    seen = {}
+
+    def look(data, context):
+        seen.update(dataclasses.asdict(context))
+        return data
+
+    measure = dataclasses.replace(countermeasures.get("jcdp"), kind="dataset", function=look)
+    measure.prepare(copy.deepcopy(train), seed=3, purifier="somewhere", checkpoint_dir="folder", progress=True)
+    assert set(seen) == {field.name for field in dataclasses.fields(Context)}
+    assert (seen["seed"], seen["purifier"], seen["num_classes"], str(seen["checkpoint_dir"])) == (
+        3,
+        "somewhere",
+        10,
+        "folder",
+    )

@@ -1,0 +1,92 @@
+"""Projected images are orthogonal to what a linear model sees in them, and a class-wise poison is gone."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
+
+from jcdp_diffusers import countermeasures
+from jcdp_diffusers.countermeasures.orthogonal_projection import OrthogonalProjection, fit_linear, orthonormal_basis
+
+
+def classwise_poison(data, size=24):
+    """The same noise for all images of a class."""
+    noise = np.random.default_rng(0).integers(-size, size + 1, (10, *data.images.shape[1:]))
+    return data.with_images((data.images + noise[data.labels]).clip(0, 255).astype(np.uint8))
+
+
+def projected(data, hook):
+    return hook.before_augmentation(torch.from_numpy(data.images).permute(0, 3, 1, 2), None)
+
+
+def test_projected_images_are_orthogonal_to_the_weights(train):
+    images, labels = train.tensor(), torch.from_numpy(train.labels)
+    weights = fit_linear(images, labels, 10)
+    (hook,) = countermeasures.get("orthogonal-projection").prepare(train).hooks
+    products = projected(train, hook).flatten(1) @ weights.T
+    assert products.abs().max() < 1e-4 * (images.flatten(1) @ weights.T).abs().max()
+
+
+def test_basis_is_orthonormal_and_spans_the_weights(train):
+    weights = fit_linear(train.tensor(), torch.from_numpy(train.labels), 10)
+    basis = orthonormal_basis(weights)
+    # Weights that start at zero sum to zero over the classes, so ten classes have nine directions.
+    assert basis.shape == (9, 768)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(9), atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights @ basis.T @ basis, weights, atol=1e-5, rtol=1e-3)
+
+
+def test_projection_is_the_nearest_orthogonal_image(train, generator):
+    """Against least squares: the residual of fitting an image by the weights."""
+    weights = torch.randn(4, 768, generator=generator)
+    hook = OrthogonalProjection(orthonormal_basis(weights))
+    pixels = train.tensor().flatten(1)[:5]
+    fit = torch.linalg.lstsq(weights.T, pixels.T).solution
+    torch.testing.assert_close(
+        projected(train.subset(range(5)), hook).flatten(1), pixels - (weights.T @ fit).T, atol=1e-4, rtol=0
+    )
+
+
+def test_projecting_twice_is_projecting_once_and_floats_stay_floats(train):
+    (hook,) = countermeasures.get("orthogonal-projection").prepare(train).hooks
+    once = projected(train, hook)
+    assert once.is_floating_point() and once.shape == (160, 3, 16, 16)
+    torch.testing.assert_close(hook.before_augmentation(once, None), once, atol=1e-5, rtol=0)
+
+
+def test_a_class_wise_poison_is_no_longer_what_a_linear_model_sees(train):
+    poisoned = classwise_poison(train)
+    (hook,) = countermeasures.get("orthogonal-projection").prepare(poisoned).hooks
+
+    def poison_found(images):
+        """How well the classes' mean perturbation, which is known here, tells the images' classes."""
+        means = (poisoned.tensor() - train.tensor()).flatten(1)
+        classes = torch.stack([means[train.labels == label].mean(0) for label in range(10)])
+        return ((images.flatten(1) @ classes.T).argmax(1) == torch.from_numpy(train.labels)).float().mean()
+
+    before, after = (means_free(images) for images in (poisoned.tensor(), projected(poisoned, hook)))
+    assert poison_found(before) > 0.9 > 0.6 > poison_found(after)
+
+
+def means_free(images):
+    return images - images.mean(0)
+
+
+def test_linear_model_agrees_with_scikit_learn_on_what_is_separable(train):
+    """Few epochs of SGD do not converge, but they already see the poison that logistic regression sees."""
+    poisoned = classwise_poison(train)
+    pixels, labels = poisoned.tensor().flatten(1), torch.from_numpy(train.labels)
+    reference = LogisticRegression(fit_intercept=False, max_iter=200).fit(pixels, labels)
+    assert reference.score(pixels, labels) == 1
+    # 160 images are one batch, so the published 20 epochs are 20 steps; as many images as CIFAR-10 has are 980.
+    weights = fit_linear(pixels.view(-1, 3, 16, 16).repeat(100, 1, 1, 1), labels.repeat(100), 10)
+    assert (F.linear(pixels, weights).argmax(1) == labels).float().mean() > 0.9
+
+
+def test_fit_is_a_function_of_the_data(train):
+    bases = [countermeasures.get("orthogonal-projection").prepare(train, seed=s).hooks[0].basis for s in (0, 1)]
+    assert torch.equal(*bases)
+    other = dataclasses.replace(train, labels=train.labels[::-1].copy())
+    assert not torch.equal(bases[0], countermeasures.get("orthogonal-projection").prepare(other).hooks[0].basis)

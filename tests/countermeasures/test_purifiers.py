@@ -1,0 +1,77 @@
+"""Purification as a countermeasure is the pipeline's, image for image."""
+
+import numpy as np
+import pytest
+from diffusers import DDPMScheduler
+from tiny import tiny_unet
+
+from jcdp_diffusers import PRESETS, JointConditionalPurificationPipeline, PurificationConfig, countermeasures
+from jcdp_diffusers.data import to_uint8
+
+
+SHORT = PurificationConfig(diffusion_steps=4, num_inference_steps=2)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = JointConditionalPurificationPipeline(tiny_unet(size=16), DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def few(train):
+    return train.subset(range(20))
+
+
+def purified(name, data, pipe, **options):
+    return countermeasures.get(name).prepare(data, purifier=pipe, purification=SHORT, **options).data
+
+
+def test_is_the_pipelines(few, pipe):
+    result = purified("unconditional", few, pipe, seed=5)
+    images = pipe(few.tensor(), preset=SHORT, seed=5, ids=list(few.ids), output_type="pt").images
+    assert np.array_equal(result.images, to_uint8(images))
+
+
+def test_depends_on_seed_and_settings(few, pipe):
+    first = purified("unconditional", few, pipe).images
+    assert not np.array_equal(first, few.images)
+    assert not np.array_equal(first, purified("unconditional", few, pipe, seed=1).images)
+    longer = countermeasures.get("eclipse-purifier").prepare(few, purifier=pipe).data.images
+    assert not np.array_equal(first, longer)
+
+
+def test_takes_a_folder(few, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert np.array_equal(purified("unconditional", few, tmp_path).images, purified("unconditional", few, pipe).images)
+
+
+def test_keeps_its_work_and_knows_it_again(few, pipe, tmp_path):
+    first = purified("unconditional", few, pipe, checkpoint_dir=tmp_path)
+    assert (tmp_path / "unconditional-0").is_dir()
+    again = purified("unconditional", few, pipe, checkpoint_dir=tmp_path)
+    assert np.array_equal(first.images, again.images)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("jcdp", PRESETS["paper"]),
+        ("jcdp-code", PRESETS["code"]),
+        ("unconditional", PRESETS["unconditional"]),
+        ("avatar", PurificationConfig(diffusion_steps=100, variance_type="fixed_large")),
+        ("diffpure", PurificationConfig(diffusion_steps=100, variance_type="fixed_large")),
+        ("diffpure-l2", PurificationConfig(diffusion_steps=75, variance_type="fixed_large")),
+        ("gdmp", PRESETS["gdmp"]),
+    ],
+)
+def test_settings_are_the_methods(name, expected):
+    measure = countermeasures.get(name)
+    assert PurificationConfig(**measure.settings) == expected
+    assert measure.cost == f"{expected.evaluations_per_image} UNet evaluations per image, once"
+
+
+def test_guides_without_their_network_are_refused(few, pipe):
+    with pytest.raises(ValueError, match="perceptual_guidance_scale is .* and needs the network 'lpips-alex'"):
+        countermeasures.get("jcdp").prepare(few, purifier=pipe)
