@@ -73,7 +73,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, perceptual: LPIPSModel | None = None):
         super().__init__()
         if type(scheduler) is DDPMScheduler:
-            scheduler = GuidedDDPMScheduler.from_config(scheduler.config)
+            scheduler = GuidedDDPMScheduler.from_config(settings_of(scheduler))
         self.register_modules(unet=unet, scheduler=scheduler, perceptual=perceptual)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self.purification_config: PurificationConfig | None = None
@@ -129,7 +129,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             commit_message, private, create_pr, token: As in `huggingface_hub`.
             kwargs: Passed to `DDPMPipeline.save_pretrained`: `safe_serialization`, `variant`, `max_shard_size`.
         """
-        scheduler = DDPMScheduler.from_config(self.scheduler.config)
+        scheduler = DDPMScheduler.from_config(settings_of(self.scheduler))
         DDPMPipeline(self.unet, scheduler).save_pretrained(save_directory, **kwargs)
         if self.purification_config is not None:
             self.purification_config.save_pretrained(save_directory)
@@ -384,7 +384,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
     def prepare_scheduler(self, config: PurificationConfig) -> DDPMScheduler:
         """A copy of the scheduler for one call: its variance type, and timesteps from T_p - 1 down to 0."""
         changes = {} if config.variance_type is None else {"variance_type": config.variance_type}
-        scheduler = type(self.scheduler).from_config(self.scheduler.config, **changes)
+        scheduler = type(self.scheduler).from_config(settings_of(self.scheduler), **changes)
         evaluations = config.num_inference_steps or config.diffusion_steps
         timesteps = np.linspace(config.diffusion_steps - 1, 0, evaluations).round().astype(int)
         scheduler.set_timesteps(timesteps=timesteps.tolist())
@@ -482,6 +482,16 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
 def to_bytes(images: torch.Tensor) -> torch.Tensor:
     """From [-1, 1] to uint8 on the CPU, rounded once: what an image's content id is made from."""
     return images.mul(127.5).add_(127.5).round_().clamp_(0, 255).to("cpu", torch.uint8)
+
+
+def settings_of(scheduler: DDPMScheduler) -> dict:
+    """
+    A scheduler's configuration without diffusers' own entries.
+
+    One of those lists the values that were left at their defaults, positional arguments among them by mistake, and
+    `from_config` resets what it lists: `DDPMScheduler(50)` would come back with 1,000 timesteps.
+    """
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
 
 
 @contextlib.contextmanager

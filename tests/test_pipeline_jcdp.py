@@ -86,6 +86,17 @@ class TestRepository:
         pipe.purification_config = PurificationConfig(diffusion_steps=7)
         assert Pipeline.from_pipe(pipe).purification_config.diffusion_steps == 7
 
+    def test_a_schedule_given_by_position_is_kept(self, tmp_path):
+        """diffusers' own from_config(scheduler.config) would turn 50 timesteps back into 1,000."""
+        pipe = Pipeline(tiny_unet(), DDPMScheduler(50, 0.001))
+        pipe.save_pretrained(tmp_path)
+        for scheduler in (
+            pipe.scheduler,
+            pipe.prepare_scheduler(PurificationConfig(diffusion_steps=5)),
+            DDPMPipeline.from_pretrained(tmp_path).scheduler,
+        ):
+            assert (scheduler.config.num_train_timesteps, scheduler.config.beta_start) == (50, 0.001)
+
     def test_a_folder_that_is_no_pipeline_is_refused(self, tmp_path):
         tiny_unet().save_pretrained(tmp_path)
         with pytest.raises(OSError, match="model_index.json"):

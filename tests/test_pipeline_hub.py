@@ -1,0 +1,59 @@
+"""Push a purifier from the pipeline and pull it with three classes, against a Hub on loopback."""
+
+import os
+import subprocess
+import sys
+
+from hub_server import HubServer
+
+
+SCRIPT = """
+import sys
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from huggingface_hub.errors import EntryNotFoundError
+from jcdp_diffusers import JointConditionalPurificationPipeline as Pipeline, LPIPSModel, PurificationConfig
+sys.path.insert(0, "tests")
+from tiny import tiny_unet
+
+pipe = Pipeline(tiny_unet(), DDPMScheduler(variance_type="fixed_large"), LPIPSModel("alex"))
+pipe.purification_config = PurificationConfig(diffusion_steps=5, perceptual_guidance_scale=3.0, trained_timesteps=(0, 50))
+pipe.push_to_hub("tester/purifier", commit_message="First")
+images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+loaded = Pipeline.from_pretrained("tester/purifier")
+assert loaded.purification_config == pipe.purification_config and loaded.perceptual.name == "lpips-alex"
+settings = dict(seed=0, output_type="pt")
+assert torch.equal(loaded(images, **settings).images, pipe(images, **settings).images)
+for cls in (DDPMPipeline, DiffusionPipeline):
+    assert type(cls.from_pretrained("tester/purifier")) is DDPMPipeline
+
+# once in the cache it loads without a network, everything beside the DDPM included
+offline = Pipeline.from_pretrained("tester/purifier", local_files_only=True)
+assert offline.purification_config == pipe.purification_config and offline.perceptual is not None
+
+# a repository that has neither of the two is a purifier, too
+DDPMPipeline(tiny_unet(), DDPMScheduler()).push_to_hub("tester/plain")
+plain = Pipeline.from_pretrained("tester/plain")
+assert plain.purification_config is None and plain.perceptual is None
+assert PurificationConfig.from_pretrained("tester/plain") is None
+assert PurificationConfig.from_pretrained("tester/purifier", revision="main").diffusion_steps == 5
+print("done")
+"""
+
+
+def test_push_and_pull(tmp_path):
+    with HubServer() as hub:
+        environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"} | hub.environment(tmp_path)
+        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.stdout.endswith("done\n"), done.stderr[-3000:]
+    pushed = hub.commits[0]
+    assert pushed.message == "First" and sorted(pushed.files) == [
+        "model_index.json",
+        "perceptual/config.json",
+        "perceptual/diffusion_pytorch_model.safetensors",
+        "purification_config.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
