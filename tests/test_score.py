@@ -1,0 +1,307 @@
+"""Scoring: the figures, what is refused, and going on after an interruption."""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+from jcdp_diffusers import score as score_module
+from jcdp_diffusers import victims
+from jcdp_diffusers.cli import main
+from jcdp_diffusers.data import LabelledImages, write_dataset
+from jcdp_diffusers.score import check_sets, score
+from jcdp_diffusers.victims.supervised import Recipe, predict, train_victim
+
+
+QUICK = Recipe("quick", epochs=2, batch_size=32, learning_rate=0.05, schedule="one_cycle", width=2)
+NAMES = tuple("0123456789")
+
+
+def digits(start, stop, **changes):
+    data = load_digits()
+    images = (data.images[start:stop, :, :, None] * 15).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
+    ids = tuple(f"digits/{row}" for row in range(start, stop))
+    whole = LabelledImages(images.repeat(3, axis=3), data.target[start:stop], ids, NAMES)
+    return dataclasses.replace(whole, **changes)
+
+
+@pytest.fixture(scope="module")
+def train():
+    return digits(0, 120)
+
+
+@pytest.fixture(scope="module")
+def test():
+    return digits(120, 220)
+
+
+@pytest.fixture(scope="module")
+def result(train, test):
+    return score(train, test, protocol=QUICK, seeds=3)
+
+
+@pytest.fixture
+def folders(train, test, tmp_path):
+    write_dataset(tmp_path / "train", train)
+    write_dataset(tmp_path / "test", test, split="test")
+    return tmp_path
+
+
+def arguments(folders, *more):
+    return ["score", "--train", str(folders / "train"), "--test", str(folders / "test"), "--protocol", "smoke",
+            "--output", str(folders / "score.json"), "--device", "cpu", *more]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_figures_are_those_of_victims_trained_alone(result, train, test):
+    alone = [train_victim(train, test, recipe=QUICK, seed=seed) for seed in range(3)]
+    for name in ("accuracy", "peak_accuracy", "train_accuracy"):
+        values = [getattr(victim, name) for victim in alone]
+        assert result[name]["values"] == values
+        assert result[name]["mean"] == pytest.approx(np.mean(values))
+        assert result[name]["std"] == pytest.approx(statistics.stdev(values))
+    assert [run["seed"] for run in result["runs"]] == [0, 1, 2]
+    for run, victim in zip(result["runs"], alone):
+        assert run["confusion"] == victim.confusion.tolist()
+        assert run["per_class_accuracy"] == victim.per_class_accuracy.tolist()
+        assert run["accuracy"] == run["history"][-1]["test_accuracy"]
+    assert result["confusion"] == sum(victim.confusion for victim in alone).tolist()
+    per_class = np.mean([victim.per_class_accuracy for victim in alone], axis=0)
+    assert result["per_class_accuracy"] == pytest.approx(dict(zip(NAMES, per_class)))
+
+
+def test_result_says_how_it_came_about(result, train):
+    request = result["request"]
+    assert (request["victim"], request["width"], request["seeds"]) == ("resnet18", 2, [0, 1, 2])
+    assert request["recipe"]["name"] == "quick" and not result["smoke"]
+    assert request["train"]["images_per_class"] == np.bincount(train.labels).tolist()
+    assert result["packages"]["torch"] == torch.__version__.split("+")[0] and result["device"] == "cpu"
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_one_victim_has_no_spread(train, test):
+    result = score(train, test, protocol=QUICK, seeds=[7])
+    assert result["accuracy"]["std"] is None and len(result["accuracy"]["values"]) == 1
+    assert result["runs"][0]["seed"] == 7
+
+
+def test_countermeasure_by_name(result, train, test):
+    treated = score(train, test, protocol=QUICK, seeds=1, countermeasure="bdr-2+cutout")
+    assert treated["request"]["countermeasure"] == "bdr-2+cutout"
+    assert treated["request"]["countermeasure_settings"] == {"bdr-2": {"bits": 2}, "cutout": {"side": 0.5}}
+    assert treated["runs"][0]["history"] != result["runs"][0]["history"]
+    assert treated["request"]["test"] == result["request"]["test"]
+
+
+def test_a_named_class_without_images_is_null(train, test):
+    names = (*NAMES, "ten")
+    result = score(
+        dataclasses.replace(train, class_names=names),
+        dataclasses.replace(test, class_names=names),
+        protocol=QUICK,
+        seeds=1,
+    )
+    assert result["per_class_accuracy"]["ten"] is None and result["per_class_accuracy"]["9"] is not None
+
+
+def test_models_are_kept_if_asked(train, test, tmp_path):
+    result = score(train, test, protocol=QUICK, seeds=2, model_dir=tmp_path)
+    for run in result["runs"]:
+        model = victims.get("resnet18")(10, width=2).eval()
+        model.load_state_dict(load_file(tmp_path / f"resnet18-{run['seed']}.safetensors"))
+        right = predict(model, test.tensor()).argmax(1).numpy() == test.labels
+        assert right.mean() == pytest.approx(run["accuracy"])
+
+
+# --------------------------------------------------------------------------------------------------------- interruption
+
+
+def test_goes_on_where_it_was_cut_off(result, train, test, tmp_path, monkeypatch):
+    output = tmp_path / "deep" / "score.json"
+    trained = []
+
+    def interrupted(*args, seed, **options):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(seed)
+        return train_victim(*args, seed=seed, **options)
+
+    monkeypatch.setattr(score_module, "train_victim", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score(train, test, protocol=QUICK, output=output)
+    assert not output.exists()
+    monkeypatch.undo()
+    resumed = score(train, test, protocol=QUICK, output=output)
+    assert resumed["accuracy"] == result["accuracy"] and resumed["confusion"] == result["confusion"]
+    assert json.loads(output.read_text()) == resumed
+    assert [path.name for path in output.parent.iterdir()] == ["score.json"]
+
+
+def test_what_is_finished_is_not_done_again(train, test, tmp_path, monkeypatch):
+    output = tmp_path / "score.json"
+    first = score(train, test, protocol=QUICK, seeds=1, output=output)
+    monkeypatch.setattr(score_module, "train_victim", None)
+    assert score(train, test, protocol=QUICK, seeds=1, output=output) == first
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"seeds": 2}, "seeds"),
+        ({"width": 3}, "width"),
+        ({"countermeasure": "gray"}, "countermeasure"),
+        ({"train": digits(0, 119)}, "train"),
+    ],
+)
+def test_another_scores_file_is_not_overwritten(train, test, tmp_path, change, name):
+    output = tmp_path / "score.json"
+    options = {"train": train, "test": test, "protocol": QUICK, "seeds": 1, "output": output}
+    score(**options)
+    before = output.read_text()
+    with pytest.raises(ValueError, match=f"score.json holds a score with another {name}; give another file"):
+        score(**options | change)
+    assert output.read_text() == before
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def without(data, *labels):
+    return data.subset(~np.isin(data.labels, labels))
+
+
+def slightly_changed(data):
+    return dataclasses.replace(data.with_images(data.images ^ 1), ids=tuple(f"other/{id_}" for id_ in data.ids))
+
+
+@pytest.mark.parametrize(
+    "change_train, change_test, message",
+    [
+        (lambda d: dataclasses.replace(d, labels=None), lambda d: d, "train has no labels, but every image needs one"),
+        (lambda d: d, lambda d: dataclasses.replace(d, labels=None), "test has no labels, but every image needs one"),
+        (
+            lambda d: d,
+            lambda d: without(d, 3),
+            "test has no image of class '3', but train has; both must hold the same",
+        ),
+        (lambda d: without(d, 3, 4), lambda d: d, "train has no image of class '3', '4', but test has"),
+        (
+            lambda d: without(d, *range(7)),
+            lambda d: d,
+            "train has no image of class '0', '1', '2', '3', '4' and 2 more",
+        ),
+        (
+            lambda d: dataclasses.replace(d, class_names=NAMES[::-1]),
+            lambda d: d,
+            "train and test name '9' and '0' in one place, but both must name the same classes in the same order",
+        ),
+        (
+            lambda d: dataclasses.replace(d, class_names=(*NAMES, "ten")),
+            lambda d: d,
+            "train and test name 11 and 10 classes, but both must name the same classes",
+        ),
+        (
+            lambda d: without(dataclasses.replace(d, class_names=None), 8, 9),
+            lambda d: dataclasses.replace(d, class_names=None),
+            "train has no image of class '8', '9', but test has",
+        ),
+        (
+            lambda d: dataclasses.replace(d, labels=d.labels + 1, class_names=None),
+            lambda d: d,
+            "train has label 10, but there are names for 10 classes",
+        ),
+        (lambda d: d, lambda d: d.with_images(d.images[:, ::2, ::2]), "train has images of 16x16x3 and test of 8x8x3"),
+        (lambda d: digits(0, 121), lambda d: d, "train and test have 1 images in common .* the first 'digits/120'"),
+        (
+            lambda d: slightly_changed(digits(100, 150)),
+            lambda d: d,
+            r"have 30 images in common \(same id, same pixels or within 16/255\), the first 'other/digits/120' and 'digits/120'",
+        ),
+    ],
+)
+def test_sets_that_do_not_suit_each_other(train, test, change_train, change_test, message):
+    with pytest.raises(ValueError, match=message):
+        score(change_train(train), change_test(test), protocol=QUICK)
+
+
+def test_comparison_can_be_left_out(test):
+    assert check_sets(slightly_changed(test), test, overlap_budget=None) == list(NAMES)
+    assert check_sets(dataclasses.replace(test, class_names=None), test, overlap_budget=None) == list(NAMES)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"protocol": "slow"}, "protocol is 'slow', but accepted are bridgepure, iss, emn"),
+        ({"victim": "lenet"}, "victim 'lenet' is unknown"),
+        ({"countermeasure": "prayer"}, "countermeasure is 'prayer', but accepted are none"),
+        ({"countermeasure": "gdmp"}, "purifier is None, but countermeasure 'gdmp' needs one"),
+        ({"seeds": 0}, "seeds is 0, but at least one victim"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\], but at least one victim, each with a seed of its own"),
+    ],
+)
+def test_options_that_are_refused(train, test, options, message):
+    with pytest.raises(ValueError, match=message):
+        score(train, test, **{"protocol": QUICK} | options)
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def test_command(folders, capsys):
+    assert main(arguments(folders, "--seeds", "2", "--countermeasure", "gray")) == 0
+    result = json.loads((folders / "score.json").read_text())
+    said = capsys.readouterr().out
+    assert f"got {100 * result['accuracy']['mean']:.1f} % (standard deviation" in said
+    assert "2 victims (resnet18, width 8, protocol smoke) with gray" in said
+    assert "This was a smoke run: the figures mean nothing." in said
+    assert result["smoke"] and len(result["runs"]) == 2 and result["request"]["class_names"] == list(NAMES)
+
+
+def test_command_with_several_splits(folders, test, capsys):
+    write_dataset(folders / "test", test, split="validation")
+    assert main(arguments(folders, "--seeds", "1")) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--test (with --test_split): source" in error and "has several splits" in error
+    assert main(arguments(folders, "--seeds", "1", "--test_split", "validation")) == 0
+
+
+def test_command_with_overlapping_roles(folders, capsys):
+    assert main([*arguments(folders), "--test", str(folders / "train")]) == 1
+    assert "train and test have 120 images in common" in capsys.readouterr().err
+
+
+def test_command_with_what_is_not_there(folders, capsys):
+    assert main([*arguments(folders), "--train", str(folders / "nowhere")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(folders, "--protocol", "slow"))
+    assert stopped.value.code == 2
+
+
+def test_script_for_a_data_set_with_both_splits(train, test, tmp_path):
+    for split, data in (("train", train), ("test", test)):
+        write_dataset(tmp_path / "both", data, split=split)
+    script = Path(__file__).parents[1] / "eval" / "score.py"
+    command = [sys.executable, str(script), "--dataset", str(tmp_path / "both"), "--output", str(tmp_path / "s.json")]
+    done = subprocess.run(
+        [*command, "--protocol", "smoke", "--seeds", "1", "--device", "cpu"],
+        cwd=script.parents[1],
+        env={"PYTHONPATH": ".", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 victim (resnet18, width 8, protocol smoke) got" in done.stdout
+    assert json.loads((tmp_path / "s.json").read_text())["request"]["train"]["images"] == len(train)
