@@ -50,6 +50,7 @@ _FILES = {
     "cutout": "augmentation",
     "mixup": "augmentation",
     "cutmix": "augmentation",
+    "fast-autoaugment": "fast_autoaugment",
     "random-noise": "augmentation",
     "ueraser-lite": "ueraser",
     "ueraser": "ueraser",
