@@ -260,3 +260,50 @@ def test_one_and_two_processes_of_torchrun_give_the_same_files(source, tmp_path)
         assert len(set(lines)) == processes  # each process says in a line of its own how far all of them are
     one, two = (read_back(tmp_path / str(processes)) for processes in (1, 2))
     assert same(one, two) and list(one) == list(some_images(ROWS).ids)
+
+
+def descendants(process: int) -> set[int]:
+    children = {
+        int(pid) for path in Path(f"/proc/{process}/task").glob("*/children") for pid in path.read_text().split()
+    }
+    return children.union(*map(descendants, children))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to see processes")
+def test_decoding_processes_die_with_a_killed_worker(tmp_path):
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    source = source_folder(tmp_path / "source", 5000)
+    command = f"-m jcdp_diffusers.purify --purifier {tmp_path}/purifier --dataset {source} --output {tmp_path}/out"
+    worker = subprocess.Popen([sys.executable, *command.split(), "--num_workers=2"], stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "out").glob("*.parquet")):
+        time.sleep(0.05)
+    helpers = descendants(worker.pid)
+    assert len(helpers) >= 3  # two that decode, and the server that forked them
+    worker.kill()
+    worker.wait()
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in helpers):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_process_stops_it_with_a_sentence(signal_number, tmp_path):
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    source = source_folder(tmp_path / "source", 5000)
+    command = f"-m jcdp_diffusers.purify --purifier {tmp_path}/purifier --dataset {source} --output {tmp_path}/out"
+    worker = subprocess.Popen(
+        [sys.executable, *command.split(), "--num_workers=2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list((tmp_path / "out").glob("*.parquet")):
+        time.sleep(0.05)
+    os.killpg(worker.pid, signal_number)  # as a terminal or a scheduler does: to all processes of the job
+    _, said = worker.communicate(timeout=30)
+    assert worker.returncode == 1
+    assert re.search(r"Stopped: \d+ finished shards stay in .*Give the same command again to go on", said), said
+    assert "Traceback" not in said
+    assert not list((tmp_path / "out/.purify/claims").glob("[!.]*"))
+    assert not list((tmp_path / "out/.purify/writing").iterdir())
