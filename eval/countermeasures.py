@@ -106,7 +106,7 @@ def measure(train: LabelledImages, test: LabelledImages, settings: dict, seed: i
         purifier=args.purifier,
         purification=args.purification,
         device=args.device,
-        checkpoint_dir=Path(args.cache) / "purified" / f"{settings['poison']}-{args.purification}",
+        checkpoint_dir=Path(args.cache) / "purified" / f"{settings['poison']}-{len(train)}-{args.purification}",
         progress=True,
     )
     run = result["runs"][0]
