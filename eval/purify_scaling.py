@@ -1,7 +1,8 @@
 """How purification scales on this machine: several processes against one on the same cores, and memory against rows.
 
-    python eval/purify_scaling.py speed  --cores 0 1 --output results/purify_scaling.jsonl       # two minutes
-    python eval/purify_scaling.py memory --rows 1000 100000 --output results/purify_scaling.jsonl  # five minutes
+    python eval/purify_scaling.py --output results/purify_scaling.jsonl speed --cores 0 1         # three minutes
+    python eval/purify_scaling.py --output results/purify_scaling.jsonl memory --rows 1000 100000  # five minutes
+    python eval/purify_scaling.py --output results/purify_scaling.jsonl codec                     # seconds
 
 Images and networks are random, for only their sizes matter here. Every worker is a process of its own, pinned to its
 cores, and begins when all are ready; the time runs until the last one has left, checks of the finished data set
@@ -17,12 +18,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import sklearn.datasets
 import torch
 
 from jcdp_diffusers.data import LabelledImages, open_dataset, write_dataset
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.purify import purify_to_folder
 from jcdp_diffusers.results import append_record
+from jcdp_diffusers.tiles import encode_all, prepare_all
 from jcdp_diffusers.unets import ddpm_scheduler, named_unet
 
 
@@ -46,9 +49,13 @@ def main() -> None:
     memory = what.add_parser("memory")
     memory.add_argument("--rows", type=int, nargs="+", default=(1_000, 100_000))
     memory.add_argument("--kinds", nargs="+", default=("folder", "stream"), choices=("folder", "stream", "dataset"))
+    codec = what.add_parser("codec")
+    codec.add_argument("--sizes", type=int, nargs="+", default=(32, 64, 256))
     args = parser.parse_args()
     if args.what == "speed":
         measure_speed(args.cores, args.repeats, args.output)
+    elif args.what == "codec":
+        measure_codec(args.sizes, args.output)
     else:
         measure_memory(args.rows, args.kinds, args.output)
 
@@ -85,6 +92,28 @@ def measure_memory(counts: list[int], kinds: list[str], output: str) -> None:
                 seconds, memory = run(source, Path(folder) / "out", kind, MEMORY, [[min(os.sched_getaffinity(0))]])
             settings = {"source": kind, "rows": count, **MEMORY}
             record(output, "purification peak memory (MiB)", memory, None, settings, seconds)
+
+
+def measure_codec(sizes: list[int], output: str) -> None:
+    """Milliseconds of one core for decoding and resizing a photograph, and for encoding the result; and its bytes."""
+    folder = Path(sklearn.datasets.__file__).parent / "images"
+    photographs = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    for size in sizes:
+        start = time.perf_counter()
+        for _ in range(20):
+            images = prepare_all(photographs, 3, size, "resize", 0)
+        decoded = time.perf_counter()
+        for _ in range(20):
+            files = encode_all([image.tiles[0] for image in images])
+        encoded = time.perf_counter()
+        count = 20 * len(photographs)
+        value = {
+            "decode and resize (ms)": (decoded - start) / count * 1000,
+            "encode (ms)": (encoded - decoded) / count * 1000,
+            "bytes": sum(map(len, files)) / len(files),
+        }
+        settings = {"image_size": size, "photographs": "scikit-learn's two, 640x427 JPEG"}
+        record(output, "cost of reading and writing an image", value, None, settings, encoded - start)
 
 
 def run(source: Path, out: Path, kind: str, what: dict, workers: list[list[int]]) -> tuple[float, float]:

@@ -370,8 +370,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the UNet")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Purify as the command line says; 0 when all is done, 1 when stopped before."""
+def run(args: argparse.Namespace) -> None:
+    """Purify as the command line says."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -411,11 +411,10 @@ def run(args: argparse.Namespace) -> int:
         finished = len(list(Path(args.output).glob("*.parquet")))
         stays = f"{finished} finished shards stay in {args.output}"
         print(f"Stopped: {stays}. Give the same command again to go on.", file=sys.stderr)
-        return 1
+        raise
     print(
         f"{summary['rows_in']:,} rows in, {summary['rows_out']:,} out, {summary['rejected']:,} rejected: {args.output}"
     )
-    return 0
 
 
 def load_perceptual(name: str) -> LPIPSModel:
@@ -424,14 +423,17 @@ def load_perceptual(name: str) -> LPIPSModel:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m jcdp_diffusers.purify`: exit code 0 done, 1 failed with one sentence, 2 usage."""
+    """`python -m jcdp_diffusers.purify`: exit code 0 done, 1 failed with one sentence, 2 usage, 130 stopped."""
     parser = argparse.ArgumentParser(prog="python -m jcdp_diffusers.purify", description=__doc__.splitlines()[1])
     add_arguments(parser)
     try:
-        return run(parser.parse_args(arguments))
-    except (ValueError, OSError, RuntimeError) as error:
+        run(parser.parse_args(arguments))
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1
+    return 0
 
 
 def _stop(*_) -> None:

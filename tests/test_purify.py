@@ -433,7 +433,7 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(purifier, tmp_path,
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_after_the_first_shard, daemon=True).start()
-    assert main([*command, "--rows_per_shard", "32"]) == 1
+    assert main([*command, "--rows_per_shard", "32"]) == 130
     assert re.search(r"Stopped: \d+ finished shards stay in .*Give the same command again", capsys.readouterr().err)
     assert not list(state.glob("claims/*")) and not list(state.glob("writing/*"))
     assert 1 <= len(list((tmp_path / "out").glob("*.parquet"))) < 13

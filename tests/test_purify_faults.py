@@ -302,7 +302,7 @@ def test_a_signal_to_the_process_stops_it_with_a_sentence(signal_number, tmp_pat
         time.sleep(0.05)
     os.killpg(worker.pid, signal_number)  # as a terminal or a scheduler does: to all processes of the job
     _, said = worker.communicate(timeout=30)
-    assert worker.returncode == 1
+    assert worker.returncode == 130
     assert re.search(r"Stopped: \d+ finished shards stay in .*Give the same command again to go on", said), said
     assert "Traceback" not in said
     assert not list((tmp_path / "out/.purify/claims").glob("[!.]*"))
