@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
+import runpy
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -289,19 +289,11 @@ def test_command_with_what_is_not_there(folders, capsys):
     assert stopped.value.code == 2
 
 
-def test_script_for_a_data_set_with_both_splits(train, test, tmp_path):
+def test_script_for_a_data_set_with_both_splits(train, test, tmp_path, monkeypatch, capsys):
     for split, data in (("train", train), ("test", test)):
         write_dataset(tmp_path / "both", data, split=split)
-    script = Path(__file__).parents[1] / "eval" / "score.py"
-    command = [sys.executable, str(script), "--dataset", str(tmp_path / "both"), "--output", str(tmp_path / "s.json")]
-    done = subprocess.run(
-        [*command, "--protocol", "smoke", "--seeds", "1", "--device", "cpu"],
-        cwd=script.parents[1],
-        env={"PYTHONPATH": ".", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "1 victim (resnet18, width 8, protocol smoke) got" in done.stdout
+    options = ["--dataset", tmp_path / "both", "--output", tmp_path / "s.json", "--protocol", "smoke", "--seeds", 1]
+    monkeypatch.setattr(sys, "argv", ["score.py", *map(str, options), "--device", "cpu"])
+    runpy.run_path(str(Path(__file__).parents[1] / "eval" / "score.py"), run_name="__main__")
+    assert "1 victim (resnet18, width 8, protocol smoke) got" in capsys.readouterr().out
     assert json.loads((tmp_path / "s.json").read_text())["request"]["train"]["images"] == len(train)
