@@ -378,7 +378,7 @@ def run(args: argparse.Namespace) -> None:
     options = {} if args.perceptual is None else {"perceptual": load_perceptual(args.perceptual)}
     try:
         pipe = JointConditionalPurificationPipeline.from_pretrained(
-            args.purifier, revision=args.revision, torch_dtype=getattr(torch, args.dtype), **options
+            args.purifier, revision=args.revision, dtype=getattr(torch, args.dtype), **options
         ).to(args.device or cuda)
         pipe.unet.to(memory_format=torch.channels_last)
         summary = purify_to_folder(

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ def open_rows(
     if isinstance(source, (str, os.PathLike)) and Path(source).exists() and _parquet_files(Path(source)):
         return _parquet_rows(Path(source), split, columns)
     dataset = open_dataset(source, split=split, streaming=streaming, **columns)
-    split = split or str(dataset.split or "train")
+    split = re.match(r"[\w.]+", split or str(dataset.split or "train"))[0]  # "train" of "train[:100]"
     if isinstance(dataset, datasets.IterableDataset):
         stream = dataset.with_format("arrow")
 

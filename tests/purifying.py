@@ -16,12 +16,14 @@ SIZE = 8
 SETTINGS = {"diffusion_steps": 3, "progress": False}
 
 
-def quick_pipe(seed: int = 0) -> JointConditionalPurificationPipeline:
+def quick_pipe(seed: int = 0, channels: int = 3) -> JointConditionalPurificationPipeline:
     """A real UNet, random and tiny, on images of 8x8."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DModel(
             sample_size=SIZE,
+            in_channels=channels,
+            out_channels=channels,
             block_out_channels=(8, 16),
             layers_per_block=1,
             norm_num_groups=4,

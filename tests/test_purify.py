@@ -82,6 +82,16 @@ def test_purifies_as_the_pipeline_does(pipe, source, expected, tmp_path):
     assert same({row["id"]: np.asarray(row["image"]) for row in purified}, expected)
 
 
+def test_grey_images(tmp_path):
+    images = some_images(5).images[:, :, :, :1]
+    pipe = quick_pipe(channels=1)
+    purified = purify_dataset(images, pipe, output_dir=tmp_path, **SETTINGS)
+    assert all(image.mode == "L" and image.size == (8, 8) for image in purified["image"])
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    alone = pipe(tensor, seed=0, ids=purified["id"][:], diffusion_steps=3, output_type="pt").images
+    assert np.array_equal(np.stack([np.asarray(image) for image in purified["image"]])[..., None], to_uint8(alone))
+
+
 def test_every_column_survives(pipe, tmp_path):
     images = some_images(6)
     columns = {
