@@ -1,0 +1,104 @@
+"""The verdict of an audit: one sentence that its figures bear out, and what it leaves open."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+
+# Two training sets are told apart when their mean accuracies differ by this much and by two standard errors.
+LEAST_DIFFERENCE = 0.02
+# Of what the protection took away; from here on it counts as broken.
+BROKEN_SHARE = 0.5
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def verdict(accuracies: Mapping[str, Sequence[float]], titles: Mapping[str, str], *, smoke: bool = False) -> dict:
+    """
+    Judge a protection by what victims learn from protected images, and from the same after an attack.
+
+    Args:
+        accuracies (`dict`): Test accuracies of the victims in [0, 1], one per seed, by row: `"protected"`; `"clean"`
+            where the originals are known; every other row is an attack on the protection.
+        titles (`dict`): What the attacks are called.
+        smoke (`bool`): Whether the victims were trained for seconds only, so that nothing can be said.
+
+    Returns:
+        `dict`: `status`; `sentence`; `attack`, the row of the strongest attack; `regained_share`, of the accuracy that
+        the protection took away (None where that is unknown or nothing). The status is one of
+
+        - `"broken"`: at least half of what the protection took away is regained;
+        - `"weakened"`: a part of it is regained;
+        - `"undone"`: accuracy rises clearly, and without clean images nobody knows by what share;
+        - `"withstands"`: nothing that was tried helps;
+        - `"ineffective"`: there is no protection to begin with;
+        - `"open"`: nothing helps, and without clean images that may mean anything;
+        - `"smoke"`.
+    """
+    attacks = {row: values for row, values in accuracies.items() if row not in ("protected", "clean")}
+    if "protected" not in accuracies or not attacks:
+        raise ValueError(f"accuracies has the rows {tuple(accuracies)}, but 'protected' and an attack are needed.")
+    attack = max(attacks, key=lambda row: statistics.fmean(attacks[row]))
+    protected, attacked, clean = accuracies["protected"], attacks[attack], accuracies.get("clean")
+    gained = statistics.fmean(attacked) - statistics.fmean(protected)
+    helps = gained > least_difference(protected, attacked)
+    lost = None if clean is None else statistics.fmean(clean) - statistics.fmean(protected)
+    share = gained / lost if lost is not None and lost > least_difference(protected, clean) else None
+
+    name = titles.get(attack, attack)
+    figures = f"{_percent(protected)} -> {_percent(attacked)} by {name}"
+    if clean is not None:
+        figures += f", clean {_percent(clean)}"
+    figures += f", {_seeds(protected)}"
+    if smoke:
+        status, sentence = "smoke", f"A first try in seconds, from which nothing follows ({figures})."
+    elif lost is not None and share is None:
+        status = "ineffective"
+        sentence = (
+            f"There is no protection to remove: victims get {_percent(protected)} from the protected images and "
+            f"{_percent(clean)} from the clean ones, {_seeds(protected)}."
+        )
+    elif helps and lost is None:
+        status = "undone"
+        sentence = (
+            f"The protection does not hold: {figures}; how much of it is left cannot be known without clean images."
+        )
+    elif helps and share >= BROKEN_SHARE:
+        status, sentence = "broken", f"The protection does not survive: {figures}."
+    elif helps:
+        status = "weakened"
+        sentence = f"The protection survives in part: {figures}, which wins back {100 * share:.0f} % of what it took."
+    elif lost is not None:
+        status = "withstands"
+        sentence = f"The protection survives what was tried: {figures}; a stronger attack may still break it."
+    else:
+        status = "open"
+        sentence = (
+            f"No verdict: {figures}; without clean images, a protection that survives cannot be told from images that "
+            "teach little."
+        )
+    return {
+        "status": status,
+        "sentence": sentence,
+        "attack": attack,
+        "regained_share": None if share is None else round(share, 4),
+    }
+
+
+def least_difference(one: Sequence[float], other: Sequence[float]) -> float:
+    """
+    How far two means must lie apart to be told apart: twice the standard error of their difference, at least
+    `LEAST_DIFFERENCE`; where a set has a single figure, and so no spread, more than twice that much.
+    """
+    if len(one) < 2 or len(other) < 2:
+        return 0.05
+    error = math.sqrt(statistics.variance(one) / len(one) + statistics.variance(other) / len(other))
+    return max(LEAST_DIFFERENCE, 2 * error)
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{100 * statistics.fmean(values):.0f} %"
+
+
+def _seeds(values: Sequence[float]) -> str:
+    count = len(values)
+    return f"{NUMBERS[count] if count < len(NUMBERS) else count} seed{'s' * (count != 1)}"
