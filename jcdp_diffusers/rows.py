@@ -19,7 +19,7 @@ from .data import _choose_split, _parquet_files, _split_of, open_dataset
 from .shards import digest
 
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 128
 SAMPLED_ROWS = 1024  # of a data set, for its fingerprint
 SAMPLED_FROM_STREAM = 64
 HASHED_WHOLE = 2**30  # bytes of Parquet that a second or two suffice to read; of more, only the footers are hashed

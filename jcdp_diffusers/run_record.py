@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 
 from .pipeline_jcdp import MICRO_BATCH, MICRO_BATCH_ON_ACCELERATOR, JointConditionalPurificationPipeline
 from .purification_config import PurificationConfig
@@ -154,8 +154,9 @@ def _name_and_revision(pipe: JointConditionalPurificationPipeline) -> dict:
     name = pipe.config.get("_name_or_path")
     if not name or Path(name).exists():
         return {"name": _public(name) if name else None, "revision": None}
-    cached = try_to_load_from_cache(name, "model_index.json")
-    return {"name": name, "revision": Path(cached).parent.name if isinstance(cached, str) else None}
+    # The weights were loaded from the cache's folder of one commit, whichever revision was asked for.
+    commit = re.search(r"snapshots/([0-9a-f]{40})", Path(pipe.unet.config.get("_name_or_path", "")).as_posix())
+    return {"name": name, "revision": commit[1] if commit else None}
 
 
 def _public(name: str) -> str:

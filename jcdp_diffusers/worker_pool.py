@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 
-IN_FLIGHT = 64  # pieces of work at most, so that memory does not depend on the length of the source
+IN_FLIGHT = 32  # pieces of work at most, so that memory does not depend on the length of the source
 
 
 @contextlib.contextmanager

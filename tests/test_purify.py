@@ -451,17 +451,35 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(purifier, tmp_path,
     assert list(read_back(tmp_path / "out")) == list(some_images(400).ids)
 
 
-def test_the_finished_data_set_is_pushed(purifier, source, tmp_path):
+ON_THE_HUB = """
+import sys
+from purifying import quick_pipe
+from jcdp_diffusers.purify import main
+
+source, folder = sys.argv[1:]
+quick_pipe().push_to_hub("tester/purifier")
+command = ["--purifier", "tester/purifier", "--diffusion_steps", "3", "--dataset"]
+assert main([*command, source, "--output", f"{folder}/pushed", "--push_to_hub", "tester/learnable"]) == 0
+assert main([*command, "tester/learnable", "--output", f"{folder}/cached"]) == 0
+assert main([*command, "tester/learnable", "--split", "train", "--output", f"{folder}/streamed", "--streaming"]) == 0
+"""
+
+
+def test_from_the_hub_and_back(source, tmp_path):
     with HubServer() as hub:
-        command = f"-m jcdp_diffusers.purify --purifier {purifier} --dataset {source} --output {tmp_path}/out"
         done = subprocess.run(
-            [sys.executable, *command.split(), "--diffusion_steps", "1", "--push_to_hub", "tester/learnable"],
-            env=os.environ | hub.environment(tmp_path / "cache"),
+            [sys.executable, "-c", ON_THE_HUB, str(source), str(tmp_path)],
+            env=os.environ | hub.environment(tmp_path / "cache") | {"PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             text=True,
         )
-    assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stderr
+        revision = hub.revision("models/tester/purifier")
     pushed = hub.repos["datasets/tester/learnable"]
     written = ["README.md", "run.json", "summary.json", "train-00000-of-00001.parquet"]
     assert sorted(set(pushed) - {".gitattributes"}) == written
-    assert all(pushed[name] == (tmp_path / "out" / name).read_bytes() for name in written)
+    assert all(pushed[name] == (tmp_path / "pushed" / name).read_bytes() for name in written)
+    run = json.loads(pushed["run.json"])
+    assert (run["purifier"]["name"], run["purifier"]["revision"]) == ("tester/purifier", revision)
+    assert str(tmp_path) not in pushed["run.json"].decode() + pushed["README.md"].decode()
+    assert same(read_back(tmp_path / "cached"), read_back(tmp_path / "streamed"))
