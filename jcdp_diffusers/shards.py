@@ -109,11 +109,16 @@ class ShardStore:
         return json.loads(self.record_path(index).read_text())
 
     def is_intact(self, index: int) -> bool:
-        """Whether a finished shard's file is what was written, byte for byte."""
-        try:
-            return self.is_finished(index) and digest(self.path(index)) == self.record(index)["sha256"]
-        except json.JSONDecodeError:  # the record is damaged, so nobody knows about the file
+        """Whether a finished shard's files are what was written, byte for byte."""
+        if not self.is_finished(index):
             return False
+        try:
+            record = self.record(index)
+        except json.JSONDecodeError:  # the record is damaged, so nobody knows about the files
+            return False
+        rejected = self.rejected_path(index)
+        found = digest(self.path(index)), digest(rejected) if rejected.exists() else None
+        return found == (record["sha256"], record["rejected_sha256"])
 
     def discard(self, index: int) -> None:
         """Make a shard unfinished again."""
@@ -185,6 +190,7 @@ class ShardWriter:
                 "rejected": self.rejected.rows,
                 "bytes": self.kept.path.stat().st_size,
                 "sha256": digest(self.kept.path),
+                "rejected_sha256": digest(self.rejected.path) if self.rejected.rows else None,
                 **record,
             }
             if self.rejected.rows:

@@ -318,6 +318,15 @@ def test_bad_arguments_are_refused_before_anything_is_written(options, sentence,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("place", "reason"), [("file", "file exists"), ("file/out", "not a directory")])
+def test_an_output_that_cannot_be_written_to(place, reason, pipe, source, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OSError, match=rf"output_dir '.*{place}' cannot be written to \({reason}\): mend that and give"
+    ):
+        purify_to_folder(source, pipe, output_dir=tmp_path / place, **SETTINGS)
+
+
 # ----------------------------------------------------------------------------------------------- sizes, and what is refused
 
 
@@ -360,6 +369,11 @@ def test_images_that_cannot_be_used_are_kept_aside(pipe, tmp_path):
         assert row["note"] == f"of {row['id']}" and row["rejection_reason"]
         assert (row["image"] and row["image"]["bytes"]) == values[row["id"]]
     assert datasets.load_dataset(str(tmp_path), split="train")["id"] == ["good", "grey"]
+
+    before = {path: path.read_bytes() for path in (tmp_path / "rejected").iterdir()}
+    next(iter(before)).unlink()
+    assert purify_to_folder(source, pipe, output_dir=tmp_path, **SETTINGS)["files"] == summary["files"]
+    assert {path: path.read_bytes() for path in (tmp_path / "rejected").iterdir()} == before
 
 
 def test_when_nothing_can_be_used_it_says_so(pipe, tmp_path):
