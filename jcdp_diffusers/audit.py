@@ -33,6 +33,7 @@ from .data_checks import (
     check_sets,
     describe_noise,
     describe_set,
+    few_of_each_class,
     match_originals,
     shortcut_test,
 )
@@ -51,6 +52,7 @@ from .victims.supervised import RECIPES, Recipe
 
 
 TITLES = {"clean": "clean images", "protected": "protected images", "purified": "purification"}
+SMOKE_IMAGES = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,10 @@ def audit(
         clean = sets["clean"] = match_originals(clean, protected)
     separation = check_separation(protected, collected, test, clean, roles=roles, budget=budget)
     say("; ".join(f"{role}: {len(data)} images" for role, data in sets.items()))
+    if recipe.smoke:
+        protected, test = few_of_each_class(protected, SMOKE_IMAGES), few_of_each_class(test, SMOKE_IMAGES)
+        clean = None if clean is None else match_originals(clean, protected)
+        sets |= {"protected": protected, "test": test} | ({} if clean is None else {"clean": clean})
     output_dir.mkdir(parents=True, exist_ok=True)
     data = {
         "sets": {role: describe_set(images) for role, images in sets.items()},

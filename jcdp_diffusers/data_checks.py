@@ -167,6 +167,13 @@ def check_purifier(pipe: JointConditionalPurificationPipeline, images: LabelledI
         )
 
 
+def few_of_each_class(data: LabelledImages, count: int) -> LabelledImages:
+    """About `count` images, the first of each class and the same number of each, in their order; for smoke runs."""
+    each = -(-count // len(np.unique(data.labels)))
+    rows = np.concatenate([np.flatnonzero(data.labels == label)[:each] for label in np.unique(data.labels)])
+    return data.subset(np.sort(rows))
+
+
 def describe_set(data: LabelledImages) -> dict:
     """
     Number, shape, balance and duplicates of a set.

@@ -1,0 +1,357 @@
+"""
+A grid of poisons, countermeasures, victims and seeds from one small file.
+
+    python eval/benchmark.py GRID.yaml --output DIR
+
+Every cell is a victim and a record, named by the content of all that decides it. So the command can be stopped at any
+time and given again, measures only what is missing when the grid grows, and can be given in several shells, under
+`accelerate launch` or `torchrun`: the processes share the cells. `eval/README.md` shows a grid file.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+
+from jcdp_diffusers import countermeasures, poisons, victims
+from jcdp_diffusers.audit import plan_for
+from jcdp_diffusers.cells import Cell, claims_folder, describe_images, measure_cells
+from jcdp_diffusers.data import LabelledImages, load_images
+from jcdp_diffusers.data_checks import check_purifier, check_separation, check_sets, few_of_each_class
+from jcdp_diffusers.perceptual import LPIPSModel
+from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
+from jcdp_diffusers.poisons.protect import protect_dataset, read_card
+from jcdp_diffusers.purification_config import PurificationConfig
+from jcdp_diffusers.quickstart import digits
+from jcdp_diffusers.shards import Claims
+from jcdp_diffusers.train import train_purifier
+from jcdp_diffusers.training_config import TrainingConfig
+from jcdp_diffusers.unets import ddpm_scheduler, named_unet
+from jcdp_diffusers.victims.supervised import RECIPES, Recipe
+
+
+DIGITS = (900, 500, 397)
+SMOKE_IMAGES = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """
+    What a grid file holds.
+
+    Args:
+        name (`str`): Of the grid, in its records.
+        data (`str` or `dict`): `"digits"`, the digits that ship with scikit-learn; or by role (`protected`,
+            `collected`, `test`) a dict of `source`, and where needed `split`, `first` and `count` (rows in order),
+            `image_size` and `channels`; and `name`, what records call the data.
+        poisons (`list`): Of `poisons.NAMES`, or `none` for clean images.
+        countermeasures (`list`): Names of `countermeasures`, or dicts of `use` (a name), `as` (what the column is
+            called) and fields of `PurificationConfig` that replace the countermeasure's own.
+        protocol (`str`): The victims' recipe.
+        recipe (`dict`): Fields that replace the protocol's.
+        victims (`list`), width (`int`), seeds (`list`): Of the victims.
+        poison_preset (`str`), poison_seed (`int`): See `poisons.settings`.
+        roles (`str`): `disjoint`; or `paper`, where the test images train the purifier.
+        purifier (`str`): Folder or Hub id; else one is trained on the collected images.
+        unet (`str`), training (`dict`): Of the purifier that is trained, instead of what suits images and device;
+            `training` holds fields of `TrainingConfig`.
+        perceptual (`str`): The perceptual network that goes with a purifier trained here: `alex`, `vgg` or `squeeze`
+            of lpips, or a safetensors file of torchvision's SqueezeNet 1.0.
+        about (`dict`): Further facts for the records, such as `purifier_origin`.
+    """
+
+    name: str
+    data: Any
+    poisons: list
+    countermeasures: list
+    protocol: str = "fast"
+    recipe: dict = dataclasses.field(default_factory=dict)
+    victims: list = dataclasses.field(default_factory=lambda: ["resnet18"])
+    width: int | None = None
+    seeds: list = dataclasses.field(default_factory=lambda: [0, 1, 2])
+    poison_preset: str = "published"
+    poison_seed: int = 0
+    roles: str = "disjoint"
+    purifier: str | None = None
+    unet: str | None = None
+    training: dict = dataclasses.field(default_factory=dict)
+    perceptual: str | None = None
+    about: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for entry in self.poisons:
+            if entry != "none" and entry not in poisons.NAMES:
+                raise ValueError(f"poisons has {entry!r}, but accepted are none, {', '.join(poisons.NAMES)}.")
+        for column in self.countermeasures:
+            countermeasures.get(column["use"] if isinstance(column, dict) else column)
+        for victim in self.victims:
+            victims.get(victim)
+        if self.protocol not in RECIPES:
+            raise ValueError(f"protocol is {self.protocol!r}, but must be one of {', '.join(RECIPES)}.")
+
+    @property
+    def full_recipe(self) -> Recipe:
+        """The protocol with what the grid changes of it."""
+        return dataclasses.replace(RECIPES[self.protocol], **self.recipe)
+
+    def columns(self) -> dict[str, tuple[str, PurificationConfig | None]]:
+        """Countermeasure and purification settings by name of the column."""
+        columns = {}
+        for entry in self.countermeasures:
+            entry = {"use": entry} if isinstance(entry, str) else dict(entry)
+            name = entry.pop("use")
+            title = entry.pop("as", name)
+            if title in columns:
+                raise ValueError(f"countermeasures has two columns {title!r}: as gives a column another name.")
+            columns[title] = (name, _replaced(name, entry) if entry else None)
+        return columns
+
+
+def _replaced(name: str, fields: Mapping[str, Any]) -> PurificationConfig:
+    """A purifying countermeasure's settings with some of them replaced."""
+    measure = countermeasures.get(name)
+    purifying = [part for part in measure.parts or (measure,) if part.needs_purifier]
+    known = {field.name for field in dataclasses.fields(PurificationConfig)}
+    unknown = sorted(set(fields) - known)
+    if len(purifying) != 1 or unknown:
+        raise ValueError(
+            f"countermeasures has {name!r} with {', '.join(unknown or fields)}, but only a countermeasure that "
+            "purifies takes settings, those of PurificationConfig."
+        )
+    return PurificationConfig(**dict(purifying[0].settings) | dict(fields))
+
+
+def read_grid(path: str | Path, **changes) -> Grid:
+    """
+    Read a grid file.
+
+    Args:
+        path (`str` or `Path`): YAML.
+        changes: Fields that replace the file's, where not None.
+
+    Raises:
+        ValueError: If it holds what no grid has, in one sentence.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"grid {str(path)!r} is no YAML: {' '.join(str(error).split())}.") from error
+    known = {field.name for field in dataclasses.fields(Grid)}
+    unknown = sorted(set(values) - known) if isinstance(values, dict) else ["no entries"]
+    missing = sorted({"name", "data", "poisons", "countermeasures"} - set(values or ()))
+    if unknown or missing:
+        problem = f"holds {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+        raise ValueError(f"grid {str(path)!r} {problem}, but its entries are {', '.join(sorted(known))}.")
+    # YAML 1.1 reads a bare none as the string; null and an empty entry mean the same here.
+    for name in ("poisons", "countermeasures"):
+        values[name] = ["none" if entry is None else entry for entry in values[name]]
+    return Grid(**values | {name: value for name, value in changes.items() if value is not None})
+
+
+def run_grid(
+    grid: Grid,
+    output_dir: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    processes: int = 1,
+    say: Callable[[str], None] = print,
+) -> list[Cell]:
+    """
+    Measure what is missing of a grid.
+
+    Args:
+        grid (`Grid`): What to measure.
+        output_dir (`str` or `Path`): Gets `records.jsonl`; protected and purified images and the purifier are kept
+            beside it.
+        device, processes: See `cells.measure_cells`.
+        say (`Callable`): Where a line about each stage goes.
+
+    Returns:
+        `list[Cell]`: All cells of the grid, each of them on record.
+    """
+    output_dir, device = Path(output_dir), torch.device(device)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    records = output_dir / "records.jsonl"
+    claims_folder(records).mkdir(parents=True, exist_ok=True)
+    data_name, clean, collected, test = load_roles(grid)
+    check_sets({"protected": clean, "test": test}, {"collected": collected})
+    check_separation(clean, collected, test, None, roles=grid.roles)
+    say(f"{grid.name}: {len(clean)} images to protect, {len(collected)} collected, {len(test)} for the test")
+
+    with Claims(claims_folder(records)) as claims:
+        protected = {}
+        for name in grid.poisons:
+            protected[name] = (
+                (clean, {}) if name == "none" else _protect(clean, name, grid, output_dir, claims, device)
+            )
+            if name != "none":
+                check_separation(protected[name][0], collected, test, clean, roles=grid.roles)
+        columns = grid.columns()
+        purifier = grid.purifier
+        if any(countermeasures.get(name).needs_purifier for name, _ in columns.values()):
+            if purifier is None:
+                purifier = str(_train(collected, grid, output_dir, claims, device, say))
+            pipe = JointConditionalPurificationPipeline.from_pretrained(purifier)
+            check_purifier(pipe, clean)
+
+    facts = {"grid": grid.name, "dataset": data_name, "collected": _collected_name(grid, data_name), **grid.about}
+    cells = []
+    for seed in grid.seeds:  # a whole table of one seed comes before the second seed
+        for victim in grid.victims:
+            for poison, (images, poison_facts) in protected.items():
+                for column, (name, config) in columns.items():
+                    needs_purifier = countermeasures.get(name).needs_purifier
+                    if grid.full_recipe.smoke and needs_purifier:
+                        config = PurificationConfig(diffusion_steps=20, num_inference_steps=2)
+                    cells.append(
+                        Cell(
+                            images,
+                            test,
+                            grid.full_recipe,
+                            seed,
+                            victim=victim,
+                            width=grid.width,
+                            countermeasure=name,
+                            purifier=purifier if needs_purifier else None,
+                            purification=config,
+                            work_dir=output_dir / "prepared",
+                            about=facts
+                            | {"poison": poison, "column": column, **poison_facts}
+                            | ({"roles": grid.roles} if needs_purifier else {}),
+                        )
+                    )
+    measure_cells(cells, records, device=device, processes=processes)
+    return cells
+
+
+def load_roles(grid: Grid) -> tuple[str, LabelledImages, LabelledImages, LabelledImages]:
+    """Name of the data, and its three roles: clean images to protect, collected, test."""
+    if grid.data == "digits":
+        name, (clean, collected, test) = "digits", digits(DIGITS)
+    elif isinstance(grid.data, dict) and {"protected", "collected", "test"} <= grid.data.keys():
+        clean, collected, test = (_load(role, grid.data[role]) for role in ("protected", "collected", "test"))
+        name = str(grid.data.get("name", grid.name))
+    else:
+        raise ValueError(f"data is {grid.data!r}, but must be 'digits' or have protected, collected and test.")
+    if grid.roles == "paper":
+        collected = test
+    if grid.full_recipe.smoke:
+        clean, test = few_of_each_class(clean, SMOKE_IMAGES), few_of_each_class(test, SMOKE_IMAGES)
+        collected = test if grid.roles == "paper" else collected.subset(range(min(SMOKE_IMAGES, len(collected))))
+    return name, clean, collected, test
+
+
+def _load(role: str, entry: Mapping[str, Any]) -> LabelledImages:
+    entry = dict(entry)
+    first, count = entry.pop("first", 0), entry.pop("count", None)
+    try:
+        data = load_images(entry.pop("source"), **entry)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"data has for {role}: {error}") from error
+    end = len(data) if count is None else first + count
+    if not 0 <= first < end <= len(data):
+        raise ValueError(f"data has for {role} the rows {first} to {end}, but the source has {len(data)}.")
+    return data.subset(range(first, end))
+
+
+def _collected_name(grid: Grid, data_name: str) -> str:
+    return str(grid.data["collected"].get("name", data_name)) if isinstance(grid.data, dict) else data_name
+
+
+def _once(claims: Claims, name: str, is_done: Callable[[], bool], do: Callable[[], Any]) -> None:
+    """Do something in one of several processes, while the others wait for it."""
+    while not is_done():
+        if claims.take(name):
+            try:
+                if not is_done():
+                    do()
+            finally:
+                claims.release(name)
+        else:
+            time.sleep(1)
+
+
+def _protect(clean, name: str, grid: Grid, output_dir: Path, claims: Claims, device) -> tuple[LabelledImages, dict]:
+    """The protected images, made once and kept, and what their card says."""
+    preset = "smoke" if grid.full_recipe.smoke else grid.poison_preset
+    folder = output_dir / "poisons" / f"{name}-{preset}-{grid.poison_seed}-{describe_images(clean)['content'][:8]}"
+    options = {"method": name, "preset": preset, "seed": grid.poison_seed, "device": device, "source": None}
+    _once(claims, folder.name, (folder / "README.md").exists, lambda: protect_dataset(clean, folder, **options))
+    data = protect_dataset(clean, folder, **options)
+    card = read_card(folder)
+    facts = {"poison_preset": preset, "poison_seed": grid.poison_seed, "poison_norms": card["measured"]}
+    return clean.with_images(data.images), facts
+
+
+def _train(collected, grid: Grid, output_dir: Path, claims: Claims, device, say) -> Path:
+    """The purifier, trained once and kept."""
+    plan = plan_for(collected, device, grid.full_recipe.smoke)
+    unet = grid.unet or plan.unet
+    training = dataclasses.replace(
+        plan.training, cpu=device.type == "cpu", resume_from_checkpoint="latest", **_training(grid.training)
+    )
+    height, _, channels = collected.images.shape[1:]
+    told = json.dumps([unet, dataclasses.asdict(training), describe_images(collected), grid.perceptual], default=str)
+    folder = output_dir / f"purifier-{hashlib.blake2b(told.encode(), digest_size=4).hexdigest()}"
+    done = folder / "finished"
+
+    def train():
+        say(f"Training a purifier on {len(collected)} images: {unet}, {training.max_train_steps} steps")
+        train_purifier(
+            collected,
+            unet=named_unet(unet, in_channels=channels, sample_size=height, seed=training.seed),
+            scheduler=ddpm_scheduler(),
+            output_dir=folder,
+            config=training,
+        )
+        if grid.perceptual is not None:
+            of_lpips = grid.perceptual in ("alex", "vgg", "squeeze")
+            load = LPIPSModel.from_lpips if of_lpips else LPIPSModel.from_trunk_file
+            load(grid.perceptual).save_pretrained(folder / "perceptual")
+        done.touch()
+
+    _once(claims, folder.name, done.exists, train)
+    return folder
+
+
+def _training(fields: Mapping[str, Any]) -> dict:
+    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"training has {unknown[0]!r}, which is no field of TrainingConfig.")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
+    parser.add_argument("grid", metavar="GRID.yaml")
+    parser.add_argument("--output", required=True, help="folder for records and whatever costs to make again")
+    parser.add_argument("--protocol", choices=tuple(RECIPES), help="instead of the grid's")
+    parser.add_argument("--roles", choices=("disjoint", "paper"), help="instead of the grid's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
+    parser.add_argument("--processes", type=int, help="victims at a time on a CPU; one per processor if not given")
+    parser.add_argument("--device", help="what Accelerate chooses for this process, if not given")
+    args = parser.parse_args()
+    state = PartialState()
+    launched = state.num_processes > 1
+    processes = args.processes or (1 if launched else len(os.sched_getaffinity(0)))
+    try:
+        grid = read_grid(args.grid, protocol=args.protocol, roles=args.roles, seeds=args.seeds)
+        cells = run_grid(grid, args.output, device=args.device or state.device, processes=processes, say=state.print)
+    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
+        raise SystemExit(f"benchmark: {' '.join(str(error).split())}") from error
+    state.print(
+        f"{len(cells)} cells on record: python eval/tables.py grid --records {Path(args.output)}/records.jsonl"
+    )
+
+
+if __name__ == "__main__":
+    main()
