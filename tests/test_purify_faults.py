@@ -19,6 +19,7 @@ from purifying import SETTINGS, quick_pipe, read_back, same, some_images, source
 
 from jcdp_diffusers.data import open_dataset, to_uint8, write_dataset
 from jcdp_diffusers.purify import purify_to_folder
+from jcdp_diffusers.worker_pool import in_order, open_pool
 
 
 pytestmark = pytest.mark.long
@@ -307,3 +308,15 @@ def test_a_signal_to_the_process_stops_it_with_a_sentence(signal_number, tmp_pat
     assert "Traceback" not in said
     assert not list((tmp_path / "out/.purify/claims").glob("[!.]*"))
     assert not list((tmp_path / "out/.purify/writing").iterdir())
+
+
+def end_abruptly(_) -> None:
+    os._exit(9)
+
+
+def test_a_decoding_process_that_is_killed_is_reported_in_a_sentence():
+    with (
+        open_pool(1) as pool,
+        pytest.raises(RuntimeError, match="num_workers processes decode and encode images, and"),
+    ):
+        list(in_order(pool, end_abruptly, [(0, (0,))]))
