@@ -12,6 +12,7 @@ import torch
 from jcdp_diffusers import poisons
 from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.poisons.protect import protect_dataset
+from jcdp_diffusers.results import read_records
 
 
 def add_poisons_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,9 +85,147 @@ def save_rows(shown: dict[str, tuple[np.ndarray, np.ndarray | None]], output: st
     plt.close(figure)
 
 
+def add_purified_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sets", required=True, nargs="+", metavar="TITLE=DIR", help="data sets with the same ids, clean images first"
+    )
+    parser.add_argument("--shown", type=int, default=8, help="images, one of each of the first classes")
+    parser.add_argument("--output", default="results/figures/purified.png")
+
+
+def draw_purified(args: argparse.Namespace) -> None:
+    """After the paper's Figure 2: the same images clean, protected, purified, and how they differ from the first."""
+    sets = {title: load_images(source) for title, _, source in (entry.partition("=") for entry in args.sets)}
+    first = next(iter(sets.values()))
+    classes = np.unique(first.labels)[: args.shown]
+    ids = [first.ids[int(np.argmax(first.labels == label))] for label in classes]
+    shown = {}
+    for title, data in sets.items():
+        rows = {id_: row for row, id_ in enumerate(data.ids)}
+        if missing := [id_ for id_ in ids if id_ not in rows]:
+            raise SystemExit(f"figures: {title} lacks the image {missing[0]!r}, but all sets must have the same ids.")
+        images = data.images[[rows[id_] for id_ in ids]]
+        shown[title] = (images, magnified(next(iter(shown.values()))[0], images) if shown else None)
+    save_rows(shown, args.output)
+
+
+def add_curves_arguments(parser: argparse.ArgumentParser) -> None:
+    add_record_arguments(parser)
+    parser.add_argument("--output", default="results/figures/curves.png")
+
+
+def draw_curves(args: argparse.Namespace) -> None:
+    """After the paper's Figure 3: test accuracy by epoch, a panel per poison, a line per countermeasure."""
+    records = grid_records(args, "victim")
+    poisons_found = list(dict.fromkeys(record["settings"]["poison"] for record in records))
+    columns = list(dict.fromkeys(record["settings"]["column"] for record in records))
+    plt = pyplot()
+    figure, axes = plt.subplots(
+        1, len(poisons_found), figsize=(3.6 * len(poisons_found) + 1.6, 3), sharey=True, squeeze=False
+    )
+    for axis, poison in zip(axes[0], poisons_found):
+        for number, column in enumerate(columns):
+            chosen = [r for r in records if (r["settings"]["poison"], r["settings"]["column"]) == (poison, column)]
+            curves = [[100 * epoch["test_accuracy"] for epoch in r["value"]["history"]] for r in chosen]
+            if curves:
+                epochs = range(1, len(curves[0]) + 1)
+                colour = plt.get_cmap("tab10" if len(columns) <= 10 else "tab20")(number)
+                axis.plot(epochs, np.mean(curves, axis=0), color=colour, label=column)
+                axis.fill_between(epochs, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.15)
+        axis.set(title="clean images" if poison == "none" else poison, xlabel="epoch", ylim=(0, 100))
+    axes[0, 0].set_ylabel("test accuracy (%)")
+    finish(figure, axes[0], args)
+
+
+def add_strength_arguments(parser: argparse.ArgumentParser) -> None:
+    add_record_arguments(parser)
+    parser.add_argument("--output", default="results/figures/strength.png")
+
+
+def draw_strength(args: argparse.Namespace) -> None:
+    """Accuracy against T_p, a line per poison; dotted, what the same images give without purification."""
+    records = grid_records(args, "accuracy")
+    purified = [record for record in records if record["settings"].get("purification")]
+    if not purified:
+        raise SystemExit("figures: records hold no cell with purification settings of its own, but the axis is T_p.")
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(5.6, 3.4))
+    for number, poison in enumerate(dict.fromkeys(record["settings"]["poison"] for record in records)):
+        by_steps: dict[int, list[float]] = {}
+        for record in purified:
+            if record["settings"]["poison"] == poison:
+                steps = record["settings"]["purification"]["diffusion_steps"]
+                by_steps.setdefault(steps, []).append(100 * record["value"])
+        colour = plt.get_cmap("tab10")(number)
+        steps = sorted(by_steps)
+        means = [np.mean(by_steps[step]) for step in steps]
+        deviations = [np.std(by_steps[step], ddof=1) if len(by_steps[step]) > 1 else 0 for step in steps]
+        label = "clean images" if poison == "none" else poison
+        axis.errorbar(steps, means, deviations, color=colour, marker="o", markersize=4, capsize=2, label=label)
+        plain = [
+            100 * r["value"]
+            for r in records
+            if r["settings"]["poison"] == poison and r["settings"]["column"] == "none"
+        ]
+        if plain:
+            axis.axhline(np.mean(plain), color=colour, linestyle=":", linewidth=1)
+    axis.set(xlabel="forward steps T_p", ylabel="test accuracy (%)", ylim=(0, 100))
+    finish(figure, [axis], args)
+
+
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
+    parser.add_argument("--dataset", help="as records call it; the only one if not given")
+    parser.add_argument("--roles", choices=("disjoint", "paper"), default="disjoint")
+    parser.add_argument("--smoke", action="store_true", help="records of smoke runs, which mean nothing")
+
+
+def grid_records(args: argparse.Namespace, what: str) -> list[dict]:
+    """The last record of each cell of one data set and one assignment of roles."""
+    cells = {}
+    for path in args.records:
+        for record in read_records(path):
+            settings = record["settings"]
+            wanted = (
+                record["what"] == what and "column" in settings and settings.get("roles", args.roles) == args.roles
+            )
+            if wanted and settings["recipe"]["smoke"] == args.smoke:
+                cells[settings["cell"]] = record
+    found = sorted({record["settings"]["dataset"] for record in cells.values()})
+    if args.dataset is None and len(found) != 1 or args.dataset is not None and args.dataset not in found:
+        raise SystemExit(f"figures: dataset is {args.dataset!r}, but the records hold {found}.")
+    return [record for record in cells.values() if record["settings"]["dataset"] == (args.dataset or found[0])]
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def finish(figure, axes, args: argparse.Namespace) -> None:
+    """Legend, note and file."""
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    if args.smoke:
+        figure.suptitle("smoke run: no figure means anything", fontsize=8)
+    if args.roles == "paper":
+        figure.suptitle("roles as in the paper: the purifier has seen the test images", fontsize=8)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=110, bbox_inches="tight")
+    pyplot().close(figure)
+
+
 # Name on the command line -> what it shows, its options, how it is drawn.
 FIGURES = {
     "poisons": ("all poisons on the same images", add_poisons_arguments, draw_poisons),
+    "purified": ("the same images of several data sets", add_purified_arguments, draw_purified),
+    "curves": ("test accuracy by epoch, from records", add_curves_arguments, draw_curves),
+    "strength": ("accuracy against purification strength, from records", add_strength_arguments, draw_strength),
 }
 
 
