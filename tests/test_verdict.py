@@ -1,0 +1,75 @@
+"""The one sentence of an audit, in every case that it knows."""
+
+import pytest
+
+from jcdp_diffusers.verdict import verdict
+
+
+TITLES = {"purified": "purification"}
+
+
+@pytest.mark.parametrize(
+    "rows, status, sentence",
+    [
+        (
+            {"clean": [0.76, 0.77, 0.75], "protected": [0.26, 0.27, 0.25], "purified": [0.71, 0.70, 0.72]},
+            "broken",
+            "The protection does not survive: 26 % -> 71 % by purification, clean 76 %, three seeds.",
+        ),
+        (
+            {"clean": [0.76, 0.77], "protected": [0.26, 0.27], "purified": [0.40, 0.41]},
+            "weakened",
+            "The protection survives in part: 26 % -> 40 % by purification, clean 76 %, two seeds, which wins back 28 % "
+            "of what it took.",
+        ),
+        (
+            {"clean": [0.76, 0.77], "protected": [0.26, 0.27], "purified": [0.27, 0.27]},
+            "withstands",
+            "The protection survives what was tried: 26 % -> 27 % by purification, clean 76 %, two seeds; a stronger "
+            "attack may still break it.",
+        ),
+        (
+            {"clean": [0.76, 0.75], "protected": [0.75, 0.75], "purified": [0.70, 0.71]},
+            "ineffective",
+            "There is no protection to remove: victims get 75 % from the protected images and 76 % from the clean ones, "
+            "two seeds.",
+        ),
+        (
+            {"protected": [0.26, 0.27], "purified": [0.71, 0.70]},
+            "undone",
+            "The protection does not hold: 26 % -> 70 % by purification, two seeds; how much of it is left cannot be "
+            "known without clean images.",
+        ),
+        (
+            {"protected": [0.26], "purified": [0.27]},
+            "open",
+            "No verdict: 26 % -> 27 % by purification, one seed; without clean images, a protection that survives "
+            "cannot be told from images that teach little.",
+        ),
+    ],
+)
+def test_sentences(rows, status, sentence):
+    judged = verdict(rows, TITLES)
+    assert (judged["status"], judged["sentence"]) == (status, sentence)
+
+
+def test_the_strongest_attack_counts():
+    rows = {"clean": [0.8, 0.8], "protected": [0.1, 0.1], "purified": [0.3, 0.3], "jpeg-10": [0.7, 0.7]}
+    judged = verdict(rows, TITLES)
+    assert judged["attack"] == "jpeg-10" and "10 % -> 70 % by jpeg-10" in judged["sentence"]
+    assert judged["regained_share"] == pytest.approx(0.8571)
+
+
+def test_figures_that_scatter_widely_decide_nothing():
+    rows = {"clean": [0.8, 0.8], "protected": [0.2, 0.4], "purified": [0.3, 0.5]}
+    assert verdict(rows, TITLES)["status"] == "withstands"
+
+
+def test_a_smoke_run_decides_nothing():
+    judged = verdict({"clean": [0.8], "protected": [0.1], "purified": [0.8]}, TITLES, smoke=True)
+    assert judged["status"] == "smoke" and judged["sentence"].startswith("A first try in seconds, from which nothing")
+
+
+def test_a_verdict_needs_an_attack():
+    with pytest.raises(ValueError, match=r"accuracies has the rows \('protected',\), but 'protected' and an attack"):
+        verdict({"protected": [0.5]}, TITLES)
