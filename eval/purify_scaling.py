@@ -29,7 +29,7 @@ from jcdp_diffusers.tiles import encode_all, prepare_all
 from jcdp_diffusers.unets import ddpm_scheduler, named_unet
 
 
-SPEED = {"unet": "small32", "size": 32, "rows": 512, "options": {"diffusion_steps": 4, "rows_per_shard": 64}}
+SPEED = {"unet": "small32", "size": 32, "rows": 384, "options": {"diffusion_steps": 2, "rows_per_shard": 32}}
 MEMORY = {
     "unet": "tiny32",
     "size": 8,
@@ -74,7 +74,8 @@ def measure_speed(cores: list[int], repeats: int, output: str) -> None:
             for name, workers in arrangements.items():
                 seconds, _ = run(source, Path(folder) / f"{name} {repeat}", "folder", SPEED, workers)
                 rates[name].append(SPEED["rows"] / seconds)
-                settings = {"arrangement": name, "cores": len(cores), **SPEED}
+                # Other work on the same cores makes all rates lower, that of several threads most of all.
+                settings = {"arrangement": name, "cores": len(cores), "load average": os.getloadavg()[0], **SPEED}
                 record(output, "purification images per second", rates[name][-1], repeat, settings, seconds)
         one, together, apart = (float(np.median(rates[name])) for name in arrangements)
         settings = {"cores": len(cores), "repeats": repeats, **SPEED}
