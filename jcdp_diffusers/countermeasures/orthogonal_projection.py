@@ -6,7 +6,13 @@ that is the same for a whole class and linearly separable, and little else.
 
 A projected image leaves [0, 1] and has no 8-bit form, so this is a hook that projects the batch, although it is fitted
 before training. The authors add strong augmentation and CutMix; `"orthogonal-projection+cutmix"` is the latter.
+
+Test images are not projected, here and there. That is harmless for photographs, of whose variance the ten directions
+hold 1 to 2 % (CIFAR-10 under LSP and OPS). Where a linear model can tell the very classes apart, as with digits, they
+hold half of it, and the victim fails on whole images.
 """
+
+import itertools
 
 import torch
 from torch.nn import functional as F
@@ -16,40 +22,47 @@ from jcdp_diffusers.data import LabelledImages
 
 
 EPOCHS = 20
+STEPS = (
+    980  # those epochs on CIFAR-10; a smaller set is gone through more often, or the classifier would not be fitted
+)
 BATCH_SIZE = 1024
 LEARNING_RATE = 0.1
-MILESTONES = (10, 15)
 
 
-def fit_linear(images: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+def fit_linear(images: torch.Tensor, labels: torch.Tensor, num_classes: int, *, seed: int = 0) -> torch.Tensor:
     """Weights of a linear classifier without bias, by plain SGD in the order given, as published.
+
+    The first weights matter: their sum over the classes never changes, and starting from zero would leave it to
+    rounding, whose direction is that of the mean image.
 
     Args:
         images: float (N, C, H, W) in [0, 1].
         labels: int64 (N,).
         num_classes: rows of the weights.
+        seed: of the first weights, which are uniform up to the inverse root of the number of values.
 
     Returns:
-        float32 (num_classes, C H W). They start at zero, so there is no chance in them.
+        float32 (num_classes, C H W).
     """
     pixels = images.flatten(1)
-    weights = torch.zeros(num_classes, pixels.shape[1], device=pixels.device, requires_grad=True)
+    batches = list(zip(pixels.split(BATCH_SIZE), labels.split(BATCH_SIZE)))
+    steps = max(STEPS, EPOCHS * len(batches))
+    draw = torch.Generator().manual_seed(seed)
+    first = torch.rand(num_classes, pixels.shape[1], generator=draw).mul(2).sub(1) / pixels.shape[1] ** 0.5
+    weights = first.to(pixels.device).requires_grad_()
     optimizer = torch.optim.SGD([weights], lr=LEARNING_RATE)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, MILESTONES)
-    for _ in range(EPOCHS):
-        for batch, targets in zip(pixels.split(BATCH_SIZE), labels.split(BATCH_SIZE)):
-            optimizer.zero_grad()
-            F.cross_entropy(F.linear(batch, weights), targets).backward()
-            optimizer.step()
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4])
+    for batch, targets in itertools.islice(itertools.cycle(batches), steps):
+        optimizer.zero_grad()
+        F.cross_entropy(F.linear(batch, weights), targets).backward()
+        optimizer.step()
         scheduler.step()
     return weights.detach()
 
 
 def orthonormal_basis(weights: torch.Tensor) -> torch.Tensor:
-    """Orthonormal rows that span the rows of `weights`, (rank, dimensions); rows of zeros add nothing."""
-    _, sizes, directions = torch.linalg.svd(weights.double(), full_matrices=False)
-    # Weights that started at zero sum to zero over the classes: one of their directions is only rounding.
-    return directions[sizes > 1e-6 * sizes.max()].to(weights.dtype)
+    """Orthonormal rows that span the rows of `weights`: (rows, dimensions)."""
+    return torch.linalg.qr(weights.T)[0].T
 
 
 class OrthogonalProjection:
@@ -72,7 +85,7 @@ def orthogonal_projection(data: LabelledImages, context: Context) -> OrthogonalP
     if data.labels is None:
         raise ValueError("data has no labels, but orthogonal-projection needs one for every image.")
     labels = torch.from_numpy(data.labels.copy()).to(context.device)
-    weights = fit_linear(data.tensor().to(context.device), labels, context.num_classes)
+    weights = fit_linear(data.tensor().to(context.device), labels, context.num_classes, seed=context.seed)
     return OrthogonalProjection(orthonormal_basis(weights))
 
 
@@ -83,12 +96,6 @@ COUNTERMEASURES = (
         "Orthogonal projection (Sandoval-Segura et al., NeurIPS 2023; psandovalsegura/learn-from-unlearnable)",
         f"{EPOCHS} epochs of a linear model, then two matrix products per step",
         orthogonal_projection,
-        {
-            "epochs": EPOCHS,
-            "batch_size": BATCH_SIZE,
-            "learning_rate": LEARNING_RATE,
-            "milestones": MILESTONES,
-            "initial_weights": 0,
-        },
+        {"epochs": EPOCHS, "least_steps": STEPS, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE},
     ),
 )
