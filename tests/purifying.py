@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from jcdp_diffusers.data import LabelledImages, write_dataset
+from jcdp_diffusers.data import LabelledImages, open_dataset, write_dataset
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.purify import purify_to_folder
 
@@ -62,7 +62,8 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
     return list(one) == list(other) and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def work(source: Path, output_dir: Path, **options) -> None:
+def work(source: Path, output_dir: Path, as_stream: bool = False, **options) -> None:
     """What a worker process does."""
     torch.set_num_threads(1)
-    purify_to_folder(source, quick_pipe(), output_dir=output_dir, **{**SETTINGS, **options})
+    given = open_dataset(source, streaming=True) if as_stream else source
+    purify_to_folder(given, quick_pipe(), output_dir=output_dir, **{**SETTINGS, **options})

@@ -118,6 +118,27 @@ def test_workers_race_for_the_same_shards(source, expected, tmp_path):
     check(tmp_path / "out", expected)
 
 
+def test_workers_share_a_stream_whose_end_nobody_knows(source, expected, tmp_path):
+    """Three workers, one of which is killed now and then and replaced; claims vanish under their hands, too."""
+    options = {"as_stream": True, "shards": None, "rows_per_shard": 23, "claim_timeout": 2.0}
+    draw = np.random.default_rng(0)
+    workers = [start(source, tmp_path / "out", **options) for _ in range(3)]
+    kills = 0
+    while any(worker.is_alive() for worker in workers):
+        for claim in (tmp_path / "out/.purify/claims").glob("[0-9]*"):
+            if draw.uniform() < 0.1:
+                claim.unlink(missing_ok=True)
+        victim = int(draw.integers(3))
+        if kills < 8 and draw.uniform() < 0.1 and workers[victim].is_alive():
+            workers[victim].kill()
+            workers[victim].join()
+            workers[victim] = start(source, tmp_path / "out", **options)
+            kills += 1
+        time.sleep(0.05)
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    check(tmp_path / "out", expected)
+
+
 def test_clocks_jump(source, expected, tmp_path):
     """File times go to and fro by years while two workers are at it; nobody is stuck, nothing is lost."""
     workers = [start(source, tmp_path / "out", claim_timeout=2.0) for _ in range(2)]
