@@ -366,10 +366,18 @@ def _train(collected, plan: Plan, purifier: Path, seed, device, records: Path, r
 
 
 def _load(role: str, source: Any, image_size: int | None, channels: int, options: dict) -> LabelledImages:
+    rejected: list[dict] = []
     try:
-        return load_images(source, image_size=image_size, channels=channels, **options)
+        data = load_images(source, image_size=image_size, channels=channels, rejected=rejected, **options)
     except (ValueError, OSError) as error:  # says what is wrong, but not with which of the sets
-        raise ValueError(f"{role}: {error}") from error
+        if not rejected:
+            raise ValueError(f"{role}: {error}") from error
+    if rejected:
+        first = rejected[0]
+        raise ValueError(
+            f"{role} has {len(rejected)} image(s) that cannot be used, the first {first['id']!r}: {first['reason']}."
+        )
+    return data
 
 
 def _recipe(protocol: str | Recipe) -> Recipe:

@@ -1,0 +1,222 @@
+"""The audit from the command to the report, on digits of 16x16 and in smoke runs, which take seconds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from sklearn.datasets import load_digits
+from tiny import tiny_unet
+
+from jcdp_diffusers.audit import audit, plan_for
+from jcdp_diffusers.cells import results_by_cell
+from jcdp_diffusers.cli import main
+from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
+from jcdp_diffusers.poisons import apply_perturbation, get
+from jcdp_diffusers.results import read_records
+
+
+def digits(rows) -> LabelledImages:
+    source = load_digits()
+    images = (source.images * 15).astype(np.uint8)[:, :, :, None]
+    images = images.repeat(2, 1).repeat(2, 2).repeat(3, 3)
+    ids = tuple(f"digit-{row}" for row in range(len(images)))
+    return LabelledImages(images, source.target, ids, tuple("0123456789")).subset(rows)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("audit")
+    clean = digits(range(200))
+    data = clean.tensor()
+    noise = get("lsp")(data, torch.from_numpy(clean.labels))
+    sets = {
+        "clean": clean,
+        "protected": clean.with_images(apply_perturbation(clean.images, noise)),
+        "collected": digits(range(200, 300)),
+        "test": digits(range(300, 450)),
+    }
+    for role, images in sets.items():
+        write_dataset(folder / role, images, split="test" if role == "test" else "train")
+    return {role: str(folder / role) for role in sets}
+
+
+def options(folders, *roles) -> list[str]:
+    return [word for role in roles for word in (f"--{role}", folders[role])]
+
+
+def command(folders, output, *more, roles=("protected", "collected", "test")) -> list[str]:
+    smoke = ["--protocol", "smoke", "--seeds", "1", "--processes", "1", "--device", "cpu"]
+    return ["audit", *options(folders, *roles), "--output", str(output), *smoke, *more]
+
+
+@pytest.fixture(scope="module")
+def audited(folders, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("audited") / "out"
+    roles = ("protected", "collected", "test", "clean")
+    assert main(command(folders, output, "--countermeasures", "gray,eclipse", roles=roles)) == 0
+    return output
+
+
+def test_everything_is_there(audited, folders):
+    report = json.loads((audited / "report.json").read_text())
+    assert [row["row"] for row in report["rows"]] == ["clean", "protected", "purified", "gray", "eclipse"]
+    assert report["smoke"] and report["verdict"]["status"] == "smoke"
+    assert "no figure means anything" in report["limits"][0]
+    assert report["data"]["noise"]["linf"] > 0 and report["data"]["separation"]["collected_in_test"] == 0
+    assert report["roles"] == "disjoint" and report["purifier"]["trained_here"]
+    for name in ("report.html", "report.md", "pictures/images.png", "pictures/curves.png"):
+        assert (audited / name).stat().st_size > 1000
+    purified, protected = load_images(audited / "purified"), load_images(folders["protected"])
+    assert set(purified.ids) <= set(protected.ids) and len(purified) == report["data"]["sets"]["protected"]["images"]
+    # The way to repeat it is the command that was given, without what is the default anyway.
+    assert report["command"].startswith("jcdp audit --protected ") and "--seeds 1" in report["command"]
+    assert "--victim" not in report["command"] and "--countermeasures gray,eclipse" in report["command"]
+
+
+def test_every_figure_of_the_report_is_on_record(audited):
+    report = json.loads((audited / "report.json").read_text())
+    records = results_by_cell(audited / "records.jsonl", what="accuracy").values()
+    on_record = {(record["settings"]["row"], record["seed"]): record["value"] for record in records}
+    shown = {(row["row"], 0): row["accuracy"]["values"][0] for row in report["rows"]}
+    assert on_record == shown
+    assert all(record["protocol"] == "smoke" for record in records)
+
+
+def test_the_same_command_measures_nothing_anew_and_a_longer_one_only_what_is_new(audited, folders, tmp_path):
+    output = shutil.copytree(audited, tmp_path / "again")
+    roles = ("protected", "collected", "test", "clean")
+    before = (output / "records.jsonl").read_text()
+    weights = (output / "purifier/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    assert main(command(folders, output, "--countermeasures", "gray,eclipse", roles=roles)) == 0
+    assert (output / "records.jsonl").read_text() == before
+    assert main(command(folders, output, "--countermeasures", "gray,bdr-2", roles=roles)) == 0
+    new = read_records(output / "records.jsonl")[len(before.splitlines()) :]
+    assert [(record["what"], record["settings"]["row"]) for record in new] == [
+        ("victim", "bdr-2"),
+        ("accuracy", "bdr-2"),
+    ]
+    assert (output / "purifier/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_an_interrupted_audit_goes_on(audited, folders, tmp_path):
+    """Cut off after the first victim, and with a line that was being written."""
+    output = shutil.copytree(audited, tmp_path / "cut")
+    kept = (output / "records.jsonl").read_text().splitlines()[:3]
+    (output / "records.jsonl").write_text("\n".join(kept) + "\n")
+    shutil.rmtree(output / "purified")
+    (output / "report.json").unlink()
+    roles = ("protected", "collected", "test", "clean")
+    assert main(command(folders, output, "--countermeasures", "gray,eclipse", roles=roles)) == 0
+    assert (output / "records.jsonl").read_text().splitlines()[:3] == kept
+    again, before = (json.loads((folder / "report.json").read_text()) for folder in (output, audited))
+    assert [row["accuracy"] for row in again["rows"]] == [row["accuracy"] for row in before["rows"]]
+
+
+def test_without_clean_images_and_with_a_purifier_given(folders, audited, tmp_path):
+    report = audit(
+        protected=folders["protected"],
+        test=folders["test"],
+        purifier=audited / "purifier",
+        output_dir=tmp_path / "out",
+        protocol="smoke",
+        seeds=1,
+        processes=1,
+        device="cpu",
+        preset=plan_for(digits(range(5)), torch.device("cpu"), True).purification,
+        say=lambda line: None,
+    )
+    assert [row["row"] for row in report["rows"]] == ["protected", "purified"]
+    assert report["verdict"]["regained_share"] is None and report["data"]["noise"] is None
+    limits = " ".join(report["limits"])
+    assert "No clean originals were given" in limits and "images that trained the purifier were not given" in limits
+    assert not report["purifier"]["trained_here"]
+
+
+def test_roles_of_the_paper_are_marked_everywhere(folders, tmp_path):
+    output = tmp_path / "out"
+    paper = {**folders, "collected": folders["test"]}
+    assert main(command(paper, output, "--roles", "paper")) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["roles"] == "paper" and report["data"]["separation"]["collected_in_test"] == 150
+    for name in ("report.md", "report.html"):
+        assert "Roles as in the paper: the purifier has seen the test images." in (output / name).read_text()
+    records = results_by_cell(output / "records.jsonl", what="accuracy").values()
+    assert {record["settings"]["roles"] for record in records} == {"paper"}
+
+
+def sentence(capfd) -> str:
+    lines = capfd.readouterr().err.strip().splitlines()
+    return lines[-1]
+
+
+def test_what_cannot_be_audited_ends_in_one_sentence(folders, tmp_path, capfd):
+    def refused(changes, *more):
+        code = main(command({**folders, **changes}, tmp_path / "out", *more))
+        return code, sentence(capfd)
+
+    clean = load_images(folders["clean"])
+    protected, test = load_images(folders["protected"]), load_images(folders["test"])
+
+    write_dataset(tmp_path / "slipped", clean.subset(range(50)), split="train")
+    code, said = refused({"collected": str(tmp_path / "slipped")})
+    assert code == 1 and "protected and collected have 50 ids in common, the first 'digit-0'" in said
+
+    write_dataset(tmp_path / "no_nine", protected.subset(protected.labels != 9))
+    code, said = refused({"protected": str(tmp_path / "no_nine")})
+    assert code == 1 and "protected has no image of class '9', but every one of the 10 classes needs some" in said
+
+    names = tuple("0123456789")[::-1]
+    other = LabelledImages(test.images, test.labels, test.ids, names)
+    write_dataset(tmp_path / "other", other)
+    code, said = refused({"test": str(tmp_path / "other")})
+    assert code == 1 and "but both must name the same classes in the same order" in said
+
+    broken = tmp_path / "broken" / "3"
+    broken.mkdir(parents=True)
+    (broken / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    code, said = refused({"protected": str(tmp_path / "broken")})
+    assert (
+        code == 1 and "protected has 1 image(s) that cannot be used, the first 'train/0': not a readable image" in said
+    )
+
+    code, said = refused({}, "--channels", "1")
+    assert code == 1 and "protected has 200 image(s) that cannot be used, the first 'digit-0': colour" in said
+
+    code, said = refused({"collected": str(tmp_path / "nowhere")})
+    assert code == 1 and said.startswith("jcdp audit: collected: ") and "nowhere" in said
+
+    DDPMPipeline(tiny_unet(size=32), DDPMScheduler()).save_pretrained(tmp_path / "large")
+    code, said = refused({}, "--purifier", str(tmp_path / "large"))
+    assert code == 1 and "purifier was trained on 32x32 pixels, but these images have 16x16" in said
+    DDPMPipeline(tiny_unet(channels=1, size=16), DDPMScheduler()).save_pretrained(tmp_path / "grey")
+    code, said = refused({}, "--purifier", str(tmp_path / "grey"))
+    assert code == 1 and "purifier takes images of 1 channels, but these have 3" in said
+
+    code, said = refused({}, "--countermeasures", "gray,magic")
+    assert code == 1 and "'magic'" in said
+    code, said = refused({}, "--seeds", "0")
+    assert code == 1 and "at least one victim" in said
+    assert not (tmp_path / "out" / "purifier").exists()  # all of it before anything costly
+
+
+def test_arguments_that_do_not_fit(folders):
+    with pytest.raises(ValueError, match="collected is None, but without a purifier images are needed to train one"):
+        audit(protected=folders["protected"], test=folders["test"])
+    with pytest.raises(ValueError, match="protocol is 'quick', but must be one of"):
+        audit(protected=folders["protected"], test=folders["test"], purifier="x", protocol="quick")
+
+
+def test_a_purifier_is_planned_by_size_number_and_device():
+    cpu, few = torch.device("cpu"), digits(range(5))
+    assert plan_for(few, cpu, smoke=True).training.max_train_steps < 10
+    assert plan_for(few, cpu, smoke=False).unet == "tiny32"
+    assert plan_for(few, torch.device("cuda"), smoke=False).unet == "ddpm-cifar10"
+    many = LabelledImages(np.zeros((4000, 8, 8, 3), np.uint8), None, tuple(map(str, range(4000))))
+    assert plan_for(many, cpu, smoke=False).unet == "mini32"
+    odd = few.with_images(few.images[:, :12])
+    with pytest.raises(ValueError, match="collected has images of 12x16, but without a purifier they must be squares"):
+        plan_for(odd, cpu, smoke=False)
