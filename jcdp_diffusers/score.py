@@ -7,7 +7,6 @@ beside it and never in its place.
 import argparse
 import hashlib
 import json
-import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from . import countermeasures, victims
 from .data import LabelledImages, find_overlap, load_images
+from .data_checks import check_sets
 from .results import package_versions
 from .victims.supervised import RECIPES, Recipe, VictimResult, train_victim
 
@@ -72,10 +72,9 @@ def score(
     Returns:
         What `output` holds: `request`, everything that decides the figures; `accuracy`, `peak_accuracy` and
         `train_accuracy`, each with `mean`, `std` (over seeds, None for one) and `values`; `per_class_accuracy`, mean
-        over seeds by class (None for a class without test images); `confusion`, test images of class row called class
-        column, summed over seeds; `runs`, one entry per seed with its own figures, confusion, history and seconds;
-        `prepare_seconds`, what the countermeasure took before training; `smoke`, whether the figures mean nothing.
-        Accuracies are shares in [0, 1].
+        over seeds by class; `confusion`, test images of class row called class column, summed over seeds; `runs`, one
+        entry per seed with its own figures, confusion, history and seconds; `prepare_seconds`, what the countermeasure
+        took before training; `smoke`, whether the figures mean nothing. Accuracies are shares in [0, 1].
 
     Raises:
         ValueError: if the sets do not suit each other, overlap, or a name is unknown.
@@ -84,7 +83,7 @@ def score(
     recipe = protocol if isinstance(protocol, Recipe) else _recipe(protocol)
     victims.get(victim)
     measure = countermeasures.get(countermeasure or "none")
-    names = check_sets(train, test, overlap_budget)
+    names = check_pair(train, test, overlap_budget)
     width = recipe.width if width is None else width
     request = {
         "victim": victim,
@@ -139,7 +138,7 @@ def score(
     return kept.finish(_summary(request, kept.runs, names, device))
 
 
-def check_sets(train: LabelledImages, test: LabelledImages, overlap_budget: float | None = 16 / 255) -> list[str]:
+def check_pair(train: LabelledImages, test: LabelledImages, overlap_budget: float | None = 16 / 255) -> list[str]:
     """Makes sure, before any costly work, that a victim can learn from one set and be tested on the other.
 
     Args:
@@ -152,34 +151,7 @@ def check_sets(train: LabelledImages, test: LabelledImages, overlap_budget: floa
     Raises:
         ValueError: in one sentence that names the set, the class or the images concerned.
     """
-    for role, data in (("train", train), ("test", test)):
-        if data.labels is None:
-            raise ValueError(f"{role} has no labels, but every image needs one.")
-    if train.images.shape[1:] != test.images.shape[1:]:
-        shapes = ["x".join(map(str, data.images.shape[1:])) for data in (train, test)]
-        raise ValueError(f"train has images of {shapes[0]} and test of {shapes[1]}, but both must have one shape.")
-    if train.class_names and test.class_names and train.class_names != test.class_names:
-        differing = [pair for pair in zip(train.class_names, test.class_names) if pair[0] != pair[1]]
-        number = f"{len(train.class_names)} and {len(test.class_names)} classes"
-        detail = f"{differing[0][0]!r} and {differing[0][1]!r} in one place" if differing else number
-        raise ValueError(f"train and test name {detail}, but both must name the same classes in the same order.")
-    names = train.class_names or test.class_names
-    if names is None:
-        names = [str(label) for label in range(int(max(train.labels.max(), test.labels.max())) + 1)]
-    for role, data in (("train", train), ("test", test)):
-        if data.labels.max() >= len(names):
-            raise ValueError(f"{role} has label {data.labels.max()}, but there are names for {len(names)} classes.")
-    counts = {
-        role: np.bincount(data.labels, minlength=len(names)) for role, data in (("train", train), ("test", test))
-    }
-    for role, other in (("train", "test"), ("test", "train")):
-        empty = [name for name, mine, theirs in zip(names, counts[role], counts[other]) if mine == 0 and theirs > 0]
-        if empty:
-            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-            raise ValueError(
-                f"{role} has no image of class {', '.join(map(repr, empty[:5]))}{more}, but {other} has; both must "
-                "hold the same classes."
-            )
+    check_sets({"train": train, "test": test}, {})
     if overlap_budget is not None:
         pairs = find_overlap(train, test, budget=overlap_budget)
         if len(pairs):
@@ -189,7 +161,8 @@ def check_sets(train: LabelledImages, test: LabelledImages, overlap_budget: floa
                 f"{255 * overlap_budget:.0f}/255), the first {train.ids[first]!r} and {test.ids[second]!r}; a test "
                 "image must not be trained on."
             )
-    return list(names)
+    names = train.class_names or test.class_names
+    return list(names) if names else [str(label) for label in range(int(train.labels.max()) + 1)]
 
 
 class _Kept:
@@ -241,7 +214,7 @@ def _run(result: VictimResult, seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
         **{name: getattr(result, name) for name in FIGURES},
-        "per_class_accuracy": [None if math.isnan(share) else share for share in result.per_class_accuracy.tolist()],
+        "per_class_accuracy": result.per_class_accuracy.tolist(),
         "confusion": result.confusion.tolist(),
         "history": list(result.history),
         "seconds": round(result.seconds, 3),
@@ -262,9 +235,7 @@ def _summary(request: dict, runs: list[dict], names: list[str], device: str | to
         "request": request,
         "smoke": request["recipe"]["smoke"],
         **figures,
-        "per_class_accuracy": {
-            name: None if None in values else statistics.fmean(values) for name, values in per_class
-        },
+        "per_class_accuracy": {name: statistics.fmean(values) for name, values in per_class},
         "confusion": np.sum([run["confusion"] for run in runs], axis=0).tolist(),
         "runs": runs,
         "prepare_seconds": runs[0]["prepare_seconds"],
