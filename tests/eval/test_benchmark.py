@@ -1,0 +1,190 @@
+"""A grid from its file to tables and figures, on digits and in smoke runs."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from purifying import quick_pipe
+from sklearn.datasets import load_digits
+
+from eval import benchmark, figures, tables
+from jcdp_diffusers.data import LabelledImages, write_dataset
+from jcdp_diffusers.results import read_records
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    """270 digits as they ship, 8x8, in colour."""
+    digits = load_digits()
+    images = np.repeat((digits.images * 15).astype(np.uint8)[:270, :, :, None], 3, axis=3)
+    names = tuple("0123456789")
+    data = LabelledImages(images, digits.target[:270], tuple(f"digit-{row}" for row in range(270)), names)
+    folder = tmp_path_factory.mktemp("digits")
+    write_dataset(folder, data.subset(range(180)))
+    write_dataset(folder, data.subset(range(180, 270)), split="test")
+    return str(folder)
+
+
+def grid_file(folder, source, **changes):
+    grid = {
+        "name": "tiny",
+        "data": {
+            "name": "digits8",
+            "protected": {"source": source, "split": "train", "count": 120},
+            "collected": {"source": source, "split": "train", "first": 120, "count": 60},
+            "test": {"source": source, "split": "test"},
+        },
+        "poisons": ["none", "lsp"],
+        "countermeasures": ["none", "gray", {"use": "unconditional", "as": "weak", "num_inference_steps": 2}],
+        "protocol": "smoke",
+        "recipe": {"epochs": 1, "max_steps_per_epoch": 2, "width": 4},
+        "seeds": [0, 1],
+    } | changes
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(grid))
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    grid = benchmark.read_grid(grid_file(folder, source))
+    benchmark.run_grid(grid, folder / "out", say=lambda line: None)
+    return folder
+
+
+def run(module, monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, options)])
+    module.main()
+
+
+def test_each_cell_of_the_grid_is_a_record(measured):
+    records = [r for r in read_records(measured / "out/records.jsonl") if r["what"] == "accuracy"]
+    found = {(r["settings"]["poison"], r["settings"]["column"], r["seed"]) for r in records}
+    assert found == {(p, c, s) for p in ("none", "lsp") for c in ("none", "gray", "weak") for s in (0, 1)}
+    assert len(records) == 12 and [r["seed"] for r in records] == [0] * 6 + [1] * 6
+    for record in records:
+        settings = record["settings"]
+        assert ("roles" in settings) == ("purifier" in settings) == (settings["column"] == "weak")
+        assert ("poison_norms" in settings) == (settings["poison"] == "lsp")
+
+
+def test_a_rerun_does_only_what_is_missing(measured, source, monkeypatch):
+    path = measured / "out/records.jsonl"
+    before = path.read_text()
+    benchmark.run_grid(benchmark.read_grid(measured / "grid.yaml"), measured / "out", say=lambda line: None)
+    assert path.read_text() == before
+    # Stopped after the first five cells, as far as the records go.
+    path.write_text("\n".join(before.splitlines()[:10]) + "\n")
+    run(
+        benchmark,
+        monkeypatch,
+        measured / "grid.yaml",
+        "--output",
+        measured / "out",
+        "--processes",
+        1,
+        "--device",
+        "cpu",
+    )
+    again, once = ([json.loads(line) for line in text.splitlines()] for text in (path.read_text(), before))
+    assert again[:10] == once[:10] and len(again) == len(once)
+    assert [(r["what"], r["seed"], r["settings"]) for r in again] == [
+        (r["what"], r["seed"], r["settings"]) for r in once
+    ]
+    assert [r["value"] for r in again if r["what"] == "accuracy"] == [
+        r["value"] for r in once if r["what"] == "accuracy"
+    ]
+
+
+def test_tables_and_figures_from_records_alone(measured, monkeypatch, capsys, tmp_path):
+    records = measured / "out/records.jsonl"
+    run(tables, monkeypatch, "grid", "--records", records, "--smoke")
+    said = capsys.readouterr().out
+    assert "| countermeasure | clean | LSP | seconds before training |" in said and "Smoke run" in said
+    assert "| weak | " in said and "digits8: 120 training images, resnet18 of width 4" in said
+    run(tables, monkeypatch, "grid", "--records", records)
+    assert "nothing measured" in capsys.readouterr().out  # a smoke run is no measurement
+    for name in ("curves", "strength"):
+        output = tmp_path / f"{name}.png"
+        run(figures, monkeypatch, name, "--records", records, "--smoke", "--output", output)
+        assert np.asarray(Image.open(output).convert("L")).std() > 5
+    with pytest.raises(SystemExit, match="dataset is 'cifar10', but the records hold"):
+        run(figures, monkeypatch, "curves", "--records", records, "--smoke", "--dataset", "cifar10")
+    with pytest.raises(SystemExit, match="dataset is None, but the records hold"):
+        run(figures, monkeypatch, "curves", "--records", records)
+
+
+def test_pictures_of_several_sets(measured, source, monkeypatch, tmp_path):
+    protected = next((measured / "out/poisons").glob("lsp-*"))
+    sets = ["--sets", f"protected={protected}", f"again={protected}"]
+    run(figures, monkeypatch, "purified", *sets, "--output", tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="test lacks the image 'digit-0'"):
+        write_dataset(tmp_path / "test", benchmark.load_images(source, split="test"))
+        run(figures, monkeypatch, "purified", "--sets", f"p={protected}", f"test={tmp_path / 'test'}")
+
+
+def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, capsys):
+    grid = benchmark.read_grid(measured / "grid.yaml", roles="paper", seeds=[0])
+    benchmark.run_grid(grid, measured / "out", say=lambda line: None)
+    records = [r for r in read_records(measured / "out/records.jsonl") if r["what"] == "accuracy"]
+    roles = [r["settings"].get("roles") for r in records]
+    assert roles.count("paper") == 2 and roles.count("disjoint") == 4 and len(records) == 14
+    run(tables, monkeypatch, "grid", "--records", measured / "out/records.jsonl", "--smoke", "--roles", "paper")
+    said = capsys.readouterr().out
+    assert "the purifier has been trained on the test images" in said
+    weak = next(line for line in said.splitlines() if line.startswith("| weak"))
+    assert "±" not in weak  # one seed: those of disjoint roles are not among them
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"poisons": ["lps"]}, "poisons has 'lps', but accepted are none, lsp"),
+        ({"colour": 1}, "holds 'colour', but its entries are about, countermeasures, data"),
+        ({"countermeasures": ["magic"]}, "'magic'"),
+        ({"countermeasures": ["gray", "gray"]}, "countermeasures has two columns 'gray'"),
+        ({"countermeasures": [{"use": "gray", "num_rounds": 2}]}, "'gray' with num_rounds, but only a countermeasure"),
+        ({"countermeasures": [{"use": "jcdp", "rounds": 2}]}, "'jcdp' with rounds, but only a countermeasure"),
+        ({"protocol": "quick"}, "protocol is 'quick', but must be one of"),
+        ({"data": "mnist"}, "data is 'mnist', but must be 'digits' or have protected, collected and test"),
+        ({"victims": ["resnet19"]}, "'resnet19'"),
+        ({"training": {"steps": 5}}, "training has 'steps', which is no field of TrainingConfig"),
+    ],
+)
+def test_a_grid_that_cannot_be_measured_ends_in_one_sentence(source, tmp_path, monkeypatch, changes, sentence):
+    path = grid_file(tmp_path, source, **changes)
+    with pytest.raises(SystemExit) as stop:
+        run(benchmark, monkeypatch, path, "--output", tmp_path / "out", "--processes", 1, "--device", "cpu")
+    assert str(stop.value).startswith("benchmark: ") and sentence in str(stop.value)
+
+
+def test_roles_of_a_grid_are_checked(source, tmp_path):
+    data = yaml.safe_load(grid_file(tmp_path, source).read_text())["data"]
+    data["collected"]["first"] = 119
+    grid = benchmark.read_grid(grid_file(tmp_path, source, data=data))
+    with pytest.raises(ValueError, match="protected and collected have 1 ids in common"):
+        benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
+    data["collected"] |= {"first": 120, "count": 1000}
+    with pytest.raises(ValueError, match="data has for collected the rows 120 to 1120, but the source has 180"):
+        benchmark.run_grid(benchmark.read_grid(grid_file(tmp_path, source, data=data)), tmp_path / "out")
+
+
+def test_a_purifier_of_another_size_is_refused(source, tmp_path):
+    pipe = quick_pipe()
+    pipe.unet.register_to_config(sample_size=16)
+    pipe.save_pretrained(tmp_path / "purifier")
+    grid = benchmark.read_grid(grid_file(tmp_path, source, purifier=str(tmp_path / "purifier")))
+    with pytest.raises(ValueError, match="purifier was trained on 16x16 pixels, but these images have 8x8"):
+        benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
+
+
+def test_the_grids_that_ship_can_be_read():
+    folder = benchmark.Path(benchmark.__file__).with_name("grids")
+    grids = [benchmark.read_grid(path) for path in sorted(folder.glob("*.yaml"))]
+    assert {grid.name for grid in grids} >= {"digits", "strength", "cifar10-mini"}
+    assert all(grid.columns() for grid in grids)
