@@ -302,7 +302,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--countermeasure", default="none", help=f"{', '.join(countermeasures.NAMES)}, or several joined by '+'"
     )
-    how.add_argument("--purifier", help="folder or Hub id of a DDPM, for countermeasures that purify")
+    how.add_argument(
+        "--purifier",
+        help="folder or Hub id of a DDPM, for countermeasures that purify; jcdp needs its perceptual/ in it as well",
+    )
     how.add_argument("--preset", help="purification settings in place of the countermeasure's own")
     how.add_argument("--checkpoint_dir", help="folder in which purified images are kept")
     how.add_argument("--model_dir", help="folder for the trained victims")

@@ -47,9 +47,7 @@ def purify(
         folder = (
             Path(temporary if context.checkpoint_dir is None else context.checkpoint_dir) / f"{name}-{context.seed}"
         )
-        purify_to_folder(
-            data, pipe, output_dir=folder, seed=context.seed, preset=config, num_workers=0, progress=context.progress
-        )
+        purify_to_folder(data, pipe, output_dir=folder, seed=context.seed, preset=config, progress=context.progress)
         purified = load_images(folder, channels=data.images.shape[3])
     if purified.ids != data.ids:
         raise ValueError(f"checkpoint_dir {str(folder)!r} holds other ids than these images: give another folder.")
