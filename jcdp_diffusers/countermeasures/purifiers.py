@@ -44,9 +44,7 @@ def purify(
     if not isinstance(pipe, JointConditionalPurificationPipeline):
         pipe = JointConditionalPurificationPipeline.from_pretrained(pipe).to(context.device)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (
-            Path(temporary if context.checkpoint_dir is None else context.checkpoint_dir) / f"{name}-{context.seed}"
-        )
+        folder = Path(context.checkpoint_dir or temporary) / f"{name}-{context.seed}"
         purify_to_folder(data, pipe, output_dir=folder, seed=context.seed, preset=config, progress=context.progress)
         purified = load_images(folder, channels=data.images.shape[3])
     if purified.ids != data.ids:
