@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from jcdp_diffusers import countermeasures
 from jcdp_diffusers.results import read_records
 
 
@@ -55,9 +56,8 @@ class Measured:
     def __init__(self, records: Iterable[Mapping], *, roles: str = "disjoint", victim: str = "resnet18", smoke=False):
         records = [
             record
-            for record in records
-            if "cell" in record["settings"]
-            and "column" in record["settings"]
+            for record in map(in_the_words_of_a_grid, records)
+            if "column" in record["settings"]
             and record["settings"].get("roles", roles) == roles
             and record["settings"]["victim"] == victim
             and record["settings"]["recipe"]["smoke"] == smoke
@@ -66,7 +66,9 @@ class Measured:
         self._accuracies: dict[tuple, dict[int, Mapping]] = {}
         self._details: dict[tuple, dict[int, Mapping]] = {}
         for record in records:
-            group = {"accuracy": self._accuracies, "victim": self._details}[record["what"]]
+            group = {"accuracy": self._accuracies, "victim": self._details}.get(record["what"])
+            if group is None:
+                continue
             group.setdefault(self._key(record["settings"]), {})[record["seed"]] = record
         self.scales = sorted({_scale(record["settings"]) for record in records if record["what"] == "accuracy"})
         self._refuse_mixtures()
@@ -103,6 +105,9 @@ class Measured:
     def seconds(self, dataset, poison, column, name: str) -> float | None:
         """Mean over seeds of `train_seconds`, or `prepare_seconds`."""
         values = [record["value"][name] for record in self._find(self._details, dataset, poison, column)]
+        if not values:  # records of eval/countermeasures.py carry the costs themselves
+            found = self._find(self._accuracies, dataset, poison, column)
+            values = [record["settings"][name] for record in found if name in record["settings"]]
         return statistics.fmean(values) if values else None
 
     def _find(self, groups, dataset, poison, column, collected=None, purifier_origin=None, purifier_steps=None):
@@ -111,6 +116,25 @@ class Measured:
             if same and purifier_origin in (None, key[4]) and purifier_steps in (None, key[5]):
                 return list(by_seed.values())
         return []
+
+
+def in_the_words_of_a_grid(record: Mapping) -> Mapping:
+    """A record of eval/countermeasures.py as eval/benchmark.py would have written it; others as they are."""
+    settings = record["settings"]
+    if "column" in settings or not {"countermeasure", "train_images"} <= settings.keys():
+        return record
+    if countermeasures.get(settings["countermeasure"]).needs_purifier and "roles" not in settings:
+        return record  # what trained its purifier is not on record
+    return record | {
+        "settings": settings
+        | {
+            "column": settings["countermeasure"],
+            "collected": settings["dataset"],
+            "poison": settings["poison"] or "none",
+            "train": {"images": settings["train_images"]},
+            "train_seconds": record["seconds"],
+        }
+    }
 
 
 def grid_table(measured: Measured, dataset: str) -> str:
