@@ -357,6 +357,10 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         # What the network was trained on is a fact of the repository, whatever settings are used.
         trained = repository.trained_timesteps if repository is not None else base.trained_timesteps
         config = dataclasses.replace(base, **overrides, trained_timesteps=trained)
+        if config.variance_type is None and config.evaluations_per_round < config.diffusion_steps:
+            # The larger variance is that of the whole stride: respaced, it leaves noise in x_0 that no later step
+            # removes.
+            config = dataclasses.replace(config, variance_type="fixed_small")
 
         end = self.scheduler.config.num_train_timesteps if trained is None else trained[1]
         highest = config.diffusion_steps + config.start_one_level_higher
@@ -385,8 +389,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         """A copy of the scheduler for one call: its variance type, and timesteps from T_p - 1 down to 0."""
         changes = {} if config.variance_type is None else {"variance_type": config.variance_type}
         scheduler = type(self.scheduler).from_config(settings_of(self.scheduler), **changes)
-        evaluations = config.num_inference_steps or config.diffusion_steps
-        timesteps = np.linspace(config.diffusion_steps - 1, 0, evaluations).round().astype(int)
+        timesteps = np.linspace(config.diffusion_steps - 1, 0, config.evaluations_per_round).round().astype(int)
         scheduler.set_timesteps(timesteps=timesteps.tolist())
         return scheduler
 

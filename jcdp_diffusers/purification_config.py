@@ -40,7 +40,7 @@ class PurificationConfig:
             off-by-one.
         final_variance_factor (`float`): Factor on the guidance at t = 0, where variance conventions differ.
         variance_type (`str`, *optional*): `"fixed_small"` or `"fixed_large"`; None keeps the repository's scheduler as
-            it is.
+            it is at stride 1 and takes `"fixed_small"`, the posterior's own variance, when steps are left out.
         perceptual_network (`str`, *optional*): `LPIPSModel.name` that the perceptual scale was tuned for.
         trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) that the
             network was trained on; a T_p beyond it is refused. None is the whole schedule.
@@ -90,9 +90,14 @@ class PurificationConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {accepted}.")
 
     @property
+    def evaluations_per_round(self) -> int:
+        """UNet evaluations between T_p - 1 and 0."""
+        return self.num_inference_steps or self.diffusion_steps
+
+    @property
     def evaluations_per_image(self) -> int:
         """UNet evaluations that purifying one image costs."""
-        return self.num_rounds * (self.num_inference_steps or self.diffusion_steps)
+        return self.num_rounds * self.evaluations_per_round
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
         """Write `purification_config.json` into a folder, which is made if needed; returns the file's path."""

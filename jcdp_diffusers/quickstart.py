@@ -80,7 +80,7 @@ TELLINGS = {
             checkpoints_total_limit=1,
             mixed_precision="no",
         ),
-        purification=PurificationConfig(diffusion_steps=60, num_inference_steps=6),
+        purification=PurificationConfig(diffusion_steps=60, num_inference_steps=6, variance_type="fixed_small"),
         recipe="digits",
     ),
     "cifar10-mini": Telling(
@@ -99,7 +99,7 @@ TELLINGS = {
             checkpoints_total_limit=1,
             mixed_precision="bf16",
         ),
-        purification=PurificationConfig(diffusion_steps=100, num_inference_steps=10),
+        purification=PurificationConfig(diffusion_steps=100, num_inference_steps=10, variance_type="fixed_small"),
         recipe="mini",
     ),
 }

@@ -329,6 +329,31 @@ class TestMethod:
         )
         assert seen == [99, 74, 50, 25, 0]
 
+    def test_leaving_steps_out_leaves_no_noise_behind(self):
+        """
+        With the exact noise predictor of a constant image the result is that image, up to sqrt(beta_0), when steps are
+        left out, too; with the larger variance it is not: the last stride's noise stays.
+        """
+
+        class Exact(ZeroUNet):
+            def forward(self, sample, timestep, return_dict=True):
+                bar = DDPMScheduler().alphas_cumprod[timestep]
+                return ((sample - bar.sqrt() * 0.2) / (1 - bar).sqrt(),)
+
+        pipe = quiet(Pipeline(Exact(), DDPMScheduler(variance_type="fixed_large")))
+        assert pipe.resolve_config(num_inference_steps=10).variance_type == "fixed_small"
+        assert pipe.resolve_config().variance_type is None
+        seen = {}
+
+        def remember(pipe, step, timestep, tensors):
+            seen[timestep] = tensors["sample"].std().item()
+
+        settings = dict(diffusion_steps=100, num_inference_steps=10, seed=0, callback_on_step_end=remember)
+        pipe(photos(4) * 0 + 0.6, **settings)
+        assert seen[11] < 1.5e-2  # the level of t = 0: sqrt(1 - alpha_bar_0) = 0.01
+        pipe(photos(4) * 0 + 0.6, variance_type="fixed_large", **settings)
+        assert seen[11] > 4e-2
+
     def test_float32_state_around_a_bfloat16_unet(self, pipe):
         settings = GUIDED | dict(seed=0, output_type="pt")
         exact = pipe(photos(2), **settings).images
