@@ -163,6 +163,7 @@ def run_grid(
     *,
     device: str | torch.device = "cpu",
     processes: int = 1,
+    progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[Cell]:
     """
@@ -172,7 +173,7 @@ def run_grid(
         grid (`Grid`): What to measure.
         output_dir (`str` or `Path`): Gets `records.jsonl`; protected and purified images and the purifier are kept
             beside it.
-        device, processes: See `cells.measure_cells`.
+        device, processes, progress: See `cells.measure_cells`.
         say (`Callable`): Where a line about each stage goes.
 
     Returns:
@@ -229,7 +230,7 @@ def run_grid(
                             | ({"roles": grid.roles} if needs_purifier else {}),
                         )
                     )
-    measure_cells(cells, records, device=device, processes=processes)
+    measure_cells(cells, records, device=device, processes=processes, progress=progress)
     return cells
 
 
@@ -345,7 +346,14 @@ def main() -> None:
     processes = args.processes or (1 if launched else len(os.sched_getaffinity(0)))
     try:
         grid = read_grid(args.grid, protocol=args.protocol, roles=args.roles, seeds=args.seeds)
-        cells = run_grid(grid, args.output, device=args.device or state.device, processes=processes, say=state.print)
+        cells = run_grid(
+            grid,
+            args.output,
+            device=args.device or state.device,
+            processes=processes,
+            progress=state.is_main_process,
+            say=state.print,
+        )
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
         raise SystemExit(f"benchmark: {' '.join(str(error).split())}") from error
     state.print(
