@@ -144,7 +144,7 @@ def checks(report: dict) -> list[tuple[bool, str]]:
             + (
                 "The protection is a shortcut that even a linear model reads."
                 if shortcut["found"]
-                else "It sees no shortcut."
+                else "It sees no shortcut, which proves nothing: a linear model cannot read every protection."
             ),
         )
     )
