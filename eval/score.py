@@ -12,15 +12,16 @@ from jcdp_diffusers import score
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], add_help=False)
-    parser.add_argument("--dataset", required=True, help="Hub id or folder with both splits")
-    parser.add_argument("--train_split", default="train")
-    parser.add_argument("--test_split", default="test")
+    parser.add_argument(
+        "--dataset", help="stands for --train and --test, with splits train and test if none are given"
+    )
     args, options = parser.parse_known_args()
-    both = argparse.ArgumentParser(parents=[parser], conflict_handler="resolve")
+    if args.dataset is not None:
+        roles = ["--train", args.dataset, "--train_split", "train", "--test", args.dataset, "--test_split", "test"]
+        options = roles + options
+    both = argparse.ArgumentParser(description=parser.description, parents=[parser])
     score.add_arguments(both)
-    roles = ["--train", args.dataset, "--train_split", args.train_split]
-    roles += ["--test", args.dataset, "--test_split", args.test_split]
-    score.run(both.parse_args(["--dataset", args.dataset, *roles, *options]))
+    score.run(both.parse_args(options))
 
 
 if __name__ == "__main__":
