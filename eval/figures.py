@@ -20,6 +20,7 @@ def add_poisons_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--cache", required=True, help="folder in which protected data sets are kept")
     parser.add_argument("--preset", default="cpu")
+    parser.add_argument("--smoke", nargs="*", default=(), choices=poisons.NAMES, help="drawn, and marked, as smoke")
     parser.add_argument("--train_images", type=int, default=5000)
     parser.add_argument("--shown", type=int, default=8, help="images, one of each of the first classes")
     parser.add_argument("--output", default="results/figures/poisons.png")
@@ -32,20 +33,19 @@ def draw_poisons(args: argparse.Namespace) -> None:
     chosen = [int(np.argmax(clean.labels == label)) for label in range(args.shown)]
     shown = {"clean": (clean.images[chosen], None)}
     for name in poisons.NAMES:
-        data = protected(clean, name, args)
+        preset = "smoke" if name in args.smoke else args.preset
+        data = protected(clean, name, preset, args)
         norms = poisons.measured_norms(clean.images, data.images)
-        shown[f"{name}\nL∞ {norms['linf']}/255\nL2 {norms['l2_mean']:.2f}\nL0 {norms['l0_mean']:.0f}"] = (
-            data.images[chosen],
-            magnified(clean.images[chosen], data.images[chosen]),
-        )
+        title = f"{name} ({preset})\nL∞ {norms['linf']}/255\nL2 {norms['l2_mean']:.2f}\nL0 {norms['l0_mean']:.0f}"
+        shown[title] = (data.images[chosen], magnified(clean.images[chosen], data.images[chosen]))
     save_rows(shown, args.output)
 
 
-def protected(clean: LabelledImages, name: str, args: argparse.Namespace) -> LabelledImages:
-    folder = Path(args.cache) / f"{name}-{args.preset}-{len(clean)}"
+def protected(clean: LabelledImages, name: str, preset: str, args: argparse.Namespace) -> LabelledImages:
+    folder = Path(args.cache) / f"{name}-{preset}-{len(clean)}"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return protect_dataset(
-        clean, folder, method=name, preset=args.preset, device=device, source=args.dataset, progress=True
+        clean, folder, method=name, preset=preset, device=device, source=args.dataset, progress=True
     )
 
 
