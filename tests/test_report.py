@@ -134,7 +134,9 @@ def sets(with_clean: bool = True) -> dict[str, LabelledImages]:
     draw = np.random.default_rng(0)
     coarse = draw.integers(40, 216, (8, 4, 4, 3))
     clean = np.kron(coarse, np.ones((1, 4, 4, 1))).astype(np.uint8)
-    data = LabelledImages(clean, np.arange(8) % 4, tuple("abcdefgh"), ("<cats> & dogs", "b", "c", "d"))
+    data = LabelledImages(
+        clean, np.array([3, 3, 1, 0, 2, 1, 0, 2]), tuple("abcdefgh"), ("<cats> & dogs", "b", "c", "d")
+    )
     noise = draw.choice([-8, 8], clean.shape)
     protected = data.with_images((clean + noise).astype(np.uint8))
     purified = data.with_images((clean + noise // 4).astype(np.uint8))
@@ -220,6 +222,7 @@ def test_smoke_runs_roles_of_the_paper_and_missing_originals_are_marked(tmp_path
 def test_pictures_are_one_of_each_class_and_differences_share_a_scale():
     strips = picture_strips(sets())
     assert list(strips)[:3] == ["clean", "protected", "purified"]
+    assert np.array_equal(strips["clean"], sets()["clean"].images[[3, 2, 4, 0]])
     added, left = (strips[title].astype(int) for title in list(strips)[3:])
     assert [len(images) for images in strips.values()] == [4] * 5
     assert set(np.abs(added - 127.5).ravel()) == {127.5}
