@@ -42,7 +42,7 @@ def draw_poisons(args: argparse.Namespace) -> None:
 
 
 def protected(clean: LabelledImages, name: str, preset: str, args: argparse.Namespace) -> LabelledImages:
-    folder = Path(args.cache) / f"{name}-{preset}-{len(clean)}"
+    folder = Path(args.cache) / f"{name}-{preset}-{len(clean)}-{clean.images.shape[1]}"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return protect_dataset(
         clean, folder, method=name, preset=preset, device=device, source=args.dataset, progress=True
@@ -79,7 +79,7 @@ def save_rows(shown: dict[str, tuple[np.ndarray, np.ndarray | None]], output: st
             axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes[0, 0].set_title("images", fontsize=8, loc="left")
     axes[1, count + 1].set_title("noise, magnified to the full grey scale", fontsize=8, loc="left")
-    figure.subplots_adjust(left=0.07, right=0.995, top=0.96, bottom=0.005, wspace=0.04, hspace=0.06)
+    figure.subplots_adjust(left=0.085, right=0.995, top=0.96, bottom=0.005, wspace=0.04, hspace=0.06)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=100)
     plt.close(figure)

@@ -30,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--poisons", nargs="*", default=poisons.NAMES, choices=poisons.NAMES)
     parser.add_argument("--kinds", nargs="+", default=("clean", "poison", "control"))
     parser.add_argument("--preset", default="cpu")
+    parser.add_argument("--image_size", type=int, help="side to which images are brought first; their own by default")
     parser.add_argument("--train_images", type=int, default=5000)
     parser.add_argument("--test_images", type=int, default=5000)
     parser.add_argument("--protocol", default="mini", choices=sorted(RECIPES), help="the victim's recipe")
@@ -42,14 +43,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def first_images(source: str, split: str, count: int) -> LabelledImages:
-    data = load_images(source, split=split)
+def first_images(source: str, split: str, count: int, image_size: int | None) -> LabelledImages:
+    data = load_images(source, split=split, image_size=image_size)
     return data.subset(range(count))
 
 
 def protected(clean: LabelledImages, name: str, args: argparse.Namespace) -> tuple[LabelledImages, dict]:
     """The poisoned images, made once and kept, and what their card says."""
-    folder = Path(args.cache) / f"{name}-{args.preset}-{len(clean)}"
+    folder = Path(args.cache) / f"{name}-{args.preset}-{len(clean)}-{clean.images.shape[1]}"
     data = protect_dataset(
         clean, folder, method=name, preset=args.preset, device=args.device, source=args.dataset, progress=True
     )
@@ -64,8 +65,8 @@ def controlled(clean: LabelledImages, poisoned: LabelledImages) -> LabelledImage
 
 def main() -> None:
     args = parse_args()
-    clean = first_images(args.dataset, "train", args.train_images)
-    test = first_images(args.dataset, "test", args.test_images)
+    clean = first_images(args.dataset, "train", args.train_images, args.image_size)
+    test = first_images(args.dataset, "test", args.test_images, args.image_size)
     changes = {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate")}
     recipe = replace(RECIPES[args.protocol], **{name: value for name, value in changes.items() if value is not None})
     cells = [("clean", None)] * ("clean" in args.kinds)
@@ -73,6 +74,7 @@ def main() -> None:
     for kind, name in cells:
         settings = {
             "dataset": Path(args.dataset).name,
+            "image_size": clean.images.shape[1],
             "train_images": args.train_images,
             "test_images": args.test_images,
             "victim": "resnet18",
@@ -97,7 +99,7 @@ def score(
     data: LabelledImages, test: LabelledImages, recipe: Recipe, seed: int, settings: dict, args: argparse.Namespace
 ) -> None:
     """Trains one victim and records it, unless it is on record."""
-    fields = ("dataset", "train_images", "test_images", "width", "recipe", "data", "poison", "preset")
+    fields = ("dataset", "image_size", "train_images", "test_images", "width", "recipe", "data", "poison", "preset")
     cell = {name: settings.get(name) for name in fields} | {"seed": seed, "protocol": args.protocol}
     for record in read_records(args.output) if Path(args.output).exists() else []:
         known = {name: record["settings"].get(name) for name in fields}
