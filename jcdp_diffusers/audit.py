@@ -261,7 +261,7 @@ def audit(
         },
         "attacks": {m.name: {"source": m.source, "cost": m.cost, "settings": dict(m.settings)} for m in measures},
         "limits": _limits(judged, sets, roles, trained_here, training, attacks, seeds, victim),
-        "command": command or "jcdp_diffusers.audit.audit(...) with the settings below",
+        "command": command or "jcdp_diffusers.audit.audit(...) with the settings above",
         "device": found[0]["device"],
         "packages": package_versions(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
