@@ -18,7 +18,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 
 NAMESPACE = "tester"
@@ -213,6 +213,21 @@ class _Handler(BaseHTTPRequestHandler):
             entries = [entry for entry in entries if "/" not in entry["path"][len(prefix) :]]
         return self._json(entries) if entries or not prefix else self._missing("EntryNotFound")
 
+    def paths_info(self, body, kind, id, revision):
+        repo = f"{kind}/{id}"
+        if repo not in self.hub.repos:
+            return self._missing("RepoNotFound")
+        is_json = self.headers.get("Content-Type", "").startswith("application/json")
+        wanted = json.loads(body)["paths"] if is_json else parse_qs(body.decode()).get("paths", [])
+        entries = []
+        for path in [wanted] if isinstance(wanted, str) else wanted:
+            content = self.hub.repos[repo].get(path)
+            if content is not None:
+                entries.append({"type": "file", "path": path, "oid": "0" * 40, "size": len(content)})
+            elif any(name.startswith(f"{path}/") for name in self.hub.repos[repo]):
+                entries.append({"type": "directory", "path": path, "oid": "0" * 40, "size": 0})
+        return self._json(entries)
+
     def resolve(self, body, kind, id, revision, path):
         repo = f"{'datasets' if kind else 'models'}/{id}"
         if repo not in self.hub.repos:
@@ -233,6 +248,7 @@ _ROUTES = (
     ("POST", rf"/(?:datasets/)?{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", r"/lfs/(?P<oid>\w+)", _Handler.lfs_put),
     ("POST", rf"{_API}/commit/[^/]+", _Handler.commit),
+    ("POST", rf"{_API}/paths-info/(?P<revision>[^/]+)", _Handler.paths_info),
     ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(?P<path>/.*)?", _Handler.tree),
     ("GET", rf"{_API}(?:/revision/(?P<revision>[^/]+))?", _Handler.info),
     ("GET", rf"/(?P<kind>datasets/)?{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
