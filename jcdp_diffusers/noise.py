@@ -38,7 +38,10 @@ def image_keys(seed: int, ids: list[str], device: torch.device | str = "cpu") ->
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}, but must lie in [0, 2**64).")
-    digests = (hashlib.blake2b(i.encode(), digest_size=12, key=seed.to_bytes(8, "little")).digest() for i in ids)
+    digests = (
+        hashlib.blake2b(i.encode("utf-8", "surrogatepass"), digest_size=12, key=seed.to_bytes(8, "little")).digest()
+        for i in ids
+    )
     words = [[int.from_bytes(d[k : k + 4], "little") for k in (0, 4, 8)] for d in digests]
     return torch.tensor(words, dtype=torch.int64).reshape(-1, 3).to(device)
 

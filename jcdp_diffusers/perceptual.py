@@ -170,6 +170,14 @@ class LPIPSModel(ModelMixin, ConfigMixin):
 
         return super()._apply(move_only, recurse)
 
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse images that leave a feature map of the trunk empty."""
+        if min(height, width) < self.smallest_input:
+            raise ValueError(
+                f"images are {height}x{width}, but trunk {self.config.trunk!r} needs at least "
+                f"{self.smallest_input}x{self.smallest_input} pixels: enlarge them first or choose another trunk."
+            )
+
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """
         Feature maps of unit length over channels.
@@ -181,11 +189,7 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If the images are too small for the trunk.
         """
-        if min(images.shape[-2:]) < self.smallest_input:
-            raise ValueError(
-                f"images are {images.shape[-2]}x{images.shape[-1]}, but trunk {self.config.trunk!r} needs at least "
-                f"{self.smallest_input}x{self.smallest_input} pixels: enlarge them first or choose another trunk."
-            )
+        self.check_size(*images.shape[-2:])
         x = (images.expand(-1, 3, -1, -1) - self.shift) / self.scale
         maps = []
         for index, layer in enumerate(self.layers):

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import inspect
+import operator
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
 
 from .guidance import earlier_chain_noise, in_window, perceptual_gradient, pixel_gradient, strength
+from .model_card import REPOSITORY_FILES
 from .noise import content_id, image_keys, normal_noise
 from .perceptual import LPIPSModel
 from .purification_config import CONFIG_NAME, PRESETS, PurificationConfig
@@ -89,7 +92,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             own.
         """
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             # diffusers downloads only what model_index.json names; the same snapshot gets what lies beside it.
@@ -103,6 +106,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
         """Share the components of another pipeline, e.g. a `DDPMPipeline`; `perceptual=` may be added."""
+        kwargs.setdefault("dtype", pipeline.unet.dtype)  # diffusers would turn the shared network to float32
         pipe = super().from_pipe(pipeline, **kwargs)
         pipe.purification_config = getattr(pipeline, "purification_config", None)
         return pipe
@@ -135,11 +139,17 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             self.purification_config.save_pretrained(save_directory)
         if self.perceptual is not None:
             self.perceptual.save_pretrained(Path(save_directory) / "perceptual")
+        elif (Path(save_directory) / "perceptual").is_dir():  # of a purifier that was saved here before
+            shutil.rmtree(Path(save_directory) / "perceptual")
         if push_to_hub:
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id or Path(save_directory).name, private=private, exist_ok=True).repo_id
             api.upload_folder(
-                repo_id=repo_id, folder_path=save_directory, commit_message=commit_message, create_pr=create_pr
+                repo_id=repo_id,
+                folder_path=save_directory,
+                allow_patterns=list(REPOSITORY_FILES),  # a training folder holds checkpoints, too
+                commit_message=commit_message,
+                create_pr=create_pr,
             )
 
     def push_to_hub(self, repo_id: str, **kwargs):
@@ -228,12 +238,16 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         )
         config = self.resolve_config(preset, **overrides)
         device = self._execution_device
+        if micro_batch_size is not None and operator.index(micro_batch_size) < 1:
+            raise ValueError(f"micro_batch_size is {micro_batch_size}, but must be at least 1.")
         original = self.image_processor.preprocess(images).to(device, torch.float32)
         count = len(original)
         if generator is None:
-            seed = secrets.randbits(63) if seed is None else seed
+            seed = secrets.randbits(63) if seed is None else operator.index(seed)
             ids = [content_id(image) for image in to_bytes(original)] if ids is None else list(ids)
-        self.check_lengths(count, ids, generator)
+        self.check_lengths(original, ids, generator)
+        if config.perceptual_guidance_scale > 0:
+            self.perceptual.check_size(*original.shape[-2:])
 
         # 2. Pad to whole micro-batches, so that the networks see one shape only
         size = micro_batch_size or MICRO_BATCH.get(device.type, MICRO_BATCH_ON_ACCELERATOR)
@@ -274,7 +288,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                         progress.update()
                     if callback_on_step_end is not None:
                         changed = callback_on_step_end(
-                            self, round_index * steps + step_index, timestep, {"sample": sample[:count]}
+                            self, round_index * steps + step_index, timestep, {"sample": sample[:count].clone()}
                         )
                         if changed:
                             sample[:count] = changed.pop("sample", sample[:count])
@@ -311,7 +325,9 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         Returns:
             `tuple[torch.Tensor, float]`: x_{t-1} and the chain's alpha_bar.
         """
-        prediction = self.unet(sample.to(self.unet.dtype), timestep, return_dict=False)[0].float()
+        # A tensor filled on the device: from a number the UNet would copy it there, and wait.
+        time = torch.full((len(sample),), timestep, device=sample.device)
+        prediction = self.unet(sample.to(self.unet.dtype), time, return_dict=False)[0].float()
         pixel = config.pixel_guidance_scale > 0 and in_window(timestep, config.pixel_guidance_window)
         perceptual = config.perceptual_guidance_scale > 0 and in_window(timestep, config.perceptual_guidance_window)
         gradient = None
@@ -333,7 +349,12 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 slope = perceptual_gradient(sample, reference, self.perceptual)
                 slope.mul_(factor * config.perceptual_guidance_scale)
                 gradient = slope if gradient is None else gradient.add_(slope)
-        variance_noise = draw_noise("variance") if timestep > 0 else None
+        last = scheduler.previous_timestep(timestep) < 0
+        variance_noise = None if last else draw_noise("variance")
+        if (
+            last and timestep > 0
+        ):  # a single evaluation per round ends above t = 0, where the scheduler would add noise
+            variance_noise = torch.zeros_like(sample)
         previous = scheduler.step(prediction, timestep, sample, gradient=gradient, variance_noise=variance_noise)
         return previous.prev_sample, chain_bar
 
@@ -350,14 +371,18 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             ValueError: If the preset is unknown, or this purifier cannot do what the settings ask.
         """
         repository = self.purification_config
-        if isinstance(preset, str) and preset not in PRESETS:
-            raise ValueError(f"preset is {preset!r}, but must be one of {tuple(PRESETS)}.")
+        if preset is not None and not isinstance(preset, PurificationConfig) and preset not in PRESETS:
+            raise ValueError(f"preset is {preset!r}, but must be one of {tuple(PRESETS)} or a PurificationConfig.")
         base = PRESETS[preset] if isinstance(preset, str) else preset or repository or PRESETS["unconditional"]
         overrides = {name: value for name, value in overrides.items() if value is not None}
         # What the network was trained on is a fact of the repository, whatever settings are used.
         trained = repository.trained_timesteps if repository is not None else base.trained_timesteps
+        steps = overrides.get("diffusion_steps", base.diffusion_steps)
+        if base.num_inference_steps is not None and base.num_inference_steps > steps:
+            overrides.setdefault("num_inference_steps", steps)  # an inherited number that a smaller T_p cannot have
         config = dataclasses.replace(base, **overrides, trained_timesteps=trained)
-        if config.variance_type is None and config.evaluations_per_round < config.diffusion_steps:
+        asked = "variance_type" in overrides or isinstance(preset, PurificationConfig) and preset.variance_type
+        if config.evaluations_per_round < config.diffusion_steps and not asked:
             # The larger variance is that of the whole stride: respaced, it leaves noise in x_0 that no later step
             # removes.
             config = dataclasses.replace(config, variance_type="fixed_small")
@@ -369,19 +394,31 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 f"diffusion_steps is {config.diffusion_steps}, but this purifier knows only timesteps below {end}, "
                 f"so at most {end - config.start_one_level_higher} is accepted."
             )
+        if trained is not None and trained[0] > 0:
+            raise ValueError(
+                f"trained_timesteps is {trained}, but purification ends at t = 0, so a purifier must know every "
+                "timestep from 0 on."
+            )
         if "gradient" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(
                 f"scheduler is a {type(self.scheduler).__name__}, whose step takes no gradient: set "
                 "pipe.scheduler = GuidedDDPMScheduler.from_config(pipe.scheduler.config)."
             )
+        variance_type = config.variance_type or self.scheduler.config.variance_type
+        if variance_type not in ("fixed_small", "fixed_large"):
+            raise ValueError(
+                f"variance_type of the scheduler is {variance_type!r}, but purification accepts 'fixed_small' and "
+                "'fixed_large': pass one of them as variance_type."
+            )
         if config.perceptual_guidance_scale > 0:
             wanted = None if "perceptual_guidance_scale" in overrides else config.perceptual_network
             if self.perceptual is None or wanted not in (None, self.perceptual.name):
                 has = "no network" if self.perceptual is None else repr(self.perceptual.name)
+                trunk = (wanted or "lpips-alex").removeprefix("lpips-")
                 raise ValueError(
-                    f"perceptual_guidance_scale is {config.perceptual_guidance_scale:g} and needs the network "
-                    f"{wanted or 'it is meant for'!r}, but the pipeline has {has}: pass "
-                    "perceptual=LPIPSModel.from_lpips('alex') to from_pretrained, or perceptual_guidance_scale=0."
+                    f"perceptual_guidance_scale is {config.perceptual_guidance_scale:g} and needs "
+                    f"{repr(wanted) if wanted else 'a perceptual network'}, but the pipeline has {has}: pass "
+                    f"perceptual=LPIPSModel.from_lpips({trunk!r}) to from_pretrained, or perceptual_guidance_scale=0."
                 )
         return config
 
@@ -424,9 +461,13 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             raise ValueError(f"output_type is {output_type!r}, but must be 'pil', 'np' or 'pt'.")
         if unknown := [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]:
             raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}, but only 'sample' is accepted.")
-        if ids is not None and len(set(ids)) < len(ids):
-            raise ValueError(f"ids has {len(ids) - len(set(ids))} repeated entries, but each image needs its own.")
+        if ids is not None and (isinstance(ids, str) or not all(isinstance(one, str) for one in ids)):
+            raise TypeError(f"ids is {ids!r:.80}, but must be a list of strings, one per image.")
         channels = self.unet.config.in_channels
+        if channels not in (1, 3):
+            raise ValueError(
+                f"unet takes {channels} channels, but only networks of 1 or 3 are accepted: those of images."
+            )
         if isinstance(images, (Image.Image, list, tuple)):
             images = [images] if isinstance(images, Image.Image) else list(images)
             if not images:
@@ -474,10 +515,14 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 f"images are {height}x{width}, but height and width must be multiples of {multiple} for this UNet."
             )
 
-    def check_lengths(self, count, ids, generator):
-        """Refuse ids or generators that are not one per image."""
+    def check_lengths(self, original, ids, generator):
+        """Refuse ids or generators that are not one per image; equal images may share an id, as those made here do."""
+        count, first = len(original), {}
         if ids is not None and len(ids) != count:
             raise ValueError(f"ids has {len(ids)} entries, but there are {count} images.")
+        for row, one in enumerate(ids or ()):
+            if not torch.equal(original[first.setdefault(one, row)], original[row]):
+                raise ValueError(f"ids has {one!r} for two different images, but each image needs its own.")
         if isinstance(generator, (list, tuple)) and len(generator) != count:
             raise ValueError(f"generator has {len(generator)} entries, but there are {count} images.")
 

@@ -18,7 +18,7 @@ REFERENCES = ("chain", "fresh")
 @dataclasses.dataclass(frozen=True)
 class PurificationConfig:
     """
-    Settings of one purification; `pipe(images, ...)` takes each of them as an argument, too.
+    Settings of one purification; `pipe(images, ...)` takes most of them as arguments, too.
 
     Args:
         diffusion_steps (`int`): T_p, the number of forward steps: images are diffused to the level alpha_bar[T_p - 1].

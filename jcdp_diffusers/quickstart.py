@@ -27,7 +27,7 @@ from .purify import purify_dataset
 from .results import append_record, read_records, summarise
 from .train import TrainingConfig, train_purifier
 from .unets import ddpm_scheduler, named_unet
-from .victims.supervised import train_victim
+from .victims.supervised import RECIPES, train_victim
 
 
 ROWS = {
@@ -159,7 +159,8 @@ def run_quickstart(
     say: Callable[[str], None] = print,
 ) -> dict:
     """
-    Tell the story and write it down.
+    Tell the story and write it down. A script that calls this on a CPU needs an `if __name__ == "__main__":` around
+    the call, because victims are trained in processes of their own.
 
     Args:
         output_dir (`str` or `Path`): Gets `report.md`, `report.json`, `records.jsonl`, `pictures.png`, the data sets,
@@ -177,7 +178,7 @@ def run_quickstart(
     story, output_dir = TELLINGS[telling] if isinstance(telling, str) else telling, Path(output_dir)
     if (story.name == "cifar10-mini") != (data is not None):
         raise ValueError(f"data is {data!r}, but 'cifar10-mini' needs CIFAR-10's folder and digits bring their own.")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    check_folder(output_dir, story, seed)
     records = output_dir / "records.jsonl"
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -206,7 +207,7 @@ def run_quickstart(
 
     purifier = output_dir / "purifier"
     stage = settings | {"stage": "train", "unet": story.unet, "training": dataclasses.asdict(story.training)}
-    if not finished(records, "seconds", stage):
+    if not (finished(records, "seconds", stage) and (purifier / "training_record.json").exists()):
         say(f"Training a purifier on the {len(collected)} collected images: {story.training.max_train_steps} steps")
         start = time.perf_counter()
         train_purifier(
@@ -243,19 +244,38 @@ def run_quickstart(
             if not finished(records, "accuracy", cell, victim_seed):
                 cells.append((cell, victim_seed))
     say(f"Training {len(cells)} victims")
-    start = time.perf_counter()
+    since = time.perf_counter()
     work = [(sets[cell["row"]], test, story.recipe, victim_seed, device) for cell, victim_seed in cells]
     for (cell, victim_seed), result in zip(cells, train_victims(work, device)):
         for what in ("accuracy", "peak_accuracy", "train_accuracy"):
             note(records, what, result[what], cell, device, story.recipe, victim_seed, result["seconds"])
+        # Victims run side by side: what counts is how much later this one was done than the one before.
+        now = time.perf_counter()
+        stage = settings | {"stage": "score", "row": cell["row"], "victim_seed": victim_seed}
+        note(records, "seconds", now - since, stage, device)
+        since = now
         say(
             f"Victim {victim_seed} on {ROWS[cell['row']]}: {100 * result['accuracy']:.1f} % of clean test images right"
         )
-    if cells:
-        note(records, "seconds", time.perf_counter() - start, settings | {"stage": "score"}, device)
-
     draw_pictures(output_dir / "pictures.png", sets)
     return write_report(output_dir, story, guide, norms, settings)
+
+
+def check_folder(output_dir: Path, story: Telling, seed: int) -> None:
+    """Refuse a folder in which another story was begun; write down which one this is."""
+    told = json.loads(
+        json.dumps({**dataclasses.asdict(story), "recipe": dataclasses.asdict(RECIPES[story.recipe]), "seed": seed})
+    )
+    path = output_dir / "telling.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        if changed := [name for name in told if before.get(name) != told[name]]:
+            raise ValueError(
+                f"output is {str(output_dir)!r}, where a story with another {changed[0]} was begun: take an empty "
+                "folder, or the settings of telling.json in it."
+            )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def train_victims(work: list[tuple], device: str) -> Iterator[dict]:
@@ -265,11 +285,12 @@ def train_victims(work: list[tuple], device: str) -> Iterator[dict]:
     Small networks gain little from a second thread, and a victim's weights depend on the number of threads, so one
     thread is both faster and the same on every machine. On an accelerator they are trained here, one after the other.
     """
-    if device != "cpu":
+    if device != "cpu" or not work:
         yield from map(one_victim, work)
         return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     spawn = multiprocessing.get_context("spawn")  # a forked copy of torch's thread pools may hang
-    with ProcessPoolExecutor(min(len(work), len(os.sched_getaffinity(0))) or 1, spawn) as pool:
+    with ProcessPoolExecutor(min(len(work), cores), spawn) as pool:
         yield from pool.map(one_victim, work)
 
 
@@ -374,7 +395,7 @@ def write_report(output_dir: Path, story: Telling, guide: str, norms: dict, sett
         f"| victim trained on | test accuracy, mean of {story.seeds} | standard deviation | training accuracy |",
         "|---|---|---|---|",
         *(
-            f"| {ROWS[row]} | {100 * mean[row]:.1f} % | {100 * accuracy[row]['std']:.1f} "
+            f"| {ROWS[row]} | {100 * mean[row]:.1f} % | {100 * accuracy[row]['std'] or 0:.1f} "
             f"| {100 * trained[row]['mean']:.1f} % |"
             for row in ROWS
         ),

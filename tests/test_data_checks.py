@@ -24,7 +24,9 @@ def images(count: int, seed: int, *, size: int = 8, channels: int = 3, prefix: s
     draw = np.random.default_rng(seed)
     pixels = draw.integers(0, 256, (count, size, size, channels), dtype=np.uint8)
     names = ("cat", "dog", "eel")[:classes]
-    return LabelledImages(pixels, np.arange(count) % classes, tuple(f"{prefix}{seed}-{i}" for i in range(count)), names)
+    return LabelledImages(
+        pixels, np.arange(count) % classes, tuple(f"{prefix}{seed}-{i}" for i in range(count)), names
+    )
 
 
 def with_noise(data: LabelledImages, level: int = 8, seed: int = 9) -> LabelledImages:
@@ -60,7 +62,9 @@ def test_disjoint_roles_pass(roles):
 
 def test_clean_originals_in_the_collected_set_are_found_by_nearness(roles):
     slipped_in = joined(roles["collected"], renamed(roles["clean"].subset([4, 7]), "other-"))
-    with pytest.raises(ValueError, match=r"protected has 2 images within 16/255 .* of a collected one.*'0-4'.*other-0"):
+    with pytest.raises(
+        ValueError, match=r"protected has 2 images within 16/255 .* of a collected one.*'0-4'.*other-0"
+    ):
         check_separation(roles["protected"], slipped_in, roles["test"], None)
 
 
@@ -99,7 +103,9 @@ def test_roles_of_the_paper(roles):
 def test_sets_that_do_not_fit(roles):
     protected, test = roles["protected"], roles["test"]
     no_eel = test.subset(test.labels != 2)
-    with pytest.raises(ValueError, match="test has no image of class 'eel', but every one of the 3 classes needs some"):
+    with pytest.raises(
+        ValueError, match="test has no image of class 'eel', but every one of the 3 classes needs some"
+    ):
         check_sets({"protected": protected, "test": no_eel}, {})
     with pytest.raises(ValueError, match="protected has no image of class 'dog'"):
         check_sets({"protected": protected.subset(protected.labels != 1), "test": test}, {})
@@ -124,7 +130,9 @@ def test_originals_are_matched_by_id(roles):
     assert np.array_equal(match_originals(shuffled, protected).images, clean.images)
     with pytest.raises(ValueError, match="clean lacks the originals of 1 of 30 protected images, the first '0-29'"):
         match_originals(clean.subset(range(29)), protected)
-    with pytest.raises(ValueError, match="clean and protected label 30 images differently, the first '0-0' as 1 and 0"):
+    with pytest.raises(
+        ValueError, match="clean and protected label 30 images differently, the first '0-0' as 1 and 0"
+    ):
         match_originals(dataclasses.replace(clean, labels=(clean.labels + 1) % 3), protected)
     with pytest.raises(ValueError, match="clean has images of 16x16x3 and protected of 8x8x3"):
         match_originals(dataclasses.replace(images(30, 0, size=16), ids=clean.ids), protected)

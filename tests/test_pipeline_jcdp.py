@@ -78,6 +78,8 @@ class TestRepository:
         assert Pipeline.from_pretrained(tmp_path / "plain", perceptual=network).perceptual is network
         pipe.save_pretrained(tmp_path / "with")
         assert Pipeline.from_pretrained(tmp_path / "with", perceptual=None).perceptual is None
+        plain.save_pretrained(tmp_path / "with")  # and does not keep the former one's network
+        assert Pipeline.from_pretrained(tmp_path / "with").perceptual is None
 
     def test_from_pipe_shares_the_components(self, ddpm_folder, network):
         plain = DDPMPipeline.from_pretrained(ddpm_folder)
@@ -85,6 +87,7 @@ class TestRepository:
         assert pipe.unet is plain.unet and pipe.perceptual is network and pipe.purification_config is None
         pipe.purification_config = PurificationConfig(diffusion_steps=7)
         assert Pipeline.from_pipe(pipe).purification_config.diffusion_steps == 7
+        assert Pipeline.from_pipe(plain.to(torch.bfloat16)).unet.dtype == plain.unet.dtype == torch.bfloat16
 
     def test_a_schedule_given_by_position_is_kept(self, tmp_path):
         """diffusers' own from_config(scheduler.config) would turn 50 timesteps back into 1,000."""
@@ -337,7 +340,7 @@ class TestMethod:
 
         class Exact(ZeroUNet):
             def forward(self, sample, timestep, return_dict=True):
-                bar = DDPMScheduler().alphas_cumprod[timestep]
+                bar = DDPMScheduler().alphas_cumprod[int(timestep[0])]
                 return ((sample - bar.sqrt() * 0.2) / (1 - bar).sqrt(),)
 
         pipe = quiet(Pipeline(Exact(), DDPMScheduler(variance_type="fixed_large")))
@@ -428,9 +431,7 @@ class TestCall:
             Pipeline(tiny_unet(), DDPMScheduler())(photos(1), diffusion_steps=1001, num_inference_steps=1)
 
     def test_a_perceptual_scale_needs_the_network_it_was_tuned_for(self, plain):
-        with pytest.raises(
-            ValueError, match=r"needs the network 'lpips-alex', but the pipeline has no network: pass percep"
-        ):
+        with pytest.raises(ValueError, match=r"needs 'lpips-alex', but the pipeline has no network: pass percep"):
             plain(photos(1), preset="paper")
         squeeze = quiet(Pipeline(plain.unet, plain.scheduler, LPIPSModel("squeezenet1_0", calibrated=False)))
         with pytest.raises(ValueError, match="but the pipeline has 'features-squeezenet1_0'"):
@@ -463,7 +464,12 @@ class TestCall:
             ([Image.new("I;16", (32, 32))], {}, "images has a PIL image of mode 'I;16'"),
             ([Image.new("RGB", (32, 32)), Image.new("RGB", (32, 34))], {}, "images has sizes .* the same size"),
             (photos(2), dict(ids=["a"], seed=0), "ids has 1 entries, but there are 2 images"),
-            (photos(2), dict(ids=["a", "a"], seed=0), "ids has 1 repeated entries, but each image needs its own"),
+            (
+                photos(2),
+                dict(ids=["a", "a"], seed=0),
+                "ids has 'a' for two different images, but each image needs its own",
+            ),
+            (photos(1), dict(micro_batch_size=0), "micro_batch_size is 0, but must be at least 1"),
             (photos(2), dict(generator=[torch.Generator()]), "generator has 1 entries, but there are 2 images"),
             (photos(1), dict(generator=torch.Generator(), seed=0), "generator is given together with seed or ids"),
             (photos(1), dict(seed=-1), r"seed is -1, but must lie in \[0, 2\*\*64\)"),
@@ -498,6 +504,68 @@ class TestCall:
             next(plain.unet.parameters()).fill_(float("nan"))
         with pytest.raises(ValueError, match="unet of type torch.float32 returned values that are not finite"):
             plain(photos(1), diffusion_steps=2)
+
+    def test_ids_that_were_made_can_be_given_back(self, plain):
+        """Equal images have equal content and so equal ids."""
+        images, settings = photos(1).repeat(2, 1, 1, 1), dict(diffusion_steps=2, output_type="pt")
+        out = plain(images, seed=2**64 - 1, **settings)
+        assert out.ids[0] == out.ids[1]
+        assert torch.equal(plain(images, ids=out.ids, seed=out.seed, **settings).images, out.images)
+        odd = plain(photos(1), ids=["\udc80"], seed=np.int64(3), **settings).images
+        assert torch.equal(plain(photos(1), ids=["\udc80"], seed=3, **settings).images, odd)
+
+    @pytest.mark.parametrize("kwargs", [dict(ids="ab"), dict(ids=[1, 2]), dict(seed=1.0), dict(micro_batch_size=2.5)])
+    def test_arguments_of_another_type_are_refused(self, plain, kwargs):
+        with pytest.raises(TypeError):
+            plain(photos(2), **kwargs)
+
+    def test_what_cannot_work_is_refused_before_the_first_step(self, network):
+        calls = []
+        pipe = quiet(Pipeline(tiny_unet(size=16), DDPMScheduler(), network))
+        pipe.unet.register_forward_hook(lambda *a: calls.append(1))
+        with pytest.raises(ValueError, match="images are 16x16, but trunk 'alex' needs at least 31x31 pixels"):
+            pipe(photos(1, 16), preset="code")
+        pipe = quiet(Pipeline(tiny_unet(), DDPMScheduler(variance_type="learned_range")))
+        pipe.unet.register_forward_hook(lambda *a: calls.append(1))
+        with pytest.raises(
+            ValueError, match="variance_type of the scheduler is 'learned_range', but purification accepts"
+        ):
+            pipe(photos(1))
+        with pytest.raises(ValueError, match="unet takes 4 channels, but only networks of 1 or 3 are accepted"):
+            Pipeline(tiny_unet(4), DDPMScheduler())(torch.rand(1, 4, 32, 32))
+        pipe = quiet(Pipeline(tiny_unet(), DDPMScheduler()))
+        pipe.purification_config = PurificationConfig(diffusion_steps=60, trained_timesteps=(50, 100))
+        with pytest.raises(ValueError, match=r"trained_timesteps is \(50, 100\), but purification ends at t = 0"):
+            pipe(photos(1))
+        assert not calls
+
+    def test_one_evaluation_ends_without_noise(self):
+        """With the exact predictor a single evaluation from T_p is the image itself, whatever the variance."""
+
+        class Exact(ZeroUNet):
+            def forward(self, sample, timestep, return_dict=True):
+                bar = DDPMScheduler().alphas_cumprod[int(timestep[0])]
+                return ((sample - bar.sqrt() * 0.2) / (1 - bar).sqrt(),)
+
+        pipe = quiet(Pipeline(Exact(), DDPMScheduler()))
+        for variance_type in ("fixed_small", "fixed_large"):
+            settings = dict(diffusion_steps=100, num_inference_steps=1, variance_type=variance_type, seed=0)
+            out = pipe(photos(1) * 0 + 0.6, output_type="pt", **settings).images
+            torch.testing.assert_close(out, torch.full_like(out, 0.6), rtol=0, atol=1e-4)
+
+    def test_a_smaller_t_p_takes_an_inherited_number_of_evaluations_with_it(self, plain):
+        plain.purification_config = PurificationConfig(diffusion_steps=60, num_inference_steps=6)
+        assert plain.resolve_config(diffusion_steps=5).num_inference_steps == 5
+        assert plain.resolve_config("gdmp", num_inference_steps=5).variance_type == "fixed_small"
+        assert (
+            plain.resolve_config("gdmp", num_inference_steps=5, variance_type="fixed_large").variance_type
+            == "fixed_large"
+        )
+
+    def test_the_callbacks_samples_are_its_own(self, plain):
+        seen = []
+        plain(photos(1), diffusion_steps=3, seed=0, callback_on_step_end=lambda p, i, t, k: seen.append(k["sample"]))
+        assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
     def test_the_registered_scheduler_is_left_as_it_was(self, plain):
         before = dict(plain.scheduler.config), plain.scheduler.timesteps.clone()

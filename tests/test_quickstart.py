@@ -108,11 +108,36 @@ def test_a_lost_record_is_measured_again_to_the_same_figure(told):
 
 def test_other_settings_do_not_pass_for_finished(told, tmp_path):
     folder, report = told
-    other = dataclasses.replace(
-        SHORT, seeds=1, purification=PurificationConfig(diffusion_steps=20, num_inference_steps=1)
-    )
-    with pytest.raises(ValueError):  # purified with other settings into the same folder
-        run_quickstart(folder, telling=other, say=lambda line: None)
+    other = dataclasses.replace(SHORT, purification=PurificationConfig(diffusion_steps=20, num_inference_steps=1))
+    before = (folder / "protected" / "train-00000-of-00001.parquet").read_bytes()
+    for arguments, what in ((dict(telling=other), "purification"), (dict(telling=SHORT, seed=1), "seed")):
+        with pytest.raises(ValueError, match=f"where a story with another {what} was begun: take an empty folder"):
+            run_quickstart(folder, say=lambda line: None, **arguments)
+    assert (folder / "protected" / "train-00000-of-00001.parquet").read_bytes() == before
+
+
+def test_each_victim_gets_the_images_of_its_row(told, tmp_path, monkeypatch):
+    """Which images reach which victim, from the mean distance of each training set to the clean images."""
+    folder, _ = told
+    clean = digits(SHORT.sizes)[0].images.astype(float)
+    expected = {
+        "clean": 0.0,
+        "protected": np.abs(load_images(folder / "protected").images - clean).mean(),
+        "purified": np.abs(load_images(folder / "purified").images - clean).mean(),
+    }
+
+    def measure(work, device):
+        for training_set, test, *_ in work:
+            assert test.ids == digits(SHORT.sizes)[2].ids
+            distance = np.abs(training_set.images - clean).mean()
+            yield dict(accuracy=distance, peak_accuracy=0.0, train_accuracy=0.0, seconds=0.0)
+
+    monkeypatch.setattr("jcdp_diffusers.quickstart.train_victims", measure)
+    report = run_quickstart(tmp_path / "again", telling=SHORT, say=lambda line: None)
+    for row, distance in expected.items():
+        assert report[f"{row}_accuracy"] == [distance] * 2
+    noise = report["random_noise_accuracy"][0]
+    assert noise not in expected.values() and 0.5 < noise / expected["protected"] < 2
 
 
 def test_wrong_arguments_get_one_sentence(tmp_path):
