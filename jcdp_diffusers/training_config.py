@@ -12,6 +12,8 @@ from .denoising import TIMESTEP_SAMPLINGS
 
 
 PRECISIONS = ("no", "bf16", "fp16")
+# Those of diffusers.optimization.get_scheduler that need no further settings.
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,8 @@ class TrainingConfig:
         train_batch_size (`int`): Images per process and micro-batch.
         gradient_accumulation_steps (`int`): Micro-batches per optimiser step.
         learning_rate (`float`): Its peak; no scaling by batch or processes.
-        lr_scheduler (`str`): A name of `diffusers.optimization.get_scheduler`, stepped once per optimiser step.
+        lr_scheduler (`str`): `"constant"`, `"constant_with_warmup"`, `"linear"`, `"cosine"`,
+            `"cosine_with_restarts"` or `"polynomial"` of diffusers, stepped once per optimiser step.
         lr_warmup_steps (`int`): Optimiser steps of linear warm-up.
         adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon (`float`): Of AdamW.
         max_grad_norm (`float`): Gradients are clipped to this norm.
@@ -38,8 +41,9 @@ class TrainingConfig:
         gradient_checkpointing (`bool`): Recompute activations in the backward pass, for memory.
         snr_gamma (`float`, *optional*): Min-SNR loss weight (Hang et al., 2023; 5 is theirs); None weighs all alike.
         random_flip (`bool`): Mirror half of the images. Off, because digits and text must not flip.
-        trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) to train on.
-            A purifier never visits t >= T_p; None is the whole schedule, which a generator of images needs.
+        trained_timesteps (`tuple[int, int]`, *optional*): First timestep, which is 0, and end (exclusive) to train
+            on. A purifier never visits t >= T_p, but always goes down to t = 0; None is the whole schedule, which a
+            generator of images needs.
         timestep_sampling (`str`): `"uniform"`, `"antithetic"` (t together with its mirror in the range) or
             `"stratified"` (one t from each of as many equal parts of the range as the total batch has images).
         checkpointing_steps (`int`, *optional*): Steps between checkpoints, one more at the end; None writes none.
@@ -107,7 +111,15 @@ class TrainingConfig:
             raise ValueError(f"ema_max_decay is {self.ema_max_decay}, but must lie in [0, 1).")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, but must lie in [0, 2**63).")
-        for name, accepted in (("mixed_precision", PRECISIONS), ("timestep_sampling", TIMESTEP_SAMPLINGS)):
+        for name in ("lr_warmup_steps", "num_grid_images", "dataloader_num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 0.")
+        if self.trained_timesteps is not None and self.trained_timesteps[0] > 0:
+            raise ValueError(
+                f"trained_timesteps is {tuple(self.trained_timesteps)}, but must start at 0: every purification ends "
+                "at t = 0."
+            )
+        for name, accepted in _CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {accepted}.")
 
@@ -143,7 +155,11 @@ class TrainingConfig:
         return first, last
 
 
-_CHOICES = {"mixed_precision": PRECISIONS, "timestep_sampling": TIMESTEP_SAMPLINGS}
+_CHOICES = {
+    "lr_scheduler": LR_SCHEDULERS,
+    "mixed_precision": PRECISIONS,
+    "timestep_sampling": TIMESTEP_SAMPLINGS,
+}
 
 
 def _setting_help(name: str) -> str:
