@@ -58,7 +58,7 @@ class GuidedDDPMScheduler(DDPMScheduler):
             output = super().step(model_output, timestep, sample, generator=generator)
         else:
             output = self._posterior_mean(model_output, timestep, sample)
-            if timestep > 0:
+            if timestep > 0:  # as in the parent
                 output.prev_sample = output.prev_sample + variance.sqrt() * variance_noise
         if gradient is not None:
             output.prev_sample = output.prev_sample + variance * gradient
