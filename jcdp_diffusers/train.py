@@ -383,6 +383,11 @@ class _Run:
                     f"output_dir is {str(self.output_dir)!r}, which holds {found[-1].name} of an earlier run: give "
                     "resume_from_checkpoint='latest' to go on with it, or another folder."
                 )
+            if (self.output_dir / RECORD_NAME).exists():
+                raise ValueError(
+                    f"output_dir is {str(self.output_dir)!r}, which holds a finished purifier ({RECORD_NAME}), but must "
+                    "be another folder: it would be replaced."
+                )
             return
         checkpoint = find_checkpoint(self.output_dir, wanted)
         if checkpoint is None:
@@ -397,6 +402,8 @@ class _Run:
                 f"max_train_steps is {self.config.max_train_steps}, but {checkpoint.name} has {saved['step']} already."
             )
         self.accelerator.load_state(str(checkpoint))
+        # Its count of micro-batches is of the accumulation that the checkpoint had; a step of ours begins here.
+        self.accelerator.step = 0
         # Its count of micro-batches is of the accumulation that the checkpoint had; a step of ours begins here.
         self.accelerator.step = 0
         self.ema.to(self.accelerator.device)
@@ -468,9 +475,8 @@ def _public(config: dict) -> dict:
 
 
 def _fingerprint(images: LabelledImages | ImageFiles) -> str:
-    """What tells one collection from another: every pixel if they are in memory, else their number and form."""
+    """What tells one collection from another: every pixel if they are in memory, else the files and their form."""
     if isinstance(images, ImageFiles):
-        return (
-            f"{len(images)} images, {images.channels}x{images.resolution}x{images.resolution}, {images.center_crop=}"
-        )
+        form = f"{images.channels}x{images.resolution}x{images.resolution}, {images.center_crop=}"
+        return f"{len(images)} images, {form}, {images.fingerprint()}"
     return hashlib.blake2b(np.ascontiguousarray(images.images), digest_size=16).hexdigest()

@@ -10,13 +10,15 @@ import torch
 from accelerate.tracking import GeneralTracker, on_main_process
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_unet
 
 from jcdp_diffusers import JointConditionalPurificationPipeline, PurificationConfig
-from jcdp_diffusers.data import LabelledImages
+from jcdp_diffusers.data import LabelledImages, open_dataset
 from jcdp_diffusers.denoising import TIMESTEP_SAMPLINGS
 from jcdp_diffusers.train import TrainingConfig, ema_horizon, train_purifier
+from jcdp_diffusers.training_images import ImageFiles
 
 
 def make_images(count=24, channels=3, size=8, seed=0):
@@ -227,11 +229,11 @@ def test_validation_changes_nothing(tmp_path):
 
 def test_global_random_states_stay_as_they_are(tmp_path):
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
-    train(tmp_path, UNet2DModel(**tiny_unet(size=8).config | {"dropout": 0.3}))
+    train(tmp_path / "a", UNet2DModel(**tiny_unet(size=8).config | {"dropout": 0.3}))
     torch_state = torch.get_rng_state()
     assert np.array_equal(np.random.get_state()[1], states[1])
     torch.manual_seed(0)
-    train(tmp_path, tiny_unet(size=8))
+    train(tmp_path / "b", tiny_unet(size=8))
     after = torch.get_rng_state()
     torch.manual_seed(0)
     assert torch.equal(after, torch.get_rng_state())
@@ -267,6 +269,19 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path, mixed_p
         assert record(resumed)[name] == record(whole)[name]
     last = [load_file(folder / "checkpoint-7" / "unet.safetensors") for folder in (whole, resumed)]
     assert same(*last)
+
+
+def test_a_resumed_run_may_divide_the_batch_otherwise(tmp_path):
+    """The checkpoint lies at an odd number of micro-batches, so a count that went on would be out of step."""
+    settings = dict(max_train_steps=6, checkpointing_steps=3, learning_rate=1e-2)
+    whole = train(tmp_path / "whole", train_batch_size=8, **settings)
+    train(tmp_path / "cut", train_batch_size=8, **settings | {"max_train_steps": 3})
+    divided = dict(train_batch_size=4, gradient_accumulation_steps=2, resume_from_checkpoint="latest")
+    resumed = train(tmp_path / "cut", **settings, **divided)
+    assert same(weights(resumed), weights(whole), atol=1e-4)
+    for one, two in zip(record(resumed)["history"], record(whole)["history"], strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=1e-3)
 
 
 def test_a_resumed_run_may_divide_the_batch_otherwise(tmp_path):
@@ -449,6 +464,29 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=sentence):
             train(tmp_path, **{"resume_from_checkpoint": "latest"} | settings)
+
+
+def test_a_finished_purifier_is_not_replaced(tmp_path):
+    before = weights(train(tmp_path))
+    with pytest.raises(ValueError, match=r"holds a finished purifier \(training_record.json\), but must be another"):
+        train(tmp_path, seed=1)
+    assert same(weights(tmp_path), before)
+
+
+def test_a_run_on_other_files_is_refused(tmp_path):
+    """Images that are decoded when they are needed are told apart by name and size, not by their number alone."""
+    for i, pixels in enumerate(IMAGES.images):
+        folder = tmp_path / "photos"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    files = ImageFiles(open_dataset(folder), resolution=8)
+    train(tmp_path / "out", images=files, max_train_steps=1, checkpointing_steps=1)
+    folder = folder.rename(tmp_path / "moved")
+    again = dict(max_train_steps=2, checkpointing_steps=1, resume_from_checkpoint="latest")
+    train(tmp_path / "out", images=ImageFiles(open_dataset(folder), resolution=8), **again)
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes() + b" ")
+    with pytest.raises(ValueError, match="images is '24 images, .*', but .*checkpoint-2 was trained with '24 images"):
+        train(tmp_path / "out", images=ImageFiles(open_dataset(folder), resolution=8), **again)
 
 
 def test_a_tracker_that_is_not_there_is_refused(tmp_path):
