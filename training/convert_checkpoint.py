@@ -48,22 +48,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     state = read_state(args.checkpoint, args.weights)
-    if "temb.dense.0.weight" in state:
-        unet = convert_ddim(state, resolution=args.resolution, dropout=args.dropout)
-    elif "time_embed.0.weight" in state:
-        unet = convert_guided_diffusion(
-            state,
-            resolution=args.resolution,
-            dropout=args.dropout,
-            num_heads=args.num_heads,
-            num_head_channels=args.num_head_channels,
-            new_attention_order=args.new_attention_order,
-        )
-    else:
-        raise ValueError(
-            f"checkpoint is {str(args.checkpoint)!r}, whose first parameter is {next(iter(state))!r}, but must have "
-            "the layout of ermongroup/ddim ('temb.dense.0.weight') or guided-diffusion ('time_embed.0.weight')."
-        )
+    try:
+        unet = convert(state, args)
+    except KeyError as error:
+        raise _refuse(f"its parameter {error.args[0]!r} is missing or out of place") from error
     scheduler = DDPMScheduler(
         num_train_timesteps=args.num_train_timesteps,
         beta_schedule=args.beta_schedule,
@@ -77,6 +65,25 @@ def main(args: argparse.Namespace) -> None:
     config = PurificationConfig(diffusion_steps=min(100, steps), trained_timesteps=(0, steps))
     config.save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {unet.num_parameters():,} parameters")
+
+
+def convert(state: State, args: argparse.Namespace) -> UNet2DModel:
+    """The network, by the layout that the names of its parameters tell."""
+    if "temb.dense.0.weight" in state:
+        return convert_ddim(state, resolution=args.resolution, dropout=args.dropout)
+    if "time_embed.0.weight" in state:
+        return convert_guided_diffusion(
+            state,
+            resolution=args.resolution,
+            dropout=args.dropout,
+            num_heads=args.num_heads,
+            num_head_channels=args.num_head_channels,
+            new_attention_order=args.new_attention_order,
+        )
+    raise ValueError(
+        f"checkpoint is {str(args.checkpoint)!r}, whose first parameter is {next(iter(state))!r}, but must have "
+        "the layout of ermongroup/ddim ('temb.dense.0.weight') or guided-diffusion ('time_embed.0.weight')."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the file
@@ -97,6 +104,13 @@ def read_state(path: Path, weights: str = "ema") -> State:
         raise ValueError(
             f"checkpoint is {str(path)!r}, which is no file of weights or holds code, but must hold tensors, numbers "
             "and lists only."
+        ) from error
+    except IsADirectoryError as error:
+        raise ValueError(f"checkpoint is {str(path)!r}, which is a folder, but must be a file of weights.") from error
+    except (EOFError, RuntimeError) as error:  # that is how torch.load reports an empty file, and half a one
+        raise ValueError(
+            f"checkpoint is {str(path)!r}, which is empty, cut short or damaged, but must be a whole file of weights: "
+            "download it again."
         ) from error
     if isinstance(content, (list, tuple)):
         states = [part for part in content if _is_state(part)]
@@ -159,6 +173,8 @@ def convert_ddim(state: State, *, resolution: int, dropout: float = 0.0) -> UNet
     Its levels are counted from full resolution on the way down and up; its attention layers have one head and are 1x1
     convolutions; it downsamples with padding on the right and at the bottom.
     """
+    if not any(name.startswith("down.0.block.0.") for name in state):
+        raise _refuse("it has no blocks on the way down")
     num_levels = 1 + max(int(match[1]) for name in state if (match := re.match(r"down\.(\d+)\.", name)))
     num_blocks = 1 + max(int(match[1]) for name in state if (match := re.match(r"down\.0\.block\.(\d+)\.", name)))
     channels = [state[f"down.{level}.block.0.conv2.weight"].shape[0] for level in range(num_levels)]
@@ -299,6 +315,8 @@ def _guided_layout(state: State) -> tuple[int, int, bool]:
         len({match[1] for name in state if (match := re.match(rf"{way}_blocks\.(\d+)\.", name))})
         for way in ("input", "output")
     )
+    if outputs == 0:
+        raise _refuse("it has no blocks on the way up, as a classifier has none")
     # The last block of each level but the top one has a further part, which upsamples.
     ups = [
         int(match[1])
@@ -347,6 +365,9 @@ def _place(name: str, places: dict[str, str]) -> str:
 
 def _head_dim(widths: set[int], num_heads: int | None, num_head_channels: int | None) -> int | None:
     """Channels per head, which diffusers has one value of for the whole network; None is a single head everywhere."""
+    for name, value in (("num_heads", num_heads), ("num_head_channels", num_head_channels)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, but must be at least 1.")
     if num_head_channels is not None:
         return num_head_channels
     if num_heads is None:
@@ -370,5 +391,5 @@ def _split_qkv(tensor: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"convert_checkpoint: {error}")

@@ -2,6 +2,8 @@
 
 import math
 import re
+import runpy
+import sys
 
 import pytest
 import torch
@@ -358,6 +360,10 @@ def broken(network, changes):
         (GuidedNetwork, {"label_emb.weight": torch.zeros(10, 128)}, "conditioned on classes"),
         (GuidedNetwork, {r"(in|out)put_blocks\.\d+\.\d+\.(op|conv)\.": None}, "do not fall into levels"),
         (GuidedNetwork, {"time_embed.0.weight": torch.zeros(128, 16)}, "first level widens 16 channels to 32"),
+        (DDIMNetwork, {r"down\.": None}, "it has no blocks on the way down"),
+        (DDIMNetwork, {"conv_in.weight": None}, "its parameter 'conv_in.weight' is missing or out of place"),
+        (GuidedNetwork, {"output_blocks": None}, "it has no blocks on the way up, as a classifier has none"),
+        (GuidedNetwork, ["--num_heads", "0"], "num_heads is 0, but must be at least 1"),
         (GuidedNetwork, [], "give --num_heads or --num_head_channels"),
         (lambda: GuidedNetwork(attention=(0, 1)), ["--num_heads", "2"], r"attention layers of \[32, 64\] channels"),
     ],
@@ -368,6 +374,27 @@ def test_refusals(tmp_path, state, options, sentence):
         state, options = broken(state(), changes), ["--num_heads", "1"] if changes else options
     with pytest.raises(ValueError, match=sentence):
         convert(tmp_path, state, *options)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda path: path.write_bytes(b""), "which is empty, cut short or damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:2000]), "which is empty, cut short or damaged"),
+        (lambda path: (path.unlink(), path.mkdir()), "which is a folder, but must be a file of weights"),
+        (lambda path: path.write_text("<html>Not found</html>"), "which is no file of weights or holds code"),
+        (lambda path: path.unlink(), "No such file"),
+    ],
+    ids=["empty", "truncated", "folder", "page", "missing"],
+)
+def test_files_that_cannot_be_read_end_in_one_sentence(tmp_path, monkeypatch, damage, sentence):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"weight": torch.zeros(1000)}, path)
+    damage(path)
+    monkeypatch.setattr(sys, "argv", [convert_checkpoint.__file__, str(path), "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=sentence) as stopped:
+        runpy.run_path(convert_checkpoint.__file__, run_name="__main__")
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code  # on stderr, with exit code 1
 
 
 class Surprise:
