@@ -385,8 +385,8 @@ class _Run:
                 )
             if (self.output_dir / RECORD_NAME).exists():
                 raise ValueError(
-                    f"output_dir is {str(self.output_dir)!r}, which holds a finished purifier ({RECORD_NAME}), but must "
-                    "be another folder: it would be replaced."
+                    f"output_dir is {str(self.output_dir)!r}, which holds a finished purifier ({RECORD_NAME}), but "
+                    "must be another folder: it would be replaced."
                 )
             return
         checkpoint = find_checkpoint(self.output_dir, wanted)

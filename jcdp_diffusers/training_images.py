@@ -67,7 +67,7 @@ class ImageFiles(torch.utils.data.Dataset):
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
     def fingerprint(self) -> str:
-        """Digest of each image's id, file name and size in bytes, in order; nothing is decoded. The folder may move."""
+        """Digest of every image's id, file name and size in bytes; nothing is decoded, and the folder may move."""
         digest = hashlib.blake2b(digest_size=16)
         for row in self.dataset:
             stored, path = row["image"]["bytes"], row["image"]["path"]

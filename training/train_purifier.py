@@ -11,6 +11,7 @@ On eight GPUs, fine-tuned as in the paper (a total batch of 256), and published:
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from accelerate import PartialState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import HfApi
 
-from jcdp_diffusers.data import LabelledImages, load_images, open_dataset
+from jcdp_diffusers.data import LabelledImages, find_overlap, load_images, open_dataset
 from jcdp_diffusers.model_card import push_purifier, write_card
 from jcdp_diffusers.results import read_records
 from jcdp_diffusers.train import TrainingConfig, on_cpu, train_purifier
@@ -79,6 +80,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     config = TrainingConfig.from_arguments(args)
+    check_counts(args)
     state = PartialState(cpu=on_cpu(args.cpu))
     repo_id = args.hub_model_id or args.output_dir.resolve().name
     if args.push_to_hub and state.is_main_process:
@@ -106,9 +108,22 @@ def main(args: argparse.Namespace) -> None:
     state.destroy_process_group()
 
 
+def check_counts(args: argparse.Namespace) -> None:
+    for name, least in (("num_validation_images", 0), ("max_train_samples", 1), ("resolution", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}, but must be at least {least}.")
+
+
 def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, DDPMScheduler]:
     if args.pretrained:
-        pipe = DDPMPipeline.from_pretrained(args.pretrained, revision=args.revision)
+        try:
+            pipe = DDPMPipeline.from_pretrained(args.pretrained, revision=args.revision)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"pretrained is {args.pretrained!r}, but must be a DDPM repository on the Hub or in a folder: "
+                f"{_first_line(error)}"
+            ) from error
         return pipe.unet, pipe.scheduler
     unet = named_unet(args.unet, in_channels=args.channels, sample_size=args.resolution or 32, seed=args.seed)
     return unet, ddpm_scheduler()
@@ -145,7 +160,22 @@ def load_data(
     }
     if len(held_out) == 0:
         return images, None, description
-    return images, load_images(held_out, image_size=resolution, channels=channels), description
+    held_out = load_images(held_out, image_size=resolution, channels=channels)
+    if args.validation_dataset and isinstance(images, LabelledImages):
+        check_held_out(args, images, held_out)
+    return images, held_out, description
+
+
+def check_held_out(args: argparse.Namespace, images: LabelledImages, held_out: LabelledImages) -> None:
+    """Refuse held-out images that are trained on. Ids do not count: those of two sources may be mere row numbers."""
+    pairs = find_overlap(dataclasses.replace(images, id_space=None), held_out)
+    if len(pairs):
+        first, second = pairs[0]
+        raise ValueError(
+            f"validation_dataset is {args.validation_dataset!r}, which shares {len(set(pairs[:, 1]))} of "
+            f"{len(held_out)} images with dataset (the first is {held_out.ids[second]!r} there and "
+            f"{images.ids[first]!r} here), but must hold others."
+        )
 
 
 def read(source: str, split: str | None, args: argparse.Namespace, channels: int) -> datasets.Dataset:
@@ -162,8 +192,13 @@ def read(source: str, split: str | None, args: argparse.Namespace, channels: int
     return dataset
 
 
+def _first_line(error: Exception) -> str:
+    """Libraries explain at length; the first line says what happened."""
+    return str(error).strip().split("\n")[0]
+
+
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        sys.exit(f"train_purifier: {error}")
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"train_purifier: {_first_line(error)}")

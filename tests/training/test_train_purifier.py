@@ -268,15 +268,30 @@ def test_fine_tuning_keeps_the_schedule(tmp_path, photos, base):
 
 
 def test_from_scratch_in_grey_with_held_out_images_of_their_own(tmp_path, photos):
-    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
-    np.savez(tmp_path / "digits.npz", images=images, labels=np.zeros(12, np.int64))
+    for seed, name in enumerate(("digits", "held-out")):
+        images = np.random.default_rng(seed).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.zeros(12, np.int64))
     arguments = ["--unet", "tiny32", "--channels", "1", "--dataset", str(tmp_path / "digits.npz"), "--resolution", "8"]
-    arguments += ["--validation_dataset", str(tmp_path / "digits.npz"), "--num_validation_images", "5"]
+    arguments += ["--validation_dataset", str(tmp_path / "held-out.npz"), "--num_validation_images", "5"]
     arguments += ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "1", "--max_train_samples", "9"]
     run_here(*arguments)
     data = record(tmp_path / "out")["data"]
     assert (data["num_images"], data["num_validation_images"]) == (9, 5)
     assert DDPMPipeline.from_pretrained(tmp_path / "out").unet.config.in_channels == 1
+
+
+def test_held_out_images_that_are_trained_on_are_refused(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "one.npz", images=images[:10])
+    np.savez(tmp_path / "other.npz", images=images[7:])
+    arguments = ["--unet", "tiny32", "--resolution", "8", "--output_dir", str(tmp_path / "out")]
+    arguments += ["--dataset", str(tmp_path / "one.npz"), "--validation_dataset", str(tmp_path / "other.npz")]
+    sentence = r"other.npz', which shares 3 of 9 images with dataset \(the first is 'train/0' there and 'train/7' here"
+    with pytest.raises(ValueError, match=sentence):
+        run_here(*arguments)
+    # Of images that are left out of the training, none is trained on.
+    run_here(*arguments, "--max_train_samples", "7", "--max_train_steps", "1", "--checkpointing_steps", "1")
+    assert record(tmp_path / "out")["data"]["num_validation_images"] == 9
 
 
 def test_results_are_quoted_in_the_card(tmp_path, photos, base):
@@ -305,6 +320,16 @@ def test_unusable_images_are_left_out_when_asked(tmp_path, photos, base, capsys)
     ("arguments", "sentence"),
     [
         (["--unet", "tiny32", "--resolution", "30"], "train_purifier: sample_size is 30, but must be a multiple of 4"),
+        (
+            ["--unet", "tiny32", "--num_validation_images", "-1"],
+            "train_purifier: num_validation_images is -1, but must be at least 0",
+        ),
+        (["--unet", "tiny32", "--max_train_samples", "0"], "train_purifier: max_train_samples is 0, but must be at"),
+        (["--unet", "tiny32", "--lr_warmup_steps", "-1"], "train_purifier: lr_warmup_steps is -1, but must be at"),
+        (["--unet", "tiny32", "--trained_timesteps", "5", "9"], r"train_purifier: trained_timesteps is \(5, 9\), but"),
+        (["--pretrained", "nowhere/at/all"], "train_purifier: pretrained is 'nowhere/at/all', but must be a DDPM"),
+        (["--pretrained", "nowhere"], "train_purifier: pretrained is 'nowhere', but must be a DDPM repository"),
+        (["--pretrained", str(ROOT / "docs")], "train_purifier: pretrained is '.*docs', but must be a DDPM"),
         (["--unet", "tiny32", "--seed", "-1"], r"train_purifier: seed is -1, but must lie in \[0, 2\*\*63\)"),
         (
             ["--unet", "tiny32", "--dataset", "nowhere/at/all"],
@@ -324,6 +349,7 @@ def test_failures_are_one_sentence(tmp_path, photos, monkeypatch, arguments, sen
     ("arguments", "sentence"),
     [
         (["--unet", "huge"], "invalid choice: 'huge'"),
+        (["--unet", "tiny32", "--lr_scheduler", "sine"], "cosine_with_restarts"),
         ([], "one of the arguments --unet --pretrained is required"),
         (["--unet", "tiny32", "--pretrained", "x"], "not allowed with argument"),
     ],
