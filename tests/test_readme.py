@@ -1,0 +1,49 @@
+"""What README.md says is what the records say, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from jcdp_diffusers.cli import COMMANDS
+from jcdp_diffusers.quickstart import ROWS
+from jcdp_diffusers.results import read_records, summarise
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "results" / "cifar10_mini"
+
+
+def section(name: str) -> str:
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.DOTALL).group(1)
+
+
+def test_the_table_is_that_of_the_records():
+    rows = summarise(
+        [r for r in read_records(RESULTS / "records.jsonl") if r["what"] == "accuracy"], by=("settings.row",)
+    )
+    assert {row["settings.row"] for row in rows} == set(ROWS)
+    for row in rows:
+        line = next(
+            line for line in section("cifar10-mini").splitlines() if f"| {ROWS[row['settings.row']]} |" in line
+        )
+        cells = [cell.strip() for cell in line.split("|")[2:4]]
+        assert row["n"] >= 3 and cells == [f"{100 * row['mean']:.1f} %", f"{100 * row['std']:.1f}"]
+
+
+def test_every_link_and_picture_exists():
+    for target in re.findall(r"\]\(([^)#]+?)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_shown(command):
+    assert f"jcdp {command}" in README
+
+
+def test_the_two_commands_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([\w-]+)", README, re.MULTILINE) + re.findall(r"`make ([\w-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
