@@ -84,9 +84,12 @@ def main(args: argparse.Namespace) -> None:
     held_out = target.subset(range(args.num_held_out))
     collected = target.subset(range(args.num_held_out, len(target)))
 
-    source_dir = args.output_dir / "source"
-    if not (source_dir / RECORD_NAME).is_file():
-        train_purifier(
+    pending = {arm: kind for arm, kind in ARMS.items() if not on_record(args, arm, args.target_steps)}
+    output_dir = args.output_dir / f"seed-{args.seed}"
+    source_dir = output_dir / "source"
+    source_done = on_record(args, SOURCE, args.source_steps)
+    if not source_done or any(finetuned for finetuned, _ in pending.values()):
+        train_purifier(  # or only loads it, if it was trained before
             source,
             unet=network(),
             scheduler=ddpm_scheduler(),
@@ -94,34 +97,55 @@ def main(args: argparse.Namespace) -> None:
             config=config(args.source_steps),
             validation_images=held_out,
         )
-        write_records(args, SOURCE, json.loads((source_dir / RECORD_NAME).read_text()))
-    for arm, (finetuned, restricted) in ARMS.items():
-        output_dir = args.output_dir / arm.replace(", ", "-").replace(" ", "-")
-        if (output_dir / RECORD_NAME).is_file():
-            continue
+        if not source_done:
+            write_records(args, SOURCE, json.loads((source_dir / RECORD_NAME).read_text()))
+    for arm, (finetuned, restricted) in pending.items():
+        arm_dir = output_dir / arm.replace(", ", "-").replace(" ", "-")
         train_purifier(
             collected,
             unet=DDPMPipeline.from_pretrained(source_dir).unet if finetuned else network(),
             scheduler=ddpm_scheduler(),
-            output_dir=output_dir,
+            output_dir=arm_dir,
             config=config(args.target_steps, (0, args.first_timesteps) if restricted else None),
             validation_images=held_out,
             base_model=str(source_dir) if finetuned else None,
         )
-        write_records(args, arm, json.loads((output_dir / RECORD_NAME).read_text()))
-    plot(args.results, args.plot)
+        write_records(args, arm, json.loads((arm_dir / RECORD_NAME).read_text()))
+    plot(args)
+
+
+def described(args: argparse.Namespace) -> dict:
+    """The settings that records of one comparison share; with the seed they decide each of its curves."""
+    shared = (
+        "unet", "resolution", "num_held_out", "train_batch_size", "learning_rate", "first_timesteps",
+        "mixed_precision", "source_steps",
+    )  # fmt: skip
+    return {name: getattr(args, name) for name in shared} | {
+        "source": f"{Path(args.source).name} {args.source_split}",
+        "target": f"{Path(args.target).name} {args.target_split}",
+    }
+
+
+def curve(args: argparse.Namespace, arm: str) -> dict[int, float]:
+    """Loss by step of an arm, from the records with these settings and this seed; the last of equal steps counts."""
+    if not args.results.exists():
+        return {}
+    points = {}
+    for record in read_records(args.results):
+        settings = {"resolution": 32} | record["settings"]  # the first records do not name it
+        if record["what"] == WHAT and record["seed"] == args.seed and settings["arm"] == arm:
+            if all(settings[name] == value for name, value in described(args).items()):
+                points[settings["step"]] = record["value"]
+    return dict(sorted(points.items()))
+
+
+def on_record(args: argparse.Namespace, arm: str, steps: int) -> bool:
+    """Whether an arm's curve reaches its last step, which is written last."""
+    return steps in curve(args, arm)
 
 
 def write_records(args: argparse.Namespace, arm: str, record: dict) -> None:
     """One record per point of an arm's curve."""
-    shared = ("unet", "num_held_out", "train_batch_size", "learning_rate", "first_timesteps", "mixed_precision")
-    settings = {name: getattr(args, name) for name in shared}
-    settings |= {
-        "source": f"{Path(args.source).name} {args.source_split}",
-        "target": f"{Path(args.target).name} {args.target_split}",
-        "source_steps": args.source_steps,
-        "arm": arm,
-    }
     for point in record["validation"]:
         append_record(
             args.results,
@@ -129,35 +153,34 @@ def write_records(args: argparse.Namespace, arm: str, record: dict) -> None:
             value=point["loss"],
             seed=args.seed,
             protocol="finetune_versus_scratch",
-            settings=settings | {"step": point["step"]},
+            settings=described(args) | {"arm": arm, "step": point["step"]},
             device=record["device"],
             seconds=record["seconds"],
         )
 
 
-def plot(results: Path, path: Path) -> None:
+def plot(args: argparse.Namespace) -> None:
     """Loss against steps, one line per arm, from the records alone."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = [record for record in read_records(results) if record["what"] == WHAT]
     figure, axes = plt.subplots(figsize=(7, 4))
     for arm, (finetuned, restricted) in ARMS.items():
-        points = sorted((r["settings"]["step"], r["value"]) for r in records if r["settings"]["arm"] == arm)
+        points = curve(args, arm)
         axes.plot(
-            *zip(*points),
+            points.keys(),
+            points.values(),
             label=arm,
             color="tab:blue" if finetuned else "tab:orange",
             linestyle="-" if restricted else "--",
             marker=".",
         )
-    settings = records[-1]["settings"]
-    last = max(r["settings"]["step"] for r in records if r["settings"]["arm"] != SOURCE)
-    points = [(r["settings"]["step"], r["value"]) for r in records if r["settings"]["arm"] == SOURCE]
-    points = sorted(point for point in points if point[0] <= last)
-    axes.plot(*zip(*points), label="scratch, all timesteps, on the source's images", color="grey", linestyle=":")
+    points = {step: loss for step, loss in curve(args, SOURCE).items() if step <= args.target_steps}
+    label = "scratch, all timesteps, on the source's images"
+    axes.plot(points.keys(), points.values(), label=label, color="grey", linestyle=":")
+    settings = described(args)
     axes.set(
         xlabel=f"steps on {settings['target']} (batch {settings['train_batch_size']})",
         ylabel=f"held-out loss, t < {settings['first_timesteps']}",
@@ -167,7 +190,7 @@ def plot(results: Path, path: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(args.plot, dpi=120)
     plt.close(figure)
 
 

@@ -1,3 +1,5 @@
+import argparse
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,3 +48,14 @@ def test_every_arm_is_recorded_and_plotted(tmp_path, monkeypatch):
     # Given again, the command has nothing left to do.
     finetune_versus_scratch.main(args)
     assert len(read_records(args.results)) == len(records)
+    # What counts is the records: of a curve cut short, the points are written again, and no step is trained again.
+    lines = args.results.read_text().splitlines(keepends=True)
+    args.results.write_text("".join(lines[:-1]))
+    finetune_versus_scratch.main(args)
+    assert finetune_versus_scratch.curve(args, arms[3]) == {step: loss[arms[3], step] for step in (0, 1, 2)}
+    # Another seed or other settings are another comparison, whose records the first one's plot leaves out.
+    for name, value in (("seed", 1), ("learning_rate", 1e-3), ("resolution", 16), ("source_steps", 1)):
+        other = argparse.Namespace(**vars(args) | {name: value})
+        assert not any(finetune_versus_scratch.on_record(other, arm, 2) for arm in arms)
+    finetune_versus_scratch.main(argparse.Namespace(**vars(args) | {"seed": 1}))
+    assert finetune_versus_scratch.curve(args, arms[0]) == {step: loss[arms[0], step] for step in (0, 1, 2)}
