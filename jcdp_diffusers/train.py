@@ -404,8 +404,6 @@ class _Run:
         self.accelerator.load_state(str(checkpoint))
         # Its count of micro-batches is of the accumulation that the checkpoint had; a step of ours begins here.
         self.accelerator.step = 0
-        # Its count of micro-batches is of the accumulation that the checkpoint had; a step of ours begins here.
-        self.accelerator.step = 0
         self.ema.to(self.accelerator.device)
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.history, self.validation = saved["history"], saved["validation"]
