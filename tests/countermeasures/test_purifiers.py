@@ -73,5 +73,5 @@ def test_settings_are_the_methods(name, expected):
 
 
 def test_guides_without_their_network_are_refused(few, pipe):
-    with pytest.raises(ValueError, match="perceptual_guidance_scale is .* and needs the network 'lpips-alex'"):
+    with pytest.raises(ValueError, match="perceptual_guidance_scale is .* and needs 'lpips-alex'"):
         countermeasures.get("jcdp").prepare(few, purifier=pipe)
