@@ -411,7 +411,7 @@ def _open(
         return (dataset.to_iterable_dataset() if streaming else dataset), arrays.id_space
     id_space = None
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        split = _choose_split(source, split, source)
+        split = choose_split(source, split, source)
         dataset = source[split]
     elif isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         dataset, split = source, split or str(source.split or "train")
@@ -422,7 +422,7 @@ def _open(
         )
     elif Path(source).exists():
         id_space = str(Path(source).resolve())
-        files = _parquet_files(Path(source))
+        files = parquet_files(Path(source))
         opener = _open_parquet if files else _open_image_folder
         dataset, split = opener(Path(source), files, split, streaming)
     else:
@@ -549,7 +549,8 @@ def _stored_images(values: dict, images: tuple[str, ...]) -> dict:
     return stored
 
 
-def _choose_split(splits: Sequence[str] | Mapping, split: str | None, source: Any) -> str:
+def choose_split(splits: Sequence[str] | Mapping, split: str | None, source: Any) -> str:
+    """The split that was asked for, or the only one there is; `source` is named in the error."""
     if split is None and len(splits) == 1:
         return next(iter(splits))
     if split is None:
@@ -579,7 +580,7 @@ def _open_hub(source: str, split: str | None, streaming: bool):
     config = config or None
     if split is None:
         splits = _from_hub(source, lambda: datasets.get_dataset_split_names(name, config))
-        split = _choose_split(splits, None, source)
+        split = choose_split(splits, None, source)
     return _from_hub(source, lambda: datasets.load_dataset(name, config, split=split, streaming=streaming)), split
 
 
@@ -592,7 +593,8 @@ def _from_hub(source: str, load: Callable):
         ) from error
 
 
-def _parquet_files(source: Path) -> list[Path]:
+def parquet_files(source: Path) -> list[Path]:
+    """The Parquet files of a folder (or the file itself) in order; empty if there are none."""
     if source.is_file():
         return [source] if source.suffix == ".parquet" else []
     for pattern in ("*.parquet", "**/*.parquet"):
@@ -606,8 +608,8 @@ def _parquet_files(source: Path) -> list[Path]:
 def _open_parquet(source: Path, files: list[Path], split: str | None, streaming: bool):
     splits: dict[str, list[Path]] = {}
     for file in files:
-        splits.setdefault(_split_of(file), []).append(file)
-    split = _choose_split(splits, split, source)
+        splits.setdefault(split_of(file), []).append(file)
+    split = choose_split(splits, split, source)
     files = splits[split]
     _check_shards_complete(source, files)
     rows = _rows_of_each(files)
@@ -664,7 +666,8 @@ def _undecoded(feature):
     return datasets.Image(decode=False) if isinstance(feature, datasets.Image) else feature
 
 
-def _split_of(file: Path) -> str:
+def split_of(file: Path) -> str:
+    """The split that a Parquet file belongs to, by its name."""
     shard = re.fullmatch(r"(\w+(?:\.\w+)*)-\d+(-of-\d+)?(-[0-9a-f]+)?", file.stem)
     if shard:
         return shard[1]
@@ -701,7 +704,7 @@ def _open_image_folder(source: Path, files: list[Path], split: str | None, strea
     has_images = any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries)
     in_splits = bool(folders) and set(folders) <= set(SPLIT_NAMES) and not has_images
     splits = {name: source / name for name in folders} if in_splits else {"train": source}
-    split = _choose_split(splits, split, source)
+    split = choose_split(splits, split, source)
     # Every split's classes count, or a class that one split lacks would shift the labels there.
     images = {name: _image_files(folder) for name, folder in splits.items()}
     classes = sorted({path.parts[0] for paths in images.values() for path in paths if len(path.parts) > 1})

@@ -67,9 +67,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _exclude_from_cpu_offload = [
-        "perceptual"
-    ]  # called at every step: moving it in and out would cost more than its work
+    # Called at every step: moving it in and out would cost more than its work.
+    _exclude_from_cpu_offload = ["perceptual"]
     _optional_components = ["perceptual"]
     _callback_tensor_inputs = ["sample"]
 
@@ -349,12 +348,10 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 slope = perceptual_gradient(sample, reference, self.perceptual)
                 slope.mul_(factor * config.perceptual_guidance_scale)
                 gradient = slope if gradient is None else gradient.add_(slope)
-        last = scheduler.previous_timestep(timestep) < 0
-        variance_noise = None if last else draw_noise("variance")
-        if (
-            last and timestep > 0
-        ):  # a single evaluation per round ends above t = 0, where the scheduler would add noise
-            variance_noise = torch.zeros_like(sample)
+        if scheduler.previous_timestep(timestep) >= 0:
+            variance_noise = draw_noise("variance")
+        else:  # the last step adds none; a single evaluation per round ends above t = 0, where diffusers would
+            variance_noise = None if timestep == 0 else torch.zeros_like(sample)
         previous = scheduler.step(prediction, timestep, sample, gradient=gradient, variance_noise=variance_noise)
         return previous.prev_sample, chain_bar
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .data import _choose_split, _parquet_files, _split_of, open_dataset
+from .data import choose_split, open_dataset, parquet_files, split_of
 from .shards import digest
 
 
@@ -79,7 +79,7 @@ def open_rows(
     """
     columns = {"image_column": image_column, "label_column": label_column, "id_column": id_column}
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
-    if isinstance(source, (str, os.PathLike)) and Path(source).exists() and _parquet_files(Path(source)):
+    if isinstance(source, (str, os.PathLike)) and Path(source).exists() and parquet_files(Path(source)):
         return _parquet_rows(Path(source), split, columns)
     dataset = open_dataset(source, split=split, streaming=streaming, **columns)
     split = re.match(r"[\w.]+", split or str(dataset.split or "train"))[0]  # "train" of "train[:100]"
@@ -103,9 +103,9 @@ def open_rows(
 
 def _parquet_rows(source: Path, split: str | None, columns: dict) -> Rows:
     features = open_dataset(source, split=split, streaming=True, **columns).features  # and all of its checks
-    files = _parquet_files(source)
-    split = _choose_split({_split_of(file): None for file in files}, split, source)
-    files = [file for file in files if _split_of(file) == split]
+    files = parquet_files(source)
+    split = choose_split({split_of(file): None for file in files}, split, source)
+    files = [file for file in files if split_of(file) == split]
     ends = list(itertools.accumulate(pq.read_metadata(file).num_rows for file in files))
     numbered = columns["id_column"] is None and "id" not in pq.read_schema(files[0]).names
 
