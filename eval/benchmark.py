@@ -29,6 +29,7 @@ from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.data_checks import check_purifier, check_separation, check_sets, few_of_each_class
 from jcdp_diffusers.perceptual import LPIPSModel
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
+from jcdp_diffusers.poisons.control import shuffled
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.quickstart import digits
@@ -41,6 +42,7 @@ from jcdp_diffusers.victims.supervised import RECIPES, Recipe
 
 DIGITS = (900, 500, 397)
 SMOKE_IMAGES = 200
+CONTROL = "-control"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Grid:
         data (`str` or `dict`): `"digits"`, the digits that ship with scikit-learn; or by role (`protected`,
             `collected`, `test`) a dict of `source`, and where needed `split`, `first` and `count` (rows in order),
             `image_size` and `channels`; and `name`, what records call the data.
-        poisons (`list`): Of `poisons.NAMES`, or `none` for clean images.
+        poisons (`list`): Of `poisons.NAMES`; `none` for clean images; or a poison's name with `-control`, for noise of
+            the same size that means nothing (`poisons.control`).
         countermeasures (`list`): Names of `countermeasures`, or dicts of `use` (a name), `as` (what the column is
             called) and fields of `PurificationConfig` that replace the countermeasure's own.
         protocol (`str`): The victims' recipe.
@@ -89,8 +92,11 @@ class Grid:
 
     def __post_init__(self):
         for entry in self.poisons:
-            if entry != "none" and entry not in poisons.NAMES:
-                raise ValueError(f"poisons has {entry!r}, but accepted are none, {', '.join(poisons.NAMES)}.")
+            if entry != "none" and entry.removesuffix(CONTROL) not in poisons.NAMES:
+                raise ValueError(
+                    f"poisons has {entry!r}, but accepted are none, {', '.join(poisons.NAMES)}, and these with "
+                    f"{CONTROL} behind them."
+                )
         for column in self.countermeasures:
             countermeasures.get(column["use"] if isinstance(column, dict) else column)
         for victim in self.victims:
@@ -281,16 +287,22 @@ def _once(claims: Claims, name: str, is_done: Callable[[], bool], do: Callable[[
             time.sleep(1)
 
 
-def _protect(clean, name: str, grid: Grid, output_dir: Path, claims: Claims, device) -> tuple[LabelledImages, dict]:
-    """The protected images, made once and kept, and what their card says."""
+def _protect(clean, entry: str, grid: Grid, output_dir: Path, claims: Claims, device) -> tuple[LabelledImages, dict]:
+    """The protected images, made once and kept, and what their card says; or the control made from them."""
+    name = entry.removesuffix(CONTROL)
     preset = "smoke" if grid.full_recipe.smoke else grid.poison_preset
     folder = output_dir / "poisons" / f"{name}-{preset}-{grid.poison_seed}-{describe_images(clean)['content'][:8]}"
     options = {"method": name, "preset": preset, "seed": grid.poison_seed, "device": device, "source": None}
     _once(claims, folder.name, (folder / "README.md").exists, lambda: protect_dataset(clean, folder, **options))
     data = protect_dataset(clean, folder, **options)
     card = read_card(folder)
-    facts = {"poison_preset": preset, "poison_seed": grid.poison_seed, "poison_norms": card["measured"]}
-    return clean.with_images(data.images), facts
+    facts = {"poison_preset": preset, "poison_seed": grid.poison_seed, "poison_settings": card["settings"]}
+    protected = clean.with_images(data.images)
+    if entry.endswith(CONTROL):
+        noise = shuffled(protected.tensor() - clean.tensor(), seed=grid.poison_seed)
+        protected = clean.with_images(poisons.apply_perturbation(clean.images, noise))
+        return protected, facts | {"poison_norms": poisons.measured_norms(clean.images, protected.images)}
+    return protected, facts | {"poison_norms": card["measured"], "poison_seconds": card["seconds"]}
 
 
 def _train(collected, grid: Grid, output_dir: Path, claims: Claims, device, say) -> Path:

@@ -25,6 +25,7 @@ from .model_card import REPOSITORY_FILES
 from .noise import content_id, image_keys, normal_noise
 from .perceptual import LPIPSModel
 from .purification_config import CONFIG_NAME, PRESETS, PurificationConfig
+from .scheduling_guided_ddim import GuidedDDIMScheduler
 from .scheduling_guided_ddpm import GuidedDDPMScheduler
 
 
@@ -172,6 +173,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         perceptual_guidance_window: tuple[int, int] | None = None,
         reference: str | None = None,
         variance_type: str | None = None,
+        sampler: str | None = None,
         seed: int | None = None,
         ids: list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -201,7 +203,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             num_rounds (`int`, *optional*): N.
             pixel_guidance_scale, perceptual_guidance_scale (`float`, *optional*): Scales of the guides; 0 costs
                 nothing.
-            guidance_strength, pixel_guidance_window, perceptual_guidance_window, reference, variance_type
+            guidance_strength, pixel_guidance_window, perceptual_guidance_window, reference, variance_type, sampler
             (*optional*):
                 As in `PurificationConfig`.
             seed (`int`, *optional*): Of the noise; drawn and returned if neither seed nor generator is given.
@@ -234,6 +236,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             perceptual_guidance_window=perceptual_guidance_window,
             reference=reference,
             variance_type=variance_type,
+            sampler=sampler,
         )
         config = self.resolve_config(preset, **overrides)
         device = self._execution_device
@@ -348,10 +351,12 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 slope = perceptual_gradient(sample, reference, self.perceptual)
                 slope.mul_(factor * config.perceptual_guidance_scale)
                 gradient = slope if gradient is None else gradient.add_(slope)
-        if scheduler.previous_timestep(timestep) >= 0:
-            variance_noise = draw_noise("variance")
-        else:  # the last step adds none; a single evaluation per round ends above t = 0, where diffusers would
-            variance_noise = None if timestep == 0 else torch.zeros_like(sample)
+        variance_noise = None
+        if scheduler.draws_noise:
+            if scheduler.previous_timestep(timestep) >= 0:
+                variance_noise = draw_noise("variance")
+            elif timestep > 0:  # the last of few evaluations goes to x_0, but diffusers would add noise above t = 0
+                variance_noise = torch.zeros_like(sample)
         previous = scheduler.step(prediction, timestep, sample, gradient=gradient, variance_noise=variance_noise)
         return previous.prev_sample, chain_bar
 
@@ -420,11 +425,12 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         return config
 
     def prepare_scheduler(self, config: PurificationConfig) -> DDPMScheduler:
-        """A copy of the scheduler for one call: its variance type, and timesteps from T_p - 1 down to 0."""
+        """A copy of the scheduler for one call: its sampler and variance type, and the timesteps from T_p - 1 on."""
         changes = {} if config.variance_type is None else {"variance_type": config.variance_type}
-        scheduler = type(self.scheduler).from_config(settings_of(self.scheduler), **changes)
-        timesteps = np.linspace(config.diffusion_steps - 1, 0, config.evaluations_per_round).round().astype(int)
-        scheduler.set_timesteps(timesteps=timesteps.tolist())
+        kind = GuidedDDIMScheduler if config.sampler == "ddim" else type(self.scheduler)
+        scheduler = kind.from_config(settings_of(self.scheduler), **changes)
+        steps, evaluations = config.diffusion_steps, config.evaluations_per_round
+        scheduler.set_timesteps(timesteps=[round(steps * (1 - k / evaluations)) - 1 for k in range(evaluations)])
         return scheduler
 
     def prepare_noise(self, shape, count, seed, ids, generator, device) -> Callable:

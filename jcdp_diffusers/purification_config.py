@@ -13,6 +13,7 @@ from .guidance import STRENGTHS
 
 CONFIG_NAME = "purification_config.json"
 REFERENCES = ("chain", "fresh")
+SAMPLERS = ("ddpm", "ddim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,8 @@ class PurificationConfig:
 
     Args:
         diffusion_steps (`int`): T_p, the number of forward steps: images are diffused to the level alpha_bar[T_p - 1].
-        num_inference_steps (`int`, *optional*): UNet evaluations per round, spread evenly from T_p - 1 down to 0; None
-            is T_p.
+        num_inference_steps (`int`, *optional*): UNet evaluations E per round, at the timesteps T_p (1 - k / E) - 1,
+            rounded, for k = 0 ... E - 1; the last one ends the round. None is T_p.
         num_rounds (`int`): N, how often the image is diffused and denoised again.
         pixel_guidance_scale (`float`): Scale of the pixel guide (gradient of the per-image mean squared error); 0 is
             off.
@@ -41,6 +42,8 @@ class PurificationConfig:
         final_variance_factor (`float`): Factor on the guidance at t = 0, where variance conventions differ.
         variance_type (`str`, *optional*): `"fixed_small"` or `"fixed_large"`; None keeps the repository's scheduler as
             it is at stride 1 and takes `"fixed_small"`, the posterior's own variance, when steps are left out.
+        sampler (`str`): `"ddpm"`, the stochastic reverse process; or `"ddim"`, the deterministic one
+            (`GuidedDDIMScheduler`), which draws no noise after the start.
         perceptual_network (`str`, *optional*): `LPIPSModel.name` that the perceptual scale was tuned for.
         trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) that the
             network was trained on; a T_p beyond it is refused. None is the whole schedule.
@@ -58,6 +61,7 @@ class PurificationConfig:
     start_one_level_higher: bool = False
     final_variance_factor: float = 1.0
     variance_type: str | None = None
+    sampler: str = "ddpm"
     perceptual_network: str | None = None
     trained_timesteps: tuple[int, int] | None = None
 
@@ -85,6 +89,7 @@ class PurificationConfig:
             ("guidance_strength", STRENGTHS),
             ("reference", REFERENCES),
             ("variance_type", (None, "fixed_small", "fixed_large")),
+            ("sampler", SAMPLERS),
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {accepted}.")

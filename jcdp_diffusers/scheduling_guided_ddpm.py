@@ -17,6 +17,8 @@ class GuidedDDPMScheduler(DDPMScheduler):
     2021) in general. There is no new configuration key, so the two classes read each other's `scheduler_config.json`.
     """
 
+    draws_noise = True  # whether a step before the last needs `variance_noise`
+
     def step(
         self,
         model_output: torch.Tensor,
@@ -66,10 +68,21 @@ class GuidedDDPMScheduler(DDPMScheduler):
 
     def _posterior_mean(self, model_output, timestep, sample) -> DDPMSchedulerOutput:
         """Mean of q(x_{t-1} | x_t, x_0) at the predicted x_0: equations (7) and (15) of Ho et al., 2020."""
-        previous = self.previous_timestep(timestep)
-        bar = self.alphas_cumprod[timestep]
-        bar_previous = self.alphas_cumprod[previous] if previous >= 0 else self.one
+        bar, bar_previous = self._bars(timestep)
         alpha = bar / bar_previous
+        original = self._predicted_original(model_output, timestep, sample)
+        mean = bar_previous.sqrt() * (1 - alpha) / (1 - bar) * original
+        mean = mean + alpha.sqrt() * (1 - bar_previous) / (1 - bar) * sample
+        return DDPMSchedulerOutput(prev_sample=mean, pred_original_sample=original)
+
+    def _bars(self, timestep) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha_bar at t and at the timestep that this run goes to next, 1 at its end."""
+        previous = self.previous_timestep(timestep)
+        return self.alphas_cumprod[timestep], self.alphas_cumprod[previous] if previous >= 0 else self.one
+
+    def _predicted_original(self, model_output, timestep, sample) -> torch.Tensor:
+        """x_0 by the network's prediction, clipped as the configuration says."""
+        bar = self.alphas_cumprod[timestep]
         if self.config.prediction_type == "epsilon":
             original = (sample - (1 - bar).sqrt() * model_output) / bar.sqrt()
         elif self.config.prediction_type == "v_prediction":
@@ -80,6 +93,4 @@ class GuidedDDPMScheduler(DDPMScheduler):
             original = self._threshold_sample(original)
         elif self.config.clip_sample:
             original = original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        mean = bar_previous.sqrt() * (1 - alpha) / (1 - bar) * original
-        mean = mean + alpha.sqrt() * (1 - bar_previous) / (1 - bar) * sample
-        return DDPMSchedulerOutput(prev_sample=mean, pred_original_sample=original)
+        return original

@@ -17,6 +17,7 @@ from jcdp_diffusers import (
     JointConditionalPurificationPipeline,
     LPIPSModel,
     PurificationConfig,
+    pipeline_jcdp,
 )
 from jcdp_diffusers.noise import image_keys, normal_noise
 
@@ -321,7 +322,7 @@ class TestMethod:
         plain(photos(1), diffusion_steps=5, pixel_guidance_scale=1.0, pixel_guidance_window=(1, 2), seed=0)
         assert drawn.count("reference") == 2
 
-    def test_respaced_steps_run_from_the_start_level_to_zero(self, plain):
+    def test_respaced_steps_begin_at_the_start_level(self, plain):
         seen = []
         plain(
             photos(1),
@@ -330,12 +331,12 @@ class TestMethod:
             seed=0,
             callback_on_step_end=lambda pipe, step, t, tensors: seen.append(t),
         )
-        assert seen == [99, 74, 50, 25, 0]
+        assert seen == [99, 79, 59, 39, 19]
 
-    def test_leaving_steps_out_leaves_no_noise_behind(self):
+    def test_leaving_steps_out_keeps_the_noise_at_its_level(self):
         """
-        With the exact noise predictor of a constant image the result is that image, up to sqrt(beta_0), when steps are
-        left out, too; with the larger variance it is not: the last stride's noise stays.
+        With the exact noise predictor of a constant image, x_9 holds noise of the level of t = 9 when steps are left
+        out, too; with the larger variance it holds more than the network was told.
         """
 
         class Exact(ZeroUNet):
@@ -353,9 +354,33 @@ class TestMethod:
 
         settings = dict(diffusion_steps=100, num_inference_steps=10, seed=0, callback_on_step_end=remember)
         pipe(photos(4) * 0 + 0.6, **settings)
-        assert seen[11] < 1.5e-2  # the level of t = 0: sqrt(1 - alpha_bar_0) = 0.01
+        level = (1 - DDPMScheduler().alphas_cumprod[9].item()) ** 0.5
+        assert seen[19] == pytest.approx(level, rel=0.03)
+        assert seen[9] == pytest.approx(0, abs=1e-6)  # the last step goes to x_0, without noise
         pipe(photos(4) * 0 + 0.6, variance_type="fixed_large", **settings)
-        assert seen[11] > 4e-2
+        assert seen[19] > 1.3 * level
+
+    def test_ddim_draws_noise_for_the_start_alone(self, plain, monkeypatch):
+        uses = []
+        draw = pipeline_jcdp.normal_noise
+        monkeypatch.setattr(
+            pipeline_jcdp,
+            "normal_noise",
+            lambda *args, **options: (uses.append(options["use"]), draw(*args, **options))[1],
+        )
+        settings = dict(diffusion_steps=20, num_inference_steps=4, sampler="ddim", ids=["a", "b"], output_type="pt")
+        first = plain(photos(2), seed=0, **settings).images
+        assert uses == ["start"]
+        assert torch.equal(first, plain(photos(2), seed=0, **settings).images)
+        assert not torch.equal(first, plain(photos(2), seed=1, **settings).images)
+        stochastic = plain(photos(2), seed=0, **settings | {"sampler": "ddpm"}).images
+        assert not torch.equal(first, stochastic)
+
+    def test_ddim_is_guided_too(self, pipe):
+        settings = GUIDED | dict(seed=0, ids=["a", "b"], output_type="pt", sampler="ddim")
+        guided = pipe(photos(2), **settings).images
+        alone = pipe(photos(2), **settings | dict(pixel_guidance_scale=0.0, perceptual_guidance_scale=0.0)).images
+        assert not torch.equal(guided, alone)
 
     def test_float32_state_around_a_bfloat16_unet(self, pipe):
         settings = GUIDED | dict(seed=0, output_type="pt")
