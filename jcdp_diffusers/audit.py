@@ -39,7 +39,7 @@ from .data_checks import (
 )
 from .dataset_card import SUMMARY_NAME
 from .model_card import RECORD_NAME
-from .pipeline_jcdp import JointConditionalPurificationPipeline
+from .placement import open_purifier
 from .purification_config import PurificationConfig
 from .purify import purify_dataset
 from .report import write_report
@@ -184,7 +184,7 @@ def audit(
         plan = plan or plan_for(collected, device, recipe.smoke)
         purifier = output_dir / "purifier"
         _train(collected, plan, purifier, seed, device, records, recipe, say)
-    pipe = JointConditionalPurificationPipeline.from_pretrained(purifier).to(device)
+    pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
     check_purifier(pipe, protected)
     config = pipe.resolve_config(plan.purification if preset is None and plan is not None else preset)
     for part in (part for measure in measures for part in measure.parts or (measure,)):

@@ -27,6 +27,7 @@ from . import countermeasures
 from .data import LabelledImages
 from .purification_config import PurificationConfig
 from .results import append_record, read_records
+from .run_record import RUN_NAME
 from .shards import Claims
 from .victims.supervised import Recipe, train_victim
 
@@ -205,6 +206,7 @@ def measure_cell(cell: Cell, records: Path, device: torch.device) -> float:
         "prepare_seconds": round(_seconds_of_work(work_dir, prepared.seconds), 2),
         "precision": result.settings["precision"],
         "threads": result.settings["threads"],
+        "purified_in": _precision_of_purification(work_dir),
     }
     append_record(records, what="victim", value=details, **common)
     append_record(records, what="accuracy", value=result.accuracy, **common)
@@ -299,6 +301,12 @@ def _seconds_of_work(work_dir: Path | None, seconds: float) -> float:
     if not summaries:
         return seconds
     return sum(json.loads(path.read_text())["seconds_of_work"] for path in summaries)
+
+
+def _precision_of_purification(work_dir: Path | None) -> str | None:
+    """The type that the purifier ran in; None where nothing was purified, or the images were not kept."""
+    runs = [] if work_dir is None else sorted(work_dir.glob(f"*/{RUN_NAME}"))
+    return json.loads(runs[0].read_text())["arithmetic"]["dtype"] if runs else None
 
 
 def _hash(text: bytes) -> str:

@@ -32,6 +32,7 @@ from huggingface_hub import HfApi
 from .dataset_card import SUMMARY_NAME, dataset_card, summarise_shards
 from .perceptual import LPIPSModel
 from .pipeline_jcdp import JointConditionalPurificationPipeline
+from .placement import PRECISIONS, open_purifier
 from .progress import Progress
 from .purification_config import PRESETS, PurificationConfig
 from .rows import Rows, open_rows
@@ -367,7 +368,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--threads", type=int, help="of each process on a CPU, a power of two")
     work.add_argument("--num_workers", type=int, help="processes that decode and encode images")
     work.add_argument("--device", help="cuda if there is one")
-    work.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the UNet")
+    work.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="of the UNet; auto: bfloat16 where the device has it"
+    )
+    work.add_argument("--compile", action="store_true", help="compile the UNet, which takes minutes and pays on a GPU")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -377,10 +381,15 @@ def run(args: argparse.Namespace) -> None:
     cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     options = {} if args.perceptual is None else {"perceptual": load_perceptual(args.perceptual)}
     try:
-        pipe = JointConditionalPurificationPipeline.from_pretrained(
-            args.purifier, revision=args.revision, dtype=getattr(torch, args.dtype), **options
-        ).to(args.device or cuda)
-        pipe.unet.to(memory_format=torch.channels_last)
+        pipe = open_purifier(
+            args.purifier,
+            args.device or cuda,
+            output_dir=args.output,
+            precision=args.precision,
+            compiled=args.compile,
+            revision=args.revision,
+            **options,
+        )
         summary = purify_to_folder(
             args.dataset,
             pipe,

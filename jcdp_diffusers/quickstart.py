@@ -21,7 +21,7 @@ import torch
 
 from . import poisons
 from .data import LabelledImages, check_roles, load_images, to_uint8, write_dataset
-from .pipeline_jcdp import JointConditionalPurificationPipeline
+from .placement import open_purifier
 from .purification_config import PurificationConfig
 from .purify import purify_dataset
 from .results import append_record, read_records, summarise
@@ -222,7 +222,7 @@ def run_quickstart(
 
     calls = story.purification.evaluations_per_image
     say(f"Purifying: T_p {story.purification.diffusion_steps}, {calls} UNet evaluations per image")
-    pipe = JointConditionalPurificationPipeline.from_pretrained(purifier).to(device)
+    pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
     guide = "no guide (a perceptual network would have to be downloaded)"
     stage = settings | {"stage": "purify", "purification": dataclasses.asdict(story.purification)}
     start = time.perf_counter()

@@ -54,13 +54,9 @@ def describe_run(
 ) -> dict:
     """A run as asked for: None where it is left to the record, or to `settle_run` if there is none."""
     device = pipe._execution_device
+    compiled = pipe.unet._compiled_call_impl is not None
     return {
-        "purifier": {**_name_and_revision(pipe), "content": content_of(pipe, config)},
-        "settings": dataclasses.asdict(config),
-        "seed": seed,
-        "source": {"name": _public(rows.name), "split": rows.split, "rows": rows.length, "content": rows.fingerprint},
-        "sizes": {"image_size": image_size, "fit": fit, "tile_overlap": overlap if fit == "tile" else None},
-        "shards": {"count": shards, "rows_per_shard": rows_per_shard},
+        # First, because another type of the weights is another content, too, and the sentence should name the cause.
         "arithmetic": {
             "device": device.type,
             "dtype": str(pipe.unet.dtype).removeprefix("torch."),
@@ -68,7 +64,14 @@ def describe_run(
             "threads": threads if device.type == "cpu" else None,
             "channels_last": pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last),
             "tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
+            **({"compiled": True} if compiled else {}),
         },
+        "purifier": {**_name_and_revision(pipe), "content": content_of(pipe, config)},
+        "settings": dataclasses.asdict(config),
+        "seed": seed,
+        "source": {"name": _public(rows.name), "split": rows.split, "rows": rows.length, "content": rows.fingerprint},
+        "sizes": {"image_size": image_size, "fit": fit, "tile_overlap": overlap if fit == "tile" else None},
+        "shards": {"count": shards, "rows_per_shard": rows_per_shard},
         "packages": package_versions(),
     }
 
@@ -100,7 +103,7 @@ def settle_run(output_dir: Path, run: dict) -> dict:
         for name in set(packages) - set(PACKAGES_OF_PIXELS):
             del packages[name]
     asked, present = _flat(wanted), _flat(recorded)
-    for key in {**present, **asked}:
+    for key in {**asked, **present}:
         if key not in INFORMATION and asked.get(key) != present.get(key):
             raise ValueError(
                 f"output_dir {os.fspath(output_dir)!r} holds a run whose {' '.join(key)} is {present.get(key)!r}, but "

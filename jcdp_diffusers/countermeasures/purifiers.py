@@ -12,6 +12,7 @@ from pathlib import Path
 from jcdp_diffusers.countermeasures import Context, Countermeasure
 from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
+from jcdp_diffusers.placement import open_purifier
 from jcdp_diffusers.purification_config import PRESETS, PurificationConfig
 from jcdp_diffusers.purify import purify_to_folder
 
@@ -34,17 +35,18 @@ def purify(
     Args:
         data: images of any size; see `purify_to_folder`.
         config: settings, or the name of a preset.
-        context: its `purifier` purifies, with noise from its `seed`; the images are kept in its `checkpoint_dir`.
+        context: its `purifier` purifies, with noise from its `seed`; the images are kept in its `checkpoint_dir`. A
+            folder or Hub id is placed as suits the device, a pipeline runs as it is.
         name: of the folder within `checkpoint_dir`.
 
     Returns:
         The same rows in the same order.
     """
     pipe = context.purifier
-    if not isinstance(pipe, JointConditionalPurificationPipeline):
-        pipe = JointConditionalPurificationPipeline.from_pretrained(pipe).to(context.device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(context.checkpoint_dir or temporary) / f"{name}-{context.seed}"
+        if not isinstance(pipe, JointConditionalPurificationPipeline):
+            pipe = open_purifier(pipe, context.device, output_dir=folder)
         purify_to_folder(data, pipe, output_dir=folder, seed=context.seed, preset=config, progress=context.progress)
         purified = load_images(folder, channels=data.images.shape[3])
     if purified.ids != data.ids:

@@ -49,6 +49,7 @@ from torch.nn import functional as F
 
 from jcdp_diffusers import victims
 from jcdp_diffusers.data import LabelledImages
+from jcdp_diffusers.placement import has_bfloat16
 
 
 SCHEDULES = ("steps", "cosine", "one_cycle")
@@ -258,7 +259,7 @@ def train_victim(
             "test_images": len(test),
             "recipe": asdict(recipe),
             "hooks": [type(hook).__name__ for hook in hooks],
-            "precision": "bfloat16" if _runs_in_bfloat16(recipe.bfloat16, device) else "float32",
+            "precision": "bfloat16" if recipe.bfloat16 and has_bfloat16(device) else "float32",
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "smoke": recipe.smoke,
         },
@@ -481,17 +482,8 @@ def _scheduler(
     )
 
 
-def _runs_in_bfloat16(wanted: bool, device: torch.device) -> bool:
-    if not wanted:
-        return False
-    if device.type == "cpu":
-        # Without these instructions bfloat16 is emulated and slower than float32.
-        return torch.cpu._is_avx512_bf16_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def _autocast(wanted: bool, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=_runs_in_bfloat16(wanted, device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bfloat16(device))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from tiny import tiny_unet
 
 from jcdp_diffusers import PRESETS, JointConditionalPurificationPipeline, PurificationConfig, countermeasures
 from jcdp_diffusers.data import to_uint8
+from jcdp_diffusers.placement import place
 
 
 SHORT = PurificationConfig(diffusion_steps=4, num_inference_steps=2)
@@ -44,7 +45,9 @@ def test_depends_on_seed_and_settings(few, pipe):
 
 def test_takes_a_folder(few, pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    assert np.array_equal(purified("unconditional", few, tmp_path).images, purified("unconditional", few, pipe).images)
+    placed = place(JointConditionalPurificationPipeline.from_pretrained(tmp_path), "cpu")
+    from_folder = purified("unconditional", few, tmp_path).images
+    assert np.array_equal(from_folder, purified("unconditional", few, placed).images)
 
 
 def test_keeps_its_work_and_knows_it_again(few, pipe, tmp_path):
