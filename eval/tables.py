@@ -2,6 +2,7 @@
 Tables from records: what a grid measured, and the paper's tables with our figures beside the published ones.
 
     python eval/tables.py grid --records DIR/records.jsonl
+    python eval/tables.py poisons --records DIR/records.jsonl
     python eval/tables.py paper --records DIR/records.jsonl [--table 1]
 
 A figure stands in a table only if it is on record. Records of the two assignments of roles are never in one table, and
@@ -15,13 +16,22 @@ from pathlib import Path
 
 import yaml
 
-from jcdp_diffusers import countermeasures
 from jcdp_diffusers.results import read_records
 
 
 NOT_MEASURED = "n.m."
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
-POISONS = {"emn": "EMN", "emn-class": "EMN(C)", "remn": "REMN", "lsp": "LSP", "tap": "TAP", "ops": "OPS", "ar": "AR"}
+POISONS = {
+    "emn": "EMN",
+    "emn-class": "EMN(C)",
+    "remn": "REMN",
+    "lsp": "LSP",
+    "tap": "TAP",
+    "ops": "OPS",
+    "ar": "AR",
+    "cuda": "CUDA",
+}
+CONTROL = "-control"  # eval/benchmark.py
 COLUMNS = {
     "none": "vanilla",
     "avatar": "AVATAR",
@@ -56,7 +66,7 @@ class Measured:
     def __init__(self, records: Iterable[Mapping], *, roles: str = "disjoint", victim: str = "resnet18", smoke=False):
         records = [
             record
-            for record in map(in_the_words_of_a_grid, records)
+            for record in records
             if "column" in record["settings"]
             and record["settings"].get("roles", roles) == roles
             and record["settings"]["victim"] == victim
@@ -102,12 +112,19 @@ class Measured:
         """Per cent, one figure per seed; empty if not measured. `collected` is the data set's own if not given."""
         return [100 * record["value"] for record in self._find(self._accuracies, dataset, poison, column, **others)]
 
+    def training_accuracies(self, dataset, poison, column) -> list[float]:
+        """Per cent, on the images that the victim was trained on, one figure per seed."""
+        found = self._find(self._details, dataset, poison, column)
+        return [100 * record["value"]["train_accuracy"] for record in found]
+
+    def settings(self, dataset, poison, column) -> Mapping:
+        """What the first seed's record says about its cell; empty if not measured."""
+        found = self._find(self._accuracies, dataset, poison, column)
+        return found[0]["settings"] if found else {}
+
     def seconds(self, dataset, poison, column, name: str) -> float | None:
         """Mean over seeds of `train_seconds`, or `prepare_seconds`."""
         values = [record["value"][name] for record in self._find(self._details, dataset, poison, column)]
-        if not values:  # records of eval/countermeasures.py carry the costs themselves
-            found = self._find(self._accuracies, dataset, poison, column)
-            values = [record["settings"][name] for record in found if name in record["settings"]]
         return statistics.fmean(values) if values else None
 
     def _find(self, groups, dataset, poison, column, collected=None, purifier_origin=None, purifier_steps=None):
@@ -118,28 +135,9 @@ class Measured:
         return []
 
 
-def in_the_words_of_a_grid(record: Mapping) -> Mapping:
-    """A record of eval/countermeasures.py as eval/benchmark.py would have written it; others as they are."""
-    settings = record["settings"]
-    if "column" in settings or not {"countermeasure", "train_images"} <= settings.keys():
-        return record
-    if countermeasures.get(settings["countermeasure"]).needs_purifier and "roles" not in settings:
-        return record  # what trained its purifier is not on record
-    return record | {
-        "settings": settings
-        | {
-            "column": settings["countermeasure"],
-            "collected": settings["dataset"],
-            "poison": settings["poison"] or "none",
-            "train": {"images": settings["train_images"]},
-            "train_seconds": record["seconds"],
-        }
-    }
-
-
 def grid_table(measured: Measured, dataset: str) -> str:
     """Everything that was measured on one data set: a row per countermeasure, a column per poison, and the costs."""
-    poisons = [name for name in measured.names("poison")]
+    poisons = [name for name in measured.names("poison") if not name.endswith(CONTROL)]
     columns = measured.names("column")
     costs = {
         column: [
@@ -165,6 +163,30 @@ def grid_table(measured: Measured, dataset: str) -> str:
         row += [NOT_MEASURED if value is None else f"{value:.1f}" for value in (before, training)]
         row.append(NOT_MEASURED if at is None or before is None else f"{100 * (before + training) / at:.0f} %")
         rows.append(row)
+    return markdown_table(head, rows)
+
+
+def poison_table(measured: Measured, dataset: str) -> str:
+    """What each poison does to a victim without a countermeasure, beside clean images and noise of the same size."""
+    head = ["trained on", "test accuracy", "training accuracy", "noise of the same size: test accuracy"]
+    head += ["mean L2 norm", "largest change in 1/255", "seconds to make"]
+    rows = []
+    measured_poisons = [name for name in measured.names("poison") if not name.endswith(CONTROL)]
+    for poison in sorted(measured_poisons, key=["none", *POISONS].index):
+        norms = measured.settings(dataset, poison, "none").get("poison_norms", {})
+        seconds = measured.settings(dataset, poison, "none").get("poison_seconds")
+        control = measured.accuracies(dataset, poison + CONTROL, "none")
+        rows.append(
+            [
+                "clean images" if poison == "none" else POISONS[poison],
+                spread(measured.accuracies(dataset, poison, "none")),
+                spread(measured.training_accuracies(dataset, poison, "none")),
+                "" if poison == "none" else spread(control),
+                f"{norms['l2_mean']:.2f}" if norms else "",
+                f"{norms['linf']:.0f}" if norms else "",
+                "" if seconds is None else f"{seconds:.0f}",
+            ]
+        )
     return markdown_table(head, rows)
 
 
@@ -260,7 +282,7 @@ def caption(measured: Measured) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
-    parser.add_argument("kind", choices=("grid", "paper"))
+    parser.add_argument("kind", choices=("grid", "poisons", "paper"))
     parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
     parser.add_argument("--roles", choices=("disjoint", "paper"), default="disjoint")
     parser.add_argument("--victim", default="resnet18")
@@ -274,8 +296,9 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"tables: {error}") from error
     parts = [caption(measured)] + (["**Smoke run: no figure means anything.**"] if args.smoke else [])
-    if args.kind == "grid":
-        tables = {dataset: grid_table(measured, dataset) for dataset in measured.names("dataset")}
+    if args.kind in ("grid", "poisons"):
+        table = grid_table if args.kind == "grid" else poison_table
+        tables = {dataset: table(measured, dataset) for dataset in measured.names("dataset")}
     else:
         parts.append(f"Each cell is ours / published; {NOT_MEASURED}: not measured by us; -: not printed there.")
         tables = paper_tables(measured)

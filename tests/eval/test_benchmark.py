@@ -11,7 +11,7 @@ from purifying import quick_pipe
 from sklearn.datasets import load_digits
 
 from eval import benchmark, figures, tables
-from jcdp_diffusers.data import LabelledImages, write_dataset
+from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.results import read_records
 
 
@@ -70,6 +70,29 @@ def test_each_cell_of_the_grid_is_a_record(measured):
         settings = record["settings"]
         assert ("roles" in settings) == ("purifier" in settings) == (settings["column"] == "weak")
         assert ("poison_norms" in settings) == (settings["poison"] == "lsp")
+
+
+def test_a_control_has_the_poisons_size_and_another_look(source, tmp_path, monkeypatch, capsys):
+    path = grid_file(tmp_path, source, poisons=["lsp", "lsp-control"], countermeasures=["none"], seeds=[0])
+    cells = benchmark.run_grid(benchmark.read_grid(path), tmp_path / "out", say=lambda line: None)
+    poisoned, control = (cell.train.images.astype(int) for cell in cells)
+    clean = load_images(source, split="train").subset(range(120)).images
+    assert (poisoned != control).any()
+    for images in (poisoned, control):
+        assert (np.abs(images - clean).max(axis=(1, 2, 3)) > 0).all()
+    norms = [cell.about["poison_norms"]["l2_mean"] for cell in cells]
+    assert norms[1] == pytest.approx(norms[0], rel=0.3)  # clipping at black takes its part of each
+    run(tables, monkeypatch, "poisons", "--records", tmp_path / "out/records.jsonl", "--smoke")
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LSP |"))
+    values = {
+        r["settings"]["poison"]: r["value"]
+        for r in read_records(tmp_path / "out/records.jsonl")
+        if r["what"] == "accuracy"
+    }
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == f"{100 * values['lsp']:.1f}" and cells[3] == f"{100 * values['lsp-control']:.1f}"
+    with pytest.raises(ValueError, match="poisons has 'rain-control', but accepted are none, lsp"):
+        benchmark.read_grid(path, poisons=["rain-control"])
 
 
 def test_a_rerun_does_only_what_is_missing(measured, source, monkeypatch):

@@ -120,27 +120,6 @@ def test_a_cell_that_was_measured_twice_counts_once():
     assert measured.accuracies("cifar10", "lsp", "none") == [30.0]
 
 
-def test_records_of_the_countermeasures_script_count_too():
-    settings = {
-        "dataset": "cifar10",
-        "train_images": 5000,
-        "victim": "resnet18",
-        "width": 16,
-        "recipe": RECIPE,
-        "countermeasure": "gray",
-        "poison": None,
-        "prepare_seconds": 0.5,
-    }
-    record = {"what": "accuracy", "value": 0.6, "seed": 0, "seconds": 30.0, "settings": settings}
-    others = [record | {"what": "peak_accuracy", "value": 0.9}, record | {"settings": settings | {"poison": "lsp"}}]
-    table = grid_table(Measured([record, *others]), "cifar10")
-    assert cell_of(table, "gray", "clean") == "60.0" and cell_of(table, "gray", "seconds of training") == "30.0"
-    assert cell_of(table, "gray", "LSP") == "60.0" and cell_of(table, "gray", "seconds before training") == "0.5"
-    # What trained a purifier, such a record does not say.
-    purified = record | {"settings": settings | {"countermeasure": "jcdp"}}
-    assert Measured([purified]).names("column") == []
-
-
 def test_spread():
     assert spread([]) == "n.m." and spread([71.04]) == "71.0" and spread([70.0, 72.0]) == "71.0 ± 1.4"
 

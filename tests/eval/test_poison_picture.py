@@ -1,4 +1,4 @@
-"""The record of what poisons do, and their picture, on a few real images."""
+"""The picture of all poisons, on a few real images."""
 
 import sys
 
@@ -8,9 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from eval import figures
-from eval import poisons as script
 from jcdp_diffusers.data import LabelledImages, write_dataset
-from jcdp_diffusers.results import read_records
 
 
 @pytest.fixture(scope="module")
@@ -28,30 +26,6 @@ def source(tmp_path_factory):
 def run(module, monkeypatch, *options):
     monkeypatch.setattr(sys, "argv", ["script", *map(str, options)])
     module.main()
-
-
-def test_every_cell_is_recorded_once(source, tmp_path, monkeypatch):
-    output = tmp_path / "records.jsonl"
-    options = ("--dataset", source, "--output", output, "--cache", tmp_path / "cache", "--poisons", "lsp", "emn-class")
-    options += ("--preset", "smoke", "--protocol", "smoke", "--width", 4, "--train_images", 60, "--test_images", 20)
-    run(script, monkeypatch, *options, "--seeds", 0, "--kinds", "poison")
-    assert len(read_records(output)) == 2 * 3
-    run(script, monkeypatch, *options, "--seeds", 0, 1)
-    records = read_records(output)
-    run(script, monkeypatch, *options, "--seeds", 0, 1)
-    assert read_records(output) == records
-
-    cells = [(record["settings"]["data"], record["settings"].get("poison"), record["seed"]) for record in records]
-    cells = [cell for cell, record in zip(cells, records, strict=True) if record["what"] == "accuracy"]
-    assert sorted(cells, key=str) == sorted(
-        [("clean", None, seed) for seed in (0, 1)]
-        + [(kind, name, seed) for kind in ("poison", "control") for name in ("lsp", "emn-class") for seed in (0, 1)],
-        key=str,
-    )
-    assert {record["what"] for record in records} == {"accuracy", "peak_accuracy", "train_accuracy"}
-    poison = next(record for record in records if record["settings"].get("poison") == "emn-class")
-    assert poison["protocol"] == "smoke" and poison["settings"]["preset"] == "smoke"
-    assert poison["settings"]["poison_settings"]["epsilon"] == 8.0 and poison["settings"]["poison_norms"]["linf"] <= 8
 
 
 def test_picture_shows_every_poison(source, tmp_path, monkeypatch):
