@@ -23,6 +23,7 @@ import yaml
 from accelerate import PartialState
 
 from jcdp_diffusers import countermeasures, poisons, victims
+from jcdp_diffusers.allocation import keep_freed_memory
 from jcdp_diffusers.audit import plan_for
 from jcdp_diffusers.cells import Cell, claims_folder, describe_images, measure_cells
 from jcdp_diffusers.data import LabelledImages, load_images
@@ -353,6 +354,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="victims at a time on a CPU; one per processor if not given")
     parser.add_argument("--device", help="what Accelerate chooses for this process, if not given")
     args = parser.parse_args()
+    keep_freed_memory()
     state = PartialState()
     launched = state.num_processes > 1
     processes = args.processes or (1 if launched else len(os.sched_getaffinity(0)))

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from . import countermeasures
+from .allocation import keep_freed_memory
 from .data import LabelledImages
 from .purification_config import PurificationConfig
 from .results import append_record, read_records
@@ -250,7 +251,7 @@ def _in_a_pool(cells: Sequence[Cell], records: Path, processes: int, bar: tqdm) 
     """Measure cells in processes of their own; how many of them this command measured."""
     spawn = multiprocessing.get_context("spawn")  # a forked copy of torch's thread pools may hang
     begun = 0
-    pool = ProcessPoolExecutor(min(processes, len(cells)), spawn, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(min(processes, len(cells)), spawn, initializer=_begin_process)
     try:
         futures = {pool.submit(_measure_in_a_process, cell, records): cell for cell in cells}
         for future in as_completed(futures):
@@ -267,8 +268,9 @@ def _measure_in_a_process(cell: Cell, records: Path) -> float | None:
         return _measure_claimed(cell, records, torch.device("cpu"), claims)
 
 
-def _end_with_parent() -> None:
-    """A pool whose owner was killed would otherwise wait for work for ever."""
+def _begin_process() -> None:
+    """Of a pool: it ends with its owner, where it would otherwise wait for work for ever."""
+    keep_freed_memory()
     parent = multiprocessing.parent_process().sentinel
 
     def watch():

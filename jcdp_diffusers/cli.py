@@ -4,6 +4,8 @@ import argparse
 import importlib
 import sys
 
+from .allocation import keep_freed_memory
+
 
 # Each command's room offers `add_arguments(parser)` and `run(args)`; it is imported only when its command is given, so
 # that `jcdp --help` answers at once.
@@ -38,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             room = importlib.import_module(module)
             room.add_arguments(command)
     args = parser.parse_args(arguments)
+    keep_freed_memory()
     try:
         room.run(args)
     except KeyboardInterrupt:

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import torch
 from huggingface_hub import HfApi
 
+from .allocation import keep_freed_memory
 from .dataset_card import SUMMARY_NAME, dataset_card, summarise_shards
 from .perceptual import LPIPSModel
 from .pipeline_jcdp import JointConditionalPurificationPipeline
@@ -435,6 +436,7 @@ def main(arguments: list[str] | None = None) -> int:
     """`python -m jcdp_diffusers.purify`: exit code 0 done, 1 failed with one sentence, 2 usage, 130 stopped."""
     parser = argparse.ArgumentParser(prog="python -m jcdp_diffusers.purify", description=__doc__.splitlines()[1])
     add_arguments(parser)
+    keep_freed_memory()
     try:
         run(parser.parse_args(arguments))
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from . import poisons
+from .allocation import keep_freed_memory
 from .data import LabelledImages, check_roles, load_images, to_uint8, write_dataset
 from .placement import open_purifier
 from .purification_config import PurificationConfig
@@ -291,7 +292,7 @@ def train_victims(work: list[tuple], device: str) -> Iterator[dict]:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     spawn = multiprocessing.get_context("spawn")  # a forked copy of torch's thread pools may hang
-    with ProcessPoolExecutor(min(len(work), cores), spawn) as pool:
+    with ProcessPoolExecutor(min(len(work), cores), spawn, initializer=keep_freed_memory) as pool:
         yield from pool.map(one_victim, work)
 
 

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import HfApi
 
+from jcdp_diffusers.allocation import keep_freed_memory
 from jcdp_diffusers.data import LabelledImages, find_overlap, load_images, open_dataset
 from jcdp_diffusers.model_card import push_purifier, write_card
 from jcdp_diffusers.results import read_records
@@ -79,6 +80,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    keep_freed_memory()
     config = TrainingConfig.from_arguments(args)
     check_counts(args)
     state = PartialState(cpu=on_cpu(args.cpu))
