@@ -377,20 +377,18 @@ class _Run:
 
     def _resume(self) -> None:
         wanted = self.config.resume_from_checkpoint
-        if wanted is None:
-            if found := list_checkpoints(self.output_dir):
-                raise ValueError(
-                    f"output_dir is {str(self.output_dir)!r}, which holds {found[-1].name} of an earlier run: give "
-                    "resume_from_checkpoint='latest' to go on with it, or another folder."
-                )
+        if wanted is None and (found := list_checkpoints(self.output_dir)):
+            raise ValueError(
+                f"output_dir is {str(self.output_dir)!r}, which holds {found[-1].name} of an earlier run: give "
+                "resume_from_checkpoint='latest' to go on with it, or another folder."
+            )
+        checkpoint = None if wanted is None else find_checkpoint(self.output_dir, wanted)
+        if checkpoint is None:
             if (self.output_dir / RECORD_NAME).exists():
                 raise ValueError(
-                    f"output_dir is {str(self.output_dir)!r}, which holds a finished purifier ({RECORD_NAME}), but "
-                    "must be another folder: it would be replaced."
+                    f"output_dir is {str(self.output_dir)!r}, which holds a finished purifier ({RECORD_NAME}) and no "
+                    "checkpoint to go on from, but must be another folder: it would be replaced."
                 )
-            return
-        checkpoint = find_checkpoint(self.output_dir, wanted)
-        if checkpoint is None:
             return
         saved = json.loads((checkpoint / PROGRESS_NAME).read_text())
         identity = json.loads(json.dumps(self.identity))

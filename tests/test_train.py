@@ -455,8 +455,9 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 
 def test_a_finished_purifier_is_not_replaced(tmp_path):
     before = weights(train(tmp_path))
-    with pytest.raises(ValueError, match=r"holds a finished purifier \(training_record.json\), but must be another"):
-        train(tmp_path, seed=1)
+    for wanted in (None, "latest"):
+        with pytest.raises(ValueError, match=r"holds a finished purifier \(training_record.json\) and no checkpoint"):
+            train(tmp_path, seed=1, resume_from_checkpoint=wanted)
     assert same(weights(tmp_path), before)
 
 
