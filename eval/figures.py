@@ -7,46 +7,39 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from jcdp_diffusers import poisons
-from jcdp_diffusers.data import LabelledImages, load_images
-from jcdp_diffusers.poisons.protect import protect_dataset
+from jcdp_diffusers.data import load_images
+from jcdp_diffusers.poisons.protect import read_card
 from jcdp_diffusers.results import read_records
 
 
 def add_poisons_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", required=True, help="clean images with labels")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--cache", required=True, help="folder in which protected data sets are kept")
-    parser.add_argument("--preset", default="cpu")
-    parser.add_argument("--smoke", nargs="*", default=(), choices=poisons.NAMES, help="drawn, and marked, as smoke")
-    parser.add_argument("--train_images", type=int, default=5000)
+    parser.add_argument("--clean", required=True, help="the clean images that were protected, with labels")
+    parser.add_argument("--split", default="train", help="of the clean images")
+    parser.add_argument("--protected", required=True, nargs="+", help="folders that `jcdp poison` or a grid wrote")
     parser.add_argument("--shown", type=int, default=8, help="images, one of each of the first classes")
     parser.add_argument("--output", default="results/figures/poisons.png")
 
 
 def draw_poisons(args: argparse.Namespace) -> None:
     """One row per poison: the same images with its noise, and beside them the noise, magnified to fill the scale."""
-    clean = load_images(args.dataset, split=args.split)
-    clean = clean.subset(range(args.train_images))
-    chosen = [int(np.argmax(clean.labels == label)) for label in range(args.shown)]
-    shown = {"clean": (clean.images[chosen], None)}
-    for name in poisons.NAMES:
-        preset = "smoke" if name in args.smoke else args.preset
-        data = protected(clean, name, preset, args)
-        norms = poisons.measured_norms(clean.images, data.images)
-        title = f"{name} ({preset})\nL∞ {norms['linf']}/255\nL2 {norms['l2_mean']:.2f}\nL0 {norms['l0_mean']:.0f}"
+    source = load_images(args.clean, split=args.split)
+    row_of = {id_: row for row, id_ in enumerate(source.ids)}
+    shown = {}
+    for folder in args.protected:
+        card, data = read_card(folder), load_images(folder)
+        if unknown := [id_ for id_ in data.ids if id_ not in row_of]:
+            raise SystemExit(f"figures: protected {folder!r} has the id {unknown[0]!r}, but clean has no such image.")
+        clean = source.subset([row_of[id_] for id_ in data.ids])
+        chosen = [int(np.argmax(clean.labels == label)) for label in range(args.shown)]
+        shown.setdefault("clean", (clean.images[chosen], None))
+        norms = card["measured"]
+        title = (
+            f"{card['method']} ({card['preset']})\nL∞ {norms['linf']}/255\n"
+            f"L2 {norms['l2_mean']:.2f}\nL0 {norms['l0_mean']:.0f}"
+        )
         shown[title] = (data.images[chosen], magnified(clean.images[chosen], data.images[chosen]))
     save_rows(shown, args.output)
-
-
-def protected(clean: LabelledImages, name: str, preset: str, args: argparse.Namespace) -> LabelledImages:
-    folder = Path(args.cache) / f"{name}-{preset}-{len(clean)}-{clean.images.shape[1]}"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return protect_dataset(
-        clean, folder, method=name, preset=preset, device=device, source=args.dataset, progress=True
-    )
 
 
 def magnified(clean: np.ndarray, poisoned: np.ndarray) -> np.ndarray:

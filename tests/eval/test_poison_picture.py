@@ -1,5 +1,6 @@
 """The picture of all poisons, on a few real images."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -8,7 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from eval import figures
-from jcdp_diffusers.data import LabelledImages, write_dataset
+from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
+from jcdp_diffusers.poisons.protect import protect_dataset
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +32,22 @@ def run(module, monkeypatch, *options):
 
 def test_picture_shows_every_poison(source, tmp_path, monkeypatch):
     output = tmp_path / "figures" / "poisons.png"
-    options = (
-        "--dataset",
-        source,
-        "--cache",
-        tmp_path / "cache",
-        "--preset",
-        "smoke",
-        "--train_images",
-        60,
-        "--shown",
-        4,
-    )
-    run(figures, monkeypatch, "poisons", *options, "--output", output)
+    clean = load_images(source, split="train")
+    folders = []
+    for name in ("lsp", "ops", "emn-class"):
+        folders.append(tmp_path / name)
+        protect_dataset(clean, folders[-1], method=name, preset="smoke")
+    options = ("poisons", "--clean", source, "--shown", 4, "--output", output, "--protected")
+    run(figures, monkeypatch, *options, folders[0])
+    one = Image.open(output).size
+    run(figures, monkeypatch, *options, *folders)
     width, height = Image.open(output).size
-    assert width > 400 and height > 600
+    assert width > 400 and height > 1.5 * one[1]  # a row of clean images and one per poison
+
+    other = tmp_path / "other"
+    protect_dataset(dataclasses.replace(clean, ids=tuple(f"x{i}" for i in range(60))), other, method="lsp")
+    with pytest.raises(SystemExit, match="has the id 'x0', but clean has no such image"):
+        run(figures, monkeypatch, *options, other)
 
 
 def test_magnified_noise_fills_the_scale():
