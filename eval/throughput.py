@@ -1,5 +1,7 @@
 """Guided reverse steps as the pipeline runs them, ready to be timed against a bare UNet forward."""
 
+import torch
+
 from jcdp_diffusers import GuidedDDPMScheduler, JointConditionalPurificationPipeline, LPIPSModel, PurificationConfig
 from jcdp_diffusers.noise import image_keys, normal_noise
 
@@ -41,7 +43,7 @@ def guided_step(
     )
     scheduler = pipe.prepare_scheduler(config)
     keys = image_keys(0, [str(i) for i in range(len(reference))], reference.device)
-    original = reference.float()
+    original = reference.to(torch.float32, memory_format=torch.contiguous_format)
     chain_noise = original.clone()
     earlier = scheduler.alphas_cumprod[t].item() * 0.999
 
@@ -49,6 +51,7 @@ def guided_step(
         return normal_noise(keys, reference.shape[1:], round_index=0, step_index=0, use=use)
 
     def step(x):
-        return pipe.reverse_step(scheduler, config, t, x.float(), original, chain_noise, earlier, draw)[0]
+        x = x.to(torch.float32, memory_format=torch.contiguous_format)  # as the pipeline holds its state
+        return pipe.reverse_step(scheduler, config, t, x, original, chain_noise, earlier, draw)[0]
 
     return step

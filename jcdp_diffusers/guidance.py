@@ -59,8 +59,7 @@ def perceptual_gradient(sample: torch.Tensor, reference: torch.Tensor, network) 
     Args:
         sample (`torch.Tensor`): x_t in the network's input range [-1, 1] plus noise, shape (B, C, H, W).
         reference (`torch.Tensor`): r_t, same shape.
-        network (`LPIPSModel`): Frozen, in float32; anything with `features(x)` and `distance(features, features) ->
-            (B,)`.
+        network (`LPIPSModel`): Frozen, in float32.
 
     Returns:
         `torch.Tensor`: float32, shape (B, C, H, W).
@@ -73,10 +72,11 @@ def perceptual_gradient(sample: torch.Tensor, reference: torch.Tensor, network) 
             "perceptual guidance needs gradients, which torch.inference_mode() forbids: use torch.no_grad()."
         )
     with torch.no_grad():
-        target = network.features(reference.float())
+        target = network.features(reference.float(), rearranged=True)
     with torch.enable_grad():
         leaf = sample.detach().float().requires_grad_(True)
-        return torch.autograd.grad(network.distance(network.features(leaf), target).sum(), leaf)[0]
+        features = network.features(leaf, rearranged=True)
+        return torch.autograd.grad(network.distance(features, target).sum(), leaf)[0]
 
 
 def earlier_chain_noise(

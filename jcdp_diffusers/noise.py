@@ -57,15 +57,16 @@ def philox4x32(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[tor
     Returns:
         `list[torch.Tensor]`: Four int64 tensors of 32-bit words.
     """
-    c0, c1, c2, c3 = counter
     k0, k1 = key
+    c0, c1, c2, c3, _, _ = torch.broadcast_tensors(*counter, *key)
     for turn in range(10):
-        # A product of two 32-bit words wraps in int64 only in its sign, which shifting and masking removes.
+        # A product of two 32-bit words wraps in int64 only in its sign. What stands above a word's 32 bits is removed
+        # where the word is multiplied next, and not before.
         low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = ((high >> 32) & _MASK) ^ c1 ^ ((k0 + turn * _WEYL[0]) & _MASK)
-        c2 = ((low >> 32) & _MASK) ^ c3 ^ ((k1 + turn * _WEYL[1]) & _MASK)
-        c1, c3 = high & _MASK, low & _MASK
-    return [c0, c1, c2, c3]
+        c0 = (high >> 32).bitwise_xor_(c1).bitwise_xor_(k0 + turn * _WEYL[0]).bitwise_and_(_MASK)
+        c2 = (low >> 32).bitwise_xor_(c3).bitwise_xor_(k1 + turn * _WEYL[1]).bitwise_and_(_MASK)
+        c1, c3 = high, low
+    return [c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)]
 
 
 def normal_noise(
@@ -88,16 +89,16 @@ def normal_noise(
     blocks = -(-values // (4 * _BLOCK)) * _BLOCK
     position = torch.arange(blocks, device=keys.device)
     image = keys[:, :, None]
-    tag = USES.index(use) << 24 | round_index
-    counter = [position, torch.full_like(position, step_index), torch.full_like(position, tag), image[:, 2]]
-    words = philox4x32(counter, [image[:, 0], image[:, 1]])
-    normals = []
-    for radius_bits, angle_bits in ((words[0], words[1]), (words[2], words[3])):
+    step, tag = (position.new_full((1,), word) for word in (step_index, USES.index(use) << 24 | round_index))
+    words = philox4x32([position, step, tag, image[:, 2]], [image[:, 0], image[:, 1]])
+    normals = torch.empty(len(keys), 4, blocks, device=keys.device)
+    for index, (radius_bits, angle_bits) in enumerate(((words[0], words[1]), (words[2], words[3]))):
         # (bits + 1) / 2^32 lies in (0, 1], so the logarithm is finite; the largest possible value is 6.66.
-        radius = ((radius_bits + 1).to(torch.float32) * 2**-32).log_().mul_(-2).sqrt_()
-        angle = angle_bits.to(torch.float32) * (2 * torch.pi * 2**-32)
-        normals += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(normals, 1).reshape(len(keys), -1)[:, :values].reshape(len(keys), *shape)
+        radius = radius_bits.add_(1).to(torch.float32).mul_(2**-32).log_().mul_(-2).sqrt_()
+        angle = angle_bits.to(torch.float32).mul_(2 * torch.pi * 2**-32)
+        torch.mul(radius, angle.cos(), out=normals[:, 2 * index])
+        torch.mul(radius, angle.sin_(), out=normals[:, 2 * index + 1])
+    return normals.view(len(keys), -1)[:, :values].reshape(len(keys), *shape)
 
 
 def content_id(image: torch.Tensor) -> str:

@@ -4,11 +4,17 @@ Perceptual distance from frozen features of a classifier: LPIPS (Zhang et al., C
 The `lpips` package registers each head twice, cannot be saved as safetensors and downloads weights when it is built.
 Here the same network is a plain `ModelMixin`: it saves and loads like a UNet, and computes the same bits as
 `lpips.LPIPS`.
+
+Its gradient is wanted at every reverse step, on images that are small for a network made for 224x224. Two
+convolutions are then mostly waste, and can be had for less (`features(rearranged=True)`, the same but for rounding):
+one with a stride, whose few input channels leave vector instructions idle, is a convolution of blocks of pixels; one
+whose kernel is larger than the map multiplies padding by far the most, and is a product with a matrix of what is left.
 """
 
 import os
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
@@ -81,6 +87,27 @@ TRUNKS = {
 }  # fmt: skip
 
 
+def convolve_blocks(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A convolution with stride s as one with stride 1 of blocks of s x s pixels, each a pixel of s^2 times the
+    channels, by a kernel that is padded to whole blocks."""
+    stride, kernel, padding = layer.stride[0], layer.kernel_size[0], layer.padding[0]
+    whole = -(-kernel // stride) * stride
+    height, width = (((side + 2 * padding - kernel) // stride) * stride + whole for side in x.shape[-2:])
+    x = F.pad(x, (padding, width - padding - x.shape[-1], padding, height - padding - x.shape[-2]))
+    weight = F.pad(layer.weight, (0, whole - kernel, 0, whole - kernel))
+    # As `pixel_unshuffle`, but channels last in the same copy: pooling is several times as fast then.
+    blocks = x.unflatten(2, (-1, stride)).unflatten(4, (-1, stride)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    return F.conv2d(blocks.permute(0, 3, 1, 2), F.pixel_unshuffle(weight, stride), layer.bias)
+
+
+def convolution_matrix(layer: nn.Conv2d, channels: int, height: int, width: int) -> torch.Tensor:
+    """The matrix that maps (H, W, C) to (H', W', C'), both flattened, as the convolution does without its bias."""
+    values = channels * height * width
+    basis = torch.eye(values).to(layer.weight).view(values, height, width, channels).permute(0, 3, 1, 2)
+    columns = F.conv2d(basis, layer.weight, None, layer.stride, layer.padding)
+    return columns.permute(0, 2, 3, 1).flatten(1).contiguous()
+
+
 class LPIPSModel(ModelMixin, ConfigMixin):
     """
     Frozen perceptual distance between images in [-1, 1].
@@ -112,6 +139,7 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         self.register_buffer("shift", torch.tensor(shift, dtype=torch.float32)[None, :, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32)[None, :, None, None], persistent=False)
         self.requires_grad_(False).eval()
+        self._matrices: dict[tuple, tuple[int, torch.Tensor]] = {}
 
     @property
     def name(self) -> str:
@@ -168,6 +196,7 @@ class LPIPSModel(ModelMixin, ConfigMixin):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self._matrices.clear()
         return super()._apply(move_only, recurse)
 
     def check_size(self, height: int, width: int) -> None:
@@ -178,13 +207,15 @@ class LPIPSModel(ModelMixin, ConfigMixin):
                 f"{self.smallest_input}x{self.smallest_input} pixels: enlarge them first or choose another trunk."
             )
 
-    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def features(self, images: torch.Tensor, *, rearranged: bool = False) -> list[torch.Tensor]:
         """
         Feature maps of unit length over channels.
 
         Args:
             images (`torch.Tensor`): float32, shape (B, 3, H, W) or (B, 1, H, W) (grey, shown to all three channels),
                 in [-1, 1], noise on top allowed.
+            rearranged (`bool`): Take the convolutions in fewer operations, equal but for rounding; else as torch does,
+                bit for bit what `lpips` computes.
 
         Raises:
             ValueError: If the images are too small for the trunk.
@@ -193,13 +224,27 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         x = (images.expand(-1, 3, -1, -1) - self.shift) / self.scale
         maps = []
         for index, layer in enumerate(self.layers):
-            x = layer(x)
+            x = self._convolve(index, layer, x) if rearranged and isinstance(layer, nn.Conv2d) else layer(x)
             if index in self.taps:
                 # At a pixel where all channels are zero the root's gradient would be infinite; the floor makes it zero
                 # and changes no distance, since the division adds 1e-10 anyway.
                 length = x.square().sum(1, keepdim=True).clamp_min(1e-30).sqrt()
                 maps.append(x / (length + 1e-10))
         return maps
+
+    def _convolve(self, index: int, layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        if layer.stride[0] > 1:
+            return convolve_blocks(layer, x)
+        channels, height, width = x.shape[1:]
+        if height * width >= layer.kernel_size[0] * layer.kernel_size[1]:
+            return layer(x)
+        version, matrix = self._matrices.get((index, height, width), (None, None))
+        if version != layer.weight._version:
+            matrix = convolution_matrix(layer, channels, height, width)
+            self._matrices[index, height, width] = layer.weight._version, matrix
+        # All of these layers keep the size of their map.
+        columns = x.permute(0, 2, 3, 1).flatten(1) @ matrix
+        return columns.view(-1, height, width, layer.out_channels).permute(0, 3, 1, 2) + layer.bias.view(-1, 1, 1)
 
     def distance(self, features: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
         """Distance per image between two lists of feature maps: shape (B,)."""

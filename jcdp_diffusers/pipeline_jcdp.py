@@ -329,7 +329,9 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         """
         # A tensor filled on the device: from a number the UNet would copy it there, and wait.
         time = torch.full((len(sample),), timestep, device=sample.device)
-        prediction = self.unet(sample.to(self.unet.dtype), time, return_dict=False)[0].float()
+        prediction = self.unet(sample.to(self.unet.dtype), time, return_dict=False)[0]
+        # The state's type and layout: sums of tensors that lie differently cost several times as much.
+        prediction = prediction.to(torch.float32, memory_format=torch.contiguous_format)
         pixel = config.pixel_guidance_scale > 0 and in_window(timestep, config.pixel_guidance_window)
         perceptual = config.perceptual_guidance_scale > 0 and in_window(timestep, config.perceptual_guidance_window)
         gradient = None
