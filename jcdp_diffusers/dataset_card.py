@@ -4,6 +4,7 @@ from collections import Counter
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from .purification_config import PurificationConfig
 from .run_record import PACKAGES_OF_PIXELS
 
 
@@ -109,7 +110,7 @@ def dataset_card(run: dict, summary: dict, title: str) -> DatasetCard:
         arithmetic=", ".join(f"{name} {value}" for name, value in run["arithmetic"].items() if value is not None),
         versions=", ".join(f"{name} {run['packages'][name]}" for name in PACKAGES_OF_PIXELS if run["packages"][name]),
         diffusion_steps=settings["diffusion_steps"],
-        evaluations=settings["num_rounds"] * (settings["num_inference_steps"] or settings["diffusion_steps"]),
+        evaluations=PurificationConfig(**settings).evaluations_per_image,
         num_rounds=settings["num_rounds"],
         pixel_guidance_scale=settings["pixel_guidance_scale"],
         perceptual_guidance_scale=settings["perceptual_guidance_scale"],

@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
 
+from .feature_reuse import FeatureReuse, check_reusable
 from .guidance import earlier_chain_noise, in_window, perceptual_gradient, pixel_gradient, strength
 from .model_card import REPOSITORY_FILES
 from .noise import content_id, image_keys, normal_noise
@@ -164,7 +165,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         *,
         preset: str | PurificationConfig | None = None,
         diffusion_steps: int | None = None,
-        num_inference_steps: int | None = None,
+        num_inference_steps: int | tuple[int, ...] | None = None,
         num_rounds: int | None = None,
         pixel_guidance_scale: float | None = None,
         perceptual_guidance_scale: float | None = None,
@@ -174,6 +175,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         reference: str | None = None,
         variance_type: str | None = None,
         sampler: str | None = None,
+        feature_reuse: int | None = None,
         seed: int | None = None,
         ids: list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -199,12 +201,13 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             preset (`str` or `PurificationConfig`, *optional*): `"unconditional"`, `"paper"`, `"code"`, `"gdmp"`, or
                 settings.
             diffusion_steps (`int`, *optional*): T_p.
-            num_inference_steps (`int`, *optional*): UNet evaluations per round, at most T_p.
+            num_inference_steps (`int` or `tuple[int, ...]`, *optional*): UNet evaluations per round, at most T_p; or
+                one number for each round.
             num_rounds (`int`, *optional*): N.
             pixel_guidance_scale, perceptual_guidance_scale (`float`, *optional*): Scales of the guides; 0 costs
                 nothing.
-            guidance_strength, pixel_guidance_window, perceptual_guidance_window, reference, variance_type, sampler
-            (*optional*):
+            guidance_strength, pixel_guidance_window, perceptual_guidance_window, reference, variance_type, sampler,
+            feature_reuse (*optional*):
                 As in `PurificationConfig`.
             seed (`int`, *optional*): Of the noise; drawn and returned if neither seed nor generator is given.
             ids (`list[str]`, *optional*): Unique id of each image, part of the noise's key; made from its content if
@@ -237,6 +240,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             reference=reference,
             variance_type=variance_type,
             sampler=sampler,
+            feature_reuse=feature_reuse,
         )
         config = self.resolve_config(preset, **overrides)
         device = self._execution_device
@@ -257,20 +261,23 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         original = torch.cat([original, original.new_zeros(-count % size, *original.shape[1:])])
         draw_noise = self.prepare_noise(original.shape, count, seed, ids, generator, device)
 
-        # 3. Timesteps, on a scheduler of this call's own
-        scheduler = self.prepare_scheduler(config)
+        # 3. Timesteps, on schedulers of this call's own
+        schedulers = [self.prepare_scheduler(config, round_index) for round_index in range(config.num_rounds)]
         start_level = config.diffusion_steps - (0 if config.start_one_level_higher else 1)
-        start_bar = scheduler.alphas_cumprod[start_level].item()
+        start_bar = schedulers[0].alphas_cumprod[start_level].item()
 
         # 4. N rounds of forward and reverse
         sample = original.clone()
         chain_noise, chain_bar = torch.empty_like(original), [start_bar] * len(batches)
-        steps = len(scheduler.timesteps)
+        steps_done = 0
         with (
             power_of_two_threads(device),
-            self.progress_bar(total=config.num_rounds * steps * len(batches)) as progress,
+            self.progress_bar(total=config.evaluations_per_image * len(batches)) as progress,
         ):
-            for round_index in range(config.num_rounds):
+            for round_index, scheduler in enumerate(schedulers):
+                networks = [self.unet] * len(batches)
+                if config.feature_reuse > 1:
+                    networks = [FeatureReuse(self.unet, config.feature_reuse) for _ in batches]
                 for index, rows in enumerate(batches):
                     noise = draw_noise(rows, round_index, 0, "start").mul_((1 - start_bar) ** 0.5)
                     sample[rows] = sample[rows].mul_(start_bar**0.5).add_(noise)
@@ -286,14 +293,16 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                             chain_noise[rows],
                             chain_bar[index],
                             lambda use, rows=rows: draw_noise(rows, round_index, step_index, use),
+                            networks[index],
                         )
                         progress.update()
                     if callback_on_step_end is not None:
                         changed = callback_on_step_end(
-                            self, round_index * steps + step_index, timestep, {"sample": sample[:count].clone()}
+                            self, steps_done + step_index, timestep, {"sample": sample[:count].clone()}
                         )
                         if changed:
                             sample[:count] = changed.pop("sample", sample[:count])
+                steps_done += len(scheduler.timesteps)
 
         # 5. Back to images
         sample = sample[:count]
@@ -308,7 +317,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         return PurificationOutput(images=purified, seed=seed, ids=ids)
 
     def reverse_step(
-        self, scheduler, config, timestep, sample, original, chain_noise, chain_bar, draw_noise
+        self, scheduler, config, timestep, sample, original, chain_noise, chain_bar, draw_noise, network=None
     ) -> tuple[torch.Tensor, float]:
         """
         One guided reverse step of one micro-batch: predict, guide, draw.
@@ -323,13 +332,15 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 moves on.
             chain_bar (`float`): alpha_bar that `chain_noise` belongs to.
             draw_noise (`Callable[[str], torch.Tensor]`): From a use to standard normal noise of the sample's shape.
+            network (`UNet2DModel` or `FeatureReuse`, *optional*): Predicts in place of `unet`.
 
         Returns:
             `tuple[torch.Tensor, float]`: x_{t-1} and the chain's alpha_bar.
         """
         # A tensor filled on the device: from a number the UNet would copy it there, and wait.
         time = torch.full((len(sample),), timestep, device=sample.device)
-        prediction = self.unet(sample.to(self.unet.dtype), time, return_dict=False)[0]
+        network = self.unet if network is None else network
+        prediction = network(sample.to(self.unet.dtype), time, return_dict=False)[0]
         # The state's type and layout: sums of tensors that lie differently cost several times as much.
         prediction = prediction.to(torch.float32, memory_format=torch.contiguous_format)
         pixel = config.pixel_guidance_scale > 0 and in_window(timestep, config.pixel_guidance_window)
@@ -382,11 +393,14 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         # What the network was trained on is a fact of the repository, whatever settings are used.
         trained = repository.trained_timesteps if repository is not None else base.trained_timesteps
         steps = overrides.get("diffusion_steps", base.diffusion_steps)
-        if base.num_inference_steps is not None and base.num_inference_steps > steps:
-            overrides.setdefault("num_inference_steps", steps)  # an inherited number that a smaller T_p cannot have
+        inherited = base.num_inference_steps  # which a smaller T_p may not be able to have
+        if isinstance(inherited, tuple):
+            overrides.setdefault("num_inference_steps", tuple(min(evaluations, steps) for evaluations in inherited))
+        elif inherited is not None:
+            overrides.setdefault("num_inference_steps", min(inherited, steps))
         config = dataclasses.replace(base, **overrides, trained_timesteps=trained)
         asked = "variance_type" in overrides or isinstance(preset, PurificationConfig) and preset.variance_type
-        if config.evaluations_per_round < config.diffusion_steps and not asked:
+        if min(config.evaluations_per_round) < config.diffusion_steps and not asked:
             # The larger variance is that of the whole stride: respaced, it leaves noise in x_0 that no later step
             # removes.
             config = dataclasses.replace(config, variance_type="fixed_small")
@@ -414,6 +428,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 f"variance_type of the scheduler is {variance_type!r}, but purification accepts 'fixed_small' and "
                 "'fixed_large': pass one of them as variance_type."
             )
+        if config.feature_reuse > 1:
+            check_reusable(self.unet, config.feature_reuse)
         if config.perceptual_guidance_scale > 0:
             wanted = None if "perceptual_guidance_scale" in overrides else config.perceptual_network
             if self.perceptual is None or wanted not in (None, self.perceptual.name):
@@ -426,12 +442,12 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 )
         return config
 
-    def prepare_scheduler(self, config: PurificationConfig) -> DDPMScheduler:
-        """A copy of the scheduler for one call: its sampler and variance type, and the timesteps from T_p - 1 on."""
+    def prepare_scheduler(self, config: PurificationConfig, round_index: int = 0) -> DDPMScheduler:
+        """A copy of the scheduler for one round: its sampler and variance type, and the timesteps from T_p - 1 on."""
         changes = {} if config.variance_type is None else {"variance_type": config.variance_type}
         kind = GuidedDDIMScheduler if config.sampler == "ddim" else type(self.scheduler)
         scheduler = kind.from_config(settings_of(self.scheduler), **changes)
-        steps, evaluations = config.diffusion_steps, config.evaluations_per_round
+        steps, evaluations = config.diffusion_steps, config.evaluations_per_round[round_index]
         scheduler.set_timesteps(timesteps=[round(steps * (1 - k / evaluations)) - 1 for k in range(evaluations)])
         return scheduler
 

@@ -23,8 +23,9 @@ class PurificationConfig:
 
     Args:
         diffusion_steps (`int`): T_p, the number of forward steps: images are diffused to the level alpha_bar[T_p - 1].
-        num_inference_steps (`int`, *optional*): UNet evaluations E per round, at the timesteps T_p (1 - k / E) - 1,
-            rounded, for k = 0 ... E - 1; the last one ends the round. None is T_p.
+        num_inference_steps (`int` or `tuple[int, ...]`, *optional*): UNet evaluations E per round, or one number for
+            each round, at the timesteps T_p (1 - k / E) - 1, rounded, for k = 0 ... E - 1; the last one ends the
+            round. None is T_p.
         num_rounds (`int`): N, how often the image is diffused and denoised again.
         pixel_guidance_scale (`float`): Scale of the pixel guide (gradient of the per-image mean squared error); 0 is
             off.
@@ -44,13 +45,15 @@ class PurificationConfig:
             it is at stride 1 and takes `"fixed_small"`, the posterior's own variance, when steps are left out.
         sampler (`str`): `"ddpm"`, the stochastic reverse process; or `"ddim"`, the deterministic one
             (`GuidedDDIMScheduler`), which draws no noise after the start.
+        feature_reuse (`int`): Of each round's evaluations, the first and every `feature_reuse`-th after it run the
+            whole network, the others its full resolution alone (`FeatureReuse`); 1 is off.
         perceptual_network (`str`, *optional*): `LPIPSModel.name` that the perceptual scale was tuned for.
         trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) that the
             network was trained on; a T_p beyond it is refused. None is the whole schedule.
     """
 
     diffusion_steps: int = 100
-    num_inference_steps: int | None = None
+    num_inference_steps: int | tuple[int, ...] | None = None
     num_rounds: int = 1
     pixel_guidance_scale: float = 0.0
     perceptual_guidance_scale: float = 0.0
@@ -62,6 +65,7 @@ class PurificationConfig:
     final_variance_factor: float = 1.0
     variance_type: str | None = None
     sampler: str = "ddpm"
+    feature_reuse: int = 1
     perceptual_network: str | None = None
     trained_timesteps: tuple[int, int] | None = None
 
@@ -72,16 +76,21 @@ class PurificationConfig:
                 if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
                     raise ValueError(f"{name} is {pair}, but must be two timesteps 0 <= first <= last, or None.")
                 object.__setattr__(self, name, tuple(pair))  # JSON has lists only
-        evaluations = self.num_inference_steps
-        if self.diffusion_steps < 1:
-            raise ValueError(f"diffusion_steps is {self.diffusion_steps}, but must be at least 1.")
-        if evaluations is not None and not 1 <= evaluations <= self.diffusion_steps:
+        if isinstance(self.num_inference_steps, list):
+            object.__setattr__(self, "num_inference_steps", tuple(self.num_inference_steps))
+        for name in ("diffusion_steps", "num_rounds", "feature_reuse"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if len(self.evaluations_per_round) != self.num_rounds:
             raise ValueError(
-                f"num_inference_steps is {evaluations}, but must lie between 1 and diffusion_steps "
+                f"num_inference_steps is {self.num_inference_steps}, but must be one number, or one for each of the "
+                f"{self.num_rounds} rounds."
+            )
+        if not all(1 <= evaluations <= self.diffusion_steps for evaluations in self.evaluations_per_round):
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps}, but must lie between 1 and diffusion_steps "
                 f"({self.diffusion_steps})."
             )
-        if self.num_rounds < 1:
-            raise ValueError(f"num_rounds is {self.num_rounds}, but must be at least 1.")
         for name in ("pixel_guidance_scale", "perceptual_guidance_scale"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be a finite number of at least 0.")
@@ -95,14 +104,15 @@ class PurificationConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {accepted}.")
 
     @property
-    def evaluations_per_round(self) -> int:
-        """UNet evaluations between T_p - 1 and 0."""
-        return self.num_inference_steps or self.diffusion_steps
+    def evaluations_per_round(self) -> tuple[int, ...]:
+        """UNet evaluations between T_p - 1 and 0, of each round."""
+        given = self.diffusion_steps if self.num_inference_steps is None else self.num_inference_steps
+        return given if isinstance(given, tuple) else (given,) * self.num_rounds
 
     @property
     def evaluations_per_image(self) -> int:
-        """UNet evaluations that purifying one image costs."""
-        return self.num_rounds * self.evaluations_per_round
+        """UNet evaluations that purifying one image costs, whole or not."""
+        return sum(self.evaluations_per_round)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
         """Write `purification_config.json` into a folder, which is made if needed; returns the file's path."""

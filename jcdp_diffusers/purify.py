@@ -352,7 +352,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how (not given: what the purifier's repository says)")
     how.add_argument("--preset", choices=tuple(PRESETS))
     how.add_argument("--diffusion_steps", type=int, help="T_p")
-    how.add_argument("--num_inference_steps", type=int, help="network evaluations per round, at most T_p")
+    how.add_argument(
+        "--num_inference_steps",
+        type=int,
+        nargs="+",
+        metavar="E",
+        help="network evaluations per round, at most T_p; or one number for each round",
+    )
     how.add_argument("--num_rounds", type=int, help="N")
     how.add_argument("--pixel_guidance_scale", type=float)
     how.add_argument("--perceptual_guidance_scale", type=float)
@@ -380,6 +386,9 @@ def run(args: argparse.Namespace) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    evaluations = args.num_inference_steps
+    if evaluations is not None and len(evaluations) == 1:
+        (evaluations,) = evaluations
     options = {} if args.perceptual is None else {"perceptual": load_perceptual(args.perceptual)}
     try:
         pipe = open_purifier(
@@ -403,7 +412,7 @@ def run(args: argparse.Namespace) -> None:
             streaming=args.streaming,
             preset=args.preset,
             diffusion_steps=args.diffusion_steps,
-            num_inference_steps=args.num_inference_steps,
+            num_inference_steps=evaluations,
             num_rounds=args.num_rounds,
             pixel_guidance_scale=args.pixel_guidance_scale,
             perceptual_guidance_scale=args.perceptual_guidance_scale,

@@ -333,6 +333,17 @@ class TestMethod:
         )
         assert seen == [99, 79, 59, 39, 19]
 
+    def test_each_round_may_have_its_own_number_of_evaluations(self, plain, capsys):
+        seen = []
+        look = lambda pipe, step, t, tensors: seen.append((step, t))
+        settings = dict(diffusion_steps=8, seed=0, ids=["a"], output_type="pt")
+        plain.set_progress_bar_config(disable=False)
+        plain(photos(1), num_rounds=3, num_inference_steps=(1, 2, 4), callback_on_step_end=look, **settings)
+        assert seen == list(enumerate([7, 7, 3, 7, 5, 3, 1])) and "7/7" in capsys.readouterr().err
+        several = plain(photos(1), num_rounds=2, num_inference_steps=(4, 4), **settings).images
+        assert torch.equal(several, plain(photos(1), num_rounds=2, num_inference_steps=4, **settings).images)
+        assert not torch.equal(several, plain(photos(1), num_rounds=2, num_inference_steps=[2, 4], **settings).images)
+
     def test_leaving_steps_out_keeps_the_noise_at_its_level(self):
         """
         With the exact noise predictor of a constant image, x_9 holds noise of the level of t = 9 when steps are left
@@ -581,7 +592,13 @@ class TestCall:
     def test_a_smaller_t_p_takes_an_inherited_number_of_evaluations_with_it(self, plain):
         plain.purification_config = PurificationConfig(diffusion_steps=60, num_inference_steps=6)
         assert plain.resolve_config(diffusion_steps=5).num_inference_steps == 5
+        assert plain.resolve_config(diffusion_steps=7).num_inference_steps == 6
+        several = PurificationConfig(diffusion_steps=60, num_rounds=2, num_inference_steps=(3, 60))
+        assert plain.resolve_config(several, diffusion_steps=20).num_inference_steps == (3, 20)
+        with pytest.raises(ValueError, match="but must be one number, or one for each of the 3 rounds"):
+            plain.resolve_config(several, num_rounds=3)
         assert plain.resolve_config("gdmp", num_inference_steps=5).variance_type == "fixed_small"
+        assert plain.resolve_config("gdmp", num_inference_steps=(5, 36, 36, 36)).variance_type == "fixed_small"
         assert (
             plain.resolve_config("gdmp", num_inference_steps=5, variance_type="fixed_large").variance_type
             == "fixed_large"

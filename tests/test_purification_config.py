@@ -11,6 +11,17 @@ def test_save_load_gives_the_same_settings(name, tmp_path):
     assert PurificationConfig.from_pretrained(tmp_path / "new") == PRESETS[name]
 
 
+def test_a_number_of_evaluations_for_each_round(tmp_path):
+    early = PurificationConfig(diffusion_steps=20, num_rounds=3, num_inference_steps=[2, 2, 20])
+    assert early.num_inference_steps == early.evaluations_per_round == (2, 2, 20)
+    assert early.evaluations_per_image == 24
+    early.save_pretrained(tmp_path)
+    assert PurificationConfig.from_pretrained(tmp_path) == early
+    same = PurificationConfig(diffusion_steps=20, num_rounds=3, num_inference_steps=5)
+    assert same.evaluations_per_round == (5, 5, 5) and same.evaluations_per_image == 15
+    assert PRESETS["code"].evaluations_per_round == (20, 20, 20, 20)
+
+
 def test_a_folder_without_the_file_has_no_settings(tmp_path):
     assert PurificationConfig.from_pretrained(tmp_path) is None
 
@@ -36,6 +47,19 @@ def test_constants_of_the_authors_code():
             r"num_inference_steps is 101, but must lie between 1 and diffusion_steps \(100\)",
         ),
         (dict(num_inference_steps=0), "num_inference_steps is 0, but must lie between 1"),
+        (
+            dict(num_inference_steps=(5, 5), num_rounds=3),
+            r"num_inference_steps is \(5, 5\), but must be one number, or one for each of the 3 rounds",
+        ),
+        (
+            dict(num_inference_steps=()),
+            r"num_inference_steps is \(\), but must be one number, or one for each of the 1",
+        ),
+        (
+            dict(num_inference_steps=(5, 0), num_rounds=2),
+            r"num_inference_steps is \(5, 0\), but must lie between 1 and diffusion_steps \(100\)",
+        ),
+        (dict(feature_reuse=0), "feature_reuse is 0, but must be at least 1"),
         (dict(pixel_guidance_scale=-1), "pixel_guidance_scale is -1, but must be a finite number of at least 0"),
         (
             dict(perceptual_guidance_scale=float("nan")),

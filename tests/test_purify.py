@@ -446,6 +446,15 @@ def test_command_line(purifier, source, expected, tmp_path, capsys, handlers):
     assert usage.value.code == 2
 
 
+@pytest.mark.parametrize(("given", "recorded", "total"), [("3", 3, 6), ("1 3", [1, 3], 4)])
+def test_evaluations_on_the_command_line(given, recorded, total, purifier, source, tmp_path, handlers):
+    command = f"--purifier {purifier} --dataset {source} --split train --output {tmp_path}/out --diffusion_steps 3"
+    assert main(f"{command} --num_rounds 2 --num_inference_steps {given}".split()) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["num_inference_steps"] == recorded
+    assert f"{total}\nnetwork evaluations per image in 2 round(s)" in (tmp_path / "out" / "README.md").read_text()
+    assert main(f"{command} --num_rounds 2 --num_inference_steps {given}".split()) == 0  # goes on
+
+
 def test_a_signal_stops_cleanly_and_the_same_command_goes_on(purifier, tmp_path, capsys, handlers):
     source = source_folder(tmp_path / "source", 400)
     command = f"--purifier {purifier} --dataset {source} --output {tmp_path}/out --diffusion_steps 30".split()
