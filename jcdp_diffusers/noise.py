@@ -57,14 +57,15 @@ def philox4x32(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[tor
     Returns:
         `list[torch.Tensor]`: Four int64 tensors of 32-bit words.
     """
-    k0, k1 = key
+    turns = torch.arange(10, device=key[0].device).view(-1, *[1] * key[0].dim())
+    k0, k1 = (word + turns * step for word, step in zip(key, _WEYL))
     c0, c1, c2, c3, _, _ = torch.broadcast_tensors(*counter, *key)
     for turn in range(10):
         # A product of two 32-bit words wraps in int64 only in its sign. What stands above a word's 32 bits is removed
         # where the word is multiplied next, and not before.
         low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = (high >> 32).bitwise_xor_(c1).bitwise_xor_(k0 + turn * _WEYL[0]).bitwise_and_(_MASK)
-        c2 = (low >> 32).bitwise_xor_(c3).bitwise_xor_(k1 + turn * _WEYL[1]).bitwise_and_(_MASK)
+        c0 = (high >> 32).bitwise_xor_(c1).bitwise_xor_(k0[turn]).bitwise_and_(_MASK)
+        c2 = (low >> 32).bitwise_xor_(c3).bitwise_xor_(k1[turn]).bitwise_and_(_MASK)
         c1, c3 = high, low
     return [c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)]
 

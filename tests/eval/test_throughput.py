@@ -1,0 +1,134 @@
+"""What a purification costs, in counts that are exact and ratios that are generous; never in seconds."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from tiny import tiny_unet
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eval import throughput
+from jcdp_diffusers import JointConditionalPurificationPipeline, LPIPSModel
+from jcdp_diffusers.results import read_records
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """A quick run of everything, and a second one, which finds everything on record."""
+    folder = tmp_path_factory.mktemp("throughput")
+    command = ["--quick", "--device", "cpu", "--output", str(folder / "records.jsonl")]
+    before = torch.get_num_threads()
+    try:
+        throughput.main(command)
+        found = read_records(folder / "records.jsonl")
+        throughput.main(command)
+        throughput.main(["plot", *command, "--figure", str(folder / "figure.png")])
+    finally:
+        torch.set_num_threads(before)
+    assert len(read_records(folder / "records.jsonl")) == len(found)
+    assert (folder / "figure.png").stat().st_size > 10_000
+    return found
+
+
+def values(records, what, **settings):
+    return [r["value"] for r in records if r["what"] == what and settings.items() <= r["settings"].items()]
+
+
+def test_every_section_leaves_records(records):
+    assert {r["what"] for r in records} == {"peak", "step", "purifier", "noise", "training", "victim", "input"}
+    assert {r["protocol"] for r in records} == {"smoke"}
+    for mode in ("float32", "float32 channels_last"):
+        for kind in ("bare", "unguided", "guided"):
+            assert [v["repeats"] for v in values(records, "step", mode=mode, kind=kind)] == [1, 1]
+    assert all(value["images_per_second"] > 0 for value in values(records, "purifier"))
+
+
+def test_ratios_stay_within_generous_bounds(records):
+    """The network of this run is tiny, so what surrounds it weighs twenty times what it does beside a real one."""
+    assert all(value["one_plus_rest"] < 1.5 for value in values(records, "step", kind="unguided"))
+    assert all(value["one_plus_rest"] < 4 for value in values(records, "step", kind="guided"))
+    assert all(value["ratio"] < 2 for what in ("training", "victim") for value in values(records, what))
+    assert all(value["share"] < 0.25 for value in values(records, "input"))
+
+
+def test_an_unknown_section_is_wrong_usage(tmp_path, capsys):
+    with pytest.raises(SystemExit) as usage:
+        throughput.main(["speed", "--output", str(tmp_path / "records.jsonl")])
+    assert usage.value.code == 2 and "section is 'speed', but accepted are peak, steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [3, 16, 17])
+def test_the_network_is_evaluated_rounds_times_steps_times_micro_batches(count):
+    pipe = JointConditionalPurificationPipeline(tiny_unet(), DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda unet, inputs: calls.append(len(inputs[0])))
+    images = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pipe(images, diffusion_steps=20, num_inference_steps=4, num_rounds=3, seed=0, micro_batch_size=8)
+    assert calls == [8] * (3 * 4 * -(-count // 8))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a GPU would launch as kernels, and the bytes of new tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.count += 1
+            inputs = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in inputs:
+                    self.bytes += tensor.nbytes
+        return out
+
+
+def stub_step(batch, **guides):
+    x = throughput.random_images(batch)
+    step = throughput.guided_step(throughput.Stub(tiny_unet(), x), x, throughput.TIMESTEP, **guides)
+    with torch.no_grad():
+        step(x)  # matrices of the perceptual network are made once
+        with Operations() as operations:
+            step(x)
+    return operations, x.nbytes
+
+
+@pytest.mark.parametrize(
+    ("guides", "most_operations", "most_bytes"),
+    [(throughput.NO_GUIDES, 220, 40), ({"perceptual_guidance_scale": 0.0}, 380, 75), ({}, 650, 160)],
+    ids=["unguided", "pixel", "both"],
+)
+def test_operations_and_allocations_of_a_step_are_bounded(guides, most_operations, most_bytes):
+    """The number of operations does not grow with the batch, the memory that they take in all only in proportion."""
+    small, image_bytes = stub_step(2, **guides)
+    large, _ = stub_step(16, **guides)
+    assert small.count == large.count <= most_operations
+    assert small.bytes <= most_bytes * image_bytes and large.bytes <= most_bytes * 8 * image_bytes
+
+
+@pytest.mark.parametrize("reference", ["fresh", "chain"])
+def test_no_step_waits_for_the_device(reference):
+    """Tensors on the meta device have no values: a step that read one, as a synchronisation does, would raise."""
+    with torch.device("meta"):
+        unet, x = tiny_unet().to("meta"), torch.empty(4, 3, 32, 32)
+    step = throughput.guided_step(unet, x, throughput.TIMESTEP, noise_reference=reference)
+    with torch.no_grad():
+        assert step(x).device.type == "meta"
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        x.sum().item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_no_step_waits_for_a_gpu():
+    pipe = JointConditionalPurificationPipeline(tiny_unet(), DDPMScheduler(), LPIPSModel("alex")).to("cuda")
+    x = throughput.random_images(4, "cuda")
+    step = throughput.guided_step(pipe.unet, x, throughput.TIMESTEP)
+    with torch.no_grad():
+        step(x)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
