@@ -5,9 +5,12 @@
 
 `speed`: seconds of one thread per image, of whole and of reused evaluations in turn. `pixels`: how far images that are
 purified with reuse lie from those without, in levels of 255, and from each other those of two seeds, as a yardstick.
+With `--sampler ddim`, which draws no noise on the way, `--reference 100` and several `--num_inference_steps`, it tells
+whether reuse or fewer evaluations is the better saving.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -57,6 +60,7 @@ def measure_pixels(args: argparse.Namespace) -> None:
     data = load_images(args.dataset, split=args.split).subset(range(args.images))
     pipe = JointConditionalPurificationPipeline.from_pretrained(args.purifier)
     place(pipe, "cpu", precision=args.precision).set_progress_bar_config(disable=True)
+    reference = args.reference or args.num_inference_steps[0]
     settings = {
         "purifier": purifier_digest(args.purifier),
         "dataset": Path(args.dataset).name,
@@ -64,15 +68,15 @@ def measure_pixels(args: argparse.Namespace) -> None:
         "images": args.images,
         "dtype": str(pipe.unet.dtype),
         "diffusion_steps": args.diffusion_steps,
-        "num_inference_steps": args.num_inference_steps,
         "sampler": args.sampler,
+        "reference": {"num_inference_steps": reference, "feature_reuse": 1, "seed": 0},
     }
 
-    def purified(seed: int, interval: int) -> torch.Tensor:
+    def purified(seed: int, evaluations: int, interval: int) -> torch.Tensor:
         images = pipe(
             data.tensor(),
             diffusion_steps=args.diffusion_steps,
-            num_inference_steps=args.num_inference_steps,
+            num_inference_steps=evaluations,
             num_rounds=1,
             sampler=args.sampler,
             feature_reuse=interval,
@@ -82,22 +86,28 @@ def measure_pixels(args: argparse.Namespace) -> None:
         ).images
         return torch.from_numpy(to_uint8(images)).float()
 
-    expected = purified(0, 1)
-    for seed, interval in [(1, 1), *((0, interval) for interval in args.intervals)]:
+    expected = purified(0, reference, 1)
+    grid = itertools.product([0], args.num_inference_steps, args.intervals)
+    for seed, evaluations, interval in [(1, reference, 1), *grid]:
         start = time.perf_counter()
-        difference = (purified(seed, interval) - expected).abs()
+        difference = (purified(seed, evaluations, interval) - expected).abs()
         value = {"mean": difference.mean().item(), "largest": difference.max().item()}
+        whole = -(-evaluations // interval)
         append_record(
             args.output,
             what="pixel_difference",
             value=value,
             seed=seed,
-            protocol="against seed 0 without reuse",
-            settings=settings | {"feature_reuse": interval},
+            protocol="levels of 255",
+            settings=settings
+            | {"num_inference_steps": evaluations, "feature_reuse": interval, "whole_evaluations": whole},
             device="cpu",
             seconds=round(time.perf_counter() - start, 2),
         )
-        print(f"seed {seed}, feature_reuse {interval}: mean {value['mean']:.3f}, largest {value['largest']:.0f}")
+        print(
+            f"seed {seed}, {evaluations} evaluations, feature_reuse {interval}, {whole} of them whole: "
+            f"mean {value['mean']:.3f}, largest {value['largest']:.0f}"
+        )
 
 
 def main() -> None:
@@ -117,9 +127,12 @@ def main() -> None:
     pixels.add_argument("--split", default="train")
     pixels.add_argument("--images", type=int, default=128)
     pixels.add_argument("--diffusion_steps", type=int, default=100)
-    pixels.add_argument("--num_inference_steps", type=int, default=20)
+    pixels.add_argument("--num_inference_steps", type=int, nargs="+", default=(20,))
     pixels.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
-    pixels.add_argument("--intervals", type=int, nargs="+", default=(2, 3, 5))
+    pixels.add_argument("--intervals", type=int, nargs="+", default=(2, 3, 5), help="values of feature_reuse")
+    pixels.add_argument(
+        "--reference", type=int, help="evaluations of the images compared with; the first number above"
+    )
     pixels.set_defaults(run=measure_pixels)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -39,3 +39,7 @@ def test_a_record_per_interval_and_one_for_another_seed(records, ddpm_folder, tm
     assert [(record["seed"], record["settings"]["feature_reuse"]) for record in found] == [(1, 1), (0, 1), (0, 4)]
     assert found[1]["value"] == {"mean": 0, "largest": 0}
     assert 0 < found[2]["value"]["mean"] < found[0]["value"]["mean"]
+    assert [record["settings"]["whole_evaluations"] for record in found] == [4, 4, 1]
+    more = records("pixels", *words, "--intervals", 1, "--num_inference_steps", 4, 10, "--reference", 10)[3:]
+    assert [record["settings"]["num_inference_steps"] for record in more] == [10, 4, 10]
+    assert more[1]["value"]["mean"] > more[2]["value"]["mean"] == 0
