@@ -51,10 +51,10 @@ def pixel_gradient(sample: torch.Tensor, reference: torch.Tensor) -> torch.Tenso
 
 def perceptual_gradient(sample: torch.Tensor, reference: torch.Tensor, network) -> torch.Tensor:
     """
-    Gradient of a per-image perceptual distance with respect to the sample, by automatic differentiation.
+    Gradient of a per-image perceptual distance with respect to the sample.
 
-    The reference's features are computed outside the graph. The sum over the batch is differentiated, which gives each
-    image the gradient of its own distance.
+    The distance's own gradient has a closed form; what leads back to the sample through the trunk is automatic
+    differentiation. The sum over the batch is differentiated, which gives each image the gradient of its own distance.
 
     Args:
         sample (`torch.Tensor`): x_t in the network's input range [-1, 1] plus noise, shape (B, C, H, W).
@@ -75,8 +75,10 @@ def perceptual_gradient(sample: torch.Tensor, reference: torch.Tensor, network) 
         target = network.features(reference.float(), rearranged=True)
     with torch.enable_grad():
         leaf = sample.detach().float().requires_grad_(True)
-        features = network.features(leaf, rearranged=True)
-        return torch.autograd.grad(network.distance(features, target).sum(), leaf)[0]
+        maps = network.maps(leaf, rearranged=True)
+    with torch.no_grad():
+        slopes = network.slopes(maps, target)
+    return torch.autograd.grad(maps, leaf, slopes)[0]
 
 
 def earlier_chain_noise(

@@ -5,10 +5,10 @@ The `lpips` package registers each head twice, cannot be saved as safetensors an
 Here the same network is a plain `ModelMixin`: it saves and loads like a UNet, and computes the same bits as
 `lpips.LPIPS`.
 
-Its gradient is wanted at every reverse step, on images that are small for a network made for 224x224. Two
-convolutions are then mostly waste, and can be had for less (`features(rearranged=True)`, the same but for rounding):
-one with a stride, whose few input channels leave vector instructions idle, is a convolution of blocks of pixels; one
-whose kernel is larger than the map multiplies padding by far the most, and is a product with a matrix of what is left.
+Its gradient is wanted at every reverse step, on images that are small for a network made for 224x224. Two kinds of
+convolution are then mostly waste, and can be had for less (`rearranged=True`, the same but for rounding): one with a
+stride, whose few input channels leave vector instructions idle, is a convolution of blocks of pixels; one whose kernel
+is larger than the map multiplies padding most of the time, and is a product with a matrix of what is left.
 """
 
 import os
@@ -106,6 +106,14 @@ def convolution_matrix(layer: nn.Conv2d, channels: int, height: int, width: int)
     basis = torch.eye(values).to(layer.weight).view(values, height, width, channels).permute(0, 3, 1, 2)
     columns = F.conv2d(basis, layer.weight, None, layer.stride, layer.padding)
     return columns.permute(0, 2, 3, 1).flatten(1).contiguous()
+
+
+def unit_length(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A feature map (B, C, H, W) divided by its length over channels, and that length (B, 1, H, W)."""
+    # At a pixel where all channels are zero the root's gradient would be infinite; the floor makes it zero and changes
+    # no distance, since the division adds 1e-10 anyway.
+    length = x.square().sum(1, keepdim=True).clamp_min(1e-30).sqrt()
+    return x / (length + 1e-10), length
 
 
 class LPIPSModel(ModelMixin, ConfigMixin):
@@ -207,9 +215,9 @@ class LPIPSModel(ModelMixin, ConfigMixin):
                 f"{self.smallest_input}x{self.smallest_input} pixels: enlarge them first or choose another trunk."
             )
 
-    def features(self, images: torch.Tensor, *, rearranged: bool = False) -> list[torch.Tensor]:
+    def maps(self, images: torch.Tensor, *, rearranged: bool = False) -> list[torch.Tensor]:
         """
-        Feature maps of unit length over channels.
+        Feature maps as they leave the trunk.
 
         Args:
             images (`torch.Tensor`): float32, shape (B, 3, H, W) or (B, 1, H, W) (grey, shown to all three channels),
@@ -226,11 +234,12 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         for index, layer in enumerate(self.layers):
             x = self._convolve(index, layer, x) if rearranged and isinstance(layer, nn.Conv2d) else layer(x)
             if index in self.taps:
-                # At a pixel where all channels are zero the root's gradient would be infinite; the floor makes it zero
-                # and changes no distance, since the division adds 1e-10 anyway.
-                length = x.square().sum(1, keepdim=True).clamp_min(1e-30).sqrt()
-                maps.append(x / (length + 1e-10))
+                maps.append(x)
         return maps
+
+    def features(self, images: torch.Tensor, *, rearranged: bool = False) -> list[torch.Tensor]:
+        """Feature maps of unit length over channels; arguments as for `maps`."""
+        return [unit_length(x)[0] for x in self.maps(images, rearranged=rearranged)]
 
     def _convolve(self, index: int, layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
         if layer.stride[0] > 1:
@@ -254,6 +263,17 @@ class LPIPSModel(ModelMixin, ConfigMixin):
             weighted = self.heads[index](squares) if self.heads is not None else squares.sum(1, keepdim=True)
             total = total + weighted.mean([2, 3])
         return total[:, 0]
+
+    def slopes(self, maps: list[torch.Tensor], features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Gradient of the distance, summed over the batch, with respect to `maps`; `features` are what it is to."""
+        slopes = []
+        for index, (x, target) in enumerate(zip(maps, features, strict=True)):
+            feature, length = unit_length(x)
+            weight = 1.0 if self.heads is None else self.heads[index].weight
+            slope = (feature - target).mul_(weight * (2 / x[0, 0].numel()))  # with respect to the feature
+            along = (feature * slope).sum(1, keepdim=True).mul_((length + 1e-10) / length)
+            slopes.append(slope.sub_(feature.mul_(along)).div_(length + 1e-10))
+        return slopes
 
     def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """Distance per image between two batches of images in [-1, 1], shape (B, C, H, W): shape (B,)."""
