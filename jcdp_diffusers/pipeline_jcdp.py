@@ -354,7 +354,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 if bar != chain_bar:
                     chain_noise.copy_(earlier_chain_noise(chain_noise, chain_bar, bar, draw_noise("reference")))
                 noise, chain_bar = chain_noise, bar
-            reference = noise + original * bar**0.5
+            reference = (original * bar**0.5).add_(noise)
             factor = -strength(config.guidance_strength, bar) * (
                 config.final_variance_factor if timestep == 0 else 1.0
             )

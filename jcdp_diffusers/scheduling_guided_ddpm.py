@@ -61,9 +61,9 @@ class GuidedDDPMScheduler(DDPMScheduler):
         else:
             output = self._posterior_mean(model_output, timestep, sample)
             if timestep > 0:  # as in the parent
-                output.prev_sample = output.prev_sample + variance.sqrt() * variance_noise
+                output.prev_sample.add_(variance.sqrt() * variance_noise)
         if gradient is not None:
-            output.prev_sample = output.prev_sample + variance * gradient
+            output.prev_sample.add_(variance * gradient)
         return output if return_dict else (output.prev_sample, output.pred_original_sample)
 
     def _posterior_mean(self, model_output, timestep, sample) -> DDPMSchedulerOutput:
@@ -72,7 +72,7 @@ class GuidedDDPMScheduler(DDPMScheduler):
         alpha = bar / bar_previous
         original = self._predicted_original(model_output, timestep, sample)
         mean = bar_previous.sqrt() * (1 - alpha) / (1 - bar) * original
-        mean = mean + alpha.sqrt() * (1 - bar_previous) / (1 - bar) * sample
+        mean.add_(alpha.sqrt() * (1 - bar_previous) / (1 - bar) * sample)
         return DDPMSchedulerOutput(prev_sample=mean, pred_original_sample=original)
 
     def _bars(self, timestep) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +84,7 @@ class GuidedDDPMScheduler(DDPMScheduler):
         """x_0 by the network's prediction, clipped as the configuration says."""
         bar = self.alphas_cumprod[timestep]
         if self.config.prediction_type == "epsilon":
-            original = (sample - (1 - bar).sqrt() * model_output) / bar.sqrt()
+            original = (sample - (1 - bar).sqrt() * model_output).div_(bar.sqrt())
         elif self.config.prediction_type == "v_prediction":
             original = bar.sqrt() * sample - (1 - bar).sqrt() * model_output
         else:
