@@ -10,6 +10,7 @@ How fast everything runs, as ratios to plain loops timed in turn with it, and ag
 |---|---|
 | `peak` | the rate of a large convolution, and on an accelerator of a matrix product |
 | `steps` | bare UNet, unguided and guided reverse step: by type and layout, and by batch |
+| `operators` | what a forward spends its time on |
 | `purifier` | a pipeline call against the authors' loop as shipped, per image at equal steps |
 | `noise` | the noise function against `torch.randn` |
 | `training` | a purifier's training step against a loop written by hand |
@@ -17,7 +18,7 @@ How fast everything runs, as ratios to plain loops timed in turn with it, and ag
 | `input` | the share of decoding, batches and augmentation in purification and in training |
 | `pixels` | what bfloat16 does to purified images, in levels of 255 |
 | `accuracy` | on an accelerator: seconds until a clean victim has 94 % |
-| `plot` | the picture, from the records |
+| `plot`, `table` | picture and table, from the records |
 
 Every repetition runs each candidate once, in an order that rotates, and the ratio is that of one repetition; records
 hold its median and quartiles. On a CPU the clock is that of the process by default, which does not count what other
@@ -41,6 +42,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from jcdp_diffusers import GuidedDDPMScheduler, JointConditionalPurificationPipeline, LPIPSModel, PurificationConfig
@@ -354,6 +356,27 @@ def _in_mode(mode: Mode, step: Callable, x: torch.Tensor) -> Callable:
     return run
 
 
+def measure_operators(bench: Bench) -> None:
+    """Shares of the operators in a forward's time, those of one in a hundred or more."""
+    batch = bench.batches[-1] if bench.quick else 16 if bench.device.type == "cpu" else 256
+    for mode in modes(bench.device, compiled=False):
+        about = {"unet": bench.unet, "batch": batch, "mode": mode.name}
+        if not bench.missing("operators", **about):
+            continue
+        began, unet = time.perf_counter(), mode.place(named_unet(bench.unet), bench.device)
+        x, t = mode.tensor(random_images(batch, bench.device)), torch.full((batch,), TIMESTEP, device=bench.device)
+        mode.arithmetic()
+        with torch.no_grad():
+            unet(x, t)
+            with profile() as profiler:
+                unet(x, t)
+        name = "self_device_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
+        times = {entry.key: getattr(entry, name) for entry in profiler.key_averages()}
+        shares = {key: value / sum(times.values()) for key, value in times.items()}
+        shown = {key: shares[key] for key in sorted(shares, key=shares.get, reverse=True) if shares[key] >= 0.01}
+        bench.record("operators", shown, time.perf_counter() - began, **about)
+
+
 def measure_purifier(bench: Bench) -> None:
     """Our pipeline's call, placed by the one switch, against the authors' loop at its shape, per image."""
     batch = bench.batches[-1] if bench.quick else 64 if bench.device.type == "cpu" else 512
@@ -660,7 +683,7 @@ def draw_plot(bench: Bench, path: Path) -> None:
     steps = [r for r in records if r["what"] == "step" and r["settings"]["unet"] == bench.unet]
     if not steps:
         raise SystemExit(f"throughput: output is {str(bench.output)!r}, which has no steps of {bench.unet} yet.")
-    figure, axis = plt.subplots(figsize=(7.5, 5))
+    figure, axis = plt.subplots(figsize=(7.5, 5.6))
     names = list(dict.fromkeys(r["settings"]["mode"] for r in steps))
     for index, name in enumerate(names):
         for kind, style in (("bare", "--"), ("guided", "-")):
@@ -682,18 +705,91 @@ def draw_plot(bench: Bench, path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(batches := sorted({r["settings"]["batch"] for r in steps}), map(str, batches))
+    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
-    axis.tick_params(axis="y", which="minor", labelsize=7)
+    axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     threads = steps[0]["settings"]["threads"]
     where = processor(bench.device) + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
     axis.set(xlabel="batch", ylabel="image-steps per second", title=f"{bench.unet}: {where}")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def speed_table(records: list[dict], unet: str) -> str:
+    """What README.md says, in Markdown; of several records of a figure the last counts."""
+
+    def find(what: str, **settings) -> dict:
+        found = [r for r in records if r["what"] == what and settings.items() <= r["settings"].items()]
+        return found[-1]["value"] if found else {}
+
+    def row(title: str, form: str, values: list[float | None]) -> str:
+        shown = ["n.m." if value is None else format(value, form).replace("%", " %") for value in values]
+        return f"| {title} | {' | '.join(shown)} |"
+
+    def ratio(title: str, value: dict) -> str:
+        shown = f"{value['ratio']:.2f} [{value['quartiles'][0]:.2f}, {value['quartiles'][1]:.2f}]" if value else "n.m."
+        return f"| {title} | {shown} |"
+
+    types = ("float32", "bfloat16")
+    placed = [f"{dtype} channels_last" for dtype in types]
+    peaks = [find("peak", operation="convolution", dtype=dtype) or 0.0 for dtype in types]
+    calls = [find("purifier", unet=unet, run=dtype) for dtype in types]
+    step = functools.partial(find, "step", unet=unet)
+    rest = {
+        kind: [step(batch=64, mode=mode, kind=kind).get("one_plus_rest") for mode in placed]
+        for kind in ("guided", "unguided")
+    }
+    authors, pixels, noise = find("purifier", unet=unet, run="authors"), find("pixels"), find("noise", batch=64)
+    shares = ("training", "victim", "purification")
+    lines = [
+        f"| `{unet}` | float32 | bfloat16 |",
+        "|---|---|---|",
+        *(
+            row(
+                f"bare UNet, batch {batch}, images/s",
+                ".1f",
+                [step(batch=batch, mode=mode, kind="bare").get("images_per_second") for mode in placed],
+            )
+            for batch in (1, 16, 64)
+        ),
+        row("step without a guide / bare UNet, batch 64", ".4f", rest["unguided"]),
+        row("step with both guides / bare UNet, batch 64", ".4f", rest["guided"]),
+        row("pipeline with both guides, images/s per step", ".1f", [v.get("images_per_second") for v in calls]),
+        row(
+            f"the same, times the authors' loop ({authors.get('images_per_second', 0):.1f} images/s)",
+            ".2f",
+            [v.get("times_the_authors") for v in calls],
+        ),
+        row("the same, share of the convolution's peak", ".0%", [v.get("share_of_peak") for v in calls]),
+        row("that peak, GFLOP/s", ",.0f", [peak / 1e9 for peak in peaks]),
+        row(
+            "share of convolutions in a forward's time, batch 16",
+            ".0%",
+            [find("operators", unet=unet, mode=mode).get("aten::mkldnn_convolution") for mode in placed],
+        ),
+        "",
+        "| times a plain loop, median [quartiles] | |",
+        "|---|---|",
+        ratio("a purifier's training step", find("training")),
+        ratio("a victim's training step", find("victim")),
+        ratio(f"noise for 64 images ({1e3 * noise.get('seconds', 0):.1f} ms) / `torch.randn`", noise),
+        "",
+        "| what else | |",
+        "|---|---|",
+        *(row(f"share of preparing the input: {of}", ".1%", [find("input", of=of).get("share")]) for of in shares),
+        row(
+            "bfloat16 against float32, mean difference of purified pixels in levels of 255",
+            ".2f",
+            [pixels.get("mean")],
+        ),
+        row("the same, largest", ".0f", [pixels.get("largest")]),
+        row("what purification itself changes, mean", ".1f", [pixels.get("mean_of_purification")]),
+    ]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -701,18 +797,19 @@ def draw_plot(bench: Bench, path: Path) -> None:
 SECTIONS = {
     "peak": measure_peak,
     "steps": measure_steps,
+    "operators": measure_operators,
     "purifier": measure_purifier,
     "noise": measure_noise,
     "training": measure_training,
     "victim": measure_victim,
     "input": measure_input,
 }
-ASKED_FOR = ("pixels", "accuracy", "plot")  # only if named: they need files, or make one
+ASKED_FOR = ("pixels", "accuracy", "plot", "table")  # only if named: they need data, or what the others measured
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join((*SECTIONS, *ASKED_FOR))}; the first seven")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join((*SECTIONS, *ASKED_FOR))}; the first eight")
     parser.add_argument("--output", type=Path, required=True, help="JSON Lines file of records")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
@@ -755,6 +852,8 @@ def main(arguments: list[str] | None = None) -> None:
             measure_accuracy(bench, args.data)
         elif name == "plot":
             draw_plot(bench, args.figure)
+        elif name == "table":
+            print(speed_table(records_of(bench.output), bench.unet))
         else:
             SECTIONS[name](bench)
 

@@ -1,5 +1,7 @@
 """What a purification costs, in counts that are exact and ratios that are generous; never in seconds."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -9,6 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eval import throughput
 from jcdp_diffusers import JointConditionalPurificationPipeline, LPIPSModel
 from jcdp_diffusers.results import read_records
+
+
+WHAT = ("peak", "step", "operators", "purifier", "noise", "training", "victim", "input")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def values(records, what, **settings):
 
 
 def test_every_section_leaves_records(records):
-    assert {r["what"] for r in records} == {"peak", "step", "purifier", "noise", "training", "victim", "input"}
+    assert {r["what"] for r in records} == set(WHAT)
     assert {r["protocol"] for r in records} == {"smoke"}
     for mode in ("float32", "float32 channels_last"):
         for kind in ("bare", "unguided", "guided"):
@@ -48,6 +53,12 @@ def test_ratios_stay_within_generous_bounds(records):
     assert all(value["one_plus_rest"] < 4 for value in values(records, "step", kind="guided"))
     assert all(value["ratio"] < 2 for what in ("training", "victim") for value in values(records, what))
     assert all(value["share"] < 0.25 for value in values(records, "input"))
+
+
+def test_the_readme_says_what_the_records_say():
+    root = Path(__file__).parents[2]
+    said = (root / "README.md").read_text().partition("<!-- speed -->\n")[2].partition("<!-- /speed -->")[0]
+    assert said.strip() == throughput.speed_table(read_records(root / "results/throughput.jsonl"), "ddpm-cifar10")
 
 
 def test_an_unknown_section_is_wrong_usage(tmp_path, capsys):
