@@ -2,7 +2,8 @@
 Feature reuse between neighbouring steps: the deep levels of the UNet run at every n-th evaluation only.
 
 What a UNet makes of x_t at low resolution changes less from step to step than x_t does (DeepCache, Ma et al., CVPR
-2024). So an evaluation may run the full resolution alone and take the rest from an earlier one.
+2024). So an evaluation may run the full resolution alone and take the rest from an earlier one. What that saves and
+does to pixels, beside what fewer evaluations do, is on record in `results/feature_reuse.jsonl`.
 """
 
 import torch
