@@ -318,11 +318,12 @@ def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Pl
         )
         return Plan("tiny32", training, PurificationConfig(diffusion_steps=60, num_inference_steps=6))
     training = TrainingConfig(
-        max_train_steps=2600,
+        max_train_steps=3600,
         train_batch_size=64,
-        learning_rate=5e-4,
-        trained_timesteps=(0, 150),
-        checkpointing_steps=650,
+        learning_rate=1e-3,
+        lr_scheduler="cosine",
+        trained_timesteps=(0, 200),
+        checkpointing_steps=600,
         mixed_precision="bf16",
         **common,
     )

@@ -139,14 +139,22 @@ def test_norms_are_those_of_the_bytes():
 def test_control_has_the_norms_of_the_poison_and_nothing_else(perturbation):
     control = shuffled(perturbation, seed=0)
     assert control.shape == perturbation.shape
-    # The same sizes in every channel of every image, pixel for pixel, elsewhere.
-    pixels, others = (noise.abs().flatten(2) for noise in (perturbation, control))
-    for channel in range(3):
-        assert torch.equal(pixels[:, channel].sort().values, others[:, channel].sort().values)
+    # The same sizes in every channel, elsewhere, and in another image.
+    pixels, others = (noise.abs().flatten(2).sort(dim=2).values.flatten(1) for noise in (perturbation, control))
+    assert torch.equal(torch.unique(pixels, dim=0), torch.unique(others, dim=0))
     changed, unchanged = (noise.flatten(2).ne(0).any(dim=1).sum(dim=1) for noise in (perturbation, control))
-    assert torch.equal(changed, unchanged)
+    assert torch.equal(changed.sort().values, unchanged.sort().values)
     assert not torch.equal(control, perturbation)
     assert torch.equal(control, shuffled(perturbation, seed=0))
+
+
+def test_control_does_not_know_an_images_class():
+    """Sizes of a class of their own, as AR's noise has, must not stay with the class."""
+    labels = torch.arange(2000) % 2
+    noise = torch.randn(2000, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * (1 + labels.view(-1, 1, 1, 1))
+    sizes = shuffled(noise, seed=0).flatten(1).norm(dim=1)
+    of_zero, of_one = sizes[labels == 0], sizes[labels == 1]
+    assert abs(of_zero.mean() - of_one.mean()) < 4 * sizes.std() * (2 / 1000) ** 0.5
 
 
 NINTH = '''
