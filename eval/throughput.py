@@ -696,10 +696,9 @@ def draw_plot(bench: Bench, path: Path) -> None:
         settings, value = r["settings"], r["value"]
         if r["what"] == "peak" and settings["operation"] == "convolution":
             limit = value / forward_flops(bench.unet)
-            color = f"C{max(i for i, name in enumerate(names) if name.startswith(settings['dtype']))}"
-            axis.axhline(limit, color=color, ls=":", lw=1.5)
+            axis.axhline(limit, color="0.4", ls=":", lw=1.5)
             text = f"limit in {settings['dtype']}: {value / 1e9:,.0f} GFLOP/s of convolution"
-            axis.annotate(text, (1, limit), xytext=(0, 3), textcoords="offset points", fontsize=8, color=color)
+            axis.annotate(text, (1, limit), xytext=(0, 3), textcoords="offset points", fontsize=8, color="0.3")
         if r["what"] == "purifier" and settings["unet"] == bench.unet and settings["run"] == "authors":
             axis.plot(settings["images"], value["images_per_second"], "k*", ms=11, label="the authors' loop")
     axis.set_xscale("log", base=2)
@@ -755,6 +754,11 @@ def speed_table(records: list[dict], unet: str) -> str:
                 [step(batch=batch, mode=mode, kind="bare").get("images_per_second") for mode in placed],
             )
             for batch in (1, 16, 64)
+        ),
+        row(
+            "bare UNet, compiled, batch 16, images/s",
+            ".1f",
+            [step(batch=16, mode=f"{mode} compiled", kind="bare").get("images_per_second") for mode in placed],
         ),
         row("step without a guide / bare UNet, batch 64", ".4f", rest["unguided"]),
         row("step with both guides / bare UNet, batch 64", ".4f", rest["guided"]),

@@ -44,7 +44,7 @@ def place(
         precision (`str`): Of the UNet: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 where the device
             has instructions for it, else float32.
         compiled (`bool`): Compile the UNet at its first call, for the one shape that micro-batches have. On a CPU that
-            takes a minute or two and gains a few per cent.
+            takes a minute or two and gains a sixth at best.
 
     Returns:
         `JointConditionalPurificationPipeline`: The same.
