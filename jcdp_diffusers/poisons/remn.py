@@ -10,7 +10,7 @@ surrogate. Ours does not.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -60,20 +60,23 @@ class REMNSettings:
     bfloat16: bool = False
 
 
+_CPU = REMNSettings(
+    step=4.0,
+    steps=4,
+    samples=1,
+    adversary_step=3.0,
+    adversary_steps=2,
+    model_steps=300,
+    decay_every=120,
+    width=16,
+    bfloat16=True,
+)
 PRESETS = {
     "published": REMNSettings(),
     "gpu": REMNSettings(bfloat16=True),
-    "cpu": REMNSettings(
-        step=4.0,
-        steps=4,
-        samples=1,
-        adversary_step=3.0,
-        adversary_steps=2,
-        model_steps=300,
-        decay_every=120,
-        width=16,
-        bfloat16=True,
-    ),
+    "cpu": _CPU,
+    # Three times as long: what the cut from 5,000 steps to 300 costs.
+    "cpu-long": replace(_CPU, model_steps=900, decay_every=360),
     "smoke": REMNSettings(
         step=4.0,
         steps=2,
