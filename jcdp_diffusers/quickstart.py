@@ -411,7 +411,8 @@ def write_report(output_dir: Path, story: Telling, guide: str, norms: dict, sett
         f"{norms['linf']:.0f}/255.",
         f"Purifier: `{story.unet}`, {story.training.max_train_steps} steps of {story.training.train_batch_size} on "
         f"{story.sizes[1]} collected images that are neither protected nor tested.",
-        f"Purification: T_p {story.purification.diffusion_steps}, {story.purification.evaluations_per_image} UNet "
+        f"Purification: T_p {story.purification.diffusion_steps}, {story.purification.num_rounds} "
+        f"round{'s' * (story.purification.num_rounds > 1)}, {story.purification.evaluations_per_image} UNet "
         f"evaluations per image, {guide}.",
         f"Victim: ResNet-18, recipe `{story.recipe}`, last epoch, the same in all rows.",
         f"Time: {seconds:.0f} s of computing. Records: `records.jsonl`; this report is made from them.",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.tables import Measured, poison_table
 from jcdp_diffusers.cli import COMMANDS
 from jcdp_diffusers.quickstart import ROWS
 from jcdp_diffusers.results import read_records, summarise
@@ -30,6 +31,11 @@ def test_the_table_is_that_of_the_records():
         )
         cells = [cell.strip() for cell in line.split("|")[2:4]]
         assert row["n"] >= 3 and cells == [f"{100 * row['mean']:.1f} %", f"{100 * row['std']:.1f}"]
+
+
+def test_the_table_of_poisons_is_that_of_the_records():
+    measured = Measured(read_records(ROOT / "results" / "poisons_cifar10_mini.jsonl"))
+    assert poison_table(measured, "cifar10") in section("poisons")
 
 
 def test_every_link_and_picture_exists():
