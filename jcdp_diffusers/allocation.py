@@ -15,9 +15,8 @@ def keep_freed_memory() -> bool:
     Tell glibc to keep this process's freed memory instead of handing it back to the system.
 
     A convolutional network on a CPU allocates and frees every layer's output at every step. By default glibc returns
-    such blocks to the system at once, which has to clear each page again when the next layer asks for it: a few
-    per cent of a training step, up to a quarter when batches are large. Commands call this once; a library that is
-    imported leaves its process alone.
+    such blocks to the system at once, which has to clear each page again when the next layer asks for it. Commands
+    call this once; a library that is imported leaves its process alone.
 
     Returns:
         `bool`: False where there is no glibc, and nothing changes.

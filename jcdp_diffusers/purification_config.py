@@ -25,7 +25,8 @@ class PurificationConfig:
         diffusion_steps (`int`): T_p, the number of forward steps: images are diffused to the level alpha_bar[T_p - 1].
         num_inference_steps (`int` or `tuple[int, ...]`, *optional*): UNet evaluations E per round, or one number for
             each round, at the timesteps T_p (1 - k / E) - 1, rounded, for k = 0 ... E - 1; the last one ends the
-            round. None is T_p.
+            round. None is T_p. With the sampler `"ddpm"` and `"fixed_small"` the last one has no variance, so that
+            neither guide acts there.
         num_rounds (`int`): N, how often the image is diffused and denoised again.
         pixel_guidance_scale (`float`): Scale of the pixel guide (gradient of the per-image mean squared error); 0 is
             off.

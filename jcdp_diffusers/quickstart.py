@@ -400,7 +400,7 @@ def write_report(output_dir: Path, story: Telling, guide: str, norms: dict, sett
         f"| victim trained on | test accuracy, mean of {story.seeds} | standard deviation | training accuracy |",
         "|---|---|---|---|",
         *(
-            f"| {ROWS[row]} | {100 * mean[row]:.1f} % | {100 * accuracy[row]['std'] or 0:.1f} "
+            f"| {ROWS[row]} | {100 * mean[row]:.1f} % | {100 * accuracy[row]['std']:.1f} "
             f"| {100 * trained[row]['mean']:.1f} % |"
             for row in ROWS
         ),

@@ -387,6 +387,14 @@ class TestMethod:
         stochastic = plain(photos(2), seed=0, **settings | {"sampler": "ddpm"}).images
         assert not torch.equal(first, stochastic)
 
+    def test_a_guide_that_could_not_act_is_refused(self, pipe):
+        alone = dict(diffusion_steps=20, num_inference_steps=1, pixel_guidance_scale=10.0)
+        with pytest.raises(ValueError, match="num_inference_steps is 1, but a guide needs at least 2 per round"):
+            pipe.resolve_config(**alone)
+        pipe.resolve_config(**alone | dict(num_inference_steps=2))
+        pipe.resolve_config(**alone | dict(sampler="ddim"))
+        pipe.resolve_config(**alone | dict(pixel_guidance_scale=0.0))
+
     def test_ddim_is_guided_too(self, pipe):
         settings = GUIDED | dict(seed=0, ids=["a", "b"], output_type="pt", sampler="ddim")
         guided = pipe(photos(2), **settings).images

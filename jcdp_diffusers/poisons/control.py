@@ -4,8 +4,7 @@ import torch
 
 
 def shuffled(perturbation: torch.Tensor, seed: int) -> torch.Tensor:
-    """Gives each image the perturbation of another one, moves its pixels to random places and its values' signs at
-    random.
+    """Gives each image the perturbation of one drawn at random, with its pixels in random places and random signs.
 
     What remains is what a budget counts: the largest values, the Euclidean norms and the numbers of pixels changed, as
     a set over all images, before the images' valid range cuts anything off. A poison that protects better than this

@@ -127,7 +127,7 @@ def test_no_step_waits_for_the_device(reference):
     step = throughput.guided_step(unet, x, throughput.TIMESTEP, noise_reference=reference)
     with torch.no_grad():
         assert step(x).device.type == "meta"
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError, match="meta"):
         x.sum().item()
 
 
