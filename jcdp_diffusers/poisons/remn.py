@@ -77,6 +77,8 @@ PRESETS = {
     "cpu": _CPU,
     # Three times as long: what the cut from 5,000 steps to 300 costs.
     "cpu-long": replace(_CPU, model_steps=900, decay_every=360),
+    # Twice the steps and twice the augmentations of the descent: what those cuts cost.
+    "cpu-steps": replace(_CPU, step=2.0, steps=8, samples=2),
     "smoke": REMNSettings(
         step=4.0,
         steps=2,
