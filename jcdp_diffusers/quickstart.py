@@ -198,7 +198,8 @@ def run_quickstart(
     noisy = clean.with_images(poisons.apply_perturbation(clean.images, noise))
     norms = poisons.measured_norms(clean.images, protected.images)
     check_roles(protected, collected, test)
-    write_dataset(output_dir / "protected", protected)
+    for role, images in {"clean": clean, "protected": protected, "collected": collected, "test": test}.items():
+        write_dataset(output_dir / role, images, split="test" if role == "test" else "train")
     say(f"LSP: mean L2 norm {norms['l2_mean']:.3f} after rounding, largest change {norms['linf']:.0f}/255")
     settings = {
         "telling": story.name,

@@ -79,7 +79,10 @@ def test_every_figure_is_on_record(told):
 
 def test_the_data_sets_are_aligned_by_id(told):
     folder, _ = told
-    clean = digits(SHORT.sizes)[0]
+    clean, *others = digits(SHORT.sizes)
+    for role, images in zip(("clean", "collected", "test"), (clean, *others)):
+        written = load_images(folder / role)
+        assert written.ids == images.ids and np.array_equal(written.images, images.images)
     protected, purified = load_images(folder / "protected"), load_images(folder / "purified")
     assert protected.ids == purified.ids == clean.ids
     assert np.array_equal(protected.labels, clean.labels) and np.array_equal(purified.labels, clean.labels)
