@@ -137,7 +137,7 @@ class Measured:
 
 def grid_table(measured: Measured, dataset: str) -> str:
     """Everything that was measured on one data set: a row per countermeasure, a column per poison, and the costs."""
-    poisons = [name for name in measured.names("poison") if not name.endswith(CONTROL)]
+    poisons = _poisons(measured)
     columns = measured.names("column")
     costs = {
         column: [
@@ -171,8 +171,7 @@ def poison_table(measured: Measured, dataset: str) -> str:
     head = ["trained on", "test accuracy", "training accuracy", "noise of the same size: test accuracy"]
     head += ["mean L2 norm", "largest change in 1/255", "seconds to make"]
     rows = []
-    measured_poisons = [name for name in measured.names("poison") if not name.endswith(CONTROL)]
-    for poison in sorted(measured_poisons, key=["none", *POISONS].index):
+    for poison in _poisons(measured):
         norms = measured.settings(dataset, poison, "none").get("poison_norms", {})
         seconds = measured.settings(dataset, poison, "none").get("poison_seconds")
         control = measured.accuracies(dataset, poison + CONTROL, "none")
@@ -238,6 +237,11 @@ def paper_tables(measured: Measured) -> dict[str, str]:
         for dataset, figures in PUBLISHED[name].items():
             tables[f"{title}, {dataset}"] = beside_table(measured, dataset, figures)
     return tables
+
+
+def _poisons(measured: Measured) -> list[str]:
+    """Those that were measured, without controls, clean images first."""
+    return [name for name in ("none", *POISONS) if name in measured.names("poison")]
 
 
 def _ours(measured: Measured, dataset: str, poison: str, column: str) -> list[float]:

@@ -354,6 +354,7 @@ def _train(collected, plan: Plan, purifier: Path, seed, device, records: Path, r
         output_dir=purifier,
         config=training,
     )
+    dataclasses.replace(plan.purification, trained_timesteps=training.trained_timesteps).save_pretrained(purifier)
     seconds = round(time.perf_counter() - start, 2)
     append_record(
         records,

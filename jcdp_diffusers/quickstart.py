@@ -224,6 +224,10 @@ def run_quickstart(
             config=dataclasses.replace(story.training, seed=seed, resume_from_checkpoint="latest"),
         )
         note(records, "seconds", time.perf_counter() - start, stage, device)
+    # So that whoever opens the purifier alone purifies as this story does.
+    dataclasses.replace(story.purification, trained_timesteps=story.training.trained_timesteps).save_pretrained(
+        purifier
+    )
 
     calls = story.purification.evaluations_per_image
     say(f"Purifying: T_p {story.purification.diffusion_steps}, {calls} UNet evaluations per image")

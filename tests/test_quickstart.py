@@ -90,6 +90,11 @@ def test_the_data_sets_are_aligned_by_id(told):
     assert not np.array_equal(purified.images, protected.images)
 
 
+def test_the_purifier_keeps_how_the_story_purified(told):
+    kept = PurificationConfig.from_pretrained(told[0] / "purifier")
+    assert kept == dataclasses.replace(SHORT.purification, trained_timesteps=SHORT.training.trained_timesteps)
+
+
 def test_the_same_command_again_measures_nothing_anew(told):
     folder, report = told
     before = (folder / "records.jsonl").read_bytes()
