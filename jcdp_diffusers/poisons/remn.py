@@ -79,6 +79,8 @@ PRESETS = {
     "cpu-long": replace(_CPU, model_steps=900, decay_every=360),
     # Twice the steps and twice the augmentations of the descent: what those cuts cost.
     "cpu-steps": replace(_CPU, step=2.0, steps=8, samples=2),
+    # A surrogate of twice the width: what the cut from 64 to 16 costs.
+    "cpu-wide": replace(_CPU, width=32),
     "smoke": REMNSettings(
         step=4.0,
         steps=2,
