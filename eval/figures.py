@@ -4,12 +4,14 @@ A picture is a line in `FIGURES`: a function that adds its options to a parser, 
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.poisons.protect import read_card
+from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
 
 
@@ -136,34 +138,52 @@ def add_strength_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def draw_strength(args: argparse.Namespace) -> None:
-    """Accuracy against T_p, a line per poison; dotted, what the same images give without purification."""
+    """Accuracy against T_p, a line per poison and way of purifying; dotted, without purification."""
     records = grid_records(args, "accuracy")
     purified = [record for record in records if record["settings"].get("purification")]
     if not purified:
         raise SystemExit("figures: records hold no cell with purification settings of its own, but the axis is T_p.")
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(5.6, 3.4))
-    for number, poison in enumerate(dict.fromkeys(record["settings"]["poison"] for record in records)):
-        by_steps: dict[int, list[float]] = {}
+    poisons_found = list(dict.fromkeys(record["settings"]["poison"] for record in records))
+    drawn = 0
+    for poison in poisons_found:
+        first = plt.get_cmap("tab10")(drawn % 10)
+        lines: dict[str, dict[int, list[float]]] = {}
         for record in purified:
             if record["settings"]["poison"] == poison:
                 steps = record["settings"]["purification"]["diffusion_steps"]
+                by_steps = lines.setdefault(way_of_purifying(record["settings"]), {})
                 by_steps.setdefault(steps, []).append(100 * record["value"])
-        colour = plt.get_cmap("tab10")(number)
-        steps = sorted(by_steps)
-        means = [np.mean(by_steps[step]) for step in steps]
-        deviations = [np.std(by_steps[step], ddof=1) if len(by_steps[step]) > 1 else 0 for step in steps]
-        label = "clean images" if poison == "none" else poison
-        axis.errorbar(steps, means, deviations, color=colour, marker="o", markersize=4, capsize=2, label=label)
+        for way, by_steps in lines.items():
+            steps = sorted(by_steps)
+            means = [np.mean(by_steps[step]) for step in steps]
+            deviations = [np.std(by_steps[step], ddof=1) if len(by_steps[step]) > 1 else 0 for step in steps]
+            label = ("clean images" if poison == "none" else poison) + (f", {way}" if way else "")
+            colour, marker = plt.get_cmap("tab10")(drawn % 10), "osD^v<>PX*"[drawn % 10]
+            axis.errorbar(steps, means, deviations, color=colour, marker=marker, markersize=4, capsize=2, label=label)
+            drawn += 1
         plain = [
             100 * r["value"]
             for r in records
             if r["settings"]["poison"] == poison and r["settings"]["column"] == "none"
         ]
         if plain:
-            axis.axhline(np.mean(plain), color=colour, linestyle=":", linewidth=1)
+            axis.axhline(np.mean(plain), color=first, linestyle=":", linewidth=1)
     axis.set(xlabel="forward steps T_p", ylabel="test accuracy (%)", ylim=(0, 100))
     finish(figure, [axis], args)
+
+
+def way_of_purifying(settings: dict) -> str:
+    """What, beside T_p and the number of evaluations, tells this purification from the package's default."""
+    usual = {field.name: field.default for field in dataclasses.fields(PurificationConfig)}
+    aside = ("diffusion_steps", "num_inference_steps", "variance_type", "trained_timesteps", "perceptual_network")
+    others = [
+        f"{name} {value}"
+        for name, value in settings["purification"].items()
+        if name not in aside and value != usual[name]
+    ]
+    return ", ".join(([settings["countermeasure"]] if settings["countermeasure"] != "unconditional" else []) + others)
 
 
 def add_record_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """A grid from its file to tables and figures, on digits and in smoke runs."""
 
+import dataclasses
 import json
 import sys
 
@@ -12,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from eval import benchmark, figures, tables
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
+from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
 
 
@@ -139,6 +141,18 @@ def test_tables_and_figures_from_records_alone(measured, monkeypatch, capsys, tm
         run(figures, monkeypatch, "curves", "--records", records, "--smoke", "--dataset", "cifar10")
     with pytest.raises(SystemExit, match="dataset is None, but the records hold"):
         run(figures, monkeypatch, "curves", "--records", records)
+
+
+def test_a_line_of_the_strength_figure_is_one_way_of_purifying():
+    base = PurificationConfig(diffusion_steps=30, num_inference_steps=2, variance_type="fixed_small")
+
+    def way(measure="unconditional", **changes):
+        changed = dataclasses.asdict(dataclasses.replace(base, **changes))
+        return figures.way_of_purifying({"countermeasure": measure, "purification": changed})
+
+    assert way() == way(diffusion_steps=60, num_inference_steps=6) == ""
+    assert way("unconditional+corruption") == "unconditional+corruption"
+    assert way(num_rounds=8, pixel_guidance_scale=30.0) == "num_rounds 8, pixel_guidance_scale 30.0"
 
 
 def test_pictures_of_several_sets(measured, source, monkeypatch, tmp_path):
