@@ -40,7 +40,7 @@ from .data_checks import (
 from .dataset_card import SUMMARY_NAME
 from .model_card import RECORD_NAME
 from .placement import open_purifier
-from .purification_config import PurificationConfig
+from .purification_config import PRESETS, PurificationConfig
 from .purify import purify_dataset
 from .report import write_report
 from .results import append_record, package_versions, read_records
@@ -52,6 +52,8 @@ from .victims.supervised import RECIPES, Recipe
 
 
 TITLES = {"clean": "clean images", "protected": "protected images", "purified": "purification"}
+# In front of the name of an attack: it is made on the purified images instead of the protected ones.
+ON_PURIFIED = "purified+"
 SMOKE_IMAGES = 200
 
 
@@ -113,7 +115,8 @@ def audit(
         protocol (`str` or `Recipe`): Of the victims, one of `RECIPES`; `"smoke"` shows in seconds that everything
             works.
         roles (`str`): `"disjoint"`, or `"paper"` for a purifier that has been trained on the test images.
-        attacks (`Sequence[str]`): Countermeasures to try beside purification; see `countermeasures.NAMES`.
+        attacks (`Sequence[str]`): Countermeasures to try beside purification; see `countermeasures.NAMES`. With
+            `purified+` in front, such as `purified+corruption`, on the purified images.
         seeds (`int` or `Sequence[int]`): Victims per row, with seeds 0, 1, ..., or the seeds themselves.
         seed (`int`): Of the purifier and the purification.
         victim, width: As for `victims.supervised.train_victim`.
@@ -142,7 +145,10 @@ def audit(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds is {seeds}, but at least one victim, each with a seed of its own, is needed.")
     attacks = tuple(dict.fromkeys(name for name in attacks if name != "none"))
-    measures = [countermeasures.get(name) for name in attacks]
+    measures = {name: countermeasures.get(name.removeprefix(ON_PURIFIED)) for name in attacks}
+    for name, measure in measures.items():
+        if name.startswith(ON_PURIFIED) and measure.needs_purifier:
+            raise ValueError(f"attacks has {name!r}, but images are purified once: name what comes after it.")
     victims.get(victim)
     if purifier is None and collected is None:
         raise ValueError("collected is None, but without a purifier images are needed to train one.")
@@ -187,7 +193,7 @@ def audit(
     pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
     check_purifier(pipe, protected)
     config = pipe.resolve_config(plan.purification if preset is None and plan is not None else preset)
-    for part in (part for measure in measures for part in measure.parts or (measure,)):
+    for part in (part for measure in measures.values() for part in measure.parts or (measure,)):
         if part.needs_purifier and not recipe.smoke:
             pipe.resolve_config(PurificationConfig(**part.settings))
 
@@ -203,7 +209,8 @@ def audit(
 
     # 5. Victims
     rows = {row: (sets[row], "none") for row in ("clean", "protected", "purified") if row in sets}
-    rows |= {name: (protected, name) for name in attacks}
+    for name, measure in measures.items():
+        rows[name] = (purified if name.startswith(ON_PURIFIED) else protected, measure.name)
     facts = {"audit": describe_images(protected)["content"], "roles": roles}
     purification = {"purifier": purifier_digest(str(purifier)), "purification": dataclasses.asdict(config)}
     cells = {
@@ -220,7 +227,7 @@ def audit(
                 # In a smoke run every attack that purifies does so in seconds.
                 purification=config if recipe.smoke and countermeasures.get(name).needs_purifier else None,
                 work_dir=output_dir / "attacks",
-                about=facts | {"row": row} | (purification if row == "purified" else {}),
+                about=facts | {"row": row} | (purification if images is purified else {}),
             )
             for victim_seed in seeds
         ]
@@ -233,7 +240,9 @@ def audit(
     # 6. The report
     found = [{"row": row, "title": TITLES.get(row, row)} | _results(cells[row], records) for row in cells]
     by_row = {entry["row"]: entry for entry in found}
-    by_row["purified"]["prepare_seconds"] = _read(output_dir / "purified" / SUMMARY_NAME)["seconds_of_work"]
+    purified_in = _read(output_dir / "purified" / SUMMARY_NAME)["seconds_of_work"]
+    for row, (images, _) in rows.items():
+        by_row[row]["prepare_seconds"] += purified_in if images is purified else 0
     training = _read(Path(purifier) / RECORD_NAME) if (Path(purifier) / RECORD_NAME).exists() else None
     judged = verdict({row: entry["accuracy"]["values"] for row, entry in by_row.items()}, TITLES, smoke=recipe.smoke)
     report = {
@@ -259,7 +268,10 @@ def audit(
             "seeds": list(seeds),
             "recipe": dataclasses.asdict(recipe),
         },
-        "attacks": {m.name: {"source": m.source, "cost": m.cost, "settings": dict(m.settings)} for m in measures},
+        "attacks": {
+            name: {"source": measure.source, "cost": measure.cost, "settings": dict(measure.settings)}
+            for name, measure in measures.items()
+        },
         "limits": _limits(judged, sets, roles, trained_here, training, attacks, seeds, victim),
         "command": command or "jcdp_diffusers.audit.audit(...) with the settings above",
         "device": found[0]["device"],
@@ -327,8 +339,7 @@ def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Pl
         mixed_precision="bf16",
         **common,
     )
-    # Found on validation images (eval/grids/search.yaml): many light rounds remove more than one strong one.
-    return Plan("mini32", training, PurificationConfig(diffusion_steps=30, num_inference_steps=2, num_rounds=8))
+    return Plan("mini32", training, PRESETS["tuned"])
 
 
 def _train(collected, plan: Plan, purifier: Path, seed, device, records: Path, recipe: Recipe, say) -> None:
@@ -501,7 +512,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--purifier", help="folder or Hub id of a DDPM; trained on --collected if not given")
     how.add_argument("--preset", help="how to purify; what the purifier's repository says if not given")
     how.add_argument(
-        "--countermeasures", default="", help=f"to try beside purification: {', '.join(countermeasures.NAMES)}"
+        "--countermeasures",
+        default="",
+        help=f"to try beside purification, commas between them: {', '.join(countermeasures.NAMES)}; with "
+        f"{ON_PURIFIED} in front, on the purified images",
     )
     how.add_argument("--victim", default="resnet18", choices=victims.NAMES)
     how.add_argument("--width", type=int, help="of the victims; the recipe's if not given")

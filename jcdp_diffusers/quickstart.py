@@ -23,7 +23,7 @@ from . import poisons
 from .allocation import keep_freed_memory
 from .data import LabelledImages, check_roles, load_images, to_uint8, write_dataset
 from .placement import open_purifier
-from .purification_config import PurificationConfig
+from .purification_config import PRESETS, PurificationConfig
 from .purify import purify_dataset
 from .results import append_record, read_records, summarise
 from .train import TrainingConfig, train_purifier
@@ -101,10 +101,7 @@ TELLINGS = {
             checkpoints_total_limit=1,
             mixed_precision="bf16",
         ),
-        # The best of eval/grids/search.yaml on validation images; results/search_cifar10_mini.jsonl.
-        purification=PurificationConfig(
-            diffusion_steps=30, num_inference_steps=2, num_rounds=8, variance_type="fixed_small"
-        ),
+        purification=PRESETS["tuned"],
         recipe="mini",
     ),
 }

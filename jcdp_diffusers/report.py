@@ -60,8 +60,10 @@ def results_table(report: dict) -> list[dict]:
         accuracy = entry["accuracy"]
         if entry["row"] in ("clean", "protected"):
             title, before = f"trained on {entry['title']}", "-"
-        elif entry["row"] == "purified":
+        elif entry["row"].startswith("purified"):
             title, before = "trained on purified images", seconds_said(entry["prepare_seconds"])
+            if (attack := entry["row"].removeprefix("purified+")) != "purified":
+                title += f", with {attack}"
             if purifier_seconds is not None:
                 before += f" (+ {seconds_said(purifier_seconds)} for the purifier)"
         else:

@@ -53,17 +53,27 @@ def command(folders, output, *more, roles=("protected", "collected", "test")) ->
     return ["audit", *options(folders, *roles), "--output", str(output), *smoke, *more]
 
 
+ATTACKS = "gray,eclipse,purified+corruption"
+
+
 @pytest.fixture(scope="module")
 def audited(folders, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("audited") / "out"
     roles = ("protected", "collected", "test", "clean")
-    assert main(command(folders, output, "--countermeasures", "gray,eclipse", roles=roles)) == 0
+    assert main(command(folders, output, "--countermeasures", ATTACKS, roles=roles)) == 0
     return output
 
 
 def test_everything_is_there(audited, folders):
     report = json.loads((audited / "report.json").read_text())
-    assert [row["row"] for row in report["rows"]] == ["clean", "protected", "purified", "gray", "eclipse"]
+    assert [row["row"] for row in report["rows"]] == [
+        "clean",
+        "protected",
+        "purified",
+        "gray",
+        "eclipse",
+        "purified+corruption",
+    ]
     assert report["smoke"] and report["verdict"]["status"] == "smoke"
     assert "no figure means anything" in report["limits"][0]
     assert report["data"]["noise"]["linf"] > 0 and report["data"]["separation"]["collected_in_test"] == 0
@@ -74,7 +84,18 @@ def test_everything_is_there(audited, folders):
     assert set(purified.ids) <= set(protected.ids) and len(purified) == report["data"]["sets"]["protected"]["images"]
     # The way to repeat it is the command that was given, without what is the default anyway.
     assert report["command"].startswith("jcdp audit --protected ") and "--seeds 1" in report["command"]
-    assert "--victim" not in report["command"] and "--countermeasures gray,eclipse" in report["command"]
+    assert "--victim" not in report["command"] and f"--countermeasures {ATTACKS}" in report["command"]
+
+
+def test_an_attack_on_the_purified_images_counts_purification(audited):
+    report = json.loads((audited / "report.json").read_text())
+    rows = {row["row"]: row for row in report["rows"]}
+    assert rows["purified+corruption"]["prepare_seconds"] >= rows["purified"]["prepare_seconds"] > 0
+    assert report["attacks"]["purified+corruption"]["settings"]["noise_deviation"] == 0.05
+    cells = results_by_cell(audited / "records.jsonl", what="accuracy").values()
+    trained_on = {cell["settings"]["row"]: cell["settings"]["train"]["content"] for cell in cells}
+    assert trained_on["purified+corruption"] == trained_on["purified"] != trained_on["eclipse"]
+    assert "| trained on purified images, with corruption |" in (audited / "report.md").read_text()
 
 
 def test_every_figure_of_the_report_is_on_record(audited):
@@ -91,7 +112,7 @@ def test_the_same_command_measures_nothing_anew_and_a_longer_one_only_what_is_ne
     roles = ("protected", "collected", "test", "clean")
     before = (output / "records.jsonl").read_text()
     weights = (output / "purifier/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
-    assert main(command(folders, output, "--countermeasures", "gray,eclipse", roles=roles)) == 0
+    assert main(command(folders, output, "--countermeasures", ATTACKS, roles=roles)) == 0
     assert (output / "records.jsonl").read_text() == before
     assert main(command(folders, output, "--countermeasures", "gray,bdr-2", roles=roles)) == 0
     new = read_records(output / "records.jsonl")[len(before.splitlines()) :]
@@ -110,7 +131,7 @@ def test_an_interrupted_audit_goes_on(audited, folders, tmp_path):
     shutil.rmtree(output / "purified")
     (output / "report.json").unlink()
     roles = ("protected", "collected", "test", "clean")
-    assert main(command(folders, output, "--countermeasures", "gray,eclipse", roles=roles)) == 0
+    assert main(command(folders, output, "--countermeasures", ATTACKS, roles=roles)) == 0
     assert (output / "records.jsonl").read_text().splitlines()[:3] == kept
     again, before = (json.loads((folder / "report.json").read_text()) for folder in (output, audited))
     assert [row["accuracy"] for row in again["rows"]] == [row["accuracy"] for row in before["rows"]]
@@ -198,6 +219,8 @@ def test_what_cannot_be_audited_ends_in_one_sentence(folders, tmp_path, capfd):
 
     code, said = refused({}, "--countermeasures", "gray,magic")
     assert code == 1 and "'magic'" in said
+    code, said = refused({}, "--countermeasures", "purified+eclipse")
+    assert code == 1 and "attacks has 'purified+eclipse', but images are purified once" in said
     code, said = refused({}, "--seeds", "0")
     assert code == 1 and "at least one victim" in said
     assert not (tmp_path / "out" / "purifier").exists()  # all of it before anything costly
