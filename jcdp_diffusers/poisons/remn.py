@@ -81,6 +81,8 @@ PRESETS = {
     "cpu-steps": replace(_CPU, step=2.0, steps=8, samples=2),
     # A surrogate of twice the width: what the cut from 64 to 16 costs.
     "cpu-wide": replace(_CPU, width=32),
+    # Without an adversary, so error-minimising noise under random crops: what the adversary costs at this size.
+    "cpu-no-adversary": replace(_CPU, adversary_epsilon=0.0, adversary_steps=0),
     "smoke": REMNSettings(
         step=4.0,
         steps=2,
