@@ -49,6 +49,8 @@ COLUMNS = {
     "random-noise": "random noise",
     "jcdp": "JCDP",
     "unconditional": "diffusion without guide",
+    "unconditional+corruption": "diffusion without guide, then corruption",
+    "orthogonal-projection": "orthogonal projection",
 }
 
 

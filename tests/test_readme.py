@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.tables import Measured, poison_table
+from eval.tables import Measured, grid_table, poison_table
 from jcdp_diffusers.cli import COMMANDS
 from jcdp_diffusers.quickstart import ROWS
 from jcdp_diffusers.results import read_records, summarise
@@ -18,6 +18,10 @@ RESULTS = ROOT / "results" / "cifar10_mini"
 
 def section(name: str) -> str:
     return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.DOTALL).group(1)
+
+
+def records_of(name: str) -> list[dict]:
+    return [r for r in read_records(ROOT / "results" / f"{name}.jsonl") if r["what"] == "accuracy"]
 
 
 def test_the_table_is_that_of_the_records():
@@ -36,6 +40,27 @@ def test_the_table_is_that_of_the_records():
 def test_the_table_of_poisons_is_that_of_the_records():
     measured = Measured(read_records(ROOT / "results" / "poisons_cifar10_mini.jsonl"))
     assert poison_table(measured, "cifar10") in section("poisons")
+
+
+def test_what_is_said_of_single_victims_is_on_record():
+    text = README[README.index("A poison that leaves more than") : README.index("## Which countermeasure")]
+    single = [r for name in ("poisons_remn_variants", "poisons_cifar10_20k") for r in records_of(name)]
+    assert len(single) == 6
+    for record in single:
+        assert f"{100 * record['value']:.1f} %" in text, record["settings"]
+
+
+def test_what_is_said_of_compensation_is_on_record():
+    text = README[README.index("Without corruption while training") : README.index("## In Python")]
+    for record in records_of("compensation_cifar10_mini") + records_of("guides_cifar10_mini"):
+        if record["settings"]["column"] != "eclipse":  # only in the table
+            assert f"{100 * record['value']:.1f}" in text, record["settings"]["column"]
+
+
+@pytest.mark.parametrize("name", ["countermeasures", "guides"])
+def test_the_tables_of_grids_are_those_of_the_records(name):
+    measured = Measured(read_records(ROOT / "results" / f"{name}_cifar10_mini.jsonl"))
+    assert grid_table(measured, "cifar10") in section(name)
 
 
 def test_every_link_and_picture_exists():
