@@ -292,9 +292,14 @@ def _num_classes(cell: Cell) -> int:
 
 
 def _preparation(cell: Cell) -> str:
-    """Name of the folder for what a countermeasure does before training, which has nothing to do with the victim."""
-    deciding = ("train", "countermeasure", "countermeasure_settings", "purifier", "purification")
-    return _hash(json.dumps([cell.settings.get(name) for name in deciding], sort_keys=True).encode())
+    """
+    Name of the folder for what a countermeasure does before training, which has nothing to do with the victim: cells
+    that differ only in what is done while training share it.
+    """
+    measure = countermeasures.get(cell.countermeasure)
+    before = [[part.name, dict(part.settings)] for part in measure.parts or (measure,) if part.kind != "hook"]
+    deciding = [cell.settings["train"], before, cell.settings.get("purifier"), cell.settings.get("purification")]
+    return _hash(json.dumps(deciding, sort_keys=True).encode())
 
 
 def _seconds_of_work(work_dir: Path | None, seconds: float) -> float:

@@ -9,10 +9,12 @@ import time
 
 import numpy as np
 import pytest
+from purifying import quick_pipe
 
 from jcdp_diffusers import cells as module
 from jcdp_diffusers.cells import Cell, claims_folder, measure_cells, missing_cells, purifier_digest, results_by_cell
 from jcdp_diffusers.data import LabelledImages
+from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
 from jcdp_diffusers.shards import Claims
 from jcdp_diffusers.victims.supervised import RECIPES
@@ -64,6 +66,21 @@ def test_a_purifier_in_a_folder_is_known_by_its_weights(tmp_path):
         (tmp_path / name / "unet/model.safetensors").write_bytes(weights)
     one, copy, other = (purifier_digest(str(tmp_path / name)) for name in ("one", "copy", "other"))
     assert one == copy != other and purifier_digest("owner/name") == "owner/name"
+
+
+def test_cells_that_differ_while_training_share_what_is_purified(tmp_path):
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    how = dict(
+        purifier=str(tmp_path / "purifier"),
+        purification=PurificationConfig(diffusion_steps=2, num_inference_steps=2),
+        work_dir=tmp_path / "prepared",
+    )
+    shared = [cell(countermeasure=name, **how) for name in ("unconditional", "unconditional+corruption")]
+    other = cell(countermeasure="unconditional", **how | {"train": TEST})
+    measure_cells([*shared, other], tmp_path / "records.jsonl", progress=False)
+    assert len(list((tmp_path / "prepared").iterdir())) == 2
+    done = [record["value"] for record in read_records(tmp_path / "records.jsonl") if record["what"] == "victim"]
+    assert done[0]["prepare_seconds"] == done[1]["prepare_seconds"] > 0
 
 
 def test_only_what_is_missing_is_measured(tmp_path):
