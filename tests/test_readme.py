@@ -48,6 +48,14 @@ def test_what_is_said_of_single_victims_is_on_record():
     assert len(single) == 6
     for record in single:
         assert f"{100 * record['value']:.1f} %" in text, record["settings"]
+    for name in ("poisons_cifar10_mini", "poisons_cifar10_20k"):
+        curves = [
+            [epoch["test_accuracy"] for epoch in r["value"]["history"]]
+            for r in read_records(ROOT / "results" / f"{name}.jsonl")
+            if r["what"] == "victim" and r["settings"]["poison"] == "lsp"
+        ]
+        early = sum(sum(curve[:9]) for curve in curves) / (9 * len(curves))
+        assert f"{100 * early:.1f} %" in text
 
 
 def test_what_is_said_of_compensation_is_on_record():
