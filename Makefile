@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Threads spin while they wait for each other. By default that goes on so long that training takes ten times its time where
-# another program has one of the processors; this short it costs a twelfth on a quiet machine.
+# Threads spin while they wait for each other. By default that goes on so long that training can take ten times as long where
+# another program has one of the processors; so short it costs a twelfth on a quiet one.
 export GOMP_SPINCOUNT ?= 3000
 
 .PHONY: quickstart cifar10-mini test test-faults test-long lint clean
