@@ -44,8 +44,10 @@ def test_the_table_of_poisons_is_that_of_the_records():
 
 def test_what_is_said_of_single_victims_is_on_record():
     text = README[README.index("A poison that leaves more than") : README.index("## Which countermeasure")]
-    single = [r for name in ("poisons_remn_variants", "poisons_cifar10_20k") for r in records_of(name)]
-    assert len(single) == 6
+    single = [
+        r for name in ("poisons_remn_variants", "poisons_cifar10_20k", "poisons_cifar10_5k") for r in records_of(name)
+    ]
+    assert len(single) == 8
     for record in single:
         assert f"{100 * record['value']:.1f} %" in text, record["settings"]
     for name in ("poisons_cifar10_mini", "poisons_cifar10_20k"):
