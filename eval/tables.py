@@ -39,6 +39,7 @@ COLUMNS = {
     "bdr-2": "BDR-2",
     "gray": "gray",
     "jpeg-10": "JPEG-10",
+    "impulse-filter": "impulse filter",
     "at-8": "adversarial training",
     "ueraser-lite": "AA / UEraser-Lite",
     "ueraser-max": "UEraser-Max",

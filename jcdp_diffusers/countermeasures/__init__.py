@@ -37,6 +37,7 @@ _FILES = {
     "gray": "iss",
     "jpeg-10": "iss",
     "bdr-2": "iss",
+    "impulse-filter": "impulse",
     "jcdp": "purifiers",
     "jcdp-code": "purifiers",
     "unconditional": "purifiers",
