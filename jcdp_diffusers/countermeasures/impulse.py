@@ -1,7 +1,7 @@
 """A median filter for outliers only, against poisons that change single pixels by much (one-pixel shortcuts).
 
-Diffusion leaves such a pixel standing: a change of 0.7 is far beyond the noise that it can afford to add. A detector of
-impulse noise finds it without a network. ROAD (Garnett et al., "A universal noise removal algorithm with an impulse
+Diffusion leaves such a pixel standing: a change of 0.7 is far beyond the noise that it can afford to add. A detector
+of impulse noise finds it without a network. ROAD (Garnett et al., "A universal noise removal algorithm with an impulse
 detector", IEEE Transactions on Image Processing 14(11), 2005) sums a pixel's absolute differences to the four of its
 eight neighbours that are most like it, so that an edge, which always has neighbours on its own side, is none.
 
@@ -33,7 +33,7 @@ def rank_ordered_difference(image: np.ndarray) -> np.ndarray:
 
 
 def replace_impulses(image: np.ndarray) -> np.ndarray:
-    """The median of its 3x3 pixels, channel by channel, for each pixel beyond the threshold; all others as they are."""
+    """Each pixel beyond the threshold becomes the median of its 3x3 pixels, channel by channel; the others stay."""
     impulses = rank_ordered_difference(image) > THRESHOLD
     return np.where(impulses[:, :, None], median_filter(image, size=(3, 3, 1), mode="mirror"), image)
 
