@@ -59,7 +59,7 @@ class Grid:
         poisons (`list`): Of `poisons.NAMES`; `none` for clean images; or a poison's name with `-control`, for noise of
             the same size that means nothing (`poisons.control`).
         countermeasures (`list`): Names of `countermeasures`, or dicts of `use` (a name), `as` (what the column is
-            called) and fields of `PurificationConfig` that replace the countermeasure's own.
+            called), `draws` (see `Cell`) and fields of `PurificationConfig` that replace the countermeasure's own.
         protocol (`str`): The victims' recipe.
         recipe (`dict`): Fields that replace the protocol's.
         victims (`list`), width (`int`), seeds (`list`): Of the victims.
@@ -110,16 +110,16 @@ class Grid:
         """The protocol with what the grid changes of it."""
         return dataclasses.replace(RECIPES[self.protocol], **self.recipe)
 
-    def columns(self) -> dict[str, tuple[str, PurificationConfig | None]]:
-        """Countermeasure and purification settings by name of the column."""
+    def columns(self) -> dict[str, tuple[str, PurificationConfig | None, int]]:
+        """Countermeasure, purification settings and draws by name of the column."""
         columns = {}
         for entry in self.countermeasures:
             entry = {"use": entry} if isinstance(entry, str) else dict(entry)
             name = entry.pop("use")
-            title = entry.pop("as", name)
+            title, draws = entry.pop("as", name), entry.pop("draws", 1)
             if title in columns:
                 raise ValueError(f"countermeasures has two columns {title!r}: as gives a column another name.")
-            columns[title] = (name, _replaced(name, entry) if entry else None)
+            columns[title] = (name, _replaced(name, entry) if entry else None, draws)
         return columns
 
 
@@ -205,7 +205,7 @@ def run_grid(
                 check_separation(protected[name][0], collected, test, clean, roles=grid.roles)
         columns = grid.columns()
         purifier = grid.purifier
-        if any(countermeasures.get(name).needs_purifier for name, _ in columns.values()):
+        if any(countermeasures.get(name).needs_purifier for name, _, _ in columns.values()):
             if purifier is None:
                 purifier = str(_train(collected, grid, output_dir, claims, device, say))
             pipe = JointConditionalPurificationPipeline.from_pretrained(purifier)
@@ -216,7 +216,7 @@ def run_grid(
     for seed in grid.seeds:  # a whole table of one seed comes before the second seed
         for victim in grid.victims:
             for poison, (images, poison_facts) in protected.items():
-                for column, (name, config) in columns.items():
+                for column, (name, config, draws) in columns.items():
                     needs_purifier = countermeasures.get(name).needs_purifier
                     if grid.full_recipe.smoke and needs_purifier:
                         config = PurificationConfig(diffusion_steps=20, num_inference_steps=2)
@@ -231,6 +231,7 @@ def run_grid(
                             countermeasure=name,
                             purifier=purifier if needs_purifier else None,
                             purification=config,
+                            draws=draws,
                             work_dir=output_dir / "prepared",
                             about=facts
                             | {"poison": poison, "column": column, **poison_facts}

@@ -52,6 +52,7 @@ class Cell:
         countermeasure (`str`): A name of `countermeasures`, or several joined by `+`.
         purifier (`str`, *optional*): Folder or Hub id, for countermeasures that purify.
         purification (`PurificationConfig` or `str`, *optional*): Replaces the countermeasure's own settings.
+        draws (`int`): Purifications of each image, of which the victim sees one per epoch in turn.
         work_dir (`Path`, *optional*): Where purified images are kept, so that the victims of all seeds share them.
         about (`dict`): What the images are, for the record: poison, roles and the like. Part of the cell's name.
     """
@@ -65,6 +66,7 @@ class Cell:
     countermeasure: str = "none"
     purifier: str | None = None
     purification: PurificationConfig | str | None = None
+    draws: int = 1
     work_dir: Path | None = None
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -86,6 +88,8 @@ class Cell:
         }
         if measure.needs_purifier:
             settings |= {"purifier": self.purifier and purifier_digest(self.purifier), "purification": purification}
+        if self.draws > 1:
+            settings["draws"] = self.draws
         settings = json.loads(json.dumps(settings))
         return settings | {"cell": _hash(json.dumps([settings, self.seed], sort_keys=True).encode())}
 
@@ -176,6 +180,7 @@ def measure_cell(cell: Cell, records: Path, device: torch.device) -> float:
             purifier=cell.purifier,
             purification=cell.purification,
             checkpoint_dir=work_dir,
+            draws=cell.draws,
         )
         result = train_victim(
             prepared.data,
@@ -204,7 +209,7 @@ def measure_cell(cell: Cell, records: Path, device: torch.device) -> float:
         "confusion": result.confusion.tolist(),
         "history": [{name: round(value, 5) for name, value in entry.items()} for entry in result.history],
         "train_seconds": round(result.seconds, 2),
-        "prepare_seconds": round(_seconds_of_work(work_dir, prepared.seconds), 2),
+        "prepare_seconds": round(_seconds_of_work(work_dir, cell.draws, prepared.seconds), 2),
         "precision": result.settings["precision"],
         "threads": result.settings["threads"],
         "purified_in": _precision_of_purification(work_dir),
@@ -294,7 +299,7 @@ def _num_classes(cell: Cell) -> int:
 def _preparation(cell: Cell) -> str:
     """
     Name of the folder for what a countermeasure does before training, which has nothing to do with the victim: cells
-    that differ only in what is done while training share it.
+    that differ only in what is done while training, or in the number of draws, share it.
     """
     measure = countermeasures.get(cell.countermeasure)
     before = [[part.name, dict(part.settings)] for part in measure.parts or (measure,) if part.kind != "hook"]
@@ -302,9 +307,10 @@ def _preparation(cell: Cell) -> str:
     return _hash(json.dumps(deciding, sort_keys=True).encode())
 
 
-def _seconds_of_work(work_dir: Path | None, seconds: float) -> float:
+def _seconds_of_work(work_dir: Path | None, draws: int, seconds: float) -> float:
     """What purification took when it was done, which may have been long ago or in several processes."""
-    summaries = [] if work_dir is None else sorted(work_dir.glob("*/summary.json"))
+    seeds = range(PREPARATION_SEED, PREPARATION_SEED + draws)
+    summaries = [path for seed in seeds if work_dir is not None for path in work_dir.glob(f"*-{seed}/summary.json")]
     if not summaries:
         return seconds
     return sum(json.loads(path.read_text())["seconds_of_work"] for path in summaries)

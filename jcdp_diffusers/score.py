@@ -41,6 +41,7 @@ def score(
     countermeasure: str | None = None,
     purifier: Any = None,
     purification: Any = None,
+    draws: int = 1,
     device: str | torch.device = "cpu",
     overlap_budget: float | None = 16 / 255,
     output: str | Path | None = None,
@@ -60,6 +61,7 @@ def score(
         countermeasure: one of `countermeasures.NAMES`, or several joined by `"+"`. What it does before training is
             done once, with the first seed.
         purifier, purification: for a countermeasure that purifies; see `countermeasures.Context`.
+        draws: how often a countermeasure that purifies does it; victims train on one draw per epoch in turn.
         device: where everything runs.
         overlap_budget: a training image within this L-inf distance of a test image is refused as the same image under
             a perturbation, images in [0, 1]; None does not compare.
@@ -96,6 +98,7 @@ def score(
         if purification is None or isinstance(purification, str)
         else asdict(purification),
         "purifier": _purifier_name(purifier),
+        "draws": draws,
         "class_names": names,
         "train": _description(train, len(names)),
         "test": _description(test, len(names)),
@@ -118,6 +121,7 @@ def score(
                     purifier=purifier,
                     purification=purification,
                     checkpoint_dir=checkpoint_dir,
+                    draws=draws,
                     progress=progress,
                 )
             result = train_victim(
@@ -307,6 +311,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or Hub id of a DDPM, for countermeasures that purify; jcdp needs its perceptual/ in it as well",
     )
     how.add_argument("--preset", help="purification settings in place of the countermeasure's own")
+    how.add_argument("--draws", type=int, default=1, help="purifications of each image, one per epoch in turn")
     how.add_argument("--checkpoint_dir", help="folder in which purified images are kept")
     how.add_argument("--model_dir", help="folder for the trained victims")
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -325,6 +330,7 @@ def run(args: argparse.Namespace) -> None:
         countermeasure=args.countermeasure,
         purifier=args.purifier,
         purification=args.preset,
+        draws=args.draws,
         device=args.device,
         output=args.output,
         checkpoint_dir=args.checkpoint_dir,

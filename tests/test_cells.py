@@ -77,10 +77,19 @@ def test_cells_that_differ_while_training_share_what_is_purified(tmp_path):
     )
     shared = [cell(countermeasure=name, **how) for name in ("unconditional", "unconditional+corruption")]
     other = cell(countermeasure="unconditional", **how | {"train": TEST})
-    measure_cells([*shared, other], tmp_path / "records.jsonl", progress=False)
+    drawn = cell(countermeasure="unconditional", draws=2, **how)
+    assert drawn.name != shared[0].name
+    measure_cells([*shared, other, drawn], tmp_path / "records.jsonl", progress=False)
     assert len(list((tmp_path / "prepared").iterdir())) == 2
     done = [record["value"] for record in read_records(tmp_path / "records.jsonl") if record["what"] == "victim"]
     assert done[0]["prepare_seconds"] == done[1]["prepare_seconds"] > 0
+    assert done[3]["prepare_seconds"] > done[0]["prepare_seconds"]  # two draws, one of them the others'
+    again = tmp_path / "again.jsonl"
+    measure_cells(shared[:1], again, progress=False)
+    assert (
+        list(results_by_cell(again, what="victim").values())[0]["value"]["prepare_seconds"]
+        == done[0]["prepare_seconds"]
+    )
 
 
 def test_only_what_is_missing_is_measured(tmp_path):

@@ -21,13 +21,14 @@ A family of countermeasures is one file with a tuple `COUNTERMEASURES`, and each
 import importlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from jcdp_diffusers.countermeasures.draws import Draws
 from jcdp_diffusers.data import LabelledImages
 
 
@@ -136,6 +137,7 @@ class Countermeasure:
         purifier: Any = None,
         purification: Any = None,
         checkpoint_dir: str | Path | None = None,
+        draws: int = 1,
         progress: bool = False,
     ) -> Prepared:
         """Does what is done before training, and makes the hooks for what is done while training.
@@ -143,11 +145,17 @@ class Countermeasure:
         Args:
             data: the training set; it is not changed.
             num_classes: by default the number of class names, or the highest label plus one where there are none.
+            draws: how often a countermeasure that purifies does it, with seed, seed + 1, ...; the victim trains on
+                one draw per epoch in turn.
             seed, device, purifier, purification, checkpoint_dir, progress: see `Context`.
 
         Raises:
-            ValueError: if a purifier is needed and none given, or the countermeasure cannot use these images.
+            ValueError: if a purifier is needed and none given, the countermeasure cannot use these images, or several
+                draws are asked of one without a purifier.
         """
+        if draws < 1 or (draws > 1 and not self.needs_purifier):
+            accepted = "at least 1" if self.needs_purifier else "1, because nothing is purified"
+            raise ValueError(f"draws is {draws}, but for countermeasure {self.name!r} it must be {accepted}.")
         if self.needs_purifier and purifier is None:
             raise ValueError(
                 f"purifier is None, but countermeasure {self.name!r} needs one: a pipeline, a folder or a Hub id."
@@ -157,15 +165,23 @@ class Countermeasure:
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         context = Context(seed, device, num_classes, purifier, purification, folder, progress)
         start = time.perf_counter()
-        hooks = []
-        for part in self.parts if self.kind == "combination" else (self,):
+        first, *others = (self._before_training(data, replace(context, seed=seed + draw)) for draw in range(draws))
+        hooks = [part.function(first, context) for part in self._parts if part.kind == "hook"]
+        if others:
+            hooks.insert(0, Draws(others))
+        return Prepared(first, tuple(hooks), time.perf_counter() - start)
+
+    def _before_training(self, data: LabelledImages, context: Context) -> LabelledImages:
+        for part in self._parts:
             if part.kind == "transform":
                 data = data.with_images(np.stack([part.function(image) for image in data.images]))
             elif part.kind == "dataset":
                 data = part.function(data, context)
-            else:
-                hooks.append(part.function(data, context))
-        return Prepared(data, tuple(hooks), time.perf_counter() - start)
+        return data
+
+    @property
+    def _parts(self) -> tuple["Countermeasure", ...]:
+        return self.parts if self.kind == "combination" else (self,)
 
 
 def get(name: str) -> Countermeasure:

@@ -12,6 +12,7 @@ can reach without choosing the epoch by the test labels.
 given.
 
     start_epoch(epoch, epochs)                               # epoch counts from 0
+    epoch_images(epoch, images) -> images                    # the whole set of this epoch: uint8 (N, C, H, W)
     before_augmentation(images, generator) -> images         # (B, C, H, W) as stored: uint8, or float if so given
     before_forward(images, labels, generator) -> images, labels    # after crop and flip: float in [0, 1]
     loss(model, images, labels, generator) -> scalar loss    # instead of the cross-entropy; one hook at most has it
@@ -53,7 +54,7 @@ from jcdp_diffusers.placement import has_bfloat16
 
 
 SCHEDULES = ("steps", "cosine", "one_cycle")
-HOOK_METHODS = ("start_epoch", "before_augmentation", "before_forward", "loss")
+HOOK_METHODS = ("start_epoch", "epoch_images", "before_augmentation", "before_forward", "loss")
 
 
 @dataclass(frozen=True)
@@ -322,14 +323,17 @@ def train_model(
     with _reproducible(seed, device):  # dropout draws from the global state
         for epoch in range(recipe.epochs):
             model.train()
+            shown = images
             for hook in hooks:
                 if hasattr(hook, "start_epoch"):
                     hook.start_epoch(epoch, recipe.epochs)
+                if hasattr(hook, "epoch_images"):
+                    shown = hook.epoch_images(epoch, shown)
             learning_rate = optimizer.param_groups[0]["lr"]
             total_loss = torch.zeros((), device=device)
             order = torch.randperm(len(images), generator=data_generator, device=device)
             for batch in _batches(order, recipe):
-                loss = _loss(model, images[batch], labels[batch], recipe, hooks, data_generator, hook_generator)
+                loss = _loss(model, shown[batch], labels[batch], recipe, hooks, data_generator, hook_generator)
                 optimizer.zero_grad()
                 loss.backward()
                 if recipe.clip_norm is not None:

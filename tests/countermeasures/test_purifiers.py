@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDPMScheduler
 from tiny import tiny_unet
 
@@ -55,6 +56,27 @@ def test_keeps_its_work_and_knows_it_again(few, pipe, tmp_path):
     assert (tmp_path / "unconditional-0").is_dir()
     again = purified("unconditional", few, pipe, checkpoint_dir=tmp_path)
     assert np.array_equal(first.images, again.images)
+
+
+def test_draws_are_the_seeds_one_after_the_other_and_epochs_take_turns(few, pipe, tmp_path):
+    options = dict(purifier=pipe, purification=SHORT, checkpoint_dir=tmp_path)
+    prepared = countermeasures.get("unconditional+corruption").prepare(few, seed=4, draws=3, **options)
+    draws, compensation = prepared.hooks
+    assert hasattr(draws, "epoch_images") and hasattr(compensation, "before_forward")
+    expected = [purified("unconditional", few, pipe, seed=seed).images for seed in (4, 5, 6)]
+    assert np.array_equal(prepared.data.images, expected[0])
+    stored = torch.from_numpy(prepared.data.images).permute(0, 3, 1, 2)
+    for epoch in range(7):
+        shown = draws.epoch_images(epoch, stored).permute(0, 2, 3, 1)
+        assert np.array_equal(shown, expected[epoch % 3])
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == [f"unconditional-{seed}" for seed in (4, 5, 6)]
+
+
+def test_draws_need_chance(few, pipe):
+    with pytest.raises(ValueError, match="draws is 2, but for countermeasure 'gray' it must be 1, because nothing is"):
+        countermeasures.get("gray").prepare(few, draws=2)
+    with pytest.raises(ValueError, match="draws is 0, but for countermeasure 'unconditional' it must be at least 1"):
+        purified("unconditional", few, pipe, draws=0)
 
 
 @pytest.mark.parametrize(

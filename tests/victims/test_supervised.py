@@ -354,6 +354,29 @@ def test_hooks_are_called_in_order_with_what_they_were_promised(train):
     ]
 
 
+def test_a_hook_may_show_other_images_in_an_epoch(train):
+    images, labels = as_tensors(train)
+    other = 255 - images
+    seen = []
+
+    class Turns:
+        def epoch_images(self, epoch, images):
+            seen.append([])
+            return other if epoch == 1 else images
+
+        def before_augmentation(self, images, generator):
+            seen[-1].append(images)
+            return images
+
+    recipe = dataclasses.replace(QUICK, epochs=3, max_steps_per_epoch=None)
+    train_model(resnet18(10, in_channels=1, width=2), images, labels, recipe=recipe, hooks=[Turns()])
+    assert len(seen) == 3
+    for batches, shown in zip(seen, (images, other, images)):
+        known = {image.numpy().tobytes() for image in shown}
+        assert {image.numpy().tobytes() for image in torch.cat(batches)} <= known
+    assert not {image.numpy().tobytes() for image in torch.cat(seen[1])} & {i.numpy().tobytes() for i in images}
+
+
 def test_hooks_draw_from_their_own_generator(train, test, result):
     """A hook that draws but changes nothing gives the victim without hooks, and so does the loss written out."""
 
