@@ -12,7 +12,8 @@ A countermeasure is one of three kinds, each a function with one signature:
     prepared = countermeasures.get("jpeg-10").prepare(train, seed=0)
     train_victim(prepared.data, test, hooks=prepared.hooks)
 
-Names may be joined: `"jcdp+corruption"` purifies and then trains with corrupted images. Test images never pass through
+Names may be joined: `"jcdp+corruption"` purifies and then trains with corrupted images. The order counts: a hook that
+is fitted to images, such as `orthogonal-projection`, is fitted to what stands before it. Test images never pass through
 any of this.
 
 A family of countermeasures is one file with a tuple `COUNTERMEASURES`, and each of its names is a line in `_FILES`.
@@ -165,19 +166,21 @@ class Countermeasure:
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         context = Context(seed, device, num_classes, purifier, purification, folder, progress)
         start = time.perf_counter()
-        first, *others = (self._before_training(data, replace(context, seed=seed + draw)) for draw in range(draws))
-        hooks = [part.function(first, context) for part in self._parts if part.kind == "hook"]
-        if others:
-            hooks.insert(0, Draws(others))
-        return Prepared(first, tuple(hooks), time.perf_counter() - start)
-
-    def _before_training(self, data: LabelledImages, context: Context) -> LabelledImages:
+        sets, hooks = [data] * draws, []
         for part in self._parts:
-            if part.kind == "transform":
-                data = data.with_images(np.stack([part.function(image) for image in data.images]))
-            elif part.kind == "dataset":
-                data = part.function(data, context)
-        return data
+            if part.kind == "hook":  # fitted to the images as they are at its place in the order
+                hooks.append(part.function(sets[0], context))
+            else:
+                sets = [part.before_training(one, replace(context, seed=seed + draw)) for draw, one in enumerate(sets)]
+        if draws > 1:
+            hooks.insert(0, Draws(sets[1:]))
+        return Prepared(sets[0], tuple(hooks), time.perf_counter() - start)
+
+    def before_training(self, data: LabelledImages, context: Context) -> LabelledImages:
+        """What a countermeasure of kind `"dataset"` or `"transform"` makes of a data set."""
+        if self.kind == "transform":
+            return data.with_images(np.stack([self.function(image) for image in data.images]))
+        return self.function(data, context)
 
     @property
     def _parts(self) -> tuple["Countermeasure", ...]:

@@ -90,6 +90,18 @@ def test_linear_model_agrees_with_scikit_learn_on_what_is_separable(train):
     assert (F.linear(pixels, weights).argmax(1) == labels).float().mean() > 0.95
 
 
+def test_it_is_fitted_at_its_place_in_the_order(train):
+    squeezed = countermeasures.get("bdr-2").prepare(train).data
+    fitted = {
+        name: countermeasures.get(name).prepare(train).hooks[0].basis
+        for name in ("orthogonal-projection", "orthogonal-projection+bdr-2", "bdr-2+orthogonal-projection")
+    }
+    on_squeezed = countermeasures.get("orthogonal-projection").prepare(squeezed).hooks[0].basis
+    assert torch.equal(fitted["orthogonal-projection+bdr-2"], fitted["orthogonal-projection"])
+    assert torch.equal(fitted["bdr-2+orthogonal-projection"], on_squeezed)
+    assert not torch.equal(on_squeezed, fitted["orthogonal-projection"])
+
+
 def test_fit_is_a_function_of_data_and_seed(train):
     def basis(data=train, seed=0):
         return countermeasures.get("orthogonal-projection").prepare(data, seed=seed).hooks[0].basis
