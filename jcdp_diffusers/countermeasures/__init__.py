@@ -13,8 +13,8 @@ A countermeasure is one of three kinds, each a function with one signature:
     train_victim(prepared.data, test, hooks=prepared.hooks)
 
 Names may be joined: `"jcdp+corruption"` purifies and then trains with corrupted images. The order counts: a hook that
-is fitted to images, such as `orthogonal-projection`, is fitted to what stands before it. Test images never pass through
-any of this.
+is fitted to images, such as `orthogonal-projection`, is fitted to what stands before it. Test images never pass
+through any of this.
 
 A family of countermeasures is one file with a tuple `COUNTERMEASURES`, and each of its names is a line in `_FILES`.
 """
