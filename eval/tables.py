@@ -41,6 +41,10 @@ COLUMNS = {
     "jpeg-10": "JPEG-10",
     "impulse-filter": "impulse filter",
     "at-8": "adversarial training",
+    "at-4": "adversarial training, 4/255",
+    "ueraser": "UEraser",
+    "gdmp": "GDMP",
+    "eclipse": "ECLIPSE",
     "ueraser-lite": "AA / UEraser-Lite",
     "ueraser-max": "UEraser-Max",
     "cutout": "Cutout",
@@ -50,7 +54,9 @@ COLUMNS = {
     "random-noise": "random noise",
     "jcdp": "JCDP",
     "unconditional": "diffusion without guide",
+    "unconditional, 4 draws": "diffusion without guide, 4 draws",
     "unconditional+corruption": "diffusion without guide, then corruption",
+    "impulse-filter+unconditional+corruption": "impulse filter, diffusion without guide, corruption",
     "orthogonal-projection": "orthogonal projection",
 }
 
