@@ -26,8 +26,9 @@ from jcdp_diffusers import countermeasures, poisons, victims
 from jcdp_diffusers.allocation import keep_freed_memory
 from jcdp_diffusers.audit import plan_for
 from jcdp_diffusers.cells import Cell, claims_folder, describe_images, measure_cells
+from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, load_images
-from jcdp_diffusers.data_checks import check_purifier, check_separation, check_sets, few_of_each_class
+from jcdp_diffusers.data_checks import ROLES, check_separation, check_sets, few_of_each_class
 from jcdp_diffusers.perceptual import LPIPSModel
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.poisons.control import shuffled
@@ -37,13 +38,15 @@ from jcdp_diffusers.quickstart import digits
 from jcdp_diffusers.shards import Claims
 from jcdp_diffusers.train import train_purifier
 from jcdp_diffusers.training_config import TrainingConfig
-from jcdp_diffusers.unets import ddpm_scheduler, named_unet
+from jcdp_diffusers.unets import UNETS, ddpm_scheduler, named_unet
 from jcdp_diffusers.victims.supervised import RECIPES, Recipe
 
 
 DIGITS = (900, 500, 397)
 SMOKE_IMAGES = 200
 CONTROL = "-control"
+TRUNKS = ("alex", "vgg", "squeeze")  # of lpips
+SMOKE_PURIFICATION = PurificationConfig(diffusion_steps=20, num_inference_steps=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Grid:
         name (`str`): Of the grid, in its records.
         data (`str` or `dict`): `"digits"`, the digits that ship with scikit-learn; or by role (`protected`,
             `collected`, `test`) a dict of `source`, and where needed `split`, `first` and `count` (rows in order),
-            `image_size` and `channels`; and `name`, what records call the data.
+            `image_size` and `channels`; and `name`, what records call the data. `collected` may have a `name` of its
+            own.
         poisons (`list`): Of `poisons.NAMES`; `none` for clean images; or a poison's name with `-control`, for noise of
             the same size that means nothing (`poisons.control`).
         countermeasures (`list`): Names of `countermeasures`, or dicts of `use` (a name), `as` (what the column is
@@ -92,6 +96,13 @@ class Grid:
     about: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        for name in ("poisons", "countermeasures", "victims", "seeds"):
+            value = getattr(self, name)
+            if not isinstance(value, list) or not value:
+                raise ValueError(f"{name} is {value!r}, but must be a list with one entry at least.")
+        for seed in self.seeds:
+            if not isinstance(seed, int):
+                raise ValueError(f"seeds has {seed!r}, but its entries must be whole numbers.")
         for entry in self.poisons:
             if entry != "none" and entry.removesuffix(CONTROL) not in poisons.NAMES:
                 raise ValueError(
@@ -99,11 +110,20 @@ class Grid:
                     f"{CONTROL} behind them."
                 )
         for column in self.countermeasures:
-            countermeasures.get(column["use"] if isinstance(column, dict) else column)
+            if isinstance(column, dict) and "use" not in column:
+                raise ValueError(f"countermeasures has {column}, but a column needs use, a countermeasure's name.")
         for victim in self.victims:
             victims.get(victim)
         if self.protocol not in RECIPES:
             raise ValueError(f"protocol is {self.protocol!r}, but must be one of {', '.join(RECIPES)}.")
+        if self.roles not in ROLES:
+            raise ValueError(f"roles is {self.roles!r}, but must be one of {', '.join(ROLES)}.")
+        if unknown := sorted(set(self.recipe) - {field.name for field in dataclasses.fields(Recipe)}):
+            raise ValueError(f"recipe has {unknown[0]!r}, which is no field of Recipe.")
+        if self.unet is not None and self.unet not in UNETS:
+            raise ValueError(f"unet is {self.unet!r}, but must be one of {', '.join(UNETS)}.")
+        _training(self.training)
+        self.columns()
 
     @property
     def full_recipe(self) -> Recipe:
@@ -116,10 +136,18 @@ class Grid:
         for entry in self.countermeasures:
             entry = {"use": entry} if isinstance(entry, str) else dict(entry)
             name = entry.pop("use")
-            title, draws = entry.pop("as", name), entry.pop("draws", 1)
+            title, draws = str(entry.pop("as", name)), entry.pop("draws", 1)
+            if not isinstance(draws, int) or draws < 1 or (draws > 1 and not countermeasures.get(name).needs_purifier):
+                raise ValueError(
+                    f"countermeasures has {title!r} with draws {draws!r}, but draws must be a number of at least 1, "
+                    "and 1 where nothing is purified."
+                )
             if title in columns:
                 raise ValueError(f"countermeasures has two columns {title!r}: as gives a column another name.")
-            columns[title] = (name, _replaced(name, entry) if entry else None, draws)
+            config = _replaced(name, entry) if entry else None
+            if self.full_recipe.smoke and countermeasures.get(name).needs_purifier:
+                config = SMOKE_PURIFICATION
+            columns[title] = (name, config, draws)
         return columns
 
 
@@ -160,7 +188,8 @@ def read_grid(path: str | Path, **changes) -> Grid:
         raise ValueError(f"grid {str(path)!r} {problem}, but its entries are {', '.join(sorted(known))}.")
     # YAML 1.1 reads a bare none as the string; null and an empty entry mean the same here.
     for name in ("poisons", "countermeasures"):
-        values[name] = ["none" if entry is None else entry for entry in values[name]]
+        if isinstance(values[name], list):
+            values[name] = ["none" if entry is None else entry for entry in values[name]]
     return Grid(**values | {name: value for name, value in changes.items() if value is not None})
 
 
@@ -187,6 +216,8 @@ def run_grid(
         `list[Cell]`: All cells of the grid, each of them on record.
     """
     output_dir, device = Path(output_dir), torch.device(device)
+    if grid.perceptual is not None and grid.perceptual not in TRUNKS and not Path(grid.perceptual).is_file():
+        raise ValueError(f"perceptual is {grid.perceptual!r}, but must be {', '.join(TRUNKS)} or a file.")
     output_dir.mkdir(parents=True, exist_ok=True)
     records = output_dir / "records.jsonl"
     claims_folder(records).mkdir(parents=True, exist_ok=True)
@@ -209,7 +240,9 @@ def run_grid(
             if purifier is None:
                 purifier = str(_train(collected, grid, output_dir, claims, device, say))
             pipe = JointConditionalPurificationPipeline.from_pretrained(purifier)
-            check_purifier(pipe, clean)
+            for name, config, _ in columns.values():
+                if (measure := countermeasures.get(name)).needs_purifier:
+                    check_purifier_suits(measure, pipe, config, clean)
 
     facts = {"grid": grid.name, "dataset": data_name, "collected": _collected_name(grid, data_name), **grid.about}
     cells = []
@@ -218,8 +251,6 @@ def run_grid(
             for poison, (images, poison_facts) in protected.items():
                 for column, (name, config, draws) in columns.items():
                     needs_purifier = countermeasures.get(name).needs_purifier
-                    if grid.full_recipe.smoke and needs_purifier:
-                        config = PurificationConfig(diffusion_steps=20, num_inference_steps=2)
                     cells.append(
                         Cell(
                             images,
@@ -261,6 +292,7 @@ def load_roles(grid: Grid) -> tuple[str, LabelledImages, LabelledImages, Labelle
 
 def _load(role: str, entry: Mapping[str, Any]) -> LabelledImages:
     entry = dict(entry)
+    entry.pop("name", None)  # what records call it
     first, count = entry.pop("first", 0), entry.pop("count", None)
     try:
         data = load_images(entry.pop("source"), **entry)
@@ -329,8 +361,7 @@ def _train(collected, grid: Grid, output_dir: Path, claims: Claims, device, say)
             config=training,
         )
         if grid.perceptual is not None:
-            of_lpips = grid.perceptual in ("alex", "vgg", "squeeze")
-            load = LPIPSModel.from_lpips if of_lpips else LPIPSModel.from_trunk_file
+            load = LPIPSModel.from_lpips if grid.perceptual in TRUNKS else LPIPSModel.from_trunk_file
             load(grid.perceptual).save_pretrained(folder / "perceptual")
         done.touch()
 

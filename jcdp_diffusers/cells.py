@@ -35,6 +35,8 @@ from .victims.supervised import Recipe, train_victim
 
 # Countermeasures are prepared once for all victims, as the papers do it.
 PREPARATION_SEED = 0
+# Facts that a record keeps and that decide nothing: what a comparison is called, what a poison took and measures.
+PROVENANCE = ("grid", "poison_seconds", "poison_norms")
 ATTEMPTS_SECONDS = 1.0  # between looks at cells that other processes have claimed
 
 
@@ -54,7 +56,8 @@ class Cell:
         purification (`PurificationConfig` or `str`, *optional*): Replaces the countermeasure's own settings.
         draws (`int`): Purifications of each image, of which the victim sees one per epoch in turn.
         work_dir (`Path`, *optional*): Where purified images are kept, so that the victims of all seeds share them.
-        about (`dict`): What the images are, for the record: poison, roles and the like. Part of the cell's name.
+        about (`dict`): What the images are, for the record: poison, roles and the like. Part of the cell's name, but
+            for `PROVENANCE`.
     """
 
     train: LabelledImages
@@ -91,12 +94,19 @@ class Cell:
         if self.draws > 1:
             settings["draws"] = self.draws
         settings = json.loads(json.dumps(settings))
-        return settings | {"cell": _hash(json.dumps([settings, self.seed], sort_keys=True).encode())}
+        return settings | {"cell": cell_name(settings, self.seed)}
 
     @property
     def name(self) -> str:
         """32 hexadecimal digits."""
         return self.settings["cell"]
+
+
+def cell_name(settings: Mapping[str, Any], seed: int) -> str:
+    """32 hexadecimal digits from all that decides a figure, images that nobody uses and `PROVENANCE` excepted."""
+    nothing = (*PROVENANCE, "cell") + (() if "purifier" in settings else ("collected",))
+    deciding = {name: value for name, value in settings.items() if name not in nothing}
+    return _hash(json.dumps([deciding, seed], sort_keys=True).encode())
 
 
 def measure_cells(

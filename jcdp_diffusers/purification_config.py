@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from numbers import Integral, Real
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -80,8 +81,14 @@ class PurificationConfig:
         if isinstance(self.num_inference_steps, list):
             object.__setattr__(self, "num_inference_steps", tuple(self.num_inference_steps))
         for name in ("diffusion_steps", "num_rounds", "feature_reuse"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but must be at least 1, a whole number.")
+        if not all(isinstance(evaluations, Integral) for evaluations in self.evaluations_per_round):
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps!r}, but must be a whole number, a tuple of them or "
+                "None."
+            )
         if len(self.evaluations_per_round) != self.num_rounds:
             raise ValueError(
                 f"num_inference_steps is {self.num_inference_steps}, but must be one number, or one for each of the "
@@ -93,8 +100,9 @@ class PurificationConfig:
                 f"({self.diffusion_steps})."
             )
         for name in ("pixel_guidance_scale", "perceptual_guidance_scale"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be a finite number of at least 0.")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value!r}, but must be a finite number of at least 0.")
         for name, accepted in (
             ("guidance_strength", STRENGTHS),
             ("reference", REFERENCES),

@@ -81,11 +81,16 @@ def append_record(
         "packages": package_versions(),
         "device": device,
         "seconds": _plain(seconds, "seconds"),
-        "commit": _commit(Path(__file__).resolve().parents[1]),
+        "commit": code_version(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
     }
     _append_line(Path(path), json.dumps(record, ensure_ascii=False, allow_nan=False))
     return record
+
+
+def code_version() -> str | None:
+    """The commit of the package's git checkout, with "-dirty" where the files differ from it; None outside one."""
+    return _commit(Path(__file__).resolve().parents[1])
 
 
 def read_records(path: str | os.PathLike) -> list[dict]:

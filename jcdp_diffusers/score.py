@@ -21,9 +21,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from . import countermeasures, victims
+from .countermeasures.purifiers import check_purifier_suits
 from .data import LabelledImages, find_overlap, load_images
 from .data_checks import check_sets
-from .results import package_versions
+from .pipeline_jcdp import JointConditionalPurificationPipeline
+from .results import code_version, package_versions
 from .victims.supervised import RECIPES, Recipe, VictimResult, train_victim
 
 
@@ -85,7 +87,12 @@ def score(
     recipe = protocol if isinstance(protocol, Recipe) else _recipe(protocol)
     victims.get(victim)
     measure = countermeasures.get(countermeasure or "none")
+    measure.require(purifier)
     names = check_pair(train, test, overlap_budget)
+    if measure.needs_purifier:
+        given = isinstance(purifier, JointConditionalPurificationPipeline)
+        pipe = purifier if given else JointConditionalPurificationPipeline.from_pretrained(purifier)
+        check_purifier_suits(measure, pipe, purification, train)
     width = recipe.width if width is None else width
     request = {
         "victim": victim,
@@ -246,6 +253,7 @@ def _summary(request: dict, runs: list[dict], names: list[str], device: str | to
         "train_seconds": sum(run["seconds"] for run in runs),
         "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
         "packages": package_versions(),
+        "commit": code_version(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -58,6 +58,16 @@ def test_a_cell_is_named_by_the_content_of_all_that_decides_it():
     ]
     assert len({other.name for other in (cell(), *others)}) == 1 + len(others)
     assert cell(width=QUICK.width).name == cell().name  # the recipe's own
+    told = {"grid": "other", "poison_seconds": 3.0, "poison_norms": {"linf": 8}, "collected": "elsewhere"}
+    assert cell(about=told).name == cell().name  # neither what a comparison is called nor what nobody uses
+
+
+def test_the_collected_images_decide_where_a_purifier_is_used():
+    names = {
+        cell(countermeasure="unconditional", purifier="owner/name", about={"collected": name}).name
+        for name in ("here", "elsewhere")
+    }
+    assert len(names) == 2
 
 
 def test_a_purifier_in_a_folder_is_known_by_its_weights(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from purifying import quick_pipe
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
@@ -17,6 +18,7 @@ from jcdp_diffusers import score as score_module
 from jcdp_diffusers import victims
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, write_dataset
+from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.score import check_pair, score
 from jcdp_diffusers.victims.supervised import Recipe, predict, train_victim
 
@@ -221,6 +223,17 @@ def test_sets_that_do_not_suit_each_other(train, test, change_train, change_test
 def test_comparison_can_be_left_out(test):
     assert check_pair(slightly_changed(test), test, overlap_budget=None) == list(NAMES)
     assert check_pair(dataclasses.replace(test, class_names=None), test, overlap_budget=None) == list(NAMES)
+
+
+def test_a_purifier_that_does_not_suit_is_refused_before_any_work(train, test, tmp_path):
+    quick_pipe().save_pretrained(tmp_path)
+    PurificationConfig(diffusion_steps=50, trained_timesteps=(0, 50)).save_pretrained(tmp_path)
+    options = {"protocol": QUICK, "purifier": tmp_path}
+    with pytest.raises(ValueError, match="purifier was trained on 8x8 pixels, but these images have 16x16"):
+        score(train, test, countermeasure="eclipse", **options)
+    small = [data.with_images(np.ascontiguousarray(data.images[:, ::2, ::2])) for data in (train, test)]
+    with pytest.raises(ValueError, match="diffusion_steps is 100"):
+        score(*small, countermeasure="avatar", **options)
 
 
 @pytest.mark.parametrize(

@@ -157,10 +157,7 @@ class Countermeasure:
         if draws < 1 or (draws > 1 and not self.needs_purifier):
             accepted = "at least 1" if self.needs_purifier else "1, because nothing is purified"
             raise ValueError(f"draws is {draws}, but for countermeasure {self.name!r} it must be {accepted}.")
-        if self.needs_purifier and purifier is None:
-            raise ValueError(
-                f"purifier is None, but countermeasure {self.name!r} needs one: a pipeline, a folder or a Hub id."
-            )
+        self.require(purifier)
         if num_classes is None and data.labels is not None:
             num_classes = len(data.class_names) if data.class_names else int(data.labels.max()) + 1
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -175,6 +172,13 @@ class Countermeasure:
         if draws > 1:
             hooks.insert(0, Draws(sets[1:]))
         return Prepared(sets[0], tuple(hooks), time.perf_counter() - start)
+
+    def require(self, purifier: Any) -> None:
+        """Raises a ValueError if a purifier is needed and none given."""
+        if self.needs_purifier and purifier is None:
+            raise ValueError(
+                f"purifier is None, but countermeasure {self.name!r} needs one: a pipeline, a folder or a Hub id."
+            )
 
     def before_training(self, data: LabelledImages, context: Context) -> LabelledImages:
         """What a countermeasure of kind `"dataset"` or `"transform"` makes of a data set."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jcdp_diffusers.countermeasures import Context, Countermeasure
 from jcdp_diffusers.data import LabelledImages, load_images
+from jcdp_diffusers.data_checks import check_purifier
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.placement import open_purifier
 from jcdp_diffusers.purification_config import PRESETS, PurificationConfig
@@ -52,6 +53,30 @@ def purify(
     if purified.ids != data.ids:
         raise ValueError(f"checkpoint_dir {str(folder)!r} holds other ids than these images: give another folder.")
     return data.with_images(purified.images)
+
+
+def check_purifier_suits(
+    measure: Countermeasure,
+    pipe: JointConditionalPurificationPipeline,
+    purification: PurificationConfig | str | None,
+    data: LabelledImages,
+) -> None:
+    """Finds out before any costly work whether a countermeasure can purify these images as it would.
+
+    Args:
+        measure: one that needs a purifier.
+        pipe: the purifier.
+        purification: settings that replace the countermeasure's own.
+        data: images to purify.
+
+    Raises:
+        ValueError: if the purifier takes other images, was not trained on the timesteps, or lacks a network that a
+            guide needs.
+    """
+    check_purifier(pipe, data)
+    for part in measure.parts or (measure,):
+        if part.needs_purifier:
+            pipe.resolve_config(PurificationConfig(**part.settings) if purification is None else purification)
 
 
 _SDE = "reverse SDE, t* = 0.1 (Nie et al., ICML 2022; NVlabs/DiffPure)"

@@ -191,6 +191,17 @@ def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, ca
         ({"data": "mnist"}, "data is 'mnist', but must be 'digits' or have protected, collected and test"),
         ({"victims": ["resnet19"]}, "'resnet19'"),
         ({"training": {"steps": 5}}, "training has 'steps', which is no field of TrainingConfig"),
+        ({"poisons": "lsp"}, "poisons is 'lsp', but must be a list with one entry at least"),
+        ({"seeds": 3}, "seeds is 3, but must be a list with one entry at least"),
+        ({"seeds": []}, "seeds is [], but must be a list"),
+        ({"seeds": ["a"]}, "seeds has 'a', but its entries must be whole numbers"),
+        ({"recipe": {"epoch": 1}}, "recipe has 'epoch', which is no field of Recipe"),
+        ({"roles": "mine"}, "roles is 'mine', but must be one of disjoint, paper"),
+        ({"unet": "huge"}, "unet is 'huge', but must be one of"),
+        ({"perceptual": "nowhere"}, "perceptual is 'nowhere', but must be alex, vgg, squeeze or a file"),
+        ({"countermeasures": [{"as": "x"}]}, "a column needs use, a countermeasure's name"),
+        ({"countermeasures": [{"use": "gray", "draws": 2}]}, "'gray' with draws 2, but draws must be"),
+        ({"countermeasures": [{"use": "jcdp", "diffusion_steps": "x"}]}, "diffusion_steps is 'x', but must be"),
     ],
 )
 def test_a_grid_that_cannot_be_measured_ends_in_one_sentence(source, tmp_path, monkeypatch, changes, sentence):
@@ -218,6 +229,30 @@ def test_a_purifier_of_another_size_is_refused(source, tmp_path):
     grid = benchmark.read_grid(grid_file(tmp_path, source, purifier=str(tmp_path / "purifier")))
     with pytest.raises(ValueError, match="purifier was trained on 16x16 pixels, but these images have 8x8"):
         benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
+
+
+def test_columns_that_the_purifier_cannot_serve_stop_the_grid_before_its_first_cell(source, tmp_path):
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    PurificationConfig(diffusion_steps=50, trained_timesteps=(0, 50)).save_pretrained(tmp_path / "purifier")
+    columns = ["none", {"use": "unconditional", "as": "deep", "diffusion_steps": 60}]
+    changes = {"purifier": str(tmp_path / "purifier"), "countermeasures": columns, "protocol": "fast"}
+    grid = benchmark.read_grid(grid_file(tmp_path, source, **changes))
+    with pytest.raises(ValueError, match="diffusion_steps is 60"):
+        benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
+    assert not (tmp_path / "out/records.jsonl").exists()
+
+
+def test_collected_images_may_be_called_something_else(source, tmp_path):
+    data = yaml.safe_load(grid_file(tmp_path, source).read_text())["data"]
+    data["collected"]["name"] = "letters"
+    changes = {"data": data, "poisons": ["none"], "countermeasures": ["none", "gray"], "seeds": [0]}
+    benchmark.run_grid(benchmark.read_grid(grid_file(tmp_path, source, **changes)), tmp_path / "out", say=len)
+    records = read_records(tmp_path / "out/records.jsonl")
+    assert {record["settings"]["collected"] for record in records} == {"letters"}
+    data["collected"]["name"] = "figures"  # no cell uses them: nothing is measured again
+    changes["name"] = "another name"
+    benchmark.run_grid(benchmark.read_grid(grid_file(tmp_path, source, **changes)), tmp_path / "out", say=len)
+    assert len(read_records(tmp_path / "out/records.jsonl")) == len(records)
 
 
 def test_the_grids_that_ship_can_be_read():
