@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 import math
 import os
@@ -196,6 +197,13 @@ class ZeroUNet(torch.nn.Module):
         return (torch.zeros_like(sample),)
 
 
+class WavyUNet(ZeroUNet):
+    """Predicts a closed form of the sample."""
+
+    def forward(self, sample, timestep, return_dict=True):
+        return (0.2 * torch.sin(3 * sample),)
+
+
 class TestMethod:
     def test_without_guides_it_is_plain_ddpm_from_the_noised_image(self, plain):
         """Against diffusers' own scheduler, its add_noise and the same noise."""
@@ -216,17 +224,25 @@ class TestMethod:
                     x = x + scheduler._get_variance(t).sqrt() * (noise(index, "variance") - own)
         torch.testing.assert_close(result, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=2e-6)
 
-    def test_one_cycle_of_code_is_the_authors_loop(self, network):
+    def test_one_cycle_of_code_is_the_authors_loop(self):
         """
-        The formulas of the released code in plain NumPy float64 and `lpips`' own arithmetic, the off-by-one included:
-        start at abar[20], denoise 19..0; pixel guide at 19..11 and perceptual at 10..0 with scale K g(t) on the batch
-        mean of 500; fresh reference noise at every step; sigma^2 = beta_t, and 5.4532e-5 at t = 0; clamp x_0.
+        The formulas of the released code in plain NumPy float64 and the lpips package, the off-by-one included: start
+        at abar[20], denoise 19..0; pixel guide at 19..11 and perceptual at 10..0 with scale K g(t) on the batch mean
+        of 500; fresh reference noise at every step; sigma^2 = beta_t, and 5.4532e-5 at t = 0; clamp x_0.
         """
+        import lpips
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            distance = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        with torch.no_grad():  # features of a random trunk are close together: the guide would be lost in rounding
+            for head in distance.lins:
+                head.model[-1].weight *= 1000
         images, ids, size = photos(4), list("abcd"), 3 * 32 * 32
-        pipe = quiet(Pipeline(ZeroUNet(), DDPMScheduler(), network))  # fixed_small: the preset brings its own variance
-        result = pipe(
-            images, preset="code", num_rounds=1, seed=9, ids=ids, micro_batch_size=4, output_type="pt"
-        ).images
+        # fixed_small: the preset brings its own variance
+        pipe = quiet(Pipeline(WavyUNet(), DDPMScheduler(), LPIPSModel.from_lpips(distance)))
+        options = dict(seed=9, ids=ids, micro_batch_size=4, output_type="pt")
+        result = pipe(images, preset="code", num_rounds=1, **options).images
         assert pipe.scheduler.config.variance_type == "fixed_small"
 
         beta = np.linspace(1e-4, 0.02, 1000)
@@ -241,7 +257,7 @@ class TestMethod:
         k_over_batch = 1 / ((8 * 2 / 255) / 3 / 70000) / 500
         for index, t in enumerate(range(19, -1, -1)):
             previous = bar[t - 1] if t else 1.0
-            original = np.clip(x / math.sqrt(bar[t]), -1, 1)
+            original = np.clip((x - math.sqrt(1 - bar[t]) * 0.2 * np.sin(3 * x)) / math.sqrt(bar[t]), -1, 1)
             mean = beta[t] * math.sqrt(previous) / (1 - bar[t]) * original
             mean += (1 - previous) * math.sqrt(1 - beta[t]) / (1 - bar[t]) * x
             variance = beta[t] if t else posterior_1
@@ -251,13 +267,22 @@ class TestMethod:
                 slope = 2 * (x - r) / size
             else:
                 leaf = torch.tensor(x, dtype=torch.float32, requires_grad=True)
-                distance = network(leaf, torch.tensor(r, dtype=torch.float32)).sum()
-                slope = torch.autograd.grad(distance, leaf)[0].double().numpy()
+                distances = distance(leaf, torch.tensor(r, dtype=torch.float32))
+                slope = torch.autograd.grad(distances.sum(), leaf)[0].double().numpy()
             x = mean - variance * scale * slope
             if t:
                 x = x + math.sqrt(variance) * noise(index, "variance")
         expected = torch.from_numpy(np.clip(x / 2 + 0.5, 0, 1)).float()
         torch.testing.assert_close(result, expected, rtol=0, atol=5e-5)
+
+        for change in (
+            dict(perceptual_guidance_scale=PRESETS["code"].perceptual_guidance_scale / 2),
+            dict(pixel_guidance_scale=PRESETS["code"].pixel_guidance_scale * 2),
+            dict(final_variance_factor=1.0),
+            dict(pixel_guidance_window=(10, 19), perceptual_guidance_window=(0, 9)),
+        ):
+            other = pipe(images, preset=dataclasses.replace(PRESETS["code"], num_rounds=1, **change), **options).images
+            assert (other - expected).abs().max() > 1e-4, change  # or this test would not see it
 
     @pytest.mark.parametrize(("preset", "level"), [("code", 20), ("paper", 19), ("gdmp", 35), ("unconditional", 99)])
     def test_where_each_preset_starts(self, preset, level):

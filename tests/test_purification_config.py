@@ -34,6 +34,7 @@ def test_constants_of_the_authors_code():
     assert 2 * code.pixel_guidance_scale / 3072 == pytest.approx(4.357910, abs=1e-6)
     assert 2 * PRESETS["gdmp"].pixel_guidance_scale / 3072 == pytest.approx(18.68, abs=0.01)
     assert 1.0e-4 * code.final_variance_factor == pytest.approx(5.4532e-5, rel=1e-4)
+    assert code.pixel_guidance_window == (11, 19) and code.perceptual_guidance_window == (0, 10)
     assert code.evaluations_per_image == 80 and PRESETS["unconditional"].evaluations_per_image == 100
 
 
