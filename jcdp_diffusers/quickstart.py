@@ -22,6 +22,7 @@ import torch
 from . import poisons
 from .allocation import keep_freed_memory
 from .data import LabelledImages, check_roles, load_images, to_uint8, write_dataset
+from .dataset_card import SUMMARY_NAME
 from .placement import open_purifier
 from .purification_config import PRESETS, PurificationConfig
 from .purify import purify_dataset
@@ -212,7 +213,6 @@ def run_quickstart(
     stage = settings | {"stage": "train", "unet": story.unet, "training": dataclasses.asdict(story.training)}
     if not (finished(records, "seconds", stage) and (purifier / "training_record.json").exists()):
         say(f"Training a purifier on the {len(collected)} collected images: {story.training.max_train_steps} steps")
-        start = time.perf_counter()
         train_purifier(
             collected,
             unet=named_unet(story.unet, seed=seed),
@@ -220,7 +220,9 @@ def run_quickstart(
             output_dir=purifier,
             config=dataclasses.replace(story.training, seed=seed, resume_from_checkpoint="latest"),
         )
-        note(records, "seconds", time.perf_counter() - start, stage, device)
+        # All of it, whichever process trained it.
+        trained = json.loads((purifier / "training_record.json").read_text())
+        note(records, "seconds", trained["seconds"], stage, device)
     # So that whoever opens the purifier alone purifies as this story does.
     dataclasses.replace(story.purification, trained_timesteps=story.training.trained_timesteps).save_pretrained(
         purifier
@@ -229,14 +231,13 @@ def run_quickstart(
     calls = story.purification.evaluations_per_image
     say(f"Purifying: T_p {story.purification.diffusion_steps}, {calls} UNet evaluations per image")
     pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
-    guide = "no guide (a perceptual network would have to be downloaded)"
     stage = settings | {"stage": "purify", "purification": dataclasses.asdict(story.purification)}
-    start = time.perf_counter()
     purify_dataset(
         output_dir / "protected", pipe, output_dir=output_dir / "purified", seed=seed, preset=story.purification
     )
     if not finished(records, "seconds", stage):
-        note(records, "seconds", time.perf_counter() - start, stage, device)
+        summary = json.loads((output_dir / "purified" / SUMMARY_NAME).read_text())
+        note(records, "seconds", summary["seconds_of_work"], stage, device)
     purified = load_images(output_dir / "purified")
     if purified.ids != clean.ids:
         raise ValueError(f"{output_dir / 'purified'} holds other ids than the images that were protected: remove it.")
@@ -265,7 +266,18 @@ def run_quickstart(
             f"Victim {victim_seed} on {ROWS[cell['row']]}: {100 * result['accuracy']:.1f} % of clean test images right"
         )
     draw_pictures(output_dir / "pictures.png", sets)
-    return write_report(output_dir, story, guide, norms, settings)
+    return write_report(output_dir, story, norms, settings)
+
+
+def guides_in_words(purification: PurificationConfig) -> str:
+    """What pulls an image back to the protected one, if anything does."""
+    guides = []
+    if purification.pixel_guidance_scale:
+        guides.append(f"pixel guide at scale {purification.pixel_guidance_scale:g}")
+    if purification.perceptual_guidance_scale:
+        network = purification.perceptual_network or "the repository's network"
+        guides.append(f"perceptual guide ({network}) at scale {purification.perceptual_guidance_scale:g}")
+    return " and ".join(guides) or "no guide"
 
 
 def check_folder(output_dir: Path, story: Telling, seed: int) -> None:
@@ -367,7 +379,7 @@ def draw_pictures(path: Path, sets: dict[str, LabelledImages]) -> None:
     plt.close(figure)
 
 
-def write_report(output_dir: Path, story: Telling, guide: str, norms: dict, settings: dict) -> dict:
+def write_report(output_dir: Path, story: Telling, norms: dict, settings: dict) -> dict:
     """`report.json` and `report.md` from the records alone; returns the former."""
     own = [r for r in read_records(output_dir / "records.jsonl") if settings.items() <= r["settings"].items()]
     own.sort(key=lambda record: record["seed"] or 0)  # a figure measured again stands where it stood
@@ -384,6 +396,7 @@ def write_report(output_dir: Path, story: Telling, guide: str, norms: dict, sett
         if lost > 0.02
         else f"The protection did not work here (it costs {100 * lost:.1f} points), so purification proves nothing."
     )
+    guide = guides_in_words(story.purification)
     report = {
         "telling": story.name,
         **{f"{row}_accuracy": accuracy[row]["values"] for row in ROWS},
@@ -402,7 +415,8 @@ def write_report(output_dir: Path, story: Telling, guide: str, norms: dict, sett
         f"| victim trained on | test accuracy, mean of {story.seeds} | standard deviation | training accuracy |",
         "|---|---|---|---|",
         *(
-            f"| {ROWS[row]} | {100 * mean[row]:.1f} % | {100 * accuracy[row]['std']:.1f} "
+            f"| {ROWS[row]} | {100 * mean[row]:.1f} % "
+            f"| {'one victim' if accuracy[row]['std'] is None else format(100 * accuracy[row]['std'], '.1f')} "
             f"| {100 * trained[row]['mean']:.1f} % |"
             for row in ROWS
         ),

@@ -8,7 +8,7 @@ from PIL import Image
 
 from jcdp_diffusers import PurificationConfig
 from jcdp_diffusers.data import check_roles, load_images
-from jcdp_diffusers.quickstart import ROWS, TELLINGS, Telling, digits, random_noise, run_quickstart
+from jcdp_diffusers.quickstart import ROWS, TELLINGS, Telling, digits, guides_in_words, random_noise, run_quickstart
 from jcdp_diffusers.results import read_records
 from jcdp_diffusers.train import TrainingConfig
 
@@ -48,6 +48,37 @@ def test_random_noise_has_each_images_norm():
     assert not torch.equal(noise, random_noise(clean, protected, 1))
 
 
+def test_guides_are_named_from_the_settings():
+    assert guides_in_words(PurificationConfig()) == "no guide"
+    assert guides_in_words(PurificationConfig(pixel_guidance_scale=100.0)) == "pixel guide at scale 100"
+    both = PurificationConfig(pixel_guidance_scale=3e4, perceptual_guidance_scale=60.0, perceptual_network="lpips-vgg")
+    assert guides_in_words(both) == "pixel guide at scale 30000 and perceptual guide (lpips-vgg) at scale 60"
+
+
+def test_an_interruption_costs_no_seconds_and_one_victim_has_no_spread(tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    def stop_before_the_victims(line):
+        if line.startswith("Training 4 victims"):
+            raise Interrupted
+
+    story = dataclasses.replace(SHORT, seeds=1)
+    with pytest.raises(Interrupted):
+        run_quickstart(tmp_path, telling=story, say=stop_before_the_victims)
+    trained = json.loads((tmp_path / "purifier/training_record.json").read_text())["seconds"]
+    purified = json.loads((tmp_path / "purified/summary.json").read_text())["seconds_of_work"]
+    report = run_quickstart(tmp_path, telling=story, say=lambda line: None)
+    counted = {
+        record["settings"]["stage"]: record["value"]
+        for record in read_records(tmp_path / "records.jsonl")
+        if record["what"] == "seconds"
+    }
+    assert counted["train"] == trained and counted["purify"] == purified
+    assert report["seconds"] >= trained + purified
+    assert "one victim" in (tmp_path / "report.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
@@ -60,7 +91,7 @@ def test_the_report_holds_what_it_promises(told):
     for row in ROWS:
         values = report[f"{row}_accuracy"]
         assert len(values) == 2 and all(0 <= value <= 1 for value in values)
-    assert report["seconds"] > 0 and "no guide" in report["guide"]
+    assert report["seconds"] > 0 and report["guide"] == "no guide"
     text = (folder / "report.md").read_text()
     for row, name in ROWS.items():
         assert f"| {name} | {100 * np.mean(report[f'{row}_accuracy']):.1f} % |" in text
