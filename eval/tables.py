@@ -67,8 +67,6 @@ COLUMNS = {
     "bridgepure-0.5k": "BridgePure-0.5K",
     "bridgepure-4k": "BridgePure-4K",
 }
-
-
 PROVENANCE = ("cell", "grid", "poison_seconds", "poison_norms")  # where a figure is from, not what it is of
 OF_THE_PURIFIER = ("collected", "purifier_origin", "purifier_steps")  # a grid says them of all of its cells
 BASELINES = {"at-8": "of adversarial training's", "ueraser": "of UEraser's"}
@@ -498,7 +496,7 @@ def text_of(args: argparse.Namespace) -> str:
     measured = Measured(records, roles=args.roles or "disjoint", **choice)
     if not measured.datasets():
         raise ValueError(
-            f"records is {' '.join(args.records)}, but no accuracy there has the victim {args.victim!r}, the roles "
+            f"records is {' '.join(args.records)}, but no accuracy of a grid there has the victim {args.victim!r}, the roles "
             f"{measured.roles!r} and {'a' if args.smoke else 'no'} smoke run's recipe, which is accepted here."
         )
     parts = [caption_of_roles(measured) if args.kind == "roles" else caption(measured)]
