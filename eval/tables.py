@@ -496,8 +496,8 @@ def text_of(args: argparse.Namespace) -> str:
     measured = Measured(records, roles=args.roles or "disjoint", **choice)
     if not measured.datasets():
         raise ValueError(
-            f"records is {' '.join(args.records)}, but no accuracy of a grid there has the victim {args.victim!r}, the roles "
-            f"{measured.roles!r} and {'a' if args.smoke else 'no'} smoke run's recipe, which is accepted here."
+            f"records is {' '.join(args.records)}, but no accuracy of a grid there has the victim {args.victim!r}, "
+            f"the roles {measured.roles!r} and {'a' if args.smoke else 'no'} smoke run's recipe, which is needed."
         )
     parts = [caption_of_roles(measured) if args.kind == "roles" else caption(measured)]
     if args.smoke:
