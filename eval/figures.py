@@ -5,14 +5,18 @@ A picture is a line in `FIGURES`: a function that adds its options to a parser, 
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
 
+
+# A script is started with its own folder alone on the path, and a package has its own name for what is beside it.
+sys.path.append(str(Path(__file__).parents[1]))
+from eval.tables import Key, Measured, identity, read_all, refuse_differences
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.poisons.protect import read_card
 from jcdp_diffusers.purification_config import PurificationConfig
-from jcdp_diffusers.results import read_records
 
 
 def add_poisons_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +66,7 @@ def save_rows(shown: dict[str, tuple[np.ndarray, np.ndarray | None]], output: st
     figure, axes = plt.subplots(
         len(shown),
         2 * count + 1,
-        figsize=(2 * count * 0.72, len(shown) * 0.78),
+        figsize=(2 * count * 0.66, len(shown) * 0.75),
         width_ratios=[*[1] * count, 0.3, *[1] * count],
     )
     for axis in axes.flat:
@@ -74,9 +78,10 @@ def save_rows(shown: dict[str, tuple[np.ndarray, np.ndarray | None]], output: st
             axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes[0, 0].set_title("images", fontsize=8, loc="left")
     axes[1, count + 1].set_title("noise, magnified to the full grey scale", fontsize=8, loc="left")
-    figure.subplots_adjust(left=0.085, right=0.995, top=0.96, bottom=0.005, wspace=0.04, hspace=0.06)
+    figure.subplots_adjust(left=0, right=1, top=1, bottom=0, wspace=0.04, hspace=0.06)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=100)
+    # Titles stand outside the axes: tight makes room for them, whatever the number of rows and images.
+    figure.savefig(output, dpi=100, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
 
 
@@ -91,6 +96,8 @@ def add_purified_arguments(parser: argparse.ArgumentParser) -> None:
 def draw_purified(args: argparse.Namespace) -> None:
     """After the paper's Figure 2: the same images clean, protected, purified, and how they differ from the first."""
     sets = {title: load_images(source) for title, _, source in (entry.partition("=") for entry in args.sets)}
+    if len(sets) < 2:
+        raise SystemExit(f"figures: sets is {' '.join(args.sets)}, but two at least are accepted, clean images first.")
     first = next(iter(sets.values()))
     classes = np.unique(first.labels)[: args.shown]
     ids = [first.ids[int(np.argmax(first.labels == label))] for label in classes]
@@ -111,25 +118,45 @@ def add_curves_arguments(parser: argparse.ArgumentParser) -> None:
 
 def draw_curves(args: argparse.Namespace) -> None:
     """After the paper's Figure 3: test accuracy by epoch, a panel per poison, a line per countermeasure."""
-    records = grid_records(args, "victim")
-    poisons_found = list(dict.fromkeys(record["settings"]["poison"] for record in records))
-    columns = list(dict.fromkeys(record["settings"]["column"] for record in records))
+    measured, dataset = measured_of(args)
+    panels = dict.fromkeys((key.poison, key.poison_preset) for key in measured.keys(dataset))
+    titles = list(dict.fromkeys(measured.column_title(key) for key in measured.keys(dataset)))
     plt = pyplot()
-    figure, axes = plt.subplots(
-        1, len(poisons_found), figsize=(3.6 * len(poisons_found) + 1.6, 3), sharey=True, squeeze=False
-    )
-    for axis, poison in zip(axes[0], poisons_found):
-        for number, column in enumerate(columns):
-            chosen = [r for r in records if (r["settings"]["poison"], r["settings"]["column"]) == (poison, column)]
-            curves = [[100 * epoch["test_accuracy"] for epoch in r["value"]["history"]] for r in chosen]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 1.6, 3), sharey=True, squeeze=False)
+    for axis, panel in zip(axes[0], panels):
+        title_of_panel = measured.poison_title(dataset, *panel)
+        for key in measured.keys(dataset):
+            if (key.poison, key.poison_preset) != panel:
+                continue
+            title = measured.column_title(key)
+            histories = [record["value"]["history"] for record in measured.by_seed("victim", key).values()]
+            if len(lengths := sorted({len(history) for history in histories})) > 1:
+                raise SystemExit(
+                    f"figures: records hold histories of {lengths[0]} and {lengths[-1]} epochs for {title} against "
+                    f"{title_of_panel}, but a line needs the same number from every seed."
+                )
+            curves = [[100 * epoch["test_accuracy"] for epoch in history] for history in histories]
             if curves:
-                epochs = range(1, len(curves[0]) + 1)
-                colour = plt.get_cmap("tab10" if len(columns) <= 10 else "tab20")(number)
-                axis.plot(epochs, np.mean(curves, axis=0), color=colour, label=column)
-                axis.fill_between(epochs, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.15)
-        axis.set(title="clean images" if poison == "none" else poison, xlabel="epoch", ylim=(0, 100))
+                epochs = range(1, lengths[0] + 1)
+                style = line_style(titles.index(title))
+                axis.plot(epochs, np.mean(curves, axis=0), label=title, markevery=0.2, markersize=3, **style)
+                axis.fill_between(
+                    epochs, np.min(curves, axis=0), np.max(curves, axis=0), color=style["color"], alpha=0.15
+                )
+        axis.set(title=title_of_panel, xlabel="epoch", ylim=(0, 100))
     axes[0, 0].set_ylabel("test accuracy (%)")
     finish(figure, axes[0], args)
+
+
+def line_style(number: int) -> dict:
+    """Of a line: no two of the first hundred have the same colour and marker, or of thirty colour and dashes."""
+    # Markers and dashes move on by one with each round of the colours: cycles in step would repeat after ten.
+    round_, colour = divmod(number, 10)
+    return {
+        "color": pyplot().get_cmap("tab10")(colour),
+        "marker": "osD^v<>PX*"[(colour + round_) % 10],
+        "linestyle": ("-", "--", "-.")[round_ % 3],
+    }
 
 
 def add_strength_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,39 +166,74 @@ def add_strength_arguments(parser: argparse.ArgumentParser) -> None:
 
 def draw_strength(args: argparse.Namespace) -> None:
     """Accuracy against T_p, a line per poison and way of purifying; dotted, without purification."""
-    records = grid_records(args, "accuracy")
-    purified = [record for record in records if record["settings"].get("purification")]
-    if not purified:
+    measured, dataset = measured_of(args)
+    lines: dict[tuple, dict[str, dict[int, Key]]] = {}
+    for key in measured.keys(dataset):
+        settings = settings_of(measured, key)
+        if settings.get("purification"):
+            ways = lines.setdefault((key.poison, key.poison_preset), {})
+            by_steps = ways.setdefault(way_of_purifying(settings), {})
+            steps = settings["purification"]["diffusion_steps"]
+            if steps in by_steps:
+                raise SystemExit(
+                    f"figures: records hold {key.column!r} and {by_steps[steps].column!r} against {key.poison!r}, "
+                    f"both with T_p {steps} on one line, but a line has one point there: give one of the two."
+                )
+            by_steps[steps] = key
+    if not lines:
         raise SystemExit("figures: records hold no cell with purification settings of its own, but the axis is T_p.")
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(5.6, 3.4))
-    poisons_found = list(dict.fromkeys(record["settings"]["poison"] for record in records))
+    figure, axis = pyplot().subplots(figsize=(5.6, 3.4))
     drawn = 0
-    for poison in poisons_found:
-        first = plt.get_cmap("tab10")(drawn % 10)
-        lines: dict[str, dict[int, list[float]]] = {}
-        for record in purified:
-            if record["settings"]["poison"] == poison:
-                steps = record["settings"]["purification"]["diffusion_steps"]
-                by_steps = lines.setdefault(way_of_purifying(record["settings"]), {})
-                by_steps.setdefault(steps, []).append(100 * record["value"])
-        for way, by_steps in lines.items():
+    for poison in dict.fromkeys((key.poison, key.poison_preset) for key in measured.keys(dataset)):
+        title = measured.poison_title(dataset, *poison)
+        style = line_style(drawn)
+        for number, (way, by_steps) in enumerate(lines.get(poison, {}).items()):
             steps = sorted(by_steps)
-            means = [np.mean(by_steps[step]) for step in steps]
-            deviations = [np.std(by_steps[step], ddof=1) if len(by_steps[step]) > 1 else 0 for step in steps]
-            label = ("clean images" if poison == "none" else poison) + (f", {way}" if way else "")
-            colour, marker = plt.get_cmap("tab10")(drawn % 10), "osD^v<>PX*"[drawn % 10]
-            axis.errorbar(steps, means, deviations, color=colour, marker=marker, markersize=4, capsize=2, label=label)
-            drawn += 1
+            refuse(
+                f"points of one line, {title}{', ' if way else ''}{way},",
+                [settings_of(measured, by_steps[step]) for step in steps],
+                along_a_line,
+            )
+            values = [accuracies_of(measured, by_steps[step]) for step in steps]
+            axis.errorbar(
+                steps,
+                [np.mean(value) for value in values],
+                [np.std(value, ddof=1) if len(value) > 1 else 0 for value in values],
+                **line_style(drawn + number),
+                markersize=4,
+                capsize=2,
+                label=f"{title}, {way}" if way else title,
+            )
         plain = [
-            100 * r["value"]
-            for r in records
-            if r["settings"]["poison"] == poison and r["settings"]["column"] == "none"
+            key for key in measured.keys(dataset) if (key.poison, key.poison_preset) == poison and key.column == "none"
         ]
-        if plain:
-            axis.axhline(np.mean(plain), color=first, linestyle=":", linewidth=1)
+        for key in plain:
+            height = np.mean(accuracies_of(measured, key))
+            dotted = style | {"linestyle": ":", "linewidth": 1.2, "markersize": 4, "clip_on": False}
+            axis.axhline(height, **dotted, label=f"{title}, not purified")
+        # A poison that has nothing but its dotted line has a colour of its own, too.
+        drawn += max(len(lines.get(poison, {})), len(plain))
     axis.set(xlabel="forward steps T_p", ylabel="test accuracy (%)", ylim=(0, 100))
     finish(figure, [axis], args)
+
+
+def settings_of(measured: Measured, key: Key) -> dict:
+    """Of one cell: those of any of its seeds, which are the same."""
+    return next(iter(measured.by_seed("accuracy", key).values()))["settings"]
+
+
+def accuracies_of(measured: Measured, key: Key) -> list[float]:
+    """Per cent, of one cell, one per seed."""
+    return [100 * record["value"] for record in measured.by_seed("accuracy", key).values()]
+
+
+def along_a_line(settings: dict) -> dict:
+    """What does not change with T_p."""
+    moving = ("diffusion_steps", "num_inference_steps")
+    purification = {name: value for name, value in settings["purification"].items() if name not in moving}
+    return {name: value for name, value in identity(settings).items() if name != "column"} | {
+        "purification": purification
+    }
 
 
 def way_of_purifying(settings: dict) -> str:
@@ -183,31 +245,40 @@ def way_of_purifying(settings: dict) -> str:
         for name, value in settings["purification"].items()
         if name not in aside and value != usual[name]
     ]
+    if settings.get("draws", 1) > 1:
+        others.append(f"{settings['draws']} draws")
+    if settings["collected"] != settings["dataset"]:
+        others.append(f"purifier trained on {settings['collected']}")
     return ", ".join(([settings["countermeasure"]] if settings["countermeasure"] != "unconditional" else []) + others)
 
 
 def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
     parser.add_argument("--dataset", help="as records call it; the only one if not given")
+    parser.add_argument("--victim", default="resnet18")
     parser.add_argument("--roles", choices=("disjoint", "paper"), default="disjoint")
     parser.add_argument("--smoke", action="store_true", help="records of smoke runs, which mean nothing")
 
 
-def grid_records(args: argparse.Namespace, what: str) -> list[dict]:
-    """The last record of each cell of one data set and one assignment of roles."""
-    cells = {}
-    for path in args.records:
-        for record in read_records(path):
-            settings = record["settings"]
-            wanted = (
-                record["what"] == what and "column" in settings and settings.get("roles", args.roles) == args.roles
-            )
-            if wanted and settings["recipe"]["smoke"] == args.smoke:
-                cells[settings["cell"]] = record
-    found = sorted({record["settings"]["dataset"] for record in cells.values()})
+def measured_of(args: argparse.Namespace) -> tuple[Measured, str]:
+    """The records of a command, and the data set that it draws; what no table would hold no picture does."""
+    try:
+        measured = Measured(read_all(args.records), roles=args.roles, victim=args.victim, smoke=args.smoke)
+    except ValueError as error:
+        raise SystemExit(f"figures: {error}") from error
+    found = measured.datasets()
     if args.dataset is None and len(found) != 1 or args.dataset is not None and args.dataset not in found:
-        raise SystemExit(f"figures: dataset is {args.dataset!r}, but the records hold {found}.")
-    return [record for record in cells.values() if record["settings"]["dataset"] == (args.dataset or found[0])]
+        raise SystemExit(
+            f"figures: dataset is {args.dataset!r}, but the records hold {found} of the victim {args.victim!r}."
+        )
+    return measured, args.dataset or found[0]
+
+
+def refuse(of: str, settings: list[dict], facts) -> None:
+    try:
+        refuse_differences(of, settings, facts)
+    except ValueError as error:
+        raise SystemExit(f"figures: {error}") from error
 
 
 def pyplot():
@@ -220,14 +291,19 @@ def pyplot():
 
 
 def finish(figure, axes, args: argparse.Namespace) -> None:
-    """Legend, note and file."""
+    """Legend, notes and file."""
+    handles: dict = {}  # by label, over all panels: none has all lines
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    if args.smoke:
-        figure.suptitle("smoke run: no figure means anything", fontsize=8)
-    if args.roles == "paper":
-        figure.suptitle("roles as in the paper: the purifier has seen the test images", fontsize=8)
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    axes[-1].legend(
+        handles.values(), handles.keys(), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+    notes = ["smoke run: no figure means anything"] if args.smoke else []
+    notes += ["roles as in the paper: the purifier has seen the test images"] if args.roles == "paper" else []
+    if notes:
+        figure.suptitle("; ".join(notes), fontsize=8, y=1.03)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110, bbox_inches="tight")
     pyplot().close(figure)

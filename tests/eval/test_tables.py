@@ -1,30 +1,46 @@
 """Tables: what is on record, what is printed elsewhere, and nothing between the two."""
 
+import json
+import sys
+
 import pytest
 
-from eval.tables import PUBLISHED, Measured, grid_table, paper_tables, spread
+from eval import tables
+from eval.tables import PUBLISHED, Measured, grid_table, paper_tables, poison_table, roles_table, spread
 
 
-RECIPE = {"name": "mini", "epochs": 15, "smoke": False}
+RECIPE = {"name": "mini", "epochs": 15, "smoke": False, "batch_size": 32}
+TEST = {"images": 5000, "shape": [32, 32, 3], "content": "test"}
+PURIFIES = ("jcdp", "unconditional", "avatar")
 
 
-def records(poison, column, values, *, seconds=(0.0, 10.0), images=10_000, **settings):
-    settings = {
-        "cell": "x",
-        "dataset": "cifar10",
-        "collected": "cifar10",
-        "poison": poison,
-        "column": column,
-        "victim": "resnet18",
-        "width": 16,
-        "recipe": RECIPE,
-        "train": {"images": images},
-    } | settings
+def records(poison, column, values, *, seconds=(0.0, 10.0), images=10_000, details=(), device="cpu", **settings):
+    """Of seeds 0 and on, as `jcdp_diffusers.cells` and `eval.benchmark` write them."""
+    settings = (
+        {
+            "cell": "x",
+            "grid": "mini",
+            "dataset": "cifar10",
+            "collected": "cifar10",
+            "poison": poison,
+            "column": column,
+            "victim": "resnet18",
+            "width": 16,
+            "recipe": RECIPE,
+            "countermeasure": column,
+            "train": {"images": images, "content": poison},
+            "test": TEST,
+        }
+        | ({} if poison == "none" else {"poison_preset": "cpu", "poison_seed": 0, "poison_settings": {"epsilon": 8}})
+        | ({"roles": "disjoint", "purifier": "digest", "purification": None} if column in PURIFIES else {})
+        | settings
+    )
     prepare, train = seconds
+    value_of_victim = {"prepare_seconds": prepare, "train_seconds": train, "train_accuracy": 1.0, "threads": 1}
     for seed, value in enumerate(values):
-        details = {"prepare_seconds": prepare, "train_seconds": train}
-        yield {"what": "victim", "value": details, "seed": seed, "settings": settings}
-        yield {"what": "accuracy", "value": value, "seed": seed, "settings": settings}
+        common = {"seed": seed, "settings": settings, "device": device}
+        yield {"what": "victim", "value": value_of_victim | dict(details)} | common
+        yield {"what": "accuracy", "value": value} | common
 
 
 def cell_of(table: str, row: str, column: str) -> str:
@@ -43,7 +59,11 @@ def test_every_cell_that_is_not_measured_says_so():
             assert figures and all(cell.strip().startswith("n.m. / ") for cell in figures), (title, line)
     assert cell_of(tables["Table 1, cifar10"], "JCDP", "LSP") == "n.m. / 92.4"
     assert cell_of(tables["APBench, cifar10"], "UEraser-Max", "LSP") == "n.m. / 92.83"
+    assert cell_of(tables["APBench, cifar10"], "Gaussian filter", "LSP") == "n.m. / 18.61"
+    assert cell_of(tables["APBench, svhn"], "JPEG-10", "REMN") == "n.m. / 90.58"
     assert cell_of(tables["BridgePure's re-runs, cifar10"], "JCDP", "OPS") == "n.m. / 58.6"
+    assert cell_of(tables["BridgePure's re-runs, cifar10"], "D-VAE", "OPS") == "n.m. / 89.48"
+    assert cell_of(tables["BridgePure's re-runs, cifar100"], "clean images", "AR") == "n.m. / 74.27"
     assert cell_of(tables["Table 1, cifar10"], "AVATAR", "EMN(C)") == "n.m. / -"
 
 
@@ -51,6 +71,7 @@ def test_ours_stand_beside_theirs():
     measured = Measured(
         [
             *records("lsp", "jcdp", [0.70, 0.72, 0.71]),
+            *records("lsp", "none", [0.25]),
             *records("lsp", "gray", [0.60]),
             *records("lsp", "jpeg-10", [0.65]),
             *records("emn", "jcdp", [0.5], collected="cifar100"),
@@ -60,7 +81,10 @@ def test_ours_stand_beside_theirs():
     tables = paper_tables(measured)
     assert cell_of(tables["Table 1, cifar10"], "JCDP", "LSP") == "71.0 ± 1.0 / 92.4"
     assert cell_of(tables["Table 1, cifar10"], "clean images", "EMN") == "77.0 ± 1.4 / 95.3"
-    assert cell_of(tables["Table 5, purifier trained on other data"], "cifar10", "EMN") == "50.0 / 92.1"
+    rows = [line.split("|")[1:5] for line in tables["Table 5, purifier trained on other data"].splitlines()[2:]]
+    by_row = {(row[0].strip(), row[1].strip()): [cell.strip() for cell in row[2:]] for row in rows}
+    assert by_row["cifar10", "no purifier"] == ["n.m. / 21.2", "25.0 / 15.0"]
+    assert by_row["cifar10", "cifar100"] == ["50.0 / 92.1", "n.m. / 89.1"]
     assert cell_of(tables["Table 1, cifar10"], "JCDP", "EMN") == "n.m. / 93.1"  # another purifier's is not ours
     # The best of three needs three.
     assert cell_of(tables["Table 1, cifar10"], "ISS (best of three)", "LSP") == "n.m. / 82.5"
@@ -71,14 +95,28 @@ def test_ours_stand_beside_theirs():
 
 
 def test_ablation_by_origin_and_steps_of_the_purifier():
-    kind = {"purifier_origin": "fine-tuned", "purifier_steps": 1000}
-    table = paper_tables(Measured(records("emn", "unconditional", [0.6], **kind)))["Table 6, EMN"]
+    kinds = [
+        {"purifier_origin": "scratch", "purifier_steps": 80_000, "purifier": "a"},
+        {"purifier_origin": "fine-tuned", "purifier_steps": 1000, "purifier": "b"},
+    ]
+    # A grid says of all its cells what its purifier is; the vanilla cells of two grids are the same nevertheless.
+    vanilla = [
+        record for kind in kinds for record in records("emn", "none", [0.2], purifier_origin=kind["purifier_origin"])
+    ]
+    measured = Measured(
+        [*records("emn", "unconditional", [0.5], **kinds[0]), *records("emn", "unconditional", [0.6], **kinds[1])]
+        + vanilla
+    )
+    assert measured.accuracies("cifar10", "emn", "none") == [20.0]
+    table = paper_tables(measured)["Table 6, EMN"]
     assert [line.split("|")[4].strip() for line in table.splitlines()[2:]] == [
-        "n.m. / 90.6",
+        "50.0 / 90.6",
         "60.0 / 91.4",
         "n.m. / 91.9",
         "n.m. / 93.1",
     ]
+    with pytest.raises(ValueError, match="with purifier_origin 'scratch' and 'fine-tuned'"):
+        grid_table(measured, "cifar10")
 
 
 def test_roles_smoke_runs_and_victims_are_never_mixed():
@@ -95,29 +133,166 @@ def test_roles_smoke_runs_and_victims_are_never_mixed():
         assert "gray" not in table and "Cutout" not in table
 
 
+def test_a_table_for_each_set_that_purifiers_were_trained_on():
+    here, there = records("lsp", "jcdp", [0.7]), records("lsp", "jcdp", [0.5], collected="cifar100", purifier="c")
+    vanilla = records("lsp", "none", [0.2])
+    text = grid_table(Measured([*there, *vanilla, *here]), "cifar10")
+    own, other = text.split("Purifier trained on ")[1:]
+    assert own.startswith("cifar10:") and other.startswith("cifar100:")
+    for part, figure in ((own, "70.0"), (other, "50.0")):
+        table = part.partition("\n\n")[2]
+        assert cell_of(table, "JCDP", "LSP") == figure and cell_of(table, "vanilla", "LSP") == "20.0"
+    alone = grid_table(Measured(records("lsp", "jcdp", [0.5], collected="cifar100")), "cifar10")
+    assert "Purifier trained on cifar100:" in alone and "| JCDP | 50.0 |" in alone
+
+
 def test_costs_are_beside_the_figures():
-    table = grid_table(
-        Measured(
-            [
-                *records("lsp", "jcdp", [0.7], seconds=(12.0, 10.0)),
-                *records("lsp", "at-8", [0.6], seconds=(0.0, 88.0)),
-            ]
-        ),
-        "cifar10",
+    measured = Measured(
+        [
+            *records("lsp", "jcdp", [0.7], seconds=(12.0, 10.0)),
+            *records("lsp", "at-8", [0.6], seconds=(0.0, 88.0)),
+            *records("lsp", "ueraser", [0.6], seconds=(0.0, 44.0)),
+            # Not measured with the baselines: counts in the mean, not in the shares.
+            *records("emn", "jcdp", [0.7], seconds=(12.0, 30.0)),
+            # On another device, in another precision: shares with nothing.
+            *records("lsp", "gray", [0.5], seconds=(0.0, 1.0), device="cuda (NVIDIA H100)"),
+            *records("lsp", "mixup", [0.5], details={"precision": "float32"}),
+        ]
     )
+    table = grid_table(measured, "cifar10")
     assert cell_of(table, "JCDP", "seconds before training") == "12.0"
+    assert cell_of(table, "JCDP", "seconds of training") == "20.0"
     assert cell_of(table, "JCDP", "of adversarial training's") == "25 %"
+    assert cell_of(table, "JCDP", "of UEraser's") == "50 %"
     assert cell_of(table, "adversarial training", "of adversarial training's") == "100 %"
+    for row in ("gray", "Mixup"):
+        assert cell_of(table, row, "of adversarial training's") == cell_of(table, row, "of UEraser's") == "n.m."
 
 
-def test_two_scales_do_not_fit_one_table():
-    with pytest.raises(ValueError, match="records hold cifar10 at several scales .*5000 training images.*one grid"):
-        Measured([*records("lsp", "none", [0.2]), *records("lsp", "gray", [0.3], images=5000)])
+def test_seconds_of_several_devices_have_no_mean():
+    two = [*records("lsp", "gray", [0.5]), *records("emn", "gray", [0.5], device="cuda (NVIDIA H100)")]
+    assert cell_of(grid_table(Measured(two), "cifar10"), "gray", "seconds of training") == "several devices"
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"images": 5000}, r"train\.images 10000 and 5000"),
+        ({"test": TEST | {"content": "validation"}}, r"test\.content 'test' and 'validation'"),
+        ({"width": 64}, "width 16 and 64"),
+        ({"recipe": RECIPE | {"batch_size": 128}}, r"recipe\.batch_size 32 and 128"),
+    ],
+)
+def test_two_scales_do_not_fit_one_table(change, name):
+    # The very same cell, so that a table which lets one record replace the other would never see it.
+    for column in ("none", "gray"):
+        with pytest.raises(ValueError, match=f"records hold cifar10 with {name}, .*give the records of one"):
+            Measured([*records("lsp", "none", [0.2]), *records("lsp", column, [0.3], **change)])
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"purification": {"diffusion_steps": 30}}, r"purification\.diffusion_steps None and 30"),
+        ({"purifier": "other"}, "purifier 'digest' and 'other'"),
+        ({"countermeasure": "jcdp-code"}, "countermeasure 'jcdp' and 'jcdp-code'"),
+        ({"draws": 4}, "draws None and 4"),
+        ({"poison_settings": {"epsilon": 16}}, r"poison_settings\.epsilon 8 and 16"),
+        ({"train": {"images": 10_000, "content": "made otherwise"}}, r"train\.content 'lsp' and 'made otherwise'"),
+    ],
+)
+def test_two_experiments_do_not_fit_one_cell(change, name):
+    both = [*records("lsp", "jcdp", [0.7]), *records("lsp", "jcdp", [0.6, 0.5], **change)]
+    with pytest.raises(ValueError, match=f"'lsp'.* on cifar10 with {name}, .*give the records of one"):
+        Measured(both)
+
+
+def test_an_error_names_the_grids_where_they_differ():
+    both = [*records("lsp", "none", [0.2]), *records("lsp", "none", [0.3], images=5000, grid="small")]
+    with pytest.raises(ValueError, match=r"10000 \(grid mini\) and 5000 \(grid small\)"):
+        Measured(both)
+
+
+def test_a_poison_of_another_preset_has_rows_and_columns_of_its_own():
+    wide = {"poison_preset": "cpu-wide", "train": {"images": 10_000, "content": "wide"}}
+    both = Measured(
+        [
+            *records("remn", "none", [0.36, 0.37]),
+            *records("remn", "none", [0.4], **wide),
+            *records("remn-control", "none", [0.7], **wide | {"train": {"images": 10_000, "content": "noise"}}),
+            *records("lsp", "none", [0.2]),
+        ]
+    )
+    table = poison_table(both, "cifar10")
+    assert cell_of(table, "REMN (cpu)", "test accuracy") == "36.5 ± 0.7"
+    assert cell_of(table, "REMN (cpu-wide)", "test accuracy") == "40.0"
+    assert cell_of(table, "REMN (cpu-wide)", "noise of the same size: test accuracy") == "70.0"
+    assert cell_of(table, "LSP", "test accuracy") == "20.0"
+    assert cell_of(grid_table(both, "cifar10"), "vanilla", "REMN (cpu-wide)") == "40.0"
+    with pytest.raises(ValueError, match="'none' against 'remn' on cifar10 with poison_preset 'cpu' and 'cpu-wide'"):
+        paper_tables(both)
 
 
 def test_a_cell_that_was_measured_twice_counts_once():
-    measured = Measured([*records("lsp", "none", [0.2]), *records("lsp", "none", [0.3])])
+    again = records("lsp", "none", [0.3], cell="y", grid="again", poison_seconds=7.0)
+    measured = Measured([*records("lsp", "none", [0.2]), *again])
     assert measured.accuracies("cifar10", "lsp", "none") == [30.0]
+
+
+def test_what_the_leak_is_worth():
+    both = [
+        *records("lsp", "jcdp", [0.70, 0.71, 0.10]),
+        *records("lsp", "jcdp", [0.72, 0.74], roles="paper", purifier="of the test images"),
+        *records("emn", "jcdp", [0.5], roles="paper", purifier="of the test images"),
+        *records("emn", "none", [0.2]),
+    ]
+    table = roles_table(Measured(both), Measured(both, roles="paper"), "cifar10")
+    assert table.splitlines()[2:] == ["| LSP | JCDP | 70.5 ± 0.7 | 73.0 ± 1.4 | 2.5 ± 0.7 |"]
+    changed = [*records("lsp", "jcdp", [0.7]), *records("lsp", "jcdp", [0.7], roles="paper", purification={"a": 1})]
+    with pytest.raises(ValueError, match="under both roles with purification.a None and 1"):
+        roles_table(Measured(changed), Measured(changed, roles="paper"), "cifar10")
+
+
+def run(monkeypatch, tmp_path, found, *options) -> str:
+    """What the command writes."""
+    path, output = tmp_path / "records.jsonl", tmp_path / "table.md"
+    path.write_text("\n".join(map(json.dumps, found)))
+    kind, *others = options
+    monkeypatch.setattr(sys, "argv", ["tables", kind, "--records", str(path), "--output", str(output), *others])
+    tables.main()
+    return output.read_text()
+
+
+def test_one_table_by_its_name(monkeypatch, tmp_path):
+    found = [*records("lsp", "none", [0.2])]
+    text = run(monkeypatch, tmp_path, found, "paper", "--table", "Table 1")
+    assert text.count("### ") == 3 and "### Table 1, svhn" in text
+    assert run(monkeypatch, tmp_path, found, "paper", "--table", "APBench, cifar10").count("### ") == 1
+    for name in ("1", "cifar10", "Table"):
+        with pytest.raises(
+            SystemExit, match=f"tables: table is '{name}', but accepted are Table 1; Table 1, cifar10;"
+        ):
+            run(monkeypatch, tmp_path, found, "paper", "--table", name)
+
+
+def test_the_command_for_both_roles(monkeypatch, tmp_path):
+    found = [*records("lsp", "jcdp", [0.7]), *records("lsp", "jcdp", [0.8], roles="paper", purifier="p")]
+    assert "| LSP | JCDP | 70.0 | 80.0 | 10.0 |" in run(monkeypatch, tmp_path, found, "roles")
+    with pytest.raises(SystemExit, match="no cell there is measured under both roles"):
+        run(monkeypatch, tmp_path, found[:2], "roles")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path, found, "roles", "--roles", "paper")
+
+
+def test_the_command_refuses_in_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["tables", "grid", "--records", "nofile.jsonl"])
+    with pytest.raises(SystemExit, match="tables: records is 'nofile.jsonl', but that cannot be read: No such file"):
+        tables.main()
+    with pytest.raises(SystemExit, match="no accuracy of a grid there has the victim 'vgg16'"):
+        run(monkeypatch, tmp_path, records("lsp", "none", [0.2]), "grid", "--victim", "vgg16")
+    with pytest.raises(SystemExit, match="tables: records hold cifar10 with train.images"):
+        both = [*records("lsp", "none", [0.2]), *records("lsp", "none", [0.2], images=5)]
+        run(monkeypatch, tmp_path, both, "poisons")
 
 
 def test_spread():
@@ -127,14 +302,17 @@ def test_spread():
 def test_published_figures_are_percentages_by_names_of_ours():
     from jcdp_diffusers import countermeasures, poisons
 
+    others = ("iss", "gaussian-filter", "d-vae", "bridgepure-0.5k", "bridgepure-4k")
+
     def check(figures):
         for column, row in figures.items():
-            assert column == "iss" or countermeasures.get(column)
+            assert column in others or countermeasures.get(column)
             for poison, value in row.items():
                 assert (poison == "none" or poison in poisons.NAMES) and 0 < value < 100
 
-    for entry in PUBLISHED["jcdp_table_1"].values():
-        check(entry["figures"])
-    for name in ("jcdp_table_2", "jcdp_table_3", "apbench", "bridgepure"):
+    for name in ("jcdp_table_1", "bridgepure"):
+        for entry in PUBLISHED[name].values():
+            check(entry["figures"])
+    for name in ("jcdp_table_2", "jcdp_table_3", "apbench"):
         for figures in PUBLISHED[name].values():
             check(figures)
