@@ -480,7 +480,7 @@ def _limits(judged, sets, roles, trained_here, training, attacks, seeds, victim)
             f"The purifier was trained here, on {len(sets['collected'])} images in {training['steps']} steps and "
             f"{training['seconds']:.0f} s; a larger one, trained longer on more images, purifies better."
         )
-    if attacks:
+    if attacks and judged["status"] != "exchanged":
         limits.append(
             f"The verdict speaks of the strongest of {len(attacks) + 1} attacks, chosen by the same test images; with "
             "close figures that flatters it by a little."

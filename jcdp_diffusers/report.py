@@ -22,6 +22,7 @@ TONES = {
     "weakened": "#b26a00",
     "withstands": "#2f6f4f",
     "ineffective": "#5f6368",
+    "exchanged": "#b26a00",
     "open": "#5f6368",
     "smoke": "#5f6368",
 }
