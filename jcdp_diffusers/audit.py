@@ -124,7 +124,7 @@ def audit(
             says, or the plan.
         plan (`Plan`, *optional*): The purifier to train; chosen by size of the images and device by default.
         budget (`float`): Largest change of a pixel by the protection, images in [0, 1], for telling a protected image
-            from one of another role.
+            or its clean original from one of another role; see `data.check_roles`.
         image_size, channels: As for `data.load_images`, for all sets.
         load_options (`dict`, *optional*): Further options of `data.load_images` by role, such as `{"test": {"split":
             "test"}}`.
@@ -463,7 +463,8 @@ def _limits(judged, sets, roles, trained_here, training, attacks, seeds, victim)
     if "clean" not in sets:
         limits.append(
             "No clean originals were given: what the protection took away, and so what share of it came back, is not "
-            "known; neither is the size of the noise."
+            "known; neither is the size of the noise, nor whether originals of images whose protection changes much "
+            "more than the budget are among the collected or test images."
         )
     if roles == "paper":
         limits.append(
@@ -522,12 +523,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--protocol", default="fast", choices=tuple(RECIPES), help="the victims' recipe")
     how.add_argument("--seeds", type=int, default=3, help="victims per row")
     how.add_argument("--seed", type=int, default=0, help="of purifier and purification")
+    how.add_argument(
+        "--budget",
+        type=int,
+        default=16,
+        metavar="N",
+        help="largest change of a value by the protection, in 1/255: images of two roles that are as near are refused",
+    )
     how.add_argument("--device", help="an accelerator if there is one")
     how.add_argument("--processes", type=int, help="victims at a time on a CPU; one per processor if not given")
 
 
 def run(args: argparse.Namespace) -> None:
     """`jcdp audit`: the report, and where it lies."""
+    if not 0 <= args.budget <= 255:
+        raise ValueError(f"--budget is {args.budget}, but must lie within 0 and 255, in 1/255.")
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     options = {role: {"split": getattr(args, f"{role}_split")} for role in ("protected", "collected", "test", "clean")}
     for role in ("protected", "test", "clean"):
@@ -548,6 +558,7 @@ def run(args: argparse.Namespace) -> None:
         victim=args.victim,
         width=args.width,
         preset=args.preset,
+        budget=args.budget / 255,
         image_size=args.image_size,
         channels=args.channels,
         load_options=options,
