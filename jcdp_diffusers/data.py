@@ -41,12 +41,13 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SPLIT_NAMES = ("train", "validation", "test", "val", "valid", "dev")
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3  # what Pillow itself calls a decompression bomb
 # Two images are near each other when no value differs by more than the budget, and also when few values do, for OPS
-# changes one pixel by up to 255 and AR single values by up to 44. This share of the values may (one pixel always), while
-# the others lie within the budget or, if that is larger, FEW_LEVELS. Measured at 16 levels: OPS on CIFAR-10 leaves 0.1 %
-# of the values outside, AR 0.6 % (median; two images in three are found, and with 2 % all but one in a hundred would
-# be), CUDA 42 %, which no nearness finds. Different images: no pair of CIFAR-10's 50,000 training and 10,000 test images
-# has less than 5 %, but strokes on a black ground come closer. Handwritten digits of 8x8 differ in 15.6 % at least, in
-# 3.9 % amidst a black margin that makes them 16x16: 5 % would take 61 of 807,300 such pairs for one image, 1 to 3 % none.
+# changes one pixel by up to 255 and AR single values by up to 44. This share of the values may (one pixel always),
+# while the others lie within the budget or, if that is larger, FEW_LEVELS. Measured at 16 levels: OPS on CIFAR-10
+# leaves 0.1 % of the values outside, AR 0.6 % (median; two images in three are found, and with 2 % all but one in a
+# hundred would be), CUDA 42 %, which no nearness finds. Different images: every training image of CIFAR-10 differs
+# from every test image in 5.6 % at least, but strokes on a black ground come closer. Handwritten digits of 8x8 differ
+# in 15.6 % at least, in 3.9 % amidst a black margin that makes them 16x16: 5 % would take 61 of 807,300 such pairs
+# for one image, 1 to 3 % none.
 FEW = 0.01
 FEW_LEVELS = 16
 # What Pillow's decoders raise on bytes that are no image (cutting and changing bytes of every format raised these).
@@ -321,8 +322,8 @@ def load_images(
         image_column, label_column, id_column: names of the columns; found by their usual names when None.
         image_size: side of the square that every image is brought to, as :func:`decode_image` says.
         channels: 3 or 1, as :func:`decode_image` says.
-        rejected: a list that takes `{"id", "reason"}` of every image that cannot be used, whose row is left out; None
-            raises at the first of them. Rows in = rows out + rejected.
+        rejected: a list that takes `{"id", "file", "reason"}` of every image that cannot be used, whose row is left
+            out; None raises at the first of them. Rows in = rows out + rejected. `file` is None where there is none.
 
     Labels are None when the source has no label column, or a label column not named by the caller that is empty
     throughout (None or -1); a part of them missing is an error. Labels that are strings become their rank among the
@@ -846,14 +847,21 @@ def _decoded(rows, channels: int, image_size: int | None, rejected: list[dict] |
         try:
             image = decode_image(row["image"], channels, image_size)
         except ImageRejected as error:
+            file = _file_of(row)
             if rejected is None:
+                named = f"id {row['id']!r}" if file is None else repr(file)
                 raise ValueError(
-                    f"source {_name(source)} has an image that cannot be used, id {row['id']!r}: {error.reason}; "
-                    "rejected=[] leaves such images out."
+                    f"source {_name(source)} has an image that cannot be used, {named}: {error.reason}."
                 ) from error
-            rejected.append({"id": row["id"], "reason": error.reason})
+            rejected.append({"id": row["id"], "file": file, "reason": error.reason})
             continue
         yield row, image
+
+
+def _file_of(row: Mapping) -> str | None:
+    """The file that a row's image lies in, where it has one of its own."""
+    path = row["image"].get("path") if isinstance(row["image"], Mapping) else None
+    return row.get("file_name") or path
 
 
 def _adapted(
@@ -1048,8 +1056,8 @@ def check_roles(
     sources agree by chance) and by pixels. The protected images are compared with the collected and with the test
     images by nearness as well, because a protected image never has the pixels of its clean original: closer than
     `budget` in every channel of every pixel counts as the same image, and so does closer in all but 1 % of the values
-    (see `FEW`), if the means over a 4x4 grid of blocks differ by no more than the budget in root mean square. Images of
-    different size are different.
+    (see `FEW`), if the means over a 4x4 grid of blocks differ by no more than the budget in root mean square. Images
+    of different size are different.
 
     The comparison by nearness is exact. The mean over a block of pixels cannot differ by more than the largest pixel
     difference, so two images within the budget have 4x4 block means within budget * sqrt(48) in L2, which one matrix

@@ -312,9 +312,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--preset", help="purification settings in place of the countermeasure's own")
     how.add_argument("--draws", type=int, default=1, help="purifications of each image, one per epoch in turn")
-    how.add_argument(
-        "--budget", type=int, default=16, metavar="N", help="a training image this near a test one is refused, in 1/255"
-    )
+    near = "a training image this near a test one is refused, in 1/255"
+    how.add_argument("--budget", type=int, default=16, metavar="N", help=near)
     how.add_argument("--checkpoint_dir", help="folder in which purified images are kept")
     how.add_argument("--model_dir", help="folder for the trained victims")
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -62,9 +62,7 @@ def test_disjoint_roles_pass(roles):
 
 def test_clean_originals_in_the_collected_set_are_found_by_nearness(roles):
     slipped_in = joined(roles["collected"], renamed(roles["clean"].subset([4, 7]), "other-"))
-    with pytest.raises(
-        ValueError, match=r"protected has 2 images within 16/255 of a collected one.*'0-4'.*other-0"
-    ):
+    with pytest.raises(ValueError, match=r"protected has 2 images within 16/255 of a collected one.*'0-4'.*other-0"):
         check_separation(roles["protected"], slipped_in, roles["test"], None)
 
 
