@@ -55,6 +55,9 @@ TITLES = {"clean": "clean images", "protected": "protected images", "purified": 
 # In front of the name of an attack: it is made on the purified images instead of the protected ones.
 ON_PURIFIED = "purified+"
 SMOKE_IMAGES = 200
+SMOKE_PURIFICATION = PurificationConfig(diffusion_steps=20, num_inference_steps=2)
+# What an output folder's purifier and purified images were made for.
+BEGUN_NAME = "audit.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +115,10 @@ def audit(
         purifier (`str` or `os.PathLike`, *optional*): Folder or Hub id; trained on `collected` if not given.
         output_dir (`str` or `os.PathLike`): Gets `report.html`, `report.md`, `report.json`, `pictures/`,
             `records.jsonl`, the purified images in `purified/` and the purifier, if it is trained, in `purifier/`.
+            More seeds, attacks and protocols may follow in it, but for another purifier or purification, a smoke run's
+            among them, it must be another.
         protocol (`str` or `Recipe`): Of the victims, one of `RECIPES`; `"smoke"` shows in seconds that everything
-            works.
+            works, with few images and few steps of every purification.
         roles (`str`): `"disjoint"`, or `"paper"` for a purifier that has been trained on the test images.
         attacks (`Sequence[str]`): Countermeasures to try beside purification; see `countermeasures.NAMES`. With
             `purified+` in front, such as `purified+corruption`, on the purified images.
@@ -124,7 +129,7 @@ def audit(
             says, or the plan.
         plan (`Plan`, *optional*): The purifier to train; chosen by size of the images and device by default.
         budget (`float`): Largest change of a pixel by the protection, images in [0, 1], for telling a protected image
-            from one of another role.
+            or its clean original from one of another role; see `data.check_roles`.
         image_size, channels: As for `data.load_images`, for all sets.
         load_options (`dict`, *optional*): Further options of `data.load_images` by role, such as `{"test": {"split":
             "test"}}`.
@@ -152,6 +157,8 @@ def audit(
     victims.get(victim)
     if purifier is None and collected is None:
         raise ValueError("collected is None, but without a purifier images are needed to train one.")
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     processes = len(os.sched_getaffinity(0)) if processes is None else processes
     output_dir = Path(output_dir)
@@ -168,6 +175,19 @@ def audit(
     check_sets(labelled, {} if collected is None else {"collected": collected})
     if clean is not None:
         clean = sets["clean"] = match_originals(clean, protected)
+    if purifier is None:
+        plan = plan or plan_for(collected, device, recipe.smoke)
+    begun = {
+        "smoke": recipe.smoke,
+        "seed": seed,
+        "protected": describe_images(protected)["content"],
+        "purifier": None if purifier is None else purifier_digest(str(purifier)),
+        "collected": None if purifier is not None else describe_images(collected)["content"],
+        "plan": None if plan is None else dataclasses.asdict(plan),
+        "preset": dataclasses.asdict(preset) if isinstance(preset, PurificationConfig) else preset,
+    }
+    begun = json.loads(json.dumps(begun))
+    _check_output(output_dir, begun)
     separation = check_separation(protected, collected, test, clean, roles=roles, budget=budget)
     say("; ".join(f"{role}: {len(data)} images" for role, data in sets.items()))
     if recipe.smoke:
@@ -187,17 +207,20 @@ def audit(
     records = output_dir / "records.jsonl"
     trained_here = purifier is None
     if trained_here:
-        plan = plan or plan_for(collected, device, recipe.smoke)
+        _write_begun(output_dir, {name: value for name, value in begun.items() if name != "preset"})
         purifier = output_dir / "purifier"
         _train(collected, plan, purifier, seed, device, records, recipe, say)
     pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
     check_purifier(pipe, protected)
     config = pipe.resolve_config(plan.purification if preset is None and plan is not None else preset)
+    if recipe.smoke:
+        config = pipe.resolve_config(_in_seconds(config))
     for part in (part for measure in measures.values() for part in measure.parts or (measure,)):
         if part.needs_purifier and not recipe.smoke:
             pipe.resolve_config(PurificationConfig(**part.settings))
 
     # 4. Purification
+    _write_begun(output_dir, begun)
     say(f"Purifying {len(protected)} images: T_p {config.diffusion_steps}, {config.evaluations_per_image} evaluations")
     purify_dataset(protected, pipe, output_dir=output_dir / "purified", seed=seed, preset=config)
     purified = load_images(output_dir / "purified", channels=channels)
@@ -308,7 +331,7 @@ def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Pl
             checkpointing_steps=5,
             **common,
         )
-        return Plan("tiny32", training, PurificationConfig(diffusion_steps=20, num_inference_steps=2))
+        return Plan("tiny32", training, SMOKE_PURIFICATION)
     if device.type == "cuda":
         training = TrainingConfig(
             max_train_steps=20_000,
@@ -340,6 +363,41 @@ def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Pl
         **common,
     )
     return Plan("mini32", training, PRESETS["tuned"])
+
+
+def _in_seconds(config: PurificationConfig) -> PurificationConfig:
+    """The same purification with as few steps as a smoke run has time for."""
+    return dataclasses.replace(
+        config,
+        diffusion_steps=min(SMOKE_PURIFICATION.diffusion_steps, config.diffusion_steps),
+        num_inference_steps=min(SMOKE_PURIFICATION.num_inference_steps, *config.evaluations_per_round),
+        num_rounds=1,
+    )
+
+
+def _check_output(output_dir: Path, asked: dict) -> None:
+    """Refuse a folder in which another audit was begun, one whose purifier or purified images cannot serve this."""
+    path = output_dir / BEGUN_NAME
+    before = _read(path) if path.exists() else {}
+    changed = [name for name in before if before[name] != asked[name]]
+    if changed:
+        said = {
+            "smoke": "protocol 'smoke'" if before.get("smoke") else "a protocol other than 'smoke'",
+            "seed": f"seed {before.get('seed')}",
+            "protected": "other protected images",
+            "collected": "other collected images",
+            "purifier": "another purifier" if before.get("purifier") else "a purifier of its own",
+            "plan": "another plan for the purifier (it depends on the device)",
+            "preset": "another preset",
+        }
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, where an audit with {said[changed[0]]} was begun, whose purifier and "
+            "purified images cannot serve this one: take another --output."
+        )
+
+
+def _write_begun(output_dir: Path, begun: dict) -> None:
+    (output_dir / BEGUN_NAME).write_text(json.dumps(begun, indent=2) + "\n")
 
 
 def _train(collected, plan: Plan, purifier: Path, seed, device, records: Path, recipe: Recipe, say) -> None:
@@ -389,7 +447,8 @@ def _load(role: str, source: Any, image_size: int | None, channels: int, options
     if rejected:
         first = rejected[0]
         raise ValueError(
-            f"{role} has {len(rejected)} image(s) that cannot be used, the first {first['id']!r}: {first['reason']}."
+            f"{role} has {len(rejected)} image(s) that cannot be used, the first {first['file'] or first['id']!r}: "
+            f"{first['reason']}."
         )
     return data
 
@@ -463,7 +522,8 @@ def _limits(judged, sets, roles, trained_here, training, attacks, seeds, victim)
     if "clean" not in sets:
         limits.append(
             "No clean originals were given: what the protection took away, and so what share of it came back, is not "
-            "known; neither is the size of the noise."
+            "known; neither is the size of the noise, nor whether originals of images whose protection changes much "
+            "more than the budget are among the collected or test images."
         )
     if roles == "paper":
         limits.append(
@@ -480,7 +540,7 @@ def _limits(judged, sets, roles, trained_here, training, attacks, seeds, victim)
             f"The purifier was trained here, on {len(sets['collected'])} images in {training['steps']} steps and "
             f"{training['seconds']:.0f} s; a larger one, trained longer on more images, purifies better."
         )
-    if attacks:
+    if attacks and judged["status"] != "exchanged":
         limits.append(
             f"The verdict speaks of the strongest of {len(attacks) + 1} attacks, chosen by the same test images; with "
             "close figures that flatters it by a little."
@@ -522,12 +582,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--protocol", default="fast", choices=tuple(RECIPES), help="the victims' recipe")
     how.add_argument("--seeds", type=int, default=3, help="victims per row")
     how.add_argument("--seed", type=int, default=0, help="of purifier and purification")
+    how.add_argument(
+        "--budget",
+        type=int,
+        default=16,
+        metavar="N",
+        help="largest change of a value by the protection, in 1/255: images of two roles that are as near are refused",
+    )
     how.add_argument("--device", help="an accelerator if there is one")
     how.add_argument("--processes", type=int, help="victims at a time on a CPU; one per processor if not given")
 
 
 def run(args: argparse.Namespace) -> None:
     """`jcdp audit`: the report, and where it lies."""
+    if not 0 <= args.budget <= 255:
+        raise ValueError(f"--budget is {args.budget}, but must lie within 0 and 255, in 1/255.")
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     options = {role: {"split": getattr(args, f"{role}_split")} for role in ("protected", "collected", "test", "clean")}
     for role in ("protected", "test", "clean"):
@@ -548,6 +617,7 @@ def run(args: argparse.Namespace) -> None:
         victim=args.victim,
         width=args.width,
         preset=args.preset,
+        budget=args.budget / 255,
         image_size=args.image_size,
         channels=args.channels,
         load_options=options,

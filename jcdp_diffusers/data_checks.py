@@ -95,9 +95,10 @@ def check_separation(
         raise ValueError(f"roles is {roles!r}, but must be one of {ROLES}.")
     if clean is not None:
         for role, other in (("collected", collected), ("test", test)):
-            # The protection may change a pixel by more than the budget; its clean original is found all the same.
-            pairs = np.empty((0, 2), np.int64) if other is None else find_overlap(clean, other)
-            _refuse(pairs, clean, other, f"{role} has {{}} clean originals of protected images")
+            # The protection may change more than the budget says, or so many values that nearness sees nothing (CUDA);
+            # its clean original is found all the same.
+            pairs = np.empty((0, 2), np.int64) if other is None else find_overlap(clean, other, budget=budget)
+            _refuse(pairs, clean, other, f"{role} has {{}} images that are clean originals of protected ones")
     if collected is None:
         _refuse(find_overlap(protected, test, budget=budget), protected, test, _within("test", budget))
         return {"collected_in_test": 0}

@@ -11,7 +11,7 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from .data import LabelledImages
+from .data import FEW, LabelledImages
 
 
 COLOURS = {"clean": "#2f6f4f", "protected": "#b3261e", "purified": "#1f5fa8"}
@@ -22,6 +22,7 @@ TONES = {
     "weakened": "#b26a00",
     "withstands": "#2f6f4f",
     "ineffective": "#5f6368",
+    "exchanged": "#b26a00",
     "open": "#5f6368",
     "smoke": "#5f6368",
 }
@@ -106,22 +107,34 @@ def checks(report: dict) -> list[tuple[bool, str]]:
                 )
             )
     levels = round(255 * data["separation"]["budget"])
+    ours = "protected image" if data["noise"] is None else "protected image and no clean original"
+    near = f"within {levels}/255 (up to {100 * FEW:g} % of the values aside)"
     if "collected" not in sets:
         found.append((False, "What trained the purifier was not given and could not be compared with the other sets"))
-        found.append((True, f"No protected image is within {levels}/255 of a test image"))
+        found.append((True, f"No {ours} has the id or pixels of a test image or lies {near} of one"))
     elif report["roles"] == "paper":
         shared = data["separation"]["collected_in_test"]
         found.append((False, f"{shared} collected images are test images, as in the paper (roles: paper)"))
+        found.append((True, f"No {ours} has the id or pixels of a collected or test image or lies {near} of one"))
     else:
         found.append(
             (
                 True,
-                f"The three roles share no image: none has the id or pixels of another role's, no protected image is "
-                f"within {levels}/255 of a collected or test image",
+                "No two images of different roles have the same id or the same pixels, and no "
+                f"{ours} lies {near} of a collected or test image",
             )
         )
     if data["noise"] is not None:
         noise = data["noise"]
+        if noise["linf"] > levels:
+            found.append(
+                (
+                    False,
+                    f"The protection changes values by up to {noise['linf']:.0f}/255, more than its budget of "
+                    f"{levels}/255 (--budget): originals among the collected and test images can be told by the clean "
+                    "ones only, which are compared with them as well",
+                )
+            )
         found.append(
             (
                 True,

@@ -65,8 +65,8 @@ def score(
         purifier, purification: for a countermeasure that purifies; see `countermeasures.Context`.
         draws: how often a countermeasure that purifies does it; victims train on one draw per epoch in turn.
         device: where everything runs.
-        overlap_budget: a training image within this L-inf distance of a test image is refused as the same image under
-            a perturbation, images in [0, 1]; None does not compare.
+        overlap_budget: a training image within this distance of a test image, as `data.check_roles` measures it, is
+            refused as the same image under a perturbation, images in [0, 1]; None does not compare.
         output: JSON file for the result. Finished victims are kept beside it until all are done, so that the same call
             goes on where it was cut off.
         checkpoint_dir: folder for a countermeasure's costly work.
@@ -320,6 +320,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--preset", help="purification settings in place of the countermeasure's own")
     how.add_argument("--draws", type=int, default=1, help="purifications of each image, one per epoch in turn")
+    near = "a training image this near a test one is refused, in 1/255"
+    how.add_argument("--budget", type=int, default=16, metavar="N", help=near)
     how.add_argument("--checkpoint_dir", help="folder in which purified images are kept")
     how.add_argument("--model_dir", help="folder for the trained victims")
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -340,6 +342,7 @@ def run(args: argparse.Namespace) -> None:
         purification=args.preset,
         draws=args.draws,
         device=args.device,
+        overlap_budget=args.budget / 255,
         output=args.output,
         checkpoint_dir=args.checkpoint_dir,
         model_dir=args.model_dir,

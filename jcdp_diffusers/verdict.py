@@ -31,6 +31,8 @@ def verdict(accuracies: Mapping[str, Sequence[float]], titles: Mapping[str, str]
         - `"undone"`: accuracy rises clearly, and without clean images nobody knows by what share;
         - `"withstands"`: nothing that was tried helps;
         - `"ineffective"`: there is no protection to begin with;
+        - `"exchanged"`: victims learn clearly more from the protected images than from the clean ones, which no
+          protection brings about; the sets were most likely given for each other;
         - `"open"`: nothing helps, and without clean images that may mean anything;
         - `"smoke"`.
     """
@@ -51,6 +53,13 @@ def verdict(accuracies: Mapping[str, Sequence[float]], titles: Mapping[str, str]
     figures += f", {_seeds(protected)}"
     if smoke:
         status, sentence = "smoke", f"A first try in seconds, from which nothing follows ({figures})."
+    elif lost is not None and lost < -least_difference(protected, clean):
+        status = "exchanged"
+        sentence = (
+            f"No verdict: the protected and the clean images seem to be exchanged, for victims get "
+            f"{_percent(protected)} from those given as protected and {_percent(clean)} from those given as clean, "
+            f"{_seeds(protected)}."
+        )
     elif lost is not None and share is None:
         status = "ineffective"
         sentence = (

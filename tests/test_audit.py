@@ -1,5 +1,6 @@
 """The audit from the command to the report, on digits of 16x16 and in smoke runs, which take seconds."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +12,13 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from sklearn.datasets import load_digits
 from tiny import tiny_unet
 
+from jcdp_diffusers import countermeasures
 from jcdp_diffusers.audit import audit, plan_for
 from jcdp_diffusers.cells import results_by_cell
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.poisons import apply_perturbation, get
+from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
 
 
@@ -157,6 +160,59 @@ def test_without_clean_images_and_with_a_purifier_given(folders, audited, tmp_pa
     assert not report["purifier"]["trained_here"]
 
 
+def test_a_smoke_run_purifies_in_seconds_whatever_the_purifier_asks_for(folders, audited, tmp_path):
+    purifier = shutil.copytree(audited / "purifier", tmp_path / "purifier")
+    for name in ("purification_config.json", "training_record.json"):
+        (purifier / name).unlink()
+    assert main(command(folders, tmp_path / "out", "--purifier", str(purifier))) == 0
+    purification = json.loads((tmp_path / "out/report.json").read_text())["purification"]
+    assert (purification["diffusion_steps"], purification["evaluations_per_image"]) == (20, 2)
+    DDPMPipeline(tiny_unet(size=16), DDPMScheduler()).save_pretrained(tmp_path / "long")
+    PurificationConfig(diffusion_steps=10, num_rounds=3).save_pretrained(tmp_path / "long")
+    assert main(command(folders, tmp_path / "more", "--purifier", str(tmp_path / "long"))) == 0
+    purification = json.loads((tmp_path / "more/report.json").read_text())["purification"]
+    assert (purification["diffusion_steps"], purification["evaluations_per_image"]) == (10, 2)
+
+
+@pytest.mark.parametrize(
+    "changes, begun",
+    [
+        (["--protocol", "fast"], "protocol 'smoke'"),
+        (["--seed", "1"], "seed 0"),
+        (["--preset", "unconditional"], "another preset"),
+        (["--protected", "clean"], "other protected images"),
+        (["--purifier", "purifier"], "a purifier of its own"),
+    ],
+)
+def test_an_output_of_another_audit_is_refused_before_any_work(changes, begun, folders, audited, tmp_path, capfd):
+    output = shutil.copytree(audited, tmp_path / "out")
+    places = {"clean": folders["clean"], "purifier": str(audited / "purifier")}
+    before = (output / "records.jsonl").read_text()
+    assert main(command(folders, output, *(places.get(word, word) for word in changes))) == 1
+    said = sentence(capfd)
+    assert said == (
+        f"jcdp audit: output_dir is {str(output)!r}, where an audit with {begun} was begun, whose purifier and "
+        "purified images cannot serve this one: take another --output."
+    )
+    assert (output / "records.jsonl").read_text() == before
+
+
+def test_a_protection_beyond_its_budget_is_marked(folders, tmp_path):
+    roles = ("protected", "collected", "test", "clean")
+    assert main(command(folders, tmp_path / "out", "--budget", "8", roles=roles)) == 0
+    report = (tmp_path / "out/report.md").read_text()
+    assert "**!** The protection changes values by up to" in report and "more than its budget of 8/255" in report
+    assert "lies within 8/255 (up to 1 % of the values aside) of a collected or test image" in report
+    assert "--budget 8" in report
+
+
+def test_countermeasures_that_replace_the_loss_are_known_as_such():
+    for name, file in countermeasures._FILES.items():
+        family = importlib.import_module(f"jcdp_diffusers.countermeasures.{file}")
+        replaces = any(hasattr(entry, "loss") for entry in vars(family).values() if isinstance(entry, type))
+        assert replaces == (file in countermeasures._REPLACING_LOSS), name
+
+
 def test_roles_of_the_paper_are_marked_everywhere(folders, tmp_path):
     output = tmp_path / "out"
     paper = {**folders, "collected": folders["test"]}
@@ -201,7 +257,7 @@ def test_what_cannot_be_audited_ends_in_one_sentence(folders, tmp_path, capfd):
     (broken / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     code, said = refused({"protected": str(tmp_path / "broken")})
     assert (
-        code == 1 and "protected has 1 image(s) that cannot be used, the first 'train/0': not a readable image" in said
+        code == 1 and "protected has 1 image(s) that cannot be used, the first '3/a.png': not a readable image" in said
     )
 
     code, said = refused({}, "--channels", "1")
@@ -221,6 +277,12 @@ def test_what_cannot_be_audited_ends_in_one_sentence(folders, tmp_path, capfd):
     assert code == 1 and "'magic'" in said
     code, said = refused({}, "--countermeasures", "purified+eclipse")
     assert code == 1 and "attacks has 'purified+eclipse', but images are purified once" in said
+    code, said = refused({}, "--countermeasures", "gray,at-8+ueraser-max")
+    assert code == 1 and "'at-8+ueraser-max', but at-8 and ueraser-max each replace the loss, which only one" in said
+    code, said = refused({}, "--preset", "best")
+    assert code == 1 and "preset is 'best', but must be one of" in said
+    code, said = refused({}, "--budget", "300")
+    assert code == 1 and "--budget is 300, but must lie within 0 and 255, in 1/255" in said
     code, said = refused({}, "--seeds", "0")
     assert code == 1 and "at least one victim" in said
     assert not (tmp_path / "out" / "purifier").exists()  # all of it before anything costly

@@ -699,7 +699,7 @@ def test_bad_images_are_named_or_set_aside(tmp_path):
     columns = {"image": [{"bytes": value, "path": None} for value in values], "label": labels}
     pq.write_table(pa.Table.from_pydict(columns, schema=features.arrow_schema), tmp_path / "x.parquet")
     first_reason = next(iter(BAD_IMAGES.values()))[1]
-    with pytest.raises(ValueError, match=f"cannot be used, id 'train/1': {first_reason}.*rejected=\\[\\]"):
+    with pytest.raises(ValueError, match=f"cannot be used, id 'train/1': {first_reason}.*\\.$"):
         load_images(tmp_path)
     for source in (tmp_path, open_dataset(tmp_path)):
         rejected = []
@@ -707,7 +707,18 @@ def test_bad_images_are_named_or_set_aside(tmp_path):
         assert data.ids == ("train/0", f"train/{len(values) - 1}") and data.labels.tolist() == [0, len(values) - 1]
         assert np.array_equal(data.images, good) and len(data) + len(rejected) == len(values)
         assert [entry["id"] for entry in rejected] == [f"train/{row}" for row in range(1, len(values) - 1)]
-        assert all(set(entry) == {"id", "reason"} and entry["reason"] for entry in rejected)
+        assert all(set(entry) == {"id", "file", "reason"} and entry["reason"] for entry in rejected)
+
+
+def test_bad_files_are_named_by_their_paths(tmp_path):
+    for name in ("3/good.png", "3/bad.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(random_images(1)[0]) if "good" in name else b"nothing")
+    with pytest.raises(ValueError, match="has an image that cannot be used, '3/bad.png': not a readable image"):
+        load_images(tmp_path)
+    rejected = []
+    load_images(tmp_path, rejected=rejected)
+    assert [entry["file"] for entry in rejected] == ["3/bad.png"]
 
 
 # ------------------------------------------------------------------------------------------------------------ roles
@@ -777,7 +788,8 @@ def test_clean_originals_are_found_though_protected_differ_by_8_levels(position,
     roles[0] = roles[0].with_images(images)
     with pytest.raises(
         ValueError,
-        match=f"protected has 3 images within 16/255 .L-inf. of a {name} one, the first 'protected/1' and '{name}/25'",
+        match=f"protected has 3 images within 16/255 of a {name} one .up to 1 % of the values aside., the first "
+        f"'protected/1' and '{name}/25'",
     ):
         check_roles(*roles)
     check_roles(*roles, budget=7 / 255)
@@ -798,12 +810,45 @@ def test_nearness_agrees_with_comparing_every_pair(shape):
     )
     one[:3], other[:3] = 0, 16
     one[3:6], other[3:6] = 255, 238
+    one[6:12, 0, 0] = 255 - one[6:12, 0, 0]  # one pixel far away
     ours, theirs = (LabelledImages(images, None, tuple(map(str, range(len(images))))) for images in (one, other))
-    differences = np.abs(one[:, None].astype(int) - other[None]).reshape(90, 110, -1).max(axis=2)
-    for levels in (0, 8, 16, 17):
-        expected = {tuple(pair) for pair in np.argwhere(differences <= levels).tolist()}
-        assert set(module._pairs_within(ours, theirs, levels)) == expected
-        assert levels < 16 or expected
+    differences = np.abs(one[:, None].astype(int) - other[None]).reshape(90, 110, -1)
+    block_means = module._block_means(one)[:, None], module._block_means(other)[None]
+    means = np.square(block_means[0] - block_means[1]).mean(axis=2)
+    for levels in (0, 8, 16, 17, 25):
+        few = max(shape[2], differences.shape[2] // 100) if levels else 0
+        in_most = ((differences > min(levels, 16)).sum(axis=2) <= few) & (means <= levels**2)
+        expected = (differences.max(axis=2) <= levels) | in_most
+        found = module._pairs_within(ours, theirs, levels)
+        assert set(found) == {tuple(pair) for pair in np.argwhere(expected).tolist()}
+        assert levels < 16 or found
+
+
+def test_clean_originals_are_found_though_a_few_values_differ_by_much():
+    """One pixel in 1,024, as OPS does, or single values, as AR does; but not many of them."""
+    protected, collected, test = three_roles(size=32)
+    clean = collected.images[[3, 11, 25]].astype(int)
+    clean[0, 5, 5] = 255 * (clean[0, 5, 5] < 128)
+    clean[1].reshape(-1)[::110] += np.where(clean[1].reshape(-1)[::110] < 128, 44, -44)
+    clean[2].reshape(-1)[::60] += np.where(clean[2].reshape(-1)[::60] < 128, 44, -44)
+    images = protected.images.copy()
+    images[:3] = clean
+    protected = protected.with_images(images)
+    assert find_overlap(protected, collected, budget=16 / 255).tolist() == [[0, 3], [1, 11]]
+    # No budget asks for the very pixels, and a large one does not make the few values more.
+    assert len(find_overlap(protected, collected)) == 0
+    assert find_overlap(protected, collected, budget=32 / 255).tolist() == [[0, 3], [1, 11]]
+    with pytest.raises(ValueError, match="protected has 2 images within 16/255 of a collected one"):
+        check_roles(protected, collected, test)
+
+
+def test_strokes_on_a_black_ground_are_different_images():
+    from sklearn.datasets import load_digits
+
+    images = np.pad((load_digits().images * 15).astype(np.uint8), ((0, 0), (4, 4), (4, 4)))[..., None].repeat(3, 3)
+    data = LabelledImages(images, None, tuple(map(str, range(len(images)))))
+    one, other = data.subset(range(900)), data.subset(range(900, len(data)))
+    assert len(find_overlap(one, other, budget=16 / 255)) == 0
 
 
 def test_find_overlap_lists_the_rows_to_leave_out():
@@ -865,5 +910,5 @@ def test_cifar10_roles_are_disjoint_and_an_overlap_is_found(shared):
     noise = np.random.default_rng(0).choice([-8, 8], protected.images.shape)
     leaked = collected.subset(range(49_000, 50_000))
     perturbed = np.clip(leaked.images.astype(int) + noise[:1000], 0, 255).astype(np.uint8)
-    with pytest.raises(ValueError, match="protected has 1000 images within 16/255 .L-inf. of a collected one"):
+    with pytest.raises(ValueError, match="protected has 1000 images within 16/255 of a collected one"):
         check_roles(LabelledImages(perturbed, None, tuple(map(str, range(1000)))), collected, test)

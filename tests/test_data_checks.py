@@ -62,21 +62,30 @@ def test_disjoint_roles_pass(roles):
 
 def test_clean_originals_in_the_collected_set_are_found_by_nearness(roles):
     slipped_in = joined(roles["collected"], renamed(roles["clean"].subset([4, 7]), "other-"))
-    with pytest.raises(
-        ValueError, match=r"protected has 2 images within 16/255 .* of a collected one.*'0-4'.*other-0"
-    ):
+    with pytest.raises(ValueError, match=r"protected has 2 images within 16/255 of a collected one.*'0-4'.*other-0"):
         check_separation(roles["protected"], slipped_in, roles["test"], None)
 
 
 def test_clean_originals_are_found_whatever_the_protection_changed(roles):
-    """One pixel changed beyond any budget, as OPS does: only the clean set gives it away."""
+    """All pixels changed beyond any budget, as CUDA does: only the clean set gives it away, by nearness as well."""
+    protected = roles["clean"].with_images(255 - roles["clean"].images)
+    slipped = with_noise(renamed(roles["clean"].subset([4]), "other-"), level=1)
+    for role in ("collected", "test"):
+        sets = {"collected": roles["collected"], "test": roles["test"]}
+        sets[role] = joined(sets[role], slipped)
+        check_separation(protected, *sets.values(), None)
+        with pytest.raises(
+            ValueError, match=f"{role} has 1 images that are clean originals of protected ones, the first '0-4'"
+        ):
+            check_separation(protected, *sets.values(), roles["clean"])
+
+
+def test_one_changed_pixel_is_found_without_the_clean_set(roles):
     one_pixel = roles["clean"].images.copy()
     one_pixel[:, 3, 3] = 255 - one_pixel[:, 3, 3] // 2
-    protected = roles["clean"].with_images(one_pixel)
     slipped_in = joined(roles["collected"], renamed(roles["clean"].subset([4]), "other-"))
-    check_separation(protected, slipped_in, roles["test"], None)
-    with pytest.raises(ValueError, match=r"collected has 1 clean originals of protected images, the first '0-4'"):
-        check_separation(protected, slipped_in, roles["test"], roles["clean"])
+    with pytest.raises(ValueError, match="protected has 1 images within 16/255 of a collected one"):
+        check_separation(roles["clean"].with_images(one_pixel), slipped_in, roles["test"], None)
 
 
 def test_test_images_among_the_protected_are_found(roles):

@@ -202,6 +202,27 @@ def test_what_needs_a_look_is_marked():
     assert "5 to 120 of each of 4 classes" in marked[1] and "shortcut that even a linear model reads" in marked[2]
 
 
+def test_the_report_claims_no_more_than_was_compared():
+    report = copy.deepcopy(REPORT)
+
+    def said() -> str:
+        return " ".join(("" if good else "! ") + sentence for good, sentence in checks(report))
+
+    assert (
+        "No two images of different roles have the same id or the same pixels, and no protected image and no clean "
+        "original lies within 16/255 (up to 1 % of the values aside) of a collected or test image" in said()
+    )
+    report["data"]["noise"]["linf"] = 44
+    assert "! The protection changes values by up to 44/255, more than its budget of 16/255 (--budget)" in said()
+    report["data"]["noise"] = None
+    report["data"]["separation"]["budget"] = 8 / 255
+    assert "and no protected image lies within 8/255" in said()
+    report["roles"] = "paper"
+    assert "No protected image has the id or pixels of a collected or test image or lies within 8/255" in said()
+    del report["data"]["sets"]["collected"]
+    assert "No protected image has the id or pixels of a test image or lies within 8/255" in said()
+
+
 def test_smoke_runs_roles_of_the_paper_and_missing_originals_are_marked(tmp_path):
     report = copy.deepcopy(REPORT) | {"smoke": True, "roles": "paper"}
     report["rows"] = report["rows"][1:]

@@ -35,6 +35,12 @@ TITLES = {"purified": "purification"}
             "two seeds.",
         ),
         (
+            {"clean": [0.26, 0.27, 0.25], "protected": [0.76, 0.77, 0.78], "purified": [0.71, 0.70, 0.72]},
+            "exchanged",
+            "No verdict: the protected and the clean images seem to be exchanged, for victims get 77 % from those given "
+            "as protected and 26 % from those given as clean, three seeds.",
+        ),
+        (
             {"protected": [0.26, 0.27], "purified": [0.71, 0.70]},
             "undone",
             "The protection does not hold: 26 % -> 70 % by purification, two seeds; how much of it is left cannot be "
@@ -63,6 +69,12 @@ def test_the_strongest_attack_counts():
 def test_figures_that_scatter_widely_decide_nothing():
     rows = {"clean": [0.8, 0.8], "protected": [0.2, 0.4], "purified": [0.3, 0.5]}
     assert verdict(rows, TITLES)["status"] == "withstands"
+
+
+def test_only_a_clear_difference_is_an_exchange():
+    for clean in ([0.70, 0.70], [0.5, 0.9]):  # a point and a half below, and below within the spread
+        rows = {"clean": clean, "protected": [0.715, 0.715], "purified": [0.7, 0.7]}
+        assert verdict(rows, TITLES)["status"] == "ineffective"
 
 
 def test_a_smoke_run_decides_nothing():

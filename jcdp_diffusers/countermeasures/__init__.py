@@ -61,6 +61,8 @@ _FILES = {
     "at-4": "adversarial_training",
     "at-8": "adversarial_training",
 }
+# Files whose hooks replace the loss, which only one hook may (`victims.supervised`).
+_REPLACING_LOSS = ("ueraser", "adversarial_training")
 # Several that a paper takes together; "none" is plain training.
 _COMBINATIONS = {"none": "", "eclipse": "eclipse-purifier+corruption"}
 NAMES = (*_COMBINATIONS, *_FILES)
@@ -195,7 +197,7 @@ def get(name: str) -> Countermeasure:
     """The countermeasure called `name`, or the combination of several called `"one+other"`.
 
     Raises:
-        ValueError: if there is no countermeasure of that name.
+        ValueError: if there is no countermeasure of that name, or two of a combination replace the loss.
     """
     if name in _FILES:
         family = importlib.import_module(f"{__name__}.{_FILES[name]}")
@@ -205,6 +207,11 @@ def get(name: str) -> Countermeasure:
     if unknown:
         raise ValueError(
             f"countermeasure is {unknown[0]!r}, but accepted are {', '.join(NAMES)}, and several joined by '+'."
+        )
+    replacing = [part for part in members if _FILES.get(part) in _REPLACING_LOSS]
+    if len(replacing) > 1:
+        raise ValueError(
+            f"countermeasure is {name!r}, but {' and '.join(replacing)} each replace the loss, which only one may."
         )
     return _combination(name, [get(part) for part in members])
 
