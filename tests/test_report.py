@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from jcdp_diffusers.data import LabelledImages
-from jcdp_diffusers.report import checks, markdown, picture_strips, results_table, seconds_said, write_report
+from jcdp_diffusers.report import TONES, checks, markdown, picture_strips, results_table, seconds_said, write_report
+from jcdp_diffusers.verdict import verdict
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -193,6 +194,10 @@ def test_page_and_markdown_say_the_same_as_the_figures(written):
         assert said in page and said in text
     assert "71.0 %" in text and "2 min (+ 2 min for the purifier)" in text
     assert "perceptual guide 500" in text and "pixel guide" not in text
+
+
+def test_every_verdict_has_its_colour():
+    assert set(re.findall(r'- `"(\w+)"`', verdict.__doc__)) == set(TONES)
 
 
 def test_what_needs_a_look_is_marked():
