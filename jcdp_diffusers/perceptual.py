@@ -85,6 +85,7 @@ TRUNKS = {
         _squeezenet1_0, (0, 3, 4, 5, 7, 8, 9, 10, 12), (96, 128, 128, 256, 256, 384, 384, 512, 512), 21, _UNIT_RANGE,
     ),
 }  # fmt: skip
+_OF_LPIPS = ("alex", "vgg", "squeeze")
 
 
 def convolve_blocks(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -165,7 +166,15 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         """
         import lpips
 
-        source = lpips.LPIPS(net=net, verbose=False) if isinstance(net, str) else net
+        if isinstance(net, str) and net not in _OF_LPIPS:
+            raise ValueError(f"net is {net!r}, but must be one of {', '.join(_OF_LPIPS)}, or a network of lpips.")
+        try:
+            source = lpips.LPIPS(net=net, verbose=False) if isinstance(net, str) else net
+        except OSError as error:  # URLError is one
+            raise OSError(
+                f"the ImageNet trunk of net {net!r} could not be downloaded ({error}): load it once where there is a "
+                "network and save it with save_pretrained, or take from_trunk_file."
+            ) from error
         model = cls(trunk=source.pnet_type.removesuffix("16"), calibrated=bool(source.lpips))
         state = {}
         for key, value in source.state_dict().items():

@@ -3,12 +3,12 @@
 import contextlib
 import dataclasses
 import inspect
-import operator
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +138,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         DDPMPipeline(self.unet, scheduler).save_pretrained(save_directory, **kwargs)
         if self.purification_config is not None:
             self.purification_config.save_pretrained(save_directory)
+        else:  # of a purifier that was saved here before
+            (Path(save_directory) / CONFIG_NAME).unlink(missing_ok=True)
         if self.perceptual is not None:
             self.perceptual.save_pretrained(Path(save_directory) / "perceptual")
         elif (Path(save_directory) / "perceptual").is_dir():  # of a purifier that was saved here before
@@ -244,12 +246,13 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         )
         config = self.resolve_config(preset, **overrides)
         device = self._execution_device
-        if micro_batch_size is not None and operator.index(micro_batch_size) < 1:
-            raise ValueError(f"micro_batch_size is {micro_batch_size}, but must be at least 1.")
+        if micro_batch_size is not None and (not isinstance(micro_batch_size, Integral) or micro_batch_size < 1):
+            raise ValueError(f"micro_batch_size is {micro_batch_size!r}, but must be at least 1, a whole number.")
+        images = list(images) if isinstance(images, tuple) else images  # diffusers knows lists only
         original = self.image_processor.preprocess(images).to(device, torch.float32)
         count = len(original)
         if generator is None:
-            seed = secrets.randbits(63) if seed is None else operator.index(seed)
+            seed = secrets.randbits(63) if seed is None else int(seed)
             ids = [content_id(image) for image in to_bytes(original)] if ids is None else list(ids)
         self.check_lengths(original, ids, generator)
         if config.perceptual_guidance_scale > 0:
@@ -272,6 +275,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         steps_done = 0
         with (
             power_of_two_threads(device),
+            without_dropout(self.unet),
             self.progress_bar(total=config.evaluations_per_image * len(batches)) as progress,
         ):
             for round_index, scheduler in enumerate(schedulers):
@@ -297,18 +301,22 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                         )
                         progress.update()
                     if callback_on_step_end is not None:
-                        changed = callback_on_step_end(
-                            self, steps_done + step_index, timestep, {"sample": sample[:count].clone()}
-                        )
-                        if changed:
-                            sample[:count] = changed.pop("sample", sample[:count])
+                        given = {name: sample[:count].clone() for name in callback_on_step_end_tensor_inputs}
+                        changed = callback_on_step_end(self, steps_done + step_index, timestep, given) or {}
+                        if unknown := sorted(set(changed) - set(self._callback_tensor_inputs)):
+                            raise ValueError(
+                                f"callback_on_step_end returned {unknown[0]!r}, but only 'sample' is accepted."
+                            )
+                        sample[:count] = changed.get("sample", sample[:count])
                 steps_done += len(scheduler.timesteps)
 
         # 5. Back to images
         sample = sample[:count]
         if not torch.isfinite(sample).all():
+            guided = config.pixel_guidance_scale > 0 or config.perceptual_guidance_scale > 0
             raise ValueError(
-                f"unet of type {self.unet.dtype} returned values that are not finite: check its weights or type."
+                f"unet of type {self.unet.dtype} returned values that are not finite: check its weights or type"
+                f"{' and the scales of the guides' if guided else ''}."
             )
         purified = self.image_processor.postprocess(sample, output_type=output_type)
         self.maybe_free_model_hooks()
@@ -417,7 +425,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 f"trained_timesteps is {trained}, but purification ends at t = 0, so a purifier must know every "
                 "timestep from 0 on."
             )
-        if "gradient" not in inspect.signature(self.scheduler.step).parameters:
+        takes = inspect.signature(self.scheduler.step).parameters
+        if "gradient" not in takes or not hasattr(self.scheduler, "draws_noise"):
             raise ValueError(
                 f"scheduler is a {type(self.scheduler).__name__}, whose step takes no gradient: set "
                 "pipe.scheduler = GuidedDDPMScheduler.from_config(pipe.scheduler.config)."
@@ -441,11 +450,12 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             wanted = None if "perceptual_guidance_scale" in overrides else config.perceptual_network
             if self.perceptual is None or wanted not in (None, self.perceptual.name):
                 has = "no network" if self.perceptual is None else repr(self.perceptual.name)
-                trunk = (wanted or "lpips-alex").removeprefix("lpips-")
+                lpips_trunk = (wanted or "lpips-alex").removeprefix("lpips-")
+                loading = "from_trunk_file(PATH)" if lpips_trunk == wanted else f"from_lpips({lpips_trunk!r})"
                 raise ValueError(
                     f"perceptual_guidance_scale is {config.perceptual_guidance_scale:g} and needs "
                     f"{repr(wanted) if wanted else 'a perceptual network'}, but the pipeline has {has}: pass "
-                    f"perceptual=LPIPSModel.from_lpips({trunk!r}) to from_pretrained, or perceptual_guidance_scale=0."
+                    f"perceptual=LPIPSModel.{loading} to from_pretrained, or perceptual_guidance_scale=0."
                 )
         return config
 
@@ -481,6 +491,11 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
 
     def check_inputs(self, images, seed, ids, generator, output_type, callback_tensor_inputs):
         """Refuse what cannot be purified, each with one sentence."""
+        if seed is not None and not isinstance(seed, Integral):
+            raise TypeError(f"seed is {seed!r}, but must be a whole number.")
+        generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
+            raise TypeError(f"generator is {generator!r}, but must be a torch.Generator or a list, one per image.")
         if generator is not None and (seed is not None or ids is not None):
             raise ValueError(
                 "generator is given together with seed or ids, but noise comes from one of the two: drop either."
@@ -489,13 +504,22 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             raise ValueError(f"output_type is {output_type!r}, but must be 'pil', 'np' or 'pt'.")
         if unknown := [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]:
             raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}, but only 'sample' is accepted.")
-        if ids is not None and (isinstance(ids, str) or not all(isinstance(one, str) for one in ids)):
+        if ids is not None and (
+            not isinstance(ids, Sequence) or isinstance(ids, str) or not all(isinstance(one, str) for one in ids)
+        ):
             raise TypeError(f"ids is {ids!r:.80}, but must be a list of strings, one per image.")
         channels = self.unet.config.in_channels
         if channels not in (1, 3):
             raise ValueError(
                 f"unet takes {channels} channels, but only networks of 1 or 3 are accepted: those of images."
             )
+        if self.unet.config.out_channels != channels:
+            raise ValueError(
+                f"unet gives {self.unet.config.out_channels} channels for {channels}, but must give as many as it "
+                "takes: its prediction alone, without a variance."
+            )
+        if self.unet.config.class_embed_type is not None or self.unet.config.num_class_embeds is not None:
+            raise ValueError("unet is conditioned on classes, but must be unconditional: labels are never read.")
         if isinstance(images, (Image.Image, list, tuple)):
             images = [images] if isinstance(images, Image.Image) else list(images)
             if not images:
@@ -548,11 +572,23 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         count, first = len(original), {}
         if ids is not None and len(ids) != count:
             raise ValueError(f"ids has {len(ids)} entries, but there are {count} images.")
-        for row, one in enumerate(ids or ()):
-            if not torch.equal(original[first.setdefault(one, row)], original[row]):
+        for row, one in enumerate(ids or ()):  # ids are made of 8-bit images, so these decide
+            same = first.setdefault(one, row)
+            if same != row and not torch.equal(to_bytes(original[same]), to_bytes(original[row])):
                 raise ValueError(f"ids has {one!r} for two different images, but each image needs its own.")
         if isinstance(generator, (list, tuple)) and len(generator) != count:
             raise ValueError(f"generator has {len(generator)} entries, but there are {count} images.")
+
+
+@contextlib.contextmanager
+def without_dropout(network: torch.nn.Module):
+    """A network that was built and not loaded is in training mode, where dropout would draw from the global state."""
+    was_training = network.training
+    network.train(False)
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:

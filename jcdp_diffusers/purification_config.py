@@ -78,6 +78,10 @@ class PurificationConfig:
                 if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
                     raise ValueError(f"{name} is {pair}, but must be two timesteps 0 <= first <= last, or None.")
                 object.__setattr__(self, name, tuple(pair))  # JSON has lists only
+        if self.trained_timesteps is not None and self.trained_timesteps[0] == self.trained_timesteps[1]:
+            raise ValueError(f"trained_timesteps is {self.trained_timesteps}, but must hold one timestep at least.")
+        if not isinstance(self.start_one_level_higher, bool):
+            raise ValueError(f"start_one_level_higher is {self.start_one_level_higher!r}, but must be True or False.")
         if isinstance(self.num_inference_steps, list):
             object.__setattr__(self, "num_inference_steps", tuple(self.num_inference_steps))
         for name in ("diffusion_steps", "num_rounds", "feature_reuse"):
@@ -99,7 +103,7 @@ class PurificationConfig:
                 f"num_inference_steps is {self.num_inference_steps}, but must lie between 1 and diffusion_steps "
                 f"({self.diffusion_steps})."
             )
-        for name in ("pixel_guidance_scale", "perceptual_guidance_scale"):
+        for name in ("pixel_guidance_scale", "perceptual_guidance_scale", "final_variance_factor"):
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, but must be a finite number of at least 0.")

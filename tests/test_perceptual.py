@@ -112,3 +112,19 @@ def test_wrong_trunks_are_refused(tmp_path):
     save_file({"features.0.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="needs the key 'features.0.bias' in it"):
         LPIPSModel.from_trunk_file(tmp_path / "x.safetensors")
+
+
+def test_networks_that_lpips_does_not_have_or_cannot_fetch_end_in_a_sentence(monkeypatch):
+    import urllib.error
+
+    import lpips
+
+    with pytest.raises(ValueError, match="net is 'resnet', but must be one of alex, vgg, squeeze"):
+        LPIPSModel.from_lpips("resnet")
+
+    def offline(*args, **options):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(lpips, "LPIPS", offline)
+    with pytest.raises(OSError, match="the ImageNet trunk of net 'alex' could not be downloaded .*no route to host"):
+        LPIPSModel.from_lpips("alex")

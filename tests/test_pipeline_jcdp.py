@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 from tiny import tiny_unet
 
@@ -583,11 +583,6 @@ class TestCall:
         odd = plain(photos(1), ids=["\udc80"], seed=np.int64(3), **settings).images
         assert torch.equal(plain(photos(1), ids=["\udc80"], seed=3, **settings).images, odd)
 
-    @pytest.mark.parametrize("kwargs", [dict(ids="ab"), dict(ids=[1, 2]), dict(seed=1.0), dict(micro_batch_size=2.5)])
-    def test_arguments_of_another_type_are_refused(self, plain, kwargs):
-        with pytest.raises(TypeError):
-            plain(photos(2), **kwargs)
-
     def test_what_cannot_work_is_refused_before_the_first_step(self, network):
         calls = []
         pipe = quiet(Pipeline(tiny_unet(size=16), DDPMScheduler(), network))
@@ -653,3 +648,86 @@ class TestCall:
         plain.set_progress_bar_config(disable=False)
         plain(photos(20), diffusion_steps=3, num_rounds=2, seed=0)
         assert len(calls) == 2 * 3 * 2 and "12/12" in capsys.readouterr().err
+
+
+def test_nearly_equal_images_without_ids_share_the_id_that_is_made_for_them(plain):
+    images = (photos(1) * 255).round() / 255
+    both = plain(torch.cat([images, images + 1e-6]).clamp(0, 1), seed=0, diffusion_steps=2, output_type="pt")
+    assert both.ids[0] == both.ids[1]
+
+
+def test_a_tuple_of_pictures_is_a_list(plain):
+    pictures = [Image.fromarray(image) for image in (photos(2) * 255).byte().permute(0, 2, 3, 1).numpy()]
+    options = dict(seed=0, diffusion_steps=2, output_type="pt")
+    assert torch.equal(plain(tuple(pictures), **options).images, plain(pictures, **options).images)
+
+
+def test_dropout_is_off_while_purifying_and_on_again_after(plain):
+    plain.unet.train()
+    for module in plain.unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    options = dict(seed=0, diffusion_steps=3, output_type="pt")
+    assert torch.equal(plain(photos(2), **options).images, plain(photos(2), **options).images)
+    assert plain.unet.training
+    with pytest.raises(RuntimeError, match="stop"):
+        plain(photos(2), **options, callback_on_step_end=lambda *a: (_ for _ in ()).throw(RuntimeError("stop")))
+    assert plain.unet.training
+
+
+def test_a_callback_gets_what_it_asks_for_and_returns_nothing_else(plain):
+    seen = []
+    options = dict(seed=0, diffusion_steps=2, callback_on_step_end_tensor_inputs=())
+    plain(photos(1), **options, callback_on_step_end=lambda pipe, step, t, given: seen.append(given))
+    assert seen == [{}, {}]
+    with pytest.raises(ValueError, match="callback_on_step_end returned 'latents', but only 'sample' is accepted"):
+        plain(photos(1), seed=0, diffusion_steps=2, callback_on_step_end=lambda *a: {"latents": 1})
+
+
+def test_settings_of_a_former_purifier_do_not_stay(plain, tmp_path):
+    plain.purification_config = PurificationConfig(diffusion_steps=5, trained_timesteps=(0, 10))
+    plain.save_pretrained(tmp_path)
+    plain.purification_config = None
+    plain.save_pretrained(tmp_path)
+    assert Pipeline.from_pretrained(tmp_path).purification_config is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(seed=1.0), "seed is 1.0, but must be a whole number"),
+        (dict(micro_batch_size=2.5), "micro_batch_size is 2.5, but must be at least 1, a whole number"),
+        (dict(diffusion_steps="2"), "diffusion_steps is '2', but must be at least 1, a whole number"),
+        (dict(diffusion_steps=20.5), "diffusion_steps is 20.5, but must be at least 1, a whole number"),
+        (dict(num_rounds=1.5), "num_rounds is 1.5, but must be at least 1, a whole number"),
+        (dict(generator=0), "generator is 0, but must be a torch.Generator or a list, one per image"),
+        (dict(generator=[0]), r"generator is \[0\], but must be a torch.Generator"),
+        (dict(ids="ab"), "ids is 'ab', but must be a list of strings, one per image"),
+        (dict(ids=[1]), r"ids is \[1\], but must be a list of strings, one per image"),
+        (dict(ids=5), "ids is 5, but must be a list of strings, one per image"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_in_a_sentence(plain, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        plain(photos(1), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(out_channels=6), "unet gives 6 channels for 3, but must give as many as it takes"),
+        (dict(num_class_embeds=10), "unet is conditioned on classes, but must be unconditional"),
+    ],
+)
+def test_networks_that_predict_something_else_are_refused(change, message):
+    config = {name: value for name, value in tiny_unet().config.items() if not name.startswith("_")}
+    unet = UNet2DModel(**config | change)
+    with pytest.raises(ValueError, match=message):
+        quiet(Pipeline(unet, DDPMScheduler(variance_type="fixed_large")))(photos(1), seed=0, diffusion_steps=2)
+
+
+def test_the_way_to_a_missing_network_is_one_that_works(plain):
+    for wanted, way in (("features-squeezenet1_0", r"from_trunk_file\(PATH\)"), ("lpips-vgg", r"from_lpips\('vgg'\)")):
+        config = PurificationConfig(perceptual_guidance_scale=1.0, perceptual_network=wanted)
+        with pytest.raises(ValueError, match=f"pass perceptual=LPIPSModel.{way} to from_pretrained"):
+            plain(photos(1), preset=config)

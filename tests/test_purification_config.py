@@ -42,6 +42,10 @@ def test_constants_of_the_authors_code():
     ("settings", "message"),
     [
         (dict(diffusion_steps=0), "diffusion_steps is 0, but must be at least 1"),
+        (dict(final_variance_factor=float("nan")), "final_variance_factor is nan, but must be a finite number"),
+        (dict(start_one_level_higher="no"), "start_one_level_higher is 'no', but must be True or False"),
+        (dict(trained_timesteps=(0, 0)), r"trained_timesteps is \(0, 0\), but must hold one timestep at least"),
+        (dict(num_inference_steps="2"), "num_inference_steps is '2', but must be a whole number, a tuple"),
         (dict(num_rounds=0), "num_rounds is 0, but must be at least 1"),
         (
             dict(num_inference_steps=101),
