@@ -504,9 +504,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             raise ValueError(f"output_type is {output_type!r}, but must be 'pil', 'np' or 'pt'.")
         if unknown := [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]:
             raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}, but only 'sample' is accepted.")
-        if ids is not None and (
-            not isinstance(ids, Sequence) or isinstance(ids, str) or not all(isinstance(one, str) for one in ids)
-        ):
+        listed = isinstance(ids, Collection) and not isinstance(ids, str)
+        if ids is not None and not (listed and all(isinstance(one, str) for one in ids)):
             raise TypeError(f"ids is {ids!r:.80}, but must be a list of strings, one per image.")
         channels = self.unet.config.in_channels
         if channels not in (1, 3):
