@@ -446,6 +446,13 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 f"num_inference_steps is {config.num_inference_steps}, but a guide needs at least 2 per round: the "
                 "last step of the sampler 'ddpm' has no variance that could be shifted by; sampler='ddim' takes 1."
             )
+        for guide in ("pixel_guidance", "perceptual_guidance"):
+            window = getattr(config, f"{guide}_window")
+            if window is not None and getattr(config, f"{guide}_scale") > 0 and window[0] >= config.diffusion_steps:
+                raise ValueError(
+                    f"{guide}_window is {window}, but must begin below diffusion_steps ({config.diffusion_steps}), or "
+                    "the guide never acts."
+                )
         if config.perceptual_guidance_scale > 0:
             wanted = None if "perceptual_guidance_scale" in overrides else config.perceptual_network
             if self.perceptual is None or wanted not in (None, self.perceptual.name):

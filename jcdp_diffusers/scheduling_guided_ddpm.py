@@ -87,8 +87,13 @@ class GuidedDDPMScheduler(DDPMScheduler):
             original = (sample - (1 - bar).sqrt() * model_output).div_(bar.sqrt())
         elif self.config.prediction_type == "v_prediction":
             original = bar.sqrt() * sample - (1 - bar).sqrt() * model_output
-        else:
+        elif self.config.prediction_type == "sample":
             original = model_output
+        else:
+            raise ValueError(
+                f"prediction_type is {self.config.prediction_type!r}, but must be 'epsilon', 'v_prediction' or "
+                "'sample'."
+            )
         if self.config.thresholding:
             original = self._threshold_sample(original)
         elif self.config.clip_sample:

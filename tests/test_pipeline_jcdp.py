@@ -731,3 +731,11 @@ def test_the_way_to_a_missing_network_is_one_that_works(plain):
         config = PurificationConfig(perceptual_guidance_scale=1.0, perceptual_network=wanted)
         with pytest.raises(ValueError, match=f"pass perceptual=LPIPSModel.{way} to from_pretrained"):
             plain(photos(1), preset=config)
+
+
+def test_guides_that_could_never_act_are_refused(plain):
+    with pytest.raises(
+        ValueError, match=r"pixel_guidance_window is \(200, 300\), but must begin below diffusion_steps"
+    ):
+        config = PurificationConfig(diffusion_steps=5, pixel_guidance_scale=1.0, pixel_guidance_window=(200, 300))
+        plain(photos(1), preset=config)

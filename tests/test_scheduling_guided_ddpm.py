@@ -119,3 +119,11 @@ def test_configuration_round_trips_with_other_schedulers(tmp_path):
         loaded = cls.from_pretrained(tmp_path)
         assert {name: loaded.config[name] for name in config} == config
     assert GuidedDDPMScheduler.from_config(DDIMScheduler(beta_end=0.015).config).config.beta_end == 0.015
+
+
+def test_an_unknown_prediction_is_refused():
+    x = torch.zeros(1, 3, 4, 4)
+    with pytest.raises(
+        ValueError, match="prediction_type is 'foo', but must be 'epsilon', 'v_prediction' or 'sample'"
+    ):
+        GuidedDDPMScheduler(prediction_type="foo", variance_type="fixed_small").step(x, 5, x, variance_noise=x)
