@@ -189,7 +189,8 @@ def settings_said(report: dict) -> list[tuple[str, str]]:
         ("Purifier", described),
         (
             "Purification",
-            f"T_p {purification['diffusion_steps']}, {purification['num_rounds']} round{'s' * (purification['num_rounds'] > 1)}, "
+            f"T_p {purification['diffusion_steps']}, {purification['num_rounds']} "
+            f"round{'s' * (purification['num_rounds'] > 1)}, "
             f"{purification['evaluations_per_image']} network evaluations per image, {guides or 'no guide'}",
         ),
         (
