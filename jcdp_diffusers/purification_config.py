@@ -156,7 +156,12 @@ class PurificationConfig:
                 return None
         if not path.is_file():
             return None
-        values = json.loads(path.read_text())
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is no JSON ({error}), but must hold the fields of PurificationConfig."
+            ) from error
         if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls)}):
             raise ValueError(f"{path} holds {unknown[0]!r}, which is no field of PurificationConfig.")
         return cls(**values)

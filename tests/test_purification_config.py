@@ -87,3 +87,9 @@ def test_an_unknown_field_in_the_file_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"strenght": 1}))
     with pytest.raises(ValueError, match="holds 'strenght', which is no field of PurificationConfig"):
         PurificationConfig.from_pretrained(tmp_path)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "purification_config.json").write_text('{"diffusion_steps": 5')
+    with pytest.raises(ValueError, match=r"purification_config.json is no JSON \(.*but must hold the fields"):
+        PurificationConfig.from_pretrained(tmp_path)
