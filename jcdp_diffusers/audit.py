@@ -321,7 +321,7 @@ def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Pl
             f"collected has images of {height}x{width}, but without a purifier they must be squares with a side of 8, "
             "16, 24, ... or 64 pixels: image_size brings them to one, purifier names one for larger images."
         )
-    common = {"seed": 0, "validation_steps": 10**9, "num_grid_images": 0, "checkpoints_total_limit": 1}
+    common = {"seed": 0, "checkpoints_total_limit": 1}
     if smoke:
         training = TrainingConfig(
             max_train_steps=5,

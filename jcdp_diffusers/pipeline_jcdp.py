@@ -440,11 +440,12 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         if config.feature_reuse > 1:
             check_reusable(self.unet, config.feature_reuse)
         guided = config.pixel_guidance_scale > 0 or config.perceptual_guidance_scale > 0
-        alone = min(config.evaluations_per_round) == 1 < config.diffusion_steps
+        alone = min(config.evaluations_per_round) == 1
         if guided and alone and config.sampler == "ddpm" and variance_type == "fixed_small":
             raise ValueError(
-                f"num_inference_steps is {config.num_inference_steps}, but a guide needs at least 2 per round: the "
-                "last step of the sampler 'ddpm' has no variance that could be shifted by; sampler='ddim' takes 1."
+                f"num_inference_steps is {config.num_inference_steps} and diffusion_steps {config.diffusion_steps}, "
+                "but a guide needs at least 2 evaluations per round: the last step of the sampler 'ddpm' has no "
+                "variance that could be shifted by; sampler='ddim' takes 1."
             )
         for guide in ("pixel_guidance", "perceptual_guidance"):
             window = getattr(config, f"{guide}_window")

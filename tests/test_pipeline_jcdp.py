@@ -414,8 +414,11 @@ class TestMethod:
 
     def test_a_guide_that_could_not_act_is_refused(self, pipe):
         alone = dict(diffusion_steps=20, num_inference_steps=1, pixel_guidance_scale=10.0)
-        with pytest.raises(ValueError, match="num_inference_steps is 1, but a guide needs at least 2 per round"):
+        with pytest.raises(ValueError, match="num_inference_steps is 1 and diffusion_steps 20, but a guide needs"):
             pipe.resolve_config(**alone)
+        with pytest.raises(ValueError, match="diffusion_steps 1, but a guide needs at least 2 evaluations per round"):
+            pipe.resolve_config(diffusion_steps=1, pixel_guidance_scale=10.0, variance_type="fixed_small")
+        pipe.resolve_config(diffusion_steps=1, pixel_guidance_scale=10.0, variance_type="fixed_large")
         pipe.resolve_config(**alone | dict(num_inference_steps=2))
         pipe.resolve_config(**alone | dict(sampler="ddim"))
         pipe.resolve_config(**alone | dict(pixel_guidance_scale=0.0))

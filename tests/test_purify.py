@@ -139,10 +139,20 @@ def test_guides_take_part(tmp_path):
     """A preset's scale given anew is for the network at hand, whichever the preset names."""
     pipe = JointConditionalPurificationPipeline(tiny_unet(), DDPMScheduler(), LPIPSModel("squeeze"))
     images = some_images(2, size=32)
-    settings = {"diffusion_steps": 1, "num_rounds": 1, "perceptual_guidance_scale": 1e4, "preset": "paper"}
+    settings = {"diffusion_steps": 4, "num_rounds": 1, "perceptual_guidance_scale": 1e7, "preset": "paper"}
     purified = purify_dataset(images, pipe, output_dir=tmp_path, progress=False, **settings)
-    alone = pipe(images.tensor(), seed=0, ids=list(images.ids), output_type="pt", **settings).images
-    assert np.array_equal(np.stack([np.asarray(image) for image in purified["image"]]), to_uint8(alone))
+    purify = lambda scale: (
+        pipe(
+            images.tensor(),
+            seed=0,
+            ids=list(images.ids),
+            output_type="pt",
+            **settings | {"perceptual_guidance_scale": scale},
+        ).images
+    )
+    guided, without = to_uint8(purify(1e7)), to_uint8(purify(0.0))
+    assert np.array_equal(np.stack([np.asarray(image) for image in purified["image"]]), guided)
+    assert not np.array_equal(guided, without)
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["settings"]["perceptual_network"] == pipe.perceptual.name
 
