@@ -25,6 +25,7 @@ import torch
 
 from . import countermeasures, victims
 from .cells import Cell, describe_images, measure_cells, purifier_digest, results_by_cell
+from .countermeasures.purifiers import purifying
 from .data import LabelledImages, load_images
 from .data_checks import (
     ROLES,
@@ -52,8 +53,9 @@ from .victims.supervised import RECIPES, Recipe
 
 
 TITLES = {"clean": "clean images", "protected": "protected images", "purified": "purification"}
-# In front of the name of an attack: it is made on the purified images instead of the protected ones.
-ON_PURIFIED = "purified+"
+# What an attack calls the audit's own purification. In front of others, they are made on the purified images; behind
+# others, images go through those first and are then purified in the same way.
+PURIFIED = "purified"
 SMOKE_IMAGES = 200
 SMOKE_PURIFICATION = PurificationConfig(diffusion_steps=20, num_inference_steps=2)
 # What an output folder's purifier and purified images were made for.
@@ -121,7 +123,8 @@ def audit(
             works, with few images and few steps of every purification.
         roles (`str`): `"disjoint"`, or `"paper"` for a purifier that has been trained on the test images.
         attacks (`Sequence[str]`): Countermeasures to try beside purification; see `countermeasures.NAMES`. With
-            `purified+` in front, such as `purified+corruption`, on the purified images.
+            `purified` among the names that are joined, this audit's purification takes its place in their order:
+            `purified+corruption`, `impulse-filter+purified+corruption`.
         seeds (`int` or `Sequence[int]`): Victims per row, with seeds 0, 1, ..., or the seeds themselves.
         seed (`int`): Of the purifier and the purification.
         victim, width: As for `victims.supervised.train_victim`.
@@ -150,10 +153,7 @@ def audit(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds is {seeds}, but at least one victim, each with a seed of its own, is needed.")
     attacks = tuple(dict.fromkeys(name for name in attacks if name != "none"))
-    measures = {name: countermeasures.get(name.removeprefix(ON_PURIFIED)) for name in attacks}
-    for name, measure in measures.items():
-        if name.startswith(ON_PURIFIED) and measure.needs_purifier:
-            raise ValueError(f"attacks has {name!r}, but images are purified once: name what comes after it.")
+    measures = {name: _countermeasure(name) for name in attacks}
     victims.get(victim)
     if purifier is None and collected is None:
         raise ValueError("collected is None, but without a purifier images are needed to train one.")
@@ -215,9 +215,10 @@ def audit(
     config = pipe.resolve_config(plan.purification if preset is None and plan is not None else preset)
     if recipe.smoke:
         config = pipe.resolve_config(_in_seconds(config))
-    for part in (part for measure in measures.values() for part in measure.parts or (measure,)):
-        if part.needs_purifier and not recipe.smoke:
-            pipe.resolve_config(PurificationConfig(**part.settings))
+    for name, measure in measures.items():
+        for part in measure.parts or (measure,):
+            if part.needs_purifier and not recipe.smoke and not _purifies_as_the_audit(name):
+                pipe.resolve_config(PurificationConfig(**part.settings))
 
     # 4. Purification
     _write_begun(output_dir, begun)
@@ -233,7 +234,7 @@ def audit(
     # 5. Victims
     rows = {row: (sets[row], "none") for row in ("clean", "protected", "purified") if row in sets}
     for name, measure in measures.items():
-        rows[name] = (purified if name.startswith(ON_PURIFIED) else protected, measure.name)
+        rows[name] = (purified if _is_on_purified(name) else protected, measure.name)
     facts = {"audit": describe_images(protected)["content"], "roles": roles}
     purification = {"purifier": purifier_digest(str(purifier)), "purification": dataclasses.asdict(config)}
     cells = {
@@ -248,7 +249,9 @@ def audit(
                 countermeasure=name,
                 purifier=str(purifier),
                 # In a smoke run every attack that purifies does so in seconds.
-                purification=config if recipe.smoke and countermeasures.get(name).needs_purifier else None,
+                purification=config
+                if countermeasures.get(name).needs_purifier and (recipe.smoke or _purifies_as_the_audit(row))
+                else None,
                 work_dir=output_dir / "attacks",
                 about=facts | {"row": row} | (purification if images is purified else {}),
             )
@@ -293,7 +296,7 @@ def audit(
         },
         "attacks": {
             name: {"source": measure.source, "cost": measure.cost, "settings": dict(measure.settings)}
-            for name, measure in measures.items()
+            for name, measure in ((name, _as_done(name, measure, config)) for name, measure in measures.items())
         },
         "limits": _limits(judged, sets, roles, trained_here, training, attacks, seeds, victim),
         "command": command or "jcdp_diffusers.audit.audit(...) with the settings above",
@@ -363,6 +366,39 @@ def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Pl
         **common,
     )
     return Plan("mini32", training, PRESETS["tuned"])
+
+
+def _countermeasure(attack: str) -> countermeasures.Countermeasure:
+    """What an attack does beside, or with, this audit's purification."""
+    names = attack.split("+")
+    if PURIFIED not in names:
+        return countermeasures.get(attack)
+    others = countermeasures.get("+".join(name for name in names if name != PURIFIED) or "none")
+    if names.count(PURIFIED) > 1 or others.needs_purifier:
+        raise ValueError(f"attacks has {attack!r}, but images are purified once: name what comes beside it.")
+    if attack == PURIFIED:
+        raise ValueError(f"attacks has {attack!r}, but that is a row of every audit: name what comes beside it.")
+    if _is_on_purified(attack):
+        return others
+    return countermeasures.get("+".join("unconditional" if name == PURIFIED else name for name in names))
+
+
+def _as_done(attack: str, measure: countermeasures.Countermeasure, config: PurificationConfig):
+    """For the report: what `_countermeasure` gives, with the settings that the audit's purification has in it."""
+    if not _purifies_as_the_audit(attack):
+        return measure
+    own = purifying(PURIFIED, "this audit's purification", config)
+    return countermeasures.join(attack, [own if part.needs_purifier else part for part in measure.parts])
+
+
+def _is_on_purified(attack: str) -> bool:
+    """Whether an attack takes the purified images as they are."""
+    return attack.startswith(f"{PURIFIED}+")
+
+
+def _purifies_as_the_audit(attack: str) -> bool:
+    """Whether an attack purifies images of its own, with the settings of the audit."""
+    return PURIFIED in attack.split("+")[1:]
 
 
 def _in_seconds(config: PurificationConfig) -> PurificationConfig:
@@ -574,8 +610,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--countermeasures",
         default="",
-        help=f"to try beside purification, commas between them: {', '.join(countermeasures.NAMES)}; with "
-        f"{ON_PURIFIED} in front, on the purified images",
+        help=f"to try beside purification, commas between them: {', '.join(countermeasures.NAMES)}; several joined by "
+        f"'+', such as impulse-filter+{PURIFIED}+corruption, where {PURIFIED} is the audit's purification",
     )
     how.add_argument("--victim", default="resnet18", choices=victims.NAMES)
     how.add_argument("--width", type=int, help="of the victims; the recipe's if not given")

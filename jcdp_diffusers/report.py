@@ -61,15 +61,14 @@ def results_table(report: dict) -> list[dict]:
         accuracy = entry["accuracy"]
         if entry["row"] in ("clean", "protected"):
             title, before = f"trained on {entry['title']}", "-"
-        elif entry["row"].startswith("purified"):
-            title, before = "trained on purified images", seconds_said(entry["prepare_seconds"])
-            if (attack := entry["row"].removeprefix("purified+")) != "purified":
-                title += f", with {attack}"
-            if purifier_seconds is not None:
-                before += f" (+ {seconds_said(purifier_seconds)} for the purifier)"
         else:
-            title = f"protected images, with {entry['title']}"
             before = seconds_said(entry["prepare_seconds"]) if entry["prepare_seconds"] >= 0.5 else "-"
+            if "purified" in (parts := entry["row"].split("+")) and purifier_seconds is not None:
+                before += f" (+ {seconds_said(purifier_seconds)} for the purifier)"
+            if parts[0] == "purified":
+                title = f"trained on purified images{', with ' if parts[1:] else ''}{'+'.join(parts[1:])}"
+            else:
+                title = f"protected images, with {entry['title']}"
         table.append(
             {
                 "row": entry["row"],

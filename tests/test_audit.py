@@ -56,7 +56,7 @@ def command(folders, output, *more, roles=("protected", "collected", "test")) ->
     return ["audit", *options(folders, *roles), "--output", str(output), *smoke, *more]
 
 
-ATTACKS = "gray,eclipse,purified+corruption"
+ATTACKS = "gray,eclipse,purified+corruption,impulse-filter+purified+corruption"
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,7 @@ def test_everything_is_there(audited, folders):
         "gray",
         "eclipse",
         "purified+corruption",
+        "impulse-filter+purified+corruption",
     ]
     assert report["smoke"] and report["verdict"]["status"] == "smoke"
     assert "no figure means anything" in report["limits"][0]
@@ -99,6 +100,26 @@ def test_an_attack_on_the_purified_images_counts_purification(audited):
     trained_on = {cell["settings"]["row"]: cell["settings"]["train"]["content"] for cell in cells}
     assert trained_on["purified+corruption"] == trained_on["purified"] != trained_on["eclipse"]
     assert "| trained on purified images, with corruption |" in (audited / "report.md").read_text()
+
+
+def test_an_attack_may_come_before_purification(audited):
+    """The audit's own purification then takes its place in the order, on images of its own."""
+    row = "impulse-filter+purified+corruption"
+    report = json.loads((audited / "report.json").read_text())
+    settings = report["attacks"][row]["settings"]
+    assert list(settings) == ["impulse-filter", "purified", "corruption"]
+    assert PurificationConfig(**settings["purified"]) == PurificationConfig(
+        **{name: value for name, value in report["purification"].items() if name != "evaluations_per_image"}
+    )
+    assert "this audit's purification" in report["attacks"][row]["source"]
+    cells = results_by_cell(audited / "records.jsonl", what="accuracy").values()
+    (cell,) = (cell["settings"] for cell in cells if cell["settings"]["row"] == row)
+    assert cell["countermeasure"] == "impulse-filter+unconditional+corruption"
+    assert PurificationConfig(**cell["purification"]) == PurificationConfig(**settings["purified"])
+    page = (audited / "report.md").read_text()
+    assert f"| protected images, with {row} |" in page
+    (line,) = (line for line in page.splitlines() if line.startswith(f"| protected images, with {row} |"))
+    assert "for the purifier)" in line
 
 
 def test_every_figure_of_the_report_is_on_record(audited):
@@ -277,6 +298,10 @@ def test_what_cannot_be_audited_ends_in_one_sentence(folders, tmp_path, capfd):
     assert code == 1 and "'magic'" in said
     code, said = refused({}, "--countermeasures", "purified+eclipse")
     assert code == 1 and "attacks has 'purified+eclipse', but images are purified once" in said
+    code, said = refused({}, "--countermeasures", "gray+purified+purified")
+    assert code == 1 and "attacks has 'gray+purified+purified', but images are purified once" in said
+    code, said = refused({}, "--countermeasures", "purified")
+    assert code == 1 and "attacks has 'purified', but that is a row of every audit" in said
     code, said = refused({}, "--countermeasures", "gray,at-8+ueraser-max")
     assert code == 1 and "'at-8+ueraser-max', but at-8 and ueraser-max each replace the loss, which only one" in said
     code, said = refused({}, "--preset", "best")

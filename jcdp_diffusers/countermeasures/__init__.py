@@ -213,11 +213,11 @@ def get(name: str) -> Countermeasure:
         raise ValueError(
             f"countermeasure is {name!r}, but {' and '.join(replacing)} each replace the loss, which only one may."
         )
-    return _combination(name, [get(part) for part in members])
+    return join(name, [get(part) for part in members])
 
 
-def _combination(name: str, members: list[Countermeasure]) -> Countermeasure:
-    """Several countermeasures as one, in the order given."""
+def join(name: str, members: list[Countermeasure]) -> Countermeasure:
+    """Several countermeasures as one, called `name`, in the order given."""
     parts = tuple(part for member in members for part in (member.parts if member.kind == "combination" else (member,)))
     return Countermeasure(
         name,
