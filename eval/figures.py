@@ -217,6 +217,61 @@ def draw_strength(args: argparse.Namespace) -> None:
     finish(figure, [axis], args)
 
 
+SCALES = ("pixel_guidance_scale", "perceptual_guidance_scale")
+
+
+def add_scales_arguments(parser: argparse.ArgumentParser) -> None:
+    add_record_arguments(parser)
+    parser.add_argument("--output", default="results/figures/scales.png")
+
+
+def draw_scales(args: argparse.Namespace) -> None:
+    """Accuracy by the scales of both guides, a panel per poison and way of purifying; white where not measured."""
+    measured, dataset = measured_of(args)
+    panels: dict[tuple, dict[tuple[float, float], Key]] = {}
+    for key in measured.keys(dataset):
+        settings = settings_of(measured, key)
+        if settings.get("purification"):
+            way = way_of_purifying(settings, aside=SCALES)
+            found = panels.setdefault((key.poison, key.poison_preset, way), {})
+            scales = tuple(settings["purification"].get(name, 0.0) for name in SCALES)
+            if scales in found:
+                raise SystemExit(
+                    f"figures: records hold {key.column!r} and {found[scales].column!r} against {key.poison!r}, both "
+                    f"with pixel scale {scales[0]:g} and perceptual scale {scales[1]:g} in one panel, but a field has "
+                    "one figure: give one of the two."
+                )
+            found[scales] = key
+    panels = {name: found for name, found in panels.items() if len(found) > 1}
+    if not panels:
+        raise SystemExit("figures: records hold no way of purifying at two scales of a guide, the axes here.")
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(3.2 * len(panels), 3), squeeze=False, layout="constrained"
+    )
+    for axis, ((poison, preset, way), found) in zip(axes[0], panels.items()):
+        title = measured.poison_title(dataset, poison, preset)
+        refuse(
+            f"fields of one panel, {title}{', ' if way else ''}{way},",
+            [settings_of(measured, key) for key in found.values()],
+            lambda settings: without(settings, SCALES),
+        )
+        rows, columns = (sorted({scales[which] for scales in found}) for which in (0, 1))
+        field = np.full((len(rows), len(columns)), np.nan)
+        for scales, key in found.items():
+            field[rows.index(scales[0]), columns.index(scales[1])] = np.mean(accuracies_of(measured, key))
+        axis.imshow(field, cmap="viridis", origin="lower", aspect="auto")
+        middle = (np.nanmin(field) + np.nanmax(field)) / 2
+        for (row, column), value in np.ndenumerate(field):
+            said = "n.m." if np.isnan(value) else f"{value:.1f}"
+            colour = "black" if np.isnan(value) or value > middle else "white"
+            axis.text(column, row, said, ha="center", va="center", fontsize=8, color=colour)
+        axis.set_xticks(range(len(columns)), [f"{scale:g}" for scale in columns])
+        axis.set_yticks(range(len(rows)), [f"{scale:g}" for scale in rows])
+        axis.set(xlabel="perceptual scale", ylabel="pixel scale")
+        axis.set_title("\n".join([f"{title}: test accuracy (%)", *way.split(", ")]), fontsize=8)
+    save(figure, args)
+
+
 def settings_of(measured: Measured, key: Key) -> dict:
     """Of one cell: those of any of its seeds, which are the same."""
     return next(iter(measured.by_seed("accuracy", key).values()))["settings"]
@@ -229,17 +284,21 @@ def accuracies_of(measured: Measured, key: Key) -> list[float]:
 
 def along_a_line(settings: dict) -> dict:
     """What does not change with T_p."""
-    moving = ("diffusion_steps", "num_inference_steps")
+    return without(settings, ("diffusion_steps", "num_inference_steps"))
+
+
+def without(settings: dict, moving: tuple[str, ...]) -> dict:
+    """What decides a figure beside some of the settings of purification."""
     purification = {name: value for name, value in settings["purification"].items() if name not in moving}
     return {name: value for name, value in identity(settings).items() if name != "column"} | {
         "purification": purification
     }
 
 
-def way_of_purifying(settings: dict) -> str:
+def way_of_purifying(settings: dict, aside: tuple[str, ...] = ("diffusion_steps", "num_inference_steps")) -> str:
     """What, beside T_p and the number of evaluations, tells this purification from the package's default."""
     usual = {field.name: field.default for field in dataclasses.fields(PurificationConfig)}
-    aside = ("diffusion_steps", "num_inference_steps", "variance_type", "trained_timesteps", "perceptual_network")
+    aside += ("variance_type", "trained_timesteps", "perceptual_network")
     others = [
         f"{name} {value}"
         for name, value in settings["purification"].items()
@@ -291,7 +350,7 @@ def pyplot():
 
 
 def finish(figure, axes, args: argparse.Namespace) -> None:
-    """Legend, notes and file."""
+    """Legend, and what `save` does."""
     handles: dict = {}  # by label, over all panels: none has all lines
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -300,6 +359,11 @@ def finish(figure, axes, args: argparse.Namespace) -> None:
     axes[-1].legend(
         handles.values(), handles.keys(), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
     )
+    save(figure, args)
+
+
+def save(figure, args: argparse.Namespace) -> None:
+    """Notes and file."""
     notes = ["smoke run: no figure means anything"] if args.smoke else []
     notes += ["roles as in the paper: the purifier has seen the test images"] if args.roles == "paper" else []
     if notes:
@@ -315,6 +379,7 @@ FIGURES = {
     "purified": ("the same images of several data sets", add_purified_arguments, draw_purified),
     "curves": ("test accuracy by epoch, from records", add_curves_arguments, draw_curves),
     "strength": ("accuracy against purification strength, from records", add_strength_arguments, draw_strength),
+    "scales": ("accuracy by the scales of both guides, from records", add_scales_arguments, draw_scales),
 }
 
 

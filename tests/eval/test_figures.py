@@ -137,6 +137,34 @@ def test_a_line_has_one_purifier_and_one_point_at_each_strength(drawn):
     ]
 
 
+def guided(column, values, pixel, perceptual, **settings):
+    purification = {"diffusion_steps": 30, "num_rounds": 4, "pixel_guidance_scale": pixel}
+    purification |= {"perceptual_guidance_scale": perceptual}
+    return records("lsp", column, values, steps=30, purification=purification, **settings)
+
+
+def test_scales_of_guides_are_a_field_each(drawn):
+    found = [*guided("a", [0.6, 0.7], 0.0, 0.0), *guided("b", [0.5], 3e4, 0.0), *guided("c", [0.4], 0.0, 60.0)]
+    axis = drawn("scales", found).axes[0]
+    field = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in axis.texts}
+    assert field == {(0, 0): "65.0", (1, 0): "50.0", (0, 1): "40.0", (1, 1): "n.m."}
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "30000"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "60"]
+    assert axis.get_title() == "LSP: test accuracy (%)\ndiffusion_steps 30\nnum_rounds 4"
+    # A victim that trains otherwise has a panel of its own, if it has several fields.
+    one_more = guided("d", [0.9], 0.0, 0.0, countermeasure="unconditional+corruption")
+    assert len(drawn("scales", [*found, *one_more]).axes) == 1
+    with pytest.raises(SystemExit, match="'again' and 'b' against 'lsp', both with pixel scale 30000 and perceptual"):
+        drawn("scales", [*found, *guided("again", [0.5], 3e4, 0.0)])
+    with pytest.raises(
+        SystemExit,
+        match="fields of one panel, LSP, diffusion_steps 30, num_rounds 4, with purifier 'digest' and 'other'",
+    ):
+        drawn("scales", [*found, *guided("e", [0.5], 1e4, 0.0, purifier="other")])
+    with pytest.raises(SystemExit, match="no way of purifying at two scales"):
+        drawn("scales", list(records("lsp", "none", [0.2])))
+
+
 @pytest.mark.parametrize("shown", [2, 8])
 @pytest.mark.parametrize("rows", [2, 3, 6])
 def test_titles_of_rows_of_images_are_whole(tmp_path, shown, rows):
