@@ -35,6 +35,7 @@ from jcdp_diffusers.poisons.control import shuffled
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.quickstart import digits
+from jcdp_diffusers.results import as_settings
 from jcdp_diffusers.shards import Claims
 from jcdp_diffusers.train import train_purifier
 from jcdp_diffusers.training_config import TrainingConfig
@@ -347,7 +348,7 @@ def _train(collected, grid: Grid, output_dir: Path, claims: Claims, device, say)
         plan.training, cpu=device.type == "cpu", resume_from_checkpoint="latest", **_training(grid.training)
     )
     height, _, channels = collected.images.shape[1:]
-    told = json.dumps([unet, dataclasses.asdict(training), describe_images(collected), grid.perceptual], default=str)
+    told = json.dumps([unet, as_settings(training), describe_images(collected), grid.perceptual], default=str)
     folder = output_dir / f"purifier-{hashlib.blake2b(told.encode(), digest_size=4).hexdigest()}"
     done = folder / "finished"
 

@@ -298,7 +298,7 @@ def without(settings: dict, moving: tuple[str, ...]) -> dict:
 def way_of_purifying(settings: dict, aside: tuple[str, ...] = ("diffusion_steps", "num_inference_steps")) -> str:
     """What, beside T_p and the number of evaluations, tells this purification from the package's default."""
     usual = {field.name: field.default for field in dataclasses.fields(PurificationConfig)}
-    aside += ("variance_type", "trained_timesteps", "perceptual_network")
+    aside += ("variance_type", "trained_timesteps", "noise_corner", "perceptual_network")
     others = [
         f"{name} {value}"
         for name, value in settings["purification"].items()

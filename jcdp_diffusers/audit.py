@@ -44,7 +44,7 @@ from .placement import open_purifier
 from .purification_config import PRESETS, PurificationConfig
 from .purify import purify_dataset
 from .report import write_report
-from .results import append_record, package_versions, read_records
+from .results import append_record, as_settings, package_versions, read_records
 from .train import train_purifier
 from .training_config import TrainingConfig
 from .unets import ddpm_scheduler, named_unet
@@ -184,7 +184,7 @@ def audit(
         "purifier": None if purifier is None else purifier_digest(str(purifier)),
         "collected": None if purifier is not None else describe_images(collected)["content"],
         "plan": None if plan is None else dataclasses.asdict(plan),
-        "preset": dataclasses.asdict(preset) if isinstance(preset, PurificationConfig) else preset,
+        "preset": as_settings(preset) if isinstance(preset, PurificationConfig) else preset,
     }
     begun = json.loads(json.dumps(begun))
     _check_output(output_dir, begun)
@@ -236,7 +236,7 @@ def audit(
     for name, measure in measures.items():
         rows[name] = (purified if _is_on_purified(name) else protected, measure.name)
     facts = {"audit": describe_images(protected)["content"], "roles": roles}
-    purification = {"purifier": purifier_digest(str(purifier)), "purification": dataclasses.asdict(config)}
+    purification = {"purifier": purifier_digest(str(purifier)), "purification": as_settings(config)}
     cells = {
         row: [
             Cell(
@@ -287,7 +287,7 @@ def audit(
             "train_seconds": training["seconds"] if training else None,
             "trained_here": trained_here,
         },
-        "purification": dataclasses.asdict(config) | {"evaluations_per_image": config.evaluations_per_image},
+        "purification": as_settings(config) | {"evaluations_per_image": config.evaluations_per_image},
         "victims": {
             "victim": victim,
             "width": cells["protected"][0].settings["width"],
@@ -442,7 +442,7 @@ def _train(collected, plan: Plan, purifier: Path, seed, device, records: Path, r
     settings = {
         "stage": "train purifier",
         "unet": plan.unet,
-        "training": dataclasses.asdict(training),
+        "training": as_settings(training),
         "collected": describe_images(collected)["content"],
     }
     settings = json.loads(json.dumps(settings))
@@ -459,7 +459,7 @@ def _train(collected, plan: Plan, purifier: Path, seed, device, records: Path, r
         output_dir=purifier,
         config=training,
     )
-    dataclasses.replace(plan.purification, trained_timesteps=training.trained_timesteps).save_pretrained(purifier)
+    dataclasses.replace(plan.purification, **training.facts_of_the_network()).save_pretrained(purifier)
     seconds = round(time.perf_counter() - start, 2)
     append_record(
         records,

@@ -27,7 +27,7 @@ from . import countermeasures
 from .allocation import keep_freed_memory
 from .data import LabelledImages
 from .purification_config import PurificationConfig
-from .results import append_record, read_records
+from .results import append_record, as_settings, read_records
 from .run_record import RUN_NAME
 from .shards import Claims
 from .victims.supervised import Recipe, train_victim
@@ -79,7 +79,7 @@ class Cell:
         measure = countermeasures.get(self.countermeasure)
         purification = self.purification
         if isinstance(purification, PurificationConfig):
-            purification = dataclasses.asdict(purification)
+            purification = as_settings(purification)
         settings = dict(self.about) | {
             "victim": self.victim,
             "width": self.recipe.width if self.width is None else self.width,

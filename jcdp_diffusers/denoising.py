@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import compute_snr
 
+from .noise import coloured
 from .training_images import channels_first, normalize
 
 
@@ -74,6 +75,7 @@ def held_out_losses(
     *,
     timesteps: tuple[int, int],
     seed: int = 0,
+    noise_corner: float = 0.0,
     chunks: slice = slice(None),
 ) -> torch.Tensor:
     """
@@ -83,6 +85,7 @@ def held_out_losses(
         images (`np.ndarray`): uint8, shape (N, H, W, C). Each gets its own timestep, spread evenly over the range.
         timesteps (`tuple[int, int]`): First timestep and end (exclusive).
         seed (`int`, defaults to 0): Of noise and timesteps.
+        noise_corner (`float`): Corner frequency of the noise, as in training (`noise.coloured`).
         chunks (`slice`): Which blocks of 64 images to compute: how several processes share the work.
 
     Returns:
@@ -98,6 +101,7 @@ def held_out_losses(
     for start in range(0, len(images), _VALIDATION_CHUNK)[chunks]:
         clean = normalize(channels_first(images[start : start + _VALIDATION_CHUNK]))
         noise = torch.randn(clean.shape, generator=random_generator(seed, "validation", start))
+        noise = coloured(noise, noise_corner)
         t = steps[start : start + _VALIDATION_CHUNK].to(device)
         clean, noise = clean.to(device), noise.to(device)
         prediction = unet(scheduler.add_noise(clean, noise, t), t).sample.float()
@@ -109,7 +113,13 @@ def held_out_losses(
 
 @torch.no_grad()
 def denoising_grid(
-    unet: UNet2DModel, scheduler: DDPMScheduler, images: np.ndarray, *, timesteps: tuple[int, int], seed: int = 0
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    images: np.ndarray,
+    *,
+    timesteps: tuple[int, int],
+    seed: int = 0,
+    noise_corner: float = 0.0,
 ) -> np.ndarray:
     """
     A picture of what the network removes: images, then for three noise levels the noised ones and the predicted x_0.
@@ -122,7 +132,8 @@ def denoising_grid(
         `np.ndarray`: uint8, shape (7 H, N W, 3).
     """
     clean = normalize(channels_first(images)).to(unet.device)
-    noise = torch.randn(clean.shape, generator=random_generator(seed, "grid")).to(unet.device)
+    noise = torch.randn(clean.shape, generator=random_generator(seed, "grid"))
+    noise = coloured(noise, noise_corner).to(unet.device)
     rows = [clean]
     was_training = unet.training
     unet.eval()
@@ -145,12 +156,17 @@ def denoising_grid(
 
 @torch.no_grad()
 def sample_grid(
-    unet: UNet2DModel, scheduler: DDPMScheduler, shape: tuple[int, int, int, int], *, seed: int = 0
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    shape: tuple[int, int, int, int],
+    *,
+    seed: int = 0,
+    noise_corner: float = 0.0,
 ) -> np.ndarray:
     """Images of shape (N, C, H, W), drawn from noise in 50 DDIM steps: uint8, shape (H, N W, 3)."""
     sampler = DDIMScheduler.from_config(scheduler.config)
     sampler.set_timesteps(50)
-    sample = torch.randn(shape, generator=random_generator(seed, "samples"))
+    sample = coloured(torch.randn(shape, generator=random_generator(seed, "samples")), noise_corner)
     sample = sample.to(unet.device)
     was_training = unet.training
     unet.eval()

@@ -41,7 +41,8 @@ def purifier_card(
     name = repo_id.split("/")[-1]
     data = record["data"]
     validation = record["validation"]
-    generates = record["trained_timesteps"] == [0, record["num_train_timesteps"]]
+    whole = record["trained_timesteps"] == [0, record["num_train_timesteps"]]
+    generates = whole and not record["settings"].get("noise_corner")
     card_data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="image-to-image",

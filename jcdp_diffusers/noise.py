@@ -102,6 +102,43 @@ def normal_noise(
     return normals.view(len(keys), -1)[:, :values].reshape(len(keys), *shape)
 
 
+def coloured(noise: torch.Tensor, corner: float) -> torch.Tensor:
+    """
+    White noise made stronger at low spatial frequencies: its power spectrum becomes 1 + (corner / f)^2.
+
+    White noise of a small T_p hides what changes from pixel to pixel and hardly what is the same over many: its
+    mean over a patch of 8x8 has an eighth of its deviation. A poison made of patches of one colour, as LSP's, passes
+    below it. The corner frequency of 1/f noise is where, in electronics, it is as strong as white noise.
+
+    Args:
+        noise (`torch.Tensor`): Standard normal, float32, shape (B, C, H, W); each channel is filtered alone.
+        corner (`float`): In cycles per image, at which the power is doubled; 0 leaves the noise as it is. The mean of
+            an image, f = 0, is taken as f = 1.
+
+    Returns:
+        `torch.Tensor`: Gaussian noise of the same shape, the same linear map of each image's noise.
+    """
+    return noise if corner == 0 else _filtered(noise, _spectrum(noise, corner).sqrt())
+
+
+def times_covariance(gradient: torch.Tensor, corner: float) -> torch.Tensor:
+    """The covariance of `coloured` noise, over that of white noise, times a vector, both of shape (B, C, H, W)."""
+    return gradient if corner == 0 else _filtered(gradient, _spectrum(gradient, corner))
+
+
+def _spectrum(images: torch.Tensor, corner: float) -> torch.Tensor:
+    height, width = images.shape[-2:]
+    down, across = (
+        torch.fft.fftfreq(height, 1 / height, device=images.device),
+        torch.fft.rfftfreq(width, 1 / width, device=images.device),
+    )
+    return 1 + corner**2 / (down[:, None].square() + across.square()).clamp(min=1)
+
+
+def _filtered(images: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
+    return torch.fft.irfft2(torch.fft.rfft2(images) * response, s=images.shape[-2:]).contiguous()
+
+
 def content_id(image: torch.Tensor) -> str:
     """Id of an image by its content: blake2b of shape and bytes of the 8-bit image (uint8, shape (C, H, W))."""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)

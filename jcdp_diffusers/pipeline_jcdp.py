@@ -23,7 +23,7 @@ from PIL import Image
 from .feature_reuse import FeatureReuse, check_reusable
 from .guidance import earlier_chain_noise, in_window, perceptual_gradient, pixel_gradient, strength
 from .model_card import REPOSITORY_FILES
-from .noise import content_id, image_keys, normal_noise
+from .noise import coloured, content_id, image_keys, normal_noise, times_covariance
 from .perceptual import LPIPSModel
 from .purification_config import CONFIG_NAME, PRESETS, PurificationConfig
 from .scheduling_guided_ddim import GuidedDDIMScheduler
@@ -262,7 +262,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         size = micro_batch_size or MICRO_BATCH.get(device.type, MICRO_BATCH_ON_ACCELERATOR)
         batches = [slice(start, start + size) for start in range(0, count, size)]
         original = torch.cat([original, original.new_zeros(-count % size, *original.shape[1:])])
-        draw_noise = self.prepare_noise(original.shape, count, seed, ids, generator, device)
+        draw_noise = self.prepare_noise(original.shape, count, seed, ids, generator, device, config.noise_corner)
 
         # 3. Timesteps, on schedulers of this call's own
         schedulers = [self.prepare_scheduler(config, round_index) for round_index in range(config.num_rounds)]
@@ -339,7 +339,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             chain_noise (`torch.Tensor`): Noise of the reference's forward chain at `chain_bar`; overwritten when it
                 moves on.
             chain_bar (`float`): alpha_bar that `chain_noise` belongs to.
-            draw_noise (`Callable[[str], torch.Tensor]`): From a use to standard normal noise of the sample's shape.
+            draw_noise (`Callable[[str], torch.Tensor]`): From a use to noise of the sample's shape, standard normal or
+                coloured with the settings' `noise_corner`.
             network (`UNet2DModel` or `FeatureReuse`, *optional*): Predicts in place of `unet`.
 
         Returns:
@@ -372,6 +373,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 slope = perceptual_gradient(sample, reference, self.perceptual)
                 slope.mul_(factor * config.perceptual_guidance_scale)
                 gradient = slope if gradient is None else gradient.add_(slope)
+            # A mean is shifted by its covariance times the gradient, of which the scheduler knows the scalar part.
+            gradient = times_covariance(gradient, config.noise_corner)
         variance_noise = None
         if scheduler.draws_noise:
             if scheduler.previous_timestep(timestep) >= 0:
@@ -399,14 +402,15 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         base = PRESETS[preset] if isinstance(preset, str) else preset or repository or PRESETS["unconditional"]
         overrides = {name: value for name, value in overrides.items() if value is not None}
         # What the network was trained on is a fact of the repository, whatever settings are used.
-        trained = repository.trained_timesteps if repository is not None else base.trained_timesteps
+        known = base if repository is None else repository
+        trained = known.trained_timesteps
         steps = overrides.get("diffusion_steps", base.diffusion_steps)
         inherited = base.num_inference_steps  # which a smaller T_p may not be able to have
         if isinstance(inherited, tuple):
             overrides.setdefault("num_inference_steps", tuple(min(evaluations, steps) for evaluations in inherited))
         elif inherited is not None:
             overrides.setdefault("num_inference_steps", min(inherited, steps))
-        config = dataclasses.replace(base, **overrides, trained_timesteps=trained)
+        config = dataclasses.replace(base, **overrides, trained_timesteps=trained, noise_corner=known.noise_corner)
         asked = "variance_type" in overrides or isinstance(preset, PurificationConfig) and preset.variance_type
         if min(config.evaluations_per_round) < config.diffusion_steps and not asked:
             # The larger variance is that of the whole stride: respaced, it leaves noise in x_0 that no later step
@@ -476,7 +480,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         scheduler.set_timesteps(timesteps=[round(steps * (1 - k / evaluations)) - 1 for k in range(evaluations)])
         return scheduler
 
-    def prepare_noise(self, shape, count, seed, ids, generator, device) -> Callable:
+    def prepare_noise(self, shape, count, seed, ids, generator, device, corner=0.0) -> Callable:
         """
         From (rows, round, step, use) to noise for those rows; rows behind the last image get zeros or a key of their
         own.
@@ -485,7 +489,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             keys = image_keys(seed, ids + ["padding"] * (shape[0] - count), device)
 
             def draw(rows, round_index, step_index, use):
-                return normal_noise(keys[rows], shape[1:], round_index=round_index, step_index=step_index, use=use)
+                counter = {"round_index": round_index, "step_index": step_index, "use": use}
+                return coloured(normal_noise(keys[rows], shape[1:], **counter), corner)
         else:
 
             def draw(rows, round_index, step_index, use):
@@ -493,7 +498,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 own = generator if isinstance(generator, torch.Generator) else [generator[i] for i in real]
                 noise = torch.zeros(rows.stop - rows.start, *shape[1:], device=device)
                 noise[: len(real)] = randn_tensor((len(real), *shape[1:]), generator=own, device=device)
-                return noise
+                return coloured(noise, corner)
 
         return draw
 

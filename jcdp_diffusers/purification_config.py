@@ -52,6 +52,8 @@ class PurificationConfig:
         perceptual_network (`str`, *optional*): `LPIPSModel.name` that the perceptual scale was tuned for.
         trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) that the
             network was trained on; a T_p beyond it is refused. None is the whole schedule.
+        noise_corner (`float`): Corner frequency of the noise that the network was trained to remove, in cycles per
+            image (`noise.coloured`); 0 is white noise, a DDPM's own.
     """
 
     diffusion_steps: int = 100
@@ -70,6 +72,7 @@ class PurificationConfig:
     feature_reuse: int = 1
     perceptual_network: str | None = None
     trained_timesteps: tuple[int, int] | None = None
+    noise_corner: float = 0.0
 
     def __post_init__(self):
         for name in ("pixel_guidance_window", "perceptual_guidance_window", "trained_timesteps"):
@@ -103,7 +106,7 @@ class PurificationConfig:
                 f"num_inference_steps is {self.num_inference_steps}, but must lie between 1 and diffusion_steps "
                 f"({self.diffusion_steps})."
             )
-        for name in ("pixel_guidance_scale", "perceptual_guidance_scale", "final_variance_factor"):
+        for name in ("pixel_guidance_scale", "perceptual_guidance_scale", "final_variance_factor", "noise_corner"):
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, but must be a finite number of at least 0.")

@@ -26,7 +26,7 @@ from .dataset_card import SUMMARY_NAME
 from .placement import open_purifier
 from .purification_config import PRESETS, PurificationConfig
 from .purify import purify_dataset
-from .results import append_record, read_records, summarise
+from .results import append_record, as_settings, read_records, summarise
 from .train import TrainingConfig, train_purifier
 from .unets import ddpm_scheduler, named_unet
 from .victims.supervised import RECIPES, train_victim
@@ -208,7 +208,7 @@ def run_quickstart(
         note(records, "seconds", time.perf_counter() - start, settings | {"stage": "poison", "norms": norms}, device)
 
     purifier = output_dir / "purifier"
-    stage = settings | {"stage": "train", "unet": story.unet, "training": dataclasses.asdict(story.training)}
+    stage = settings | {"stage": "train", "unet": story.unet, "training": as_settings(story.training)}
     if not (finished(records, "seconds", stage) and (purifier / "training_record.json").exists()):
         say(f"Training a purifier on the {len(collected)} collected images: {story.training.max_train_steps} steps")
         train_purifier(
@@ -222,14 +222,12 @@ def run_quickstart(
         trained = json.loads((purifier / "training_record.json").read_text())
         note(records, "seconds", trained["seconds"], stage, device)
     # So that whoever opens the purifier alone purifies as this story does.
-    dataclasses.replace(story.purification, trained_timesteps=story.training.trained_timesteps).save_pretrained(
-        purifier
-    )
+    dataclasses.replace(story.purification, **story.training.facts_of_the_network()).save_pretrained(purifier)
 
     calls = story.purification.evaluations_per_image
     say(f"Purifying: T_p {story.purification.diffusion_steps}, {calls} UNet evaluations per image")
     pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
-    stage = settings | {"stage": "purify", "purification": dataclasses.asdict(story.purification)}
+    stage = settings | {"stage": "purify", "purification": as_settings(story.purification)}
     purify_dataset(
         output_dir / "protected", pipe, output_dir=output_dir / "purified", seed=seed, preset=story.purification
     )
@@ -246,7 +244,7 @@ def run_quickstart(
         for row in sets:
             cell = settings | {"row": row, "recipe": story.recipe, "victim": "resnet18"}
             if row == "purified":
-                cell["purification"] = dataclasses.asdict(story.purification)
+                cell["purification"] = as_settings(story.purification)
             if not finished(records, "accuracy", cell, victim_seed):
                 cells.append((cell, victim_seed))
     say(f"Training {len(cells)} victims")

@@ -3,6 +3,7 @@
 Tables, plots and model cards are generated from these records and from nothing else.
 """
 
+import dataclasses
 import fcntl
 import functools
 import json
@@ -35,6 +36,20 @@ PACKAGES = (
     "pyarrow",
     "scikit-learn",
 )
+
+# Settings that came after the first records, and what was meant by those that do not have them.
+_LATER = {"noise_corner": 0.0}
+
+
+def as_settings(config: Any) -> dict:
+    """
+    A dataclass of settings as records hold it.
+
+    A setting that came after the first records is left out at the value that was meant before, so that whatever is
+    named by its settings keeps its name.
+    """
+    settings = dataclasses.asdict(config)
+    return {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
 
 
 def append_record(

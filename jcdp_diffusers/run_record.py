@@ -6,7 +6,6 @@ threads change the last bits of a convolution. A worker that does not ask for ot
 that a run begun on one machine goes on with the same bits on another one of its kind.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ import torch
 
 from .pipeline_jcdp import MICRO_BATCH, MICRO_BATCH_ON_ACCELERATOR, JointConditionalPurificationPipeline
 from .purification_config import PurificationConfig
-from .results import package_versions
+from .results import as_settings, package_versions
 from .rows import Rows
 from .shards import create_once
 
@@ -67,7 +66,7 @@ def describe_run(
             **({"compiled": True} if compiled else {}),
         },
         "purifier": {**_name_and_revision(pipe), "content": content_of(pipe, config)},
-        "settings": dataclasses.asdict(config),
+        "settings": as_settings(config),
         "seed": seed,
         "source": {"name": _public(rows.name), "split": rows.split, "rows": rows.length, "content": rows.fingerprint},
         "sizes": {"image_size": image_size, "fit": fit, "tile_overlap": overlap if fit == "tile" else None},

@@ -42,6 +42,7 @@ from .denoising import (
     sample_timesteps,
 )
 from .model_card import RECORD_NAME, write_card
+from .noise import coloured
 from .purification_config import PurificationConfig
 from .results import package_versions
 from .training_config import FREE_SETTINGS, TrainingConfig
@@ -265,6 +266,7 @@ class _Run:
         height, width, channels = _shape(self.images)
         shape = (layout.total, channels, height, width)
         noise = torch.randn(shape, generator=generator, device=accelerator.device)
+        noise = coloured(noise, config.noise_corner)
         mean_loss = torch.zeros((), device=accelerator.device)
         for micro in range(config.gradient_accumulation_steps):
             here = layout.positions(micro)
@@ -330,7 +332,8 @@ class _Run:
             self.ema.store(self.unet.parameters())
             self.ema.copy_to(self.unet.parameters())
         share = slice(accelerator.process_index, None, accelerator.num_processes)
-        losses = held_out_losses(self.unet, self.scheduler, held_out, timesteps=where, seed=config.seed, chunks=share)
+        noise = {"seed": config.seed, "noise_corner": config.noise_corner}
+        losses = held_out_losses(self.unet, self.scheduler, held_out, timesteps=where, chunks=share, **noise)
         total = accelerator.reduce(losses.sum(), "sum")
         self.validation.append({"step": self.step, "loss": total.item() / len(held_out), "timesteps": list(where)})
         accelerator.log({"held_out_loss": self.validation[-1]["loss"]}, step=self.step)
@@ -339,11 +342,11 @@ class _Run:
             # Of a long range the part that a purifier may visit: beyond it, little of an image can be seen.
             first, end = self.timesteps
             visited = (first, max(first + 1, min(end, round(0.15 * self.scheduler.config.num_train_timesteps))))
-            picture = denoising_grid(self.unet, self.scheduler, shown, timesteps=visited, seed=config.seed)
+            picture = denoising_grid(self.unet, self.scheduler, shown, timesteps=visited, **noise)
             self._show("denoising", picture)
             if self.timesteps == (0, self.scheduler.config.num_train_timesteps):
                 shape = (len(shown), shown.shape[3], *shown.shape[1:3])
-                self._show("samples", sample_grid(self.unet, self.scheduler, shape, seed=config.seed))
+                self._show("samples", sample_grid(self.unet, self.scheduler, shape, **noise))
         if self.step > 0:
             self.ema.restore(self.unet.parameters())
 
@@ -417,9 +420,11 @@ class _Run:
             remove_leftovers(self.output_dir)
             DDPMPipeline(self.unet, self.scheduler).save_pretrained(self.output_dir)
             end = self.timesteps[1]
-            PurificationConfig(diffusion_steps=min(100, end), trained_timesteps=self.timesteps).save_pretrained(
-                self.output_dir
-            )
+            PurificationConfig(
+                diffusion_steps=min(100, end),
+                trained_timesteps=self.timesteps,
+                noise_corner=self.config.noise_corner,
+            ).save_pretrained(self.output_dir)
             (self.output_dir / RECORD_NAME).write_text(json.dumps(self._record(), indent=2) + "\n")
             write_card(self.output_dir)
         self.accelerator.wait_for_everyone()

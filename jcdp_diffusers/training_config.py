@@ -44,6 +44,9 @@ class TrainingConfig:
         trained_timesteps (`tuple[int, int]`, *optional*): First timestep, which is 0, and end (exclusive) to train
             on. A purifier never visits t >= T_p, but always goes down to t = 0; None is the whole schedule, which a
             generator of images needs.
+        noise_corner (`float`): Corner frequency of the noise to remove, in cycles per image (`noise.coloured`): above
+            0 it is stronger at low frequencies, so that fewer steps hide a poison that is smooth. 0 is white noise, a
+            DDPM's own, which a generator of images needs.
         timestep_sampling (`str`): `"uniform"`, `"antithetic"` (t together with its mirror in the range) or
             `"stratified"` (one t from each of as many equal parts of the range as the total batch has images).
         checkpointing_steps (`int`, *optional*): Steps between checkpoints, one more at the end; None writes none.
@@ -78,6 +81,7 @@ class TrainingConfig:
     snr_gamma: float | None = None
     random_flip: bool = False
     trained_timesteps: tuple[int, int] | None = None
+    noise_corner: float = 0.0
     timestep_sampling: str = "antithetic"
     checkpointing_steps: int | None = 500
     checkpoints_total_limit: int | None = 2
@@ -107,6 +111,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, but must be a finite number above 0.")
+        if not 0 <= self.noise_corner < math.inf:
+            raise ValueError(f"noise_corner is {self.noise_corner}, but must be a finite number of at least 0.")
         if not 0 <= self.ema_max_decay < 1:
             raise ValueError(f"ema_max_decay is {self.ema_max_decay}, but must lie in [0, 1).")
         if not 0 <= self.seed < 2**63:
@@ -143,6 +149,10 @@ class TrainingConfig:
         """The settings among parsed arguments."""
         values = {field.name: getattr(args, field.name) for field in dataclasses.fields(cls)}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def facts_of_the_network(self) -> dict:
+        """What `PurificationConfig` has to know of a network that was trained so."""
+        return {"trained_timesteps": self.trained_timesteps, "noise_corner": self.noise_corner}
 
     def timesteps(self, scheduler: DDPMScheduler, name: str = "trained_timesteps") -> tuple[int, int]:
         """A range of timesteps, checked against the scheduler's; the whole schedule by default."""

@@ -6,13 +6,22 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from purifying import quick_pipe
 
 from jcdp_diffusers import cells as module
-from jcdp_diffusers.cells import Cell, claims_folder, measure_cells, missing_cells, purifier_digest, results_by_cell
+from jcdp_diffusers.cells import (
+    Cell,
+    cell_name,
+    claims_folder,
+    measure_cells,
+    missing_cells,
+    purifier_digest,
+    results_by_cell,
+)
 from jcdp_diffusers.data import LabelledImages
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
@@ -60,6 +69,20 @@ def test_a_cell_is_named_by_the_content_of_all_that_decides_it():
     assert cell(width=QUICK.width).name == cell().name  # the recipe's own
     told = {"grid": "other", "poison_seconds": 3.0, "poison_norms": {"linf": 8}, "collected": "elsewhere"}
     assert cell(about=told).name == cell().name  # neither what a comparison is called nor what nobody uses
+
+
+def test_a_setting_that_came_later_renames_no_cell_at_the_value_that_was_meant():
+    purifying = lambda **settings: cell(countermeasure="unconditional", purification=PurificationConfig(**settings))
+    assert "noise_corner" not in str(purifying().settings)
+    assert purifying(noise_corner=0.0).name == purifying().name != purifying(noise_corner=8.0).name
+    assert purifying(noise_corner=8.0).settings["purification"]["noise_corner"] == 8.0
+    # A cell of CIFAR-10 as it was named before there was such a setting.
+    (record,) = (
+        record
+        for record in read_records(Path(__file__).parents[1] / "results/leak_cifar10_mini.jsonl")
+        if record["what"] == "accuracy" and record["seed"] == 0 and record["settings"]["purification"]
+    )
+    assert cell_name(record["settings"], 0) == record["settings"]["cell"]
 
 
 def test_the_collected_images_decide_where_a_purifier_is_used():

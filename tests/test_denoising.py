@@ -75,6 +75,19 @@ def test_held_out_losses_of_a_network_that_says_zero_are_the_noise():
     assert torch.allclose(losses, expected, atol=1e-6)
 
 
+def test_held_out_losses_are_those_of_coloured_noise_if_that_is_trained():
+    """A network that says zero is as wrong as its target is large: white noise 1, coloured as much as its spectrum."""
+    unet = tiny_unet(size=8)
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    torch.nn.init.zeros_(unet.conv_out.bias)
+    loss = held_out_losses(unet, DDPMScheduler(), IMAGES, timesteps=(0, 50), noise_corner=3.0).mean().item()
+    down, across = np.fft.fftfreq(8) * 8, np.fft.fftfreq(8) * 8
+    power = 1 + 9 / np.maximum(1, down[:, None] ** 2 + across**2)
+    assert loss == pytest.approx(power.mean(), rel=0.05)
+    grids = [denoising_grid(unet, DDPMScheduler(), IMAGES[:4], timesteps=(0, 50), noise_corner=c) for c in (0.0, 3.0)]
+    assert not np.array_equal(*grids)
+
+
 def test_held_out_losses_are_the_same_however_the_work_is_shared():
     unet = tiny_unet(size=8)
     whole = held_out_losses(unet, DDPMScheduler(), IMAGES, timesteps=(0, 100))

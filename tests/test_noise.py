@@ -1,10 +1,19 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from jcdp_diffusers.noise import USES, content_id, image_keys, normal_noise, philox4x32
+from jcdp_diffusers.noise import (
+    USES,
+    coloured,
+    content_id,
+    image_keys,
+    normal_noise,
+    philox4x32,
+    times_covariance,
+)
 
 
 IDS = [f"image {i}" for i in range(512)]
@@ -133,3 +142,40 @@ def test_content_id_depends_on_bytes_and_shape():
     assert content_id(image) == content_id(image.clone())
     assert content_id(image) != content_id(image.reshape(3, 2, 8))
     assert content_id(image) != content_id(image.flip(0))
+
+
+# ------------------------------------------------------------------------------------------------------ coloured noise
+
+
+def power_by_distance(height, width, corner):
+    """1 + (corner / f)^2 by NumPy, the mean taken as f = 1."""
+    down, across = np.fft.fftfreq(height) * height, np.fft.fftfreq(width) * width
+    return 1 + corner**2 / np.maximum(1, down[:, None] ** 2 + across[None] ** 2)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 20, 13)])
+def test_coloured_noise_has_the_spectrum_it_says(shape):
+    noise = coloured(draw([str(i) for i in range(4000)], shape), 5.0)
+    power = np.abs(np.fft.fft2(noise.numpy().astype(np.float64))) ** 2 / (shape[1] * shape[2])
+    measured, expected = power.mean((0, 1)), power_by_distance(*shape[1:], 5.0)
+    # A mean of n exponentials, or of half as many where a frequency is its own mirror image, twice as wide there.
+    assert np.abs(measured / expected - 1).max() < 6 * (2 / (4000 * shape[0])) ** 0.5
+    assert coloured(noise, 0.0) is noise and times_covariance(noise, 0.0) is noise
+
+
+def test_coloured_noise_is_the_filter_that_numpy_computes():
+    white = draw(IDS[:3], (2, 16, 24))
+    spectrum = np.fft.fft2(white.numpy().astype(np.float64))
+    power = power_by_distance(16, 24, 3.0)
+    assert np.allclose(coloured(white, 3.0), np.fft.ifft2(spectrum * power**0.5).real, atol=1e-5)
+    assert np.allclose(times_covariance(white, 3.0), np.fft.ifft2(spectrum * power).real, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 17, 23)])
+def test_coloured_noise_of_an_image_does_not_depend_on_its_neighbours(shape):
+    """Of its place among 16, that is: the pipeline fills every micro-batch."""
+    batch = coloured(draw(IDS[:16], shape), 8.0)
+    for turn in (1, 5):
+        assert torch.equal(coloured(draw(IDS[turn:16] + IDS[:turn], shape), 8.0), batch.roll(-turn, 0))
+    others = coloured(draw(IDS[100:115] + IDS[3:4], shape), 8.0)
+    assert torch.equal(others[15], batch[3])

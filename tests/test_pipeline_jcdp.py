@@ -20,7 +20,7 @@ from jcdp_diffusers import (
     PurificationConfig,
     pipeline_jcdp,
 )
-from jcdp_diffusers.noise import image_keys, normal_noise
+from jcdp_diffusers.noise import coloured, image_keys, normal_noise, times_covariance
 
 
 Pipeline = JointConditionalPurificationPipeline
@@ -109,7 +109,9 @@ class TestRepository:
 
 
 class TestSameBits:
-    def test_alone_in_seven_in_forty_and_permuted(self, pipe):
+    @pytest.mark.parametrize("corner", [0.0, 8.0])
+    def test_alone_in_seven_in_forty_and_permuted(self, pipe, corner):
+        pipe.purification_config = PurificationConfig(noise_corner=corner)
         images, ids = photos(40), [f"image {i}" for i in range(40)]
         run = lambda rows: pipe(images[rows], ids=[ids[i] for i in rows], seed=3, output_type="pt", **GUIDED).images
         everything = run(list(range(40)))
@@ -205,12 +207,15 @@ class WavyUNet(ZeroUNet):
 
 
 class TestMethod:
-    def test_without_guides_it_is_plain_ddpm_from_the_noised_image(self, plain):
-        """Against diffusers' own scheduler, its add_noise and the same noise."""
+    @pytest.mark.parametrize("corner", [0.0, 8.0])
+    def test_without_guides_it_is_plain_ddpm_from_the_noised_image(self, plain, corner):
+        """Against diffusers' own scheduler, its add_noise and the same noise, of the colour that the network knows."""
         images, steps = photos(16), 10
+        plain.purification_config = PurificationConfig(noise_corner=corner)
         result = plain(images, ids=list(map(str, range(16))), seed=0, diffusion_steps=steps, output_type="pt").images
-        noise = lambda step, use: normal_noise(
-            image_keys(0, list(map(str, range(16)))), (3, 32, 32), round_index=0, step_index=step, use=use
+        keys = image_keys(0, list(map(str, range(16))))
+        noise = lambda step, use: coloured(
+            normal_noise(keys, (3, 32, 32), round_index=0, step_index=step, use=use), corner
         )
         scheduler = DDPMScheduler(variance_type="fixed_large")
         x = scheduler.add_noise(2 * images - 1, noise(0, "start"), torch.tensor([steps - 1]))
@@ -333,6 +338,37 @@ class TestMethod:
             2 * pipe(images, diffusion_steps=20, seed=0, output_type="pt", **scales).images - 1, 2 * images - 1
         ).mean()
         assert perceived(perceptual_guidance_scale=5000.0) < 0.95 * perceived()
+
+    def test_a_guide_shifts_by_the_covariance_of_coloured_noise(self):
+        """Two steps from the same state, the pixel guide on and off: the means differ by sigma^2 Sigma times it."""
+        guided = quiet(Pipeline(ZeroUNet(), DDPMScheduler(variance_type="fixed_large", clip_sample=False)))
+        guided.purification_config = PurificationConfig(noise_corner=8.0, reference="fresh")
+        images, seen = photos(2), {}
+
+        def purify(scale):
+            def remember(_, index, timestep, tensors):
+                seen[scale, index] = tensors["sample"]
+
+            settings = dict(diffusion_steps=3, seed=0, ids=["a", "b"], callback_on_step_end=remember)
+            guided(images, pixel_guidance_scale=scale, **settings)
+
+        purify(0.0)
+        purify(900.0)
+        keys = image_keys(0, ["a", "b"])
+        draw = lambda use: coloured(normal_noise(keys, (3, 32, 32), round_index=0, step_index=0, use=use), 8.0)
+        bar = DDPMScheduler().alphas_cumprod[2]
+        start, reference = (
+            (2 * images - 1) * bar**0.5 + (1 - bar) ** 0.5 * draw(use) for use in ("start", "reference")
+        )
+        gradient = -900.0 * 2 * (start - reference) / (3 * 32 * 32)
+        expected = DDPMScheduler(variance_type="fixed_large")._get_variance(2) * times_covariance(gradient, 8.0)
+        torch.testing.assert_close(seen[900.0, 0] - seen[0.0, 0], expected, rtol=1e-3, atol=1e-6)
+
+    def test_a_generator_gives_coloured_noise_too(self, plain):
+        plain.purification_config = PurificationConfig(noise_corner=8.0)
+        draw = plain.prepare_noise((16, 3, 32, 32), 16, None, None, torch.Generator().manual_seed(0), "cpu", 8.0)
+        white = torch.randn((16, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(draw(slice(0, 16), 0, 0, "start"), coloured(white, 8.0))
 
     def test_a_scale_of_zero_costs_nothing(self, plain):
         """No reference noise is drawn, and the perceptual network is not even needed."""
@@ -485,6 +521,12 @@ class TestCall:
         assert pipe.resolve_config("paper").diffusion_steps == 20
         assert pipe.resolve_config("paper", diffusion_steps=25).diffusion_steps == 25
         assert pipe.resolve_config("paper").trained_timesteps == (0, 50)
+        # The colour of the noise is a fact of the network: no preset and no settings change it.
+        pipe.purification_config = PurificationConfig(noise_corner=8.0)
+        assert pipe.resolve_config("paper").noise_corner == 8.0
+        assert pipe.resolve_config(PurificationConfig(diffusion_steps=9)).noise_corner == 8.0
+        pipe.purification_config = None
+        assert pipe.resolve_config("paper").noise_corner == 0.0
         assert pipe.resolve_config(PurificationConfig(diffusion_steps=9, num_rounds=3)).num_rounds == 3
         defaults = {p.default for n, p in inspect.signature(pipe.__call__).parameters.items() if n.endswith("scale")}
         assert defaults == {None}

@@ -17,6 +17,7 @@ from tiny import tiny_unet
 from jcdp_diffusers import JointConditionalPurificationPipeline, PurificationConfig
 from jcdp_diffusers.data import LabelledImages, open_dataset
 from jcdp_diffusers.denoising import TIMESTEP_SAMPLINGS
+from jcdp_diffusers.noise import coloured
 from jcdp_diffusers.train import TrainingConfig, ema_horizon, train_purifier
 from jcdp_diffusers.training_images import ImageFiles
 
@@ -82,6 +83,30 @@ def test_output_is_a_plain_ddpm_repository(tmp_path):
     purifier = JointConditionalPurificationPipeline.from_pretrained(folder)
     purified = purifier(IMAGES.tensor()[:2], seed=0, ids=["a", "b"], output_type="pt").images
     assert purified.shape == (2, 3, 8, 8)
+
+
+def test_the_colour_of_the_noise_is_learned_and_written_down(tmp_path, monkeypatch):
+    drawn = []
+    add_noise = DDPMScheduler.add_noise
+
+    def remember(self, clean, noise, timesteps):
+        drawn.append(noise)
+        return add_noise(self, clean, noise, timesteps)
+
+    monkeypatch.setattr(DDPMScheduler, "add_noise", remember)
+    white, red = (train(tmp_path / str(corner), noise_corner=corner, train_batch_size=8) for corner in (0.0, 3.0))
+    assert len(drawn) == 8
+    for one, other in zip(drawn[:4], drawn[4:]):
+        assert torch.equal(coloured(one, 3.0), other)
+    assert not same(weights(white), weights(red))
+    assert [PurificationConfig.from_pretrained(folder).noise_corner for folder in (white, red)] == [0.0, 3.0]
+    pipe = JointConditionalPurificationPipeline.from_pretrained(red)
+    assert pipe.resolve_config("tuned").noise_corner == 3.0
+    assert "| noise | white |" in (white / "README.md").read_text()
+    card = (red / "README.md").read_text()
+    assert "| noise | power spectrum 1 + (3 / f)^2, f in cycles per image |" in card
+    assert "does not generate images" in card and "corner frequency 3.0 cycles per image" in card
+    assert "does not generate images" not in (white / "README.md").read_text()
 
 
 def test_the_network_handed_in_holds_the_result(tmp_path):
@@ -400,6 +425,7 @@ def test_greyscale(tmp_path):
         ({"lr_warmup_steps": -1}, "lr_warmup_steps is -1, but must be at least 0"),
         ({"num_grid_images": -1}, "num_grid_images is -1, but must be at least 0"),
         ({"lr_scheduler": "sine"}, r"lr_scheduler is 'sine', but must be one of \('constant', .*'cosine', "),
+        ({"noise_corner": -1.0}, "noise_corner is -1.0, but must be a finite number of at least 0"),
         ({"trained_timesteps": (5, 30)}, r"trained_timesteps is \(5, 30\), but must start at 0: every purification"),
         ({"snr_gamma": -1.0}, "snr_gamma is -1.0, but must be a finite number above 0"),
         ({"ema_max_decay": 1.0}, r"ema_max_decay is 1.0, but must lie in \[0, 1\)"),

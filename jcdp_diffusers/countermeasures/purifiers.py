@@ -5,7 +5,6 @@ Both integrate the reverse SDE by Euler's method in steps of 1/1000, whose noise
 `fixed_large`. For perturbations bounded in L2 DiffPure chose t* = 0.075.
 """
 
-import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.placement import open_purifier
 from jcdp_diffusers.purification_config import PRESETS, PurificationConfig
 from jcdp_diffusers.purify import purify_to_folder
+from jcdp_diffusers.results import as_settings
 
 
 def purifying(name: str, source: str, config: PurificationConfig) -> Countermeasure:
@@ -25,7 +25,7 @@ def purifying(name: str, source: str, config: PurificationConfig) -> Countermeas
         return purify(data, config if context.purification is None else context.purification, context, name)
 
     cost = f"{config.evaluations_per_image} UNet evaluations per image, once"
-    return Countermeasure(name, "dataset", source, cost, function, dataclasses.asdict(config), needs_purifier=True)
+    return Countermeasure(name, "dataset", source, cost, function, as_settings(config), needs_purifier=True)
 
 
 def purify(
