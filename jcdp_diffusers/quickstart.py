@@ -24,7 +24,7 @@ from .allocation import keep_freed_memory
 from .data import LabelledImages, check_roles, load_images, to_uint8, write_dataset
 from .dataset_card import SUMMARY_NAME
 from .placement import open_purifier
-from .purification_config import PRESETS, PurificationConfig
+from .purification_config import PurificationConfig
 from .purify import purify_dataset
 from .results import append_record, as_settings, read_records, summarise
 from .train import TrainingConfig, train_purifier
@@ -90,17 +90,20 @@ TELLINGS = {
         sizes=(10_000, 10_000, 5_000),
         unet="mini32",
         training=TrainingConfig(
-            max_train_steps=3600,
+            max_train_steps=2400,
             train_batch_size=64,
             learning_rate=1e-3,
             lr_scheduler="cosine",
-            trained_timesteps=(0, 200),
+            trained_timesteps=(0, 50),
+            noise_corner=8.0,
             random_flip=True,
             checkpointing_steps=600,
             checkpoints_total_limit=1,
             mixed_precision="bf16",
         ),
-        purification=PRESETS["tuned"],
+        purification=PurificationConfig(
+            diffusion_steps=30, num_inference_steps=2, num_rounds=2, variance_type="fixed_small"
+        ),
         recipe="mini",
     ),
 }
@@ -392,7 +395,7 @@ def write_report(output_dir: Path, story: Telling, norms: dict, settings: dict) 
         if lost > 0.02
         else f"The protection did not work here (it costs {100 * lost:.1f} points), so purification proves nothing."
     )
-    guide = guides_in_words(story.purification)
+    guide, corner = guides_in_words(story.purification), story.training.noise_corner
     report = {
         "telling": story.name,
         **{f"{row}_accuracy": accuracy[row]["values"] for row in ROWS},
@@ -422,7 +425,8 @@ def write_report(output_dir: Path, story: Telling, norms: dict, settings: dict) 
         f"Poison: LSP as published, mean L2 norm {norms['l2_mean']:.3f} after rounding to 8 bits, largest change "
         f"{norms['linf']:.0f}/255.",
         f"Purifier: `{story.unet}`, {story.training.max_train_steps} steps of {story.training.train_batch_size} on "
-        f"{story.sizes[1]} collected images that are neither protected nor tested.",
+        f"{story.sizes[1]} collected images that are neither protected nor tested"
+        + (f", noise of corner frequency {corner:g} cycles per image." if corner else "."),
         f"Purification: T_p {story.purification.diffusion_steps}, {story.purification.num_rounds} "
         f"round{'s' * (story.purification.num_rounds > 1)}, {story.purification.evaluations_per_image} UNet "
         f"evaluations per image, {guide}.",
