@@ -101,9 +101,7 @@ TELLINGS = {
             checkpoints_total_limit=1,
             mixed_precision="bf16",
         ),
-        purification=PurificationConfig(
-            diffusion_steps=30, num_inference_steps=2, num_rounds=2, variance_type="fixed_small"
-        ),
+        purification=PurificationConfig(diffusion_steps=30, num_inference_steps=2, variance_type="fixed_small"),
         recipe="mini",
     ),
 }
