@@ -61,6 +61,8 @@ COLUMNS = {
     "unconditional, 4 draws": "diffusion without guide, 4 draws",
     "unconditional+corruption": "diffusion without guide, then corruption",
     "impulse-filter+unconditional+corruption": "impulse filter, diffusion without guide, corruption",
+    "coloured noise": "diffusion of coloured noise",
+    "coloured noise, 2 rounds, then corruption": "diffusion of coloured noise, 2 rounds, then corruption",
     "orthogonal-projection": "orthogonal projection",
     # Published, not among ours.
     "gaussian-filter": "Gaussian filter",
