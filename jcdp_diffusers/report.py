@@ -179,6 +179,7 @@ def settings_said(report: dict) -> list[tuple[str, str]]:
             f"{training['trained_timesteps'][0]} to {training['trained_timesteps'][1] - 1}, "
             f"{seconds_said(training['seconds'])} on {training['device']}"
         )
+    corner = purification.get("noise_corner")
     guides = ", ".join(
         f"{name} guide {purification[f'{name}_guidance_scale']:g}"
         for name in ("pixel", "perceptual")
@@ -190,7 +191,8 @@ def settings_said(report: dict) -> list[tuple[str, str]]:
             "Purification",
             f"T_p {purification['diffusion_steps']}, {purification['num_rounds']} "
             f"round{'s' * (purification['num_rounds'] > 1)}, "
-            f"{purification['evaluations_per_image']} network evaluations per image, {guides or 'no guide'}",
+            f"{purification['evaluations_per_image']} network evaluations per image, {guides or 'no guide'}"
+            + (f", noise of corner frequency {corner:g} cycles per image" if corner else ""),
         ),
         (
             "Victims",

@@ -25,7 +25,7 @@ from .countermeasures.purifiers import check_purifier_suits
 from .data import LabelledImages, find_overlap, load_images
 from .data_checks import check_sets
 from .pipeline_jcdp import JointConditionalPurificationPipeline
-from .results import code_version, package_versions
+from .results import as_settings, code_version, package_versions
 from .victims.supervised import RECIPES, Recipe, VictimResult, train_victim
 
 
@@ -103,7 +103,7 @@ def score(
         "countermeasure_settings": dict(measure.settings),
         "purification": purification
         if purification is None or isinstance(purification, str)
-        else asdict(purification),
+        else as_settings(purification),
         "purifier": _purifier_name(purifier),
         "draws": draws,
         "class_names": names,

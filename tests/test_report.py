@@ -280,3 +280,10 @@ def test_a_browser_shows_it(written, tmp_path):
     assert (shot[:, -10:] == 255).all()
     dom = chromium("--dump-dom").stdout.decode()
     assert re.search(r'id="verdict" data-status="broken">The protection does not survive', dom)
+
+
+def test_the_colour_of_the_noise_is_said():
+    coloured = copy.deepcopy(REPORT)
+    assert "corner frequency" not in markdown(coloured)
+    coloured["purification"]["noise_corner"] = 8.0
+    assert "noise of corner frequency 8 cycles per image" in markdown(coloured)
