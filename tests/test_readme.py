@@ -87,7 +87,7 @@ def test_what_is_said_of_combinations_and_evaluations_is_on_record():
     assert all(figure in text for figure in (disjoint, paper, difference))
 
 
-@pytest.mark.parametrize("name", ["countermeasures", "guides"])
+@pytest.mark.parametrize("name", ["countermeasures", "guides", "coloured"])
 def test_the_tables_of_grids_are_those_of_the_records(name):
     measured = Measured(read_records(ROOT / "results" / f"{name}_cifar10_mini.jsonl"))
     assert grid_table(measured, "cifar10") in section(name)
