@@ -51,6 +51,28 @@ SMOKE_PURIFICATION = PurificationConfig(diffusion_steps=20, num_inference_steps=
 
 
 @dataclasses.dataclass(frozen=True)
+class Column:
+    """
+    What is done against a poison, as a grid file says it.
+
+    Args:
+        countermeasure (`str`): A name of `countermeasures`, or several joined by `+`.
+        purification (`PurificationConfig`, *optional*): Replaces the countermeasure's own settings.
+        draws (`int`): See `Cell`.
+        collected (`int`, *optional*): How many of the collected images train the purifier; all by default.
+    """
+
+    countermeasure: str
+    purification: PurificationConfig | None = None
+    draws: int = 1
+    collected: int | None = None
+
+    @property
+    def needs_purifier(self) -> bool:
+        return countermeasures.get(self.countermeasure).needs_purifier
+
+
+@dataclasses.dataclass(frozen=True)
 class Grid:
     """
     What a grid file holds.
@@ -64,7 +86,8 @@ class Grid:
         poisons (`list`): Of `poisons.NAMES`; `none` for clean images; or a poison's name with `-control`, for noise of
             the same size that means nothing (`poisons.control`).
         countermeasures (`list`): Names of `countermeasures`, or dicts of `use` (a name), `as` (what the column is
-            called), `draws` (see `Cell`) and fields of `PurificationConfig` that replace the countermeasure's own.
+            called), `draws` (see `Cell`), `collected` (how many of the collected images train this column's purifier,
+            from the first) and fields of `PurificationConfig` that replace the countermeasure's own.
         protocol (`str`): The victims' recipe.
         recipe (`dict`): Fields that replace the protocol's.
         victims (`list`), width (`int`), seeds (`list`): Of the victims.
@@ -131,24 +154,32 @@ class Grid:
         """The protocol with what the grid changes of it."""
         return dataclasses.replace(RECIPES[self.protocol], **self.recipe)
 
-    def columns(self) -> dict[str, tuple[str, PurificationConfig | None, int]]:
-        """Countermeasure, purification settings and draws by name of the column."""
+    def columns(self) -> dict[str, Column]:
+        """Columns by their name."""
         columns = {}
         for entry in self.countermeasures:
             entry = {"use": entry} if isinstance(entry, str) else dict(entry)
             name = entry.pop("use")
-            title, draws = str(entry.pop("as", name)), entry.pop("draws", 1)
-            if not isinstance(draws, int) or draws < 1 or (draws > 1 and not countermeasures.get(name).needs_purifier):
-                raise ValueError(
-                    f"countermeasures has {title!r} with draws {draws!r}, but draws must be a number of at least 1, "
-                    "and 1 where nothing is purified."
-                )
+            title = str(entry.pop("as", name))
             if title in columns:
                 raise ValueError(f"countermeasures has two columns {title!r}: as gives a column another name.")
+            purifies = countermeasures.get(name).needs_purifier
+            numbers = {key: entry.pop(key) for key in ("draws", "collected") if key in entry}
+            for key, value in numbers.items():
+                if type(value) is not int or value < 1 or not purifies:
+                    raise ValueError(
+                        f"countermeasures has {title!r} with {key} {value!r}, but {key} must be a number of at least 1, "
+                        "and goes with a countermeasure that purifies."
+                    )
+            if self.purifier is not None and "collected" in numbers:
+                raise ValueError(
+                    f"countermeasures has {title!r} with collected {numbers['collected']}, but purifier names a trained "
+                    "one: leave one of the two out."
+                )
             config = _replaced(name, entry) if entry else None
-            if self.full_recipe.smoke and countermeasures.get(name).needs_purifier:
+            if self.full_recipe.smoke and purifies:
                 config = SMOKE_PURIFICATION
-            columns[title] = (name, config, draws)
+            columns[title] = Column(name, config, **numbers)
         return columns
 
 
@@ -236,22 +267,23 @@ def run_grid(
             if name != "none":
                 check_separation(protected[name][0], collected, test, clean, roles=grid.roles)
         columns = grid.columns()
-        purifier = grid.purifier
-        if any(countermeasures.get(name).needs_purifier for name, _, _ in columns.values()):
-            if purifier is None:
-                purifier = str(_train(collected, grid, output_dir, claims, device, say))
-            pipe = JointConditionalPurificationPipeline.from_pretrained(purifier)
-            for name, config, _ in columns.values():
-                if (measure := countermeasures.get(name)).needs_purifier:
-                    check_purifier_suits(measure, pipe, config, clean)
+        purifiers = _purifiers(columns, collected, grid, output_dir, claims, device, say)
+        for title, folder in purifiers.items():
+            pipe = JointConditionalPurificationPipeline.from_pretrained(folder)
+            measure = countermeasures.get(columns[title].countermeasure)
+            check_purifier_suits(measure, pipe, columns[title].purification, clean)
 
     facts = {"grid": grid.name, "dataset": data_name, "collected": _collected_name(grid, data_name), **grid.about}
     cells = []
     for seed in grid.seeds:  # a whole table of one seed comes before the second seed
         for victim in grid.victims:
             for poison, (images, poison_facts) in protected.items():
-                for column, (name, config, draws) in columns.items():
-                    needs_purifier = countermeasures.get(name).needs_purifier
+                for title, column in columns.items():
+                    about = facts | {"poison": poison, "column": title, **poison_facts}
+                    if column.needs_purifier:
+                        about |= {"roles": grid.roles}
+                    if column.collected is not None:
+                        about |= {"collected_count": column.collected}
                     cells.append(
                         Cell(
                             images,
@@ -260,14 +292,12 @@ def run_grid(
                             seed,
                             victim=victim,
                             width=grid.width,
-                            countermeasure=name,
-                            purifier=purifier if needs_purifier else None,
-                            purification=config,
-                            draws=draws,
+                            countermeasure=column.countermeasure,
+                            purifier=purifiers.get(title),
+                            purification=column.purification,
+                            draws=column.draws,
                             work_dir=output_dir / "prepared",
-                            about=facts
-                            | {"poison": poison, "column": column, **poison_facts}
-                            | ({"roles": grid.roles} if needs_purifier else {}),
+                            about=about,
                         )
                     )
     measure_cells(cells, records, device=device, processes=processes, progress=progress)
@@ -338,6 +368,22 @@ def _protect(clean, entry: str, grid: Grid, output_dir: Path, claims: Claims, de
         protected = clean.with_images(poisons.apply_perturbation(clean.images, noise))
         return protected, facts | {"poison_norms": poisons.measured_norms(clean.images, protected.images)}
     return protected, facts | {"poison_norms": card["measured"], "poison_seconds": card["seconds"]}
+
+
+def _purifiers(
+    columns: Mapping[str, Column], collected, grid: Grid, output_dir: Path, claims: Claims, device, say
+) -> dict[str, str]:
+    """The purifier of each column that needs one, trained where the grid names none."""
+    counts = {title: column.collected for title, column in columns.items() if column.needs_purifier}
+    if grid.purifier is not None:
+        return dict.fromkeys(counts, grid.purifier)
+    folders = {}
+    for count in dict.fromkeys(counts.values()):
+        if count is not None and count > len(collected):
+            raise ValueError(f"countermeasures has collected {count}, but {len(collected)} images are collected.")
+        images = collected if count is None else collected.subset(range(count))
+        folders[count] = str(_train(images, grid, output_dir, claims, device, say))
+    return {title: folders[count] for title, count in counts.items()}
 
 
 def _train(collected, grid: Grid, output_dir: Path, claims: Claims, device, say) -> Path:

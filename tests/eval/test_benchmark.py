@@ -166,6 +166,20 @@ def test_pictures_of_several_sets(measured, source, monkeypatch, tmp_path):
         run(figures, monkeypatch, "purified", "--sets", f"p={protected}", f"test={tmp_path / 'test'}")
 
 
+def test_a_column_may_have_a_purifier_of_fewer_images(source, tmp_path):
+    columns = [
+        {"use": "eclipse", "as": "eclipse, all", "num_inference_steps": 1},
+        {"use": "eclipse", "as": "eclipse, sparse", "num_inference_steps": 1, "collected": 20},
+    ]
+    grid = benchmark.read_grid(grid_file(tmp_path, source, poisons=["none"], countermeasures=columns, seeds=[0]))
+    lines = []
+    everything, sparse = benchmark.run_grid(grid, tmp_path / "out", say=lines.append)
+    assert [line.split()[4] for line in lines if line.startswith("Training")] == ["60", "20"]
+    assert everything.purifier != sparse.purifier
+    assert sparse.settings["collected_count"] == 20 and "collected_count" not in everything.settings
+    assert everything.settings["purifier"] != sparse.settings["purifier"]
+
+
 def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, capsys):
     grid = benchmark.read_grid(measured / "grid.yaml", roles="paper", seeds=[0])
     benchmark.run_grid(grid, measured / "out", say=lambda line: None)
@@ -202,6 +216,12 @@ def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, ca
         ({"perceptual": "nowhere"}, "perceptual is 'nowhere', but must be alex, vgg, squeeze or a file"),
         ({"countermeasures": [{"as": "x"}]}, "a column needs use, a countermeasure's name"),
         ({"countermeasures": [{"use": "gray", "draws": 2}]}, "'gray' with draws 2, but draws must be"),
+        ({"countermeasures": [{"use": "jcdp", "collected": 0}]}, "'jcdp' with collected 0, but collected must be"),
+        ({"countermeasures": [{"use": "unconditional", "collected": 9999}]}, "collected 9999, but 60 images are"),
+        (
+            {"countermeasures": [{"use": "jcdp", "collected": 9}], "purifier": "some/where"},
+            "with collected 9, but purifier names a trained one",
+        ),
         ({"countermeasures": [{"use": "jcdp", "diffusion_steps": "x"}]}, "diffusion_steps is 'x', but must be"),
     ],
 )
