@@ -168,13 +168,13 @@ class Grid:
             for key, value in numbers.items():
                 if type(value) is not int or value < 1 or not purifies:
                     raise ValueError(
-                        f"countermeasures has {title!r} with {key} {value!r}, but {key} must be a number of at least 1, "
-                        "and goes with a countermeasure that purifies."
+                        f"countermeasures has {title!r} with {key} {value!r}, but {key} must be a number of at least "
+                        "1, and goes with a countermeasure that purifies."
                     )
             if self.purifier is not None and "collected" in numbers:
                 raise ValueError(
-                    f"countermeasures has {title!r} with collected {numbers['collected']}, but purifier names a trained "
-                    "one: leave one of the two out."
+                    f"countermeasures has {title!r} with collected {numbers['collected']}, but purifier names a "
+                    "trained one: leave one of the two out."
                 )
             config = _replaced(name, entry) if entry else None
             if self.full_recipe.smoke and purifies:

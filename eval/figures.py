@@ -6,6 +6,7 @@ A picture is a line in `FIGURES`: a function that adds its options to a parser, 
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -166,37 +167,85 @@ def add_strength_arguments(parser: argparse.ArgumentParser) -> None:
 
 def draw_strength(args: argparse.Namespace) -> None:
     """Accuracy against T_p, a line per poison and way of purifying; dotted, without purification."""
+    draw_lines(
+        args,
+        ("diffusion_steps", "num_inference_steps"),
+        lambda settings: settings["purification"]["diffusion_steps"],
+        "T_p",
+        xlabel="forward steps T_p",
+        ylim=(0, 100),
+    )
+
+
+def add_evaluations_arguments(parser: argparse.ArgumentParser) -> None:
+    add_record_arguments(parser)
+    parser.add_argument("--output", default="results/figures/evaluations.png")
+
+
+def draw_evaluations(args: argparse.Namespace) -> None:
+    """Accuracy against the cost of purification, a line per poison, T_p and number of rounds."""
+    draw_lines(
+        args,
+        ("num_inference_steps",),
+        evaluations_per_image,
+        "evaluations",
+        xlabel="UNet evaluations per image",
+        xscale="log",
+    )
+
+
+def evaluations_per_image(settings: dict) -> int:
+    """Of all rounds and draws."""
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings["purification"].items()
+    }
+    return PurificationConfig(**fields).evaluations_per_image * settings.get("draws", 1)
+
+
+def draw_lines(
+    args: argparse.Namespace,
+    moving: tuple[str, ...],
+    place: Callable[[dict], int],
+    name: str,
+    **look,
+) -> None:
+    """
+    Accuracy over what `place` makes of a cell's settings, called `name` in errors; along a line only the settings
+    `moving` may change. `look` are properties of matplotlib's axis.
+    """
     measured, dataset = measured_of(args)
     lines: dict[tuple, dict[str, dict[int, Key]]] = {}
     for key in measured.keys(dataset):
         settings = settings_of(measured, key)
         if settings.get("purification"):
             ways = lines.setdefault((key.poison, key.poison_preset), {})
-            by_steps = ways.setdefault(way_of_purifying(settings), {})
-            steps = settings["purification"]["diffusion_steps"]
-            if steps in by_steps:
+            points = ways.setdefault(way_of_purifying(settings, aside=moving), {})
+            x = place(settings)
+            if x in points:
                 raise SystemExit(
-                    f"figures: records hold {key.column!r} and {by_steps[steps].column!r} against {key.poison!r}, "
-                    f"both with T_p {steps} on one line, but a line has one point there: give one of the two."
+                    f"figures: records hold {key.column!r} and {points[x].column!r} against {key.poison!r}, "
+                    f"both with {name} {x} on one line, but a line has one point there: give one of the two."
                 )
-            by_steps[steps] = key
+            points[x] = key
     if not lines:
-        raise SystemExit("figures: records hold no cell with purification settings of its own, but the axis is T_p.")
+        raise SystemExit(
+            f"figures: records hold no cell with purification settings of its own, but the axis is {name}."
+        )
     figure, axis = pyplot().subplots(figsize=(5.6, 3.4))
     drawn = 0
     for poison in dict.fromkeys((key.poison, key.poison_preset) for key in measured.keys(dataset)):
         title = measured.poison_title(dataset, *poison)
         style = line_style(drawn)
-        for number, (way, by_steps) in enumerate(lines.get(poison, {}).items()):
-            steps = sorted(by_steps)
+        for number, (way, points) in enumerate(lines.get(poison, {}).items()):
+            places = sorted(points)
             refuse(
                 f"points of one line, {title}{', ' if way else ''}{way},",
-                [settings_of(measured, by_steps[step]) for step in steps],
-                along_a_line,
+                [settings_of(measured, points[x]) for x in places],
+                lambda settings: without(settings, moving),
             )
-            values = [accuracies_of(measured, by_steps[step]) for step in steps]
+            values = [accuracies_of(measured, points[x]) for x in places]
             axis.errorbar(
-                steps,
+                places,
                 [np.mean(value) for value in values],
                 [np.std(value, ddof=1) if len(value) > 1 else 0 for value in values],
                 **line_style(drawn + number),
@@ -213,7 +262,11 @@ def draw_strength(args: argparse.Namespace) -> None:
             axis.axhline(height, **dotted, label=f"{title}, not purified")
         # A poison that has nothing but its dotted line has a colour of its own, too.
         drawn += max(len(lines.get(poison, {})), len(plain))
-    axis.set(xlabel="forward steps T_p", ylabel="test accuracy (%)", ylim=(0, 100))
+    axis.set(ylabel="test accuracy (%)", **look)
+    if look.get("xscale") == "log":
+        every = sorted({x for ways in lines.values() for points in ways.values() for x in points})
+        axis.set_xticks(every, [str(x) for x in every], minor=False)
+        axis.minorticks_off()
     finish(figure, [axis], args)
 
 
@@ -282,11 +335,6 @@ def accuracies_of(measured: Measured, key: Key) -> list[float]:
     return [100 * record["value"] for record in measured.by_seed("accuracy", key).values()]
 
 
-def along_a_line(settings: dict) -> dict:
-    """What does not change with T_p."""
-    return without(settings, ("diffusion_steps", "num_inference_steps"))
-
-
 def without(settings: dict, moving: tuple[str, ...]) -> dict:
     """What decides a figure beside some of the settings of purification."""
     purification = {name: value for name, value in settings["purification"].items() if name not in moving}
@@ -295,10 +343,10 @@ def without(settings: dict, moving: tuple[str, ...]) -> dict:
     }
 
 
-def way_of_purifying(settings: dict, aside: tuple[str, ...] = ("diffusion_steps", "num_inference_steps")) -> str:
-    """What, beside T_p and the number of evaluations, tells this purification from the package's default."""
+def way_of_purifying(settings: dict, aside: tuple[str, ...]) -> str:
+    """What, beside the settings `aside`, tells this purification from the package's default."""
     usual = {field.name: field.default for field in dataclasses.fields(PurificationConfig)}
-    aside += ("variance_type", "trained_timesteps", "noise_corner", "perceptual_network")
+    aside += ("variance_type", "trained_timesteps", "perceptual_network")
     others = [
         f"{name} {value}"
         for name, value in settings["purification"].items()
@@ -306,6 +354,8 @@ def way_of_purifying(settings: dict, aside: tuple[str, ...] = ("diffusion_steps"
     ]
     if settings.get("draws", 1) > 1:
         others.append(f"{settings['draws']} draws")
+    if "collected_count" in settings:
+        others.append(f"purifier of {settings['collected_count']} images")
     if settings["collected"] != settings["dataset"]:
         others.append(f"purifier trained on {settings['collected']}")
     return ", ".join(([settings["countermeasure"]] if settings["countermeasure"] != "unconditional" else []) + others)
@@ -379,6 +429,7 @@ FIGURES = {
     "purified": ("the same images of several data sets", add_purified_arguments, draw_purified),
     "curves": ("test accuracy by epoch, from records", add_curves_arguments, draw_curves),
     "strength": ("accuracy against purification strength, from records", add_strength_arguments, draw_strength),
+    "evaluations": ("accuracy against UNet evaluations, from records", add_evaluations_arguments, draw_evaluations),
     "scales": ("accuracy by the scales of both guides, from records", add_scales_arguments, draw_scales),
 }
 

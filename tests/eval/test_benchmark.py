@@ -149,7 +149,8 @@ def test_a_line_of_the_strength_figure_is_one_way_of_purifying():
     def way(measure="unconditional", **changes):
         changed = dataclasses.asdict(dataclasses.replace(base, **changes))
         facts = {"dataset": "digits", "collected": "digits"}
-        return figures.way_of_purifying({"countermeasure": measure, "purification": changed} | facts)
+        settings = {"countermeasure": measure, "purification": changed} | facts
+        return figures.way_of_purifying(settings, ("diffusion_steps", "num_inference_steps"))
 
     assert way() == way(diffusion_steps=60, num_inference_steps=6) == ""
     assert way("unconditional+corruption") == "unconditional+corruption"
