@@ -346,7 +346,7 @@ def without(settings: dict, moving: tuple[str, ...]) -> dict:
 def way_of_purifying(settings: dict, aside: tuple[str, ...]) -> str:
     """What, beside the settings `aside`, tells this purification from the package's default."""
     usual = {field.name: field.default for field in dataclasses.fields(PurificationConfig)}
-    aside += ("variance_type", "trained_timesteps", "perceptual_network")
+    aside += ("variance_type", "trained_timesteps", "noise_corner", "perceptual_network")
     others = [
         f"{name} {value}"
         for name, value in settings["purification"].items()
@@ -354,6 +354,8 @@ def way_of_purifying(settings: dict, aside: tuple[str, ...]) -> str:
     ]
     if settings.get("draws", 1) > 1:
         others.append(f"{settings['draws']} draws")
+    if "noise_corner" in settings:
+        others.append(f"coloured noise, corner {settings['noise_corner']:g}")
     if "collected_count" in settings:
         others.append(f"purifier of {settings['collected_count']} images")
     if settings["collected"] != settings["dataset"]:

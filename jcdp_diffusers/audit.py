@@ -183,7 +183,7 @@ def audit(
         "protected": describe_images(protected)["content"],
         "purifier": None if purifier is None else purifier_digest(str(purifier)),
         "collected": None if purifier is not None else describe_images(collected)["content"],
-        "plan": None if plan is None else dataclasses.asdict(plan),
+        "plan": None if plan is None else as_settings(plan),
         "preset": as_settings(preset) if isinstance(preset, PurificationConfig) else preset,
     }
     begun = json.loads(json.dumps(begun))
@@ -375,9 +375,13 @@ def _countermeasure(attack: str) -> countermeasures.Countermeasure:
         return countermeasures.get(attack)
     others = countermeasures.get("+".join(name for name in names if name != PURIFIED) or "none")
     if names.count(PURIFIED) > 1 or others.needs_purifier:
-        raise ValueError(f"attacks has {attack!r}, but images are purified once: name what comes beside it.")
+        raise ValueError(
+            f"attacks (--countermeasures) has {attack!r}, but images are purified once: name what comes beside it."
+        )
     if attack == PURIFIED:
-        raise ValueError(f"attacks has {attack!r}, but that is a row of every audit: name what comes beside it.")
+        raise ValueError(
+            f"attacks (--countermeasures) has {attack!r}, but that is a row of every audit: name what comes beside it."
+        )
     if _is_on_purified(attack):
         return others
     return countermeasures.get("+".join("unconditional" if name == PURIFIED else name for name in names))

@@ -91,6 +91,8 @@ class Cell:
         }
         if measure.needs_purifier:
             settings |= {"purifier": self.purifier and purifier_digest(self.purifier), "purification": purification}
+            if self.purifier and (corner := _noise_corner(self.purifier)):
+                settings["noise_corner"] = corner
         if self.draws > 1:
             settings["draws"] = self.draws
         settings = json.loads(json.dumps(settings))
@@ -240,7 +242,7 @@ def describe_images(data: LabelledImages) -> dict:
 
 @functools.cache
 def purifier_digest(purifier: str) -> str:
-    """A Hub id as it is, or a hash of the network and scheduler in a folder, whatever the folder is called."""
+    """A Hub id as it is, or a hash of networks, scheduler and colour of the noise in a folder, whatever its name."""
     folder = Path(purifier)
     if not folder.is_dir():
         return purifier
@@ -249,7 +251,15 @@ def purifier_digest(purifier: str) -> str:
         for path in sorted((folder / part).glob("*")):
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
+    if corner := _noise_corner(purifier):
+        digest.update(f"noise_corner {corner}".encode())
     return digest.hexdigest()
+
+
+def _noise_corner(purifier: str) -> float:
+    """What the folder of a purifier says; a Hub repository says it when it is opened, and its id stands for it."""
+    config = PurificationConfig.from_pretrained(purifier) if Path(purifier).is_dir() else None
+    return 0.0 if config is None else config.noise_corner
 
 
 def _measure_claimed(cell: Cell, records: Path, device: torch.device, claims: Claims) -> float | None:

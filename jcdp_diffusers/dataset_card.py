@@ -37,8 +37,8 @@ Labels, ids and all other columns are the source's own.
 Joint conditional diffusion purification (*Unlearnable Examples Give a False Sense of Security*, ACM MM 2023) by
 `jcdp-diffusers`. T_p = {diffusion_steps} forward steps, {evaluations}
 network evaluations per image in {num_rounds} round(s); scale of the pixel guide {pixel_guidance_scale:g}, of the
-perceptual guide {perceptual_guidance_scale:g}. All settings are in `run.json`. The noise of an image depends on the
-seed and its id alone, so each row can be made again by itself.
+perceptual guide {perceptual_guidance_scale:g}{colour}. All settings are in `run.json`. The
+noise of an image depends on the seed and its id alone, so each row can be made again by itself.
 
 {sizes_rule}
 
@@ -90,6 +90,7 @@ def dataset_card(run: dict, summary: dict, title: str) -> DatasetCard:
         configs=[{"config_name": "default", "data_files": [{"split": split, "path": f"{split}-*.parquet"}]}],
     )
     reasons = "; ".join(f"{count:,} {reason}" for reason, count in summary["reasons"].items())
+    corner = settings.get("noise_corner")
     body = _BODY.format(
         title=title,
         source=run["source"]["name"],
@@ -114,6 +115,7 @@ def dataset_card(run: dict, summary: dict, title: str) -> DatasetCard:
         num_rounds=settings["num_rounds"],
         pixel_guidance_scale=settings["pixel_guidance_scale"],
         perceptual_guidance_scale=settings["perceptual_guidance_scale"],
+        colour=f"; noise of corner frequency {corner:g} cycles per image" if corner else "",
         sizes_rule=_RULES[sizes["fit"]].format(size=sizes["image_size"], overlap=sizes["tile_overlap"]),
     )
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n{body}")

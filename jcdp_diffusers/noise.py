@@ -11,6 +11,7 @@ the counter's last word; the other words hold the position within the image, the
 """
 
 import hashlib
+from numbers import Real
 
 import torch
 
@@ -124,6 +125,13 @@ def coloured(noise: torch.Tensor, corner: float) -> torch.Tensor:
 def times_covariance(gradient: torch.Tensor, corner: float) -> torch.Tensor:
     """The covariance of `coloured` noise, over that of white noise, times a vector, both of shape (B, C, H, W)."""
     return gradient if corner == 0 else _filtered(gradient, _spectrum(gradient, corner))
+
+
+def checked_corner(corner: float) -> float:
+    """The corner frequency as a float. ValueError unless it is a number from 0 to 1000."""
+    if not isinstance(corner, Real) or isinstance(corner, bool) or not 0 <= corner <= 1000:
+        raise ValueError(f"noise_corner is {corner!r}, but must be a number from 0 to 1000, in cycles per image.")
+    return float(corner)
 
 
 def _spectrum(images: torch.Tensor, corner: float) -> torch.Tensor:

@@ -106,10 +106,19 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
-        """Share the components of another pipeline, e.g. a `DDPMPipeline`; `perceptual=` may be added."""
+        """
+        Share the components of another pipeline, e.g. a `DDPMPipeline`; `perceptual=` may be added.
+
+        What a purifier's repository says of its network beyond plain diffusers (`purification_config`) comes along
+        from a pipeline of this class, and from any that was loaded from a folder. From one that was loaded from the
+        Hub it does not: open such a purifier with `from_pretrained`.
+        """
         kwargs.setdefault("dtype", pipeline.unet.dtype)  # diffusers would turn the shared network to float32
         pipe = super().from_pipe(pipeline, **kwargs)
-        pipe.purification_config = getattr(pipeline, "purification_config", None)
+        if isinstance(pipeline, JointConditionalPurificationPipeline):
+            pipe.purification_config = pipeline.purification_config
+        elif (folder := Path(pipeline.config.get("_name_or_path") or "nowhere")).is_dir():
+            pipe.purification_config = PurificationConfig.from_pretrained(folder)
         return pipe
 
     def save_pretrained(
@@ -257,6 +266,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         self.check_lengths(original, ids, generator)
         if config.perceptual_guidance_scale > 0:
             self.perceptual.check_size(*original.shape[-2:])
+        self.check_colour(config, *original.shape[-2:])
 
         # 2. Pad to whole micro-batches, so that the networks see one shape only
         size = micro_batch_size or MICRO_BATCH.get(device.type, MICRO_BATCH_ON_ACCELERATOR)
@@ -403,14 +413,19 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         overrides = {name: value for name, value in overrides.items() if value is not None}
         # What the network was trained on is a fact of the repository, whatever settings are used.
         known = base if repository is None else repository
-        trained = known.trained_timesteps
+        trained, corner = known.trained_timesteps, known.noise_corner
+        asked = overrides.pop("noise_corner", base.noise_corner or corner)
+        if asked != corner:
+            raise ValueError(
+                f"noise_corner is {asked!r}, but this purifier was trained with {corner:g}, and only that is accepted."
+            )
         steps = overrides.get("diffusion_steps", base.diffusion_steps)
         inherited = base.num_inference_steps  # which a smaller T_p may not be able to have
         if isinstance(inherited, tuple):
             overrides.setdefault("num_inference_steps", tuple(min(evaluations, steps) for evaluations in inherited))
         elif inherited is not None:
             overrides.setdefault("num_inference_steps", min(inherited, steps))
-        config = dataclasses.replace(base, **overrides, trained_timesteps=trained, noise_corner=known.noise_corner)
+        config = dataclasses.replace(base, **overrides, trained_timesteps=trained, noise_corner=corner)
         asked = "variance_type" in overrides or isinstance(preset, PurificationConfig) and preset.variance_type
         if min(config.evaluations_per_round) < config.diffusion_steps and not asked:
             # The larger variance is that of the whole stride: respaced, it leaves noise in x_0 that no later step
@@ -470,6 +485,19 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                     f"perceptual=LPIPSModel.{loading} to from_pretrained, or perceptual_guidance_scale=0."
                 )
         return config
+
+    def check_colour(self, config: PurificationConfig, height: int, width: int) -> None:
+        """Refuse images in which coloured noise is not what the network was trained on: it is per image, not pixel."""
+        size = self.unet.config.sample_size
+        size = (size, size) if isinstance(size, int) else size and tuple(size)
+        if config.noise_corner and (height, width) != size:
+            raise ValueError(
+                f"images are {height}x{width}, but this purifier's noise_corner ({config.noise_corner:g} cycles per "
+                f"image) goes with the size that it was trained on alone: {size[0]}x{size[1]} is accepted."
+                if size
+                else f"sample_size of the unet is None, but with noise_corner ({config.noise_corner:g}) it must say "
+                "which size it was trained on."
+            )
 
     def prepare_scheduler(self, config: PurificationConfig, round_index: int = 0) -> DDPMScheduler:
         """A copy of the scheduler for one round: its sampler and variance type, and the timesteps from T_p - 1 on."""

@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .guidance import STRENGTHS
+from .noise import checked_corner
 
 
 CONFIG_NAME = "purification_config.json"
@@ -106,10 +107,11 @@ class PurificationConfig:
                 f"num_inference_steps is {self.num_inference_steps}, but must lie between 1 and diffusion_steps "
                 f"({self.diffusion_steps})."
             )
-        for name in ("pixel_guidance_scale", "perceptual_guidance_scale", "final_variance_factor", "noise_corner"):
+        for name in ("pixel_guidance_scale", "perceptual_guidance_scale", "final_variance_factor"):
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, but must be a finite number of at least 0.")
+        object.__setattr__(self, "noise_corner", checked_corner(self.noise_corner))
         for name, accepted in (
             ("guidance_strength", STRENGTHS),
             ("reference", REFERENCES),

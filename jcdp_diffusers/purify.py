@@ -131,6 +131,7 @@ def purify_to_folder(
     config = pipe.resolve_config(preset, **settings)
     if config.perceptual_guidance_scale > 0:
         config = dataclasses.replace(config, perceptual_network=pipe.perceptual.name)  # the one that is used
+    pipe.check_colour(config, size, size)
     rows = open_rows(
         dataset,
         split=split,

@@ -228,7 +228,9 @@ def run_quickstart(
     calls = story.purification.evaluations_per_image
     say(f"Purifying: T_p {story.purification.diffusion_steps}, {calls} UNet evaluations per image")
     pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
-    stage = settings | {"stage": "purify", "purification": as_settings(story.purification)}
+    # The colour of the noise is the network's, and part of what was done.
+    done = as_settings(dataclasses.replace(story.purification, noise_corner=story.training.noise_corner))
+    stage = settings | {"stage": "purify", "purification": done}
     purify_dataset(
         output_dir / "protected", pipe, output_dir=output_dir / "purified", seed=seed, preset=story.purification
     )
@@ -245,7 +247,7 @@ def run_quickstart(
         for row in sets:
             cell = settings | {"row": row, "recipe": story.recipe, "victim": "resnet18"}
             if row == "purified":
-                cell["purification"] = as_settings(story.purification)
+                cell["purification"] = done
             if not finished(records, "accuracy", cell, victim_seed):
                 cells.append((cell, victim_seed))
     say(f"Training {len(cells)} victims")
@@ -280,7 +282,7 @@ def guides_in_words(purification: PurificationConfig) -> str:
 def check_folder(output_dir: Path, story: Telling, seed: int) -> None:
     """Refuse a folder in which another story was begun; write down which one this is."""
     told = json.loads(
-        json.dumps({**dataclasses.asdict(story), "recipe": dataclasses.asdict(RECIPES[story.recipe]), "seed": seed})
+        json.dumps({**as_settings(story), "recipe": dataclasses.asdict(RECIPES[story.recipe]), "seed": seed})
     )
     path = output_dir / "telling.json"
     if path.exists():

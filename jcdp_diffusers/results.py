@@ -38,7 +38,7 @@ PACKAGES = (
 )
 
 # Settings that came after the first records, and what was meant by those that do not have them.
-_LATER = {"noise_corner": 0.0}
+LATER = {"noise_corner": 0.0}
 
 
 def as_settings(config: Any) -> dict:
@@ -46,10 +46,15 @@ def as_settings(config: Any) -> dict:
     A dataclass of settings as records hold it.
 
     A setting that came after the first records is left out at the value that was meant before, so that whatever is
-    named by its settings keeps its name.
+    named by its settings keeps its name. So in the dataclasses that it holds.
     """
-    settings = dataclasses.asdict(config)
-    return {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
+    return _without_later(dataclasses.asdict(config))
+
+
+def _without_later(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_later(entry) for name, entry in value.items() if name not in LATER or entry != LATER[name]}
 
 
 def append_record(

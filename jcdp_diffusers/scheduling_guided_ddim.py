@@ -14,8 +14,9 @@ class GuidedDDIMScheduler(GuidedDDPMScheduler):
     Deterministic DDIM (Song et al., 2021, equation 12 with sigma = 0) at any timesteps, with a gradient to follow.
 
     There is no sigma_t^2 here by which a mean could be shifted. What a guide means is a tilted density, so its
-    gradient adds to the score: the network's noise becomes eps - sqrt(1 - alpha_bar_t) * gradient (Dhariwal and
-    Nichol, 2021, algorithm 2). As DDIM's step is linear in x_0 and eps, that moves x_s by
+    gradient (times the noise's covariance, where that is not the identity) adds to the score: the network's noise
+    becomes eps - sqrt(1 - alpha_bar_t) * gradient (Dhariwal and Nichol, 2021, algorithm 2). As DDIM's step is linear
+    in x_0 and eps, that moves x_s by
 
         sqrt(1 - alpha_bar_t) * (sqrt(alpha_bar_s / alpha_bar_t) * sqrt(1 - alpha_bar_t) - sqrt(1 - alpha_bar_s))
 
@@ -45,7 +46,8 @@ class GuidedDDIMScheduler(GuidedDDPMScheduler):
             sample (`torch.Tensor`): x_t, shape (B, C, H, W), in [-1, 1] plus noise.
             generator, variance_noise: Not used; here so that the two schedulers can stand for each other.
             return_dict (`bool`, defaults to `True`): A `DDPMSchedulerOutput`, or the tuple of its two fields.
-            gradient (`torch.Tensor`, *optional*): Ascent direction of a log-likelihood at x_t, same shape as `sample`.
+            gradient (`torch.Tensor`, *optional*): Ascent direction of a log-likelihood at x_t, same shape as `sample`;
+                times the noise's covariance where that is not the identity (`noise.times_covariance`).
         """
         bar, bar_next = self._bars(timestep)
         original = self._predicted_original(model_output, timestep, sample)

@@ -40,10 +40,11 @@ class GuidedDDPMScheduler(DDPMScheduler):
             sample (`torch.Tensor`): x_t, shape (B, C, H, W), in [-1, 1] plus noise.
             generator (`torch.Generator`, *optional*): Where the parent draws the noise from if none is given.
             return_dict (`bool`, defaults to `True`): A `DDPMSchedulerOutput`, or the tuple of its two fields.
-            gradient (`torch.Tensor`, *optional*): Ascent direction of a log-likelihood at x_t, same shape as `sample`.
-                The mean moves by sigma_t^2 times it, after x_0 was clipped, so x_{t-1} may leave [-1, 1].
-            variance_noise (`torch.Tensor`, *optional*): Standard normal noise to add instead of drawing it, same shape
-                as `sample`. The last step (t = 0) adds none.
+            gradient (`torch.Tensor`, *optional*): Ascent direction of a log-likelihood at x_t, same shape as `sample`,
+                times the noise's covariance where that is not the identity (`noise.times_covariance`). The mean moves
+                by sigma_t^2 times it, after x_0 was clipped, so x_{t-1} may leave [-1, 1].
+            variance_noise (`torch.Tensor`, *optional*): Noise to add instead of drawing it, as the network was trained
+                on it: standard normal, or `noise.coloured`; same shape as `sample`. The last step (t = 0) adds none.
 
         Raises:
             ValueError: If the scheduler's `variance_type` is not a variance that a mean can be shifted by.

@@ -44,7 +44,7 @@ from .denoising import (
 from .model_card import RECORD_NAME, write_card
 from .noise import coloured
 from .purification_config import PurificationConfig
-from .results import package_versions
+from .results import LATER, package_versions
 from .training_config import FREE_SETTINGS, TrainingConfig
 from .training_images import BatchLayout, ImageFiles, micro_batches, normalize
 
@@ -395,7 +395,8 @@ class _Run:
             return
         saved = json.loads((checkpoint / PROGRESS_NAME).read_text())
         identity = json.loads(json.dumps(self.identity))
-        for name, value in saved["identity"].items():
+        before = {name: value for name, value in LATER.items() if name in identity} | saved["identity"]
+        for name, value in before.items():
             if identity[name] != value:
                 raise ValueError(f"{name} is {identity[name]!r}, but {checkpoint} was trained with {value!r}.")
         if saved["step"] > self.config.max_train_steps:

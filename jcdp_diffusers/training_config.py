@@ -9,6 +9,7 @@ from accelerate.tracking import GeneralTracker
 from diffusers import DDPMScheduler
 
 from .denoising import TIMESTEP_SAMPLINGS
+from .noise import checked_corner
 
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -111,8 +112,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, but must be a finite number above 0.")
-        if not 0 <= self.noise_corner < math.inf:
-            raise ValueError(f"noise_corner is {self.noise_corner}, but must be a finite number of at least 0.")
+        object.__setattr__(self, "noise_corner", checked_corner(self.noise_corner))
         if not 0 <= self.ema_max_decay < 1:
             raise ValueError(f"ema_max_decay is {self.ema_max_decay}, but must lie in [0, 1).")
         if not 0 <= self.seed < 2**63:

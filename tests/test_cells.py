@@ -85,6 +85,18 @@ def test_a_setting_that_came_later_renames_no_cell_at_the_value_that_was_meant()
     assert cell_name(record["settings"], 0) == record["settings"]["cell"]
 
 
+def test_the_colour_of_a_purifiers_noise_is_on_record_and_in_the_name(tmp_path):
+    found = []
+    for name, corner in (("plain", None), ("white", 0.0), ("red", 3.0), ("redder", 8.0)):
+        (tmp_path / name / "unet").mkdir(parents=True)  # the same weights: none
+        if corner is not None:
+            PurificationConfig(noise_corner=corner).save_pretrained(tmp_path / name)
+        found.append(cell(countermeasure="unconditional", purifier=str(tmp_path / name)))
+    assert [one.settings.get("noise_corner") for one in found] == [None, None, 3.0, 8.0]
+    assert found[0].name == found[1].name and len({one.name for one in found}) == 3
+    assert len({purifier_digest(one.purifier) for one in found}) == 3
+
+
 def test_the_collected_images_decide_where_a_purifier_is_used():
     names = {
         cell(countermeasure="unconditional", purifier="owner/name", about={"collected": name}).name

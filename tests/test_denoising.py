@@ -86,6 +86,8 @@ def test_held_out_losses_are_those_of_coloured_noise_if_that_is_trained():
     assert loss == pytest.approx(power.mean(), rel=0.05)
     grids = [denoising_grid(unet, DDPMScheduler(), IMAGES[:4], timesteps=(0, 50), noise_corner=c) for c in (0.0, 3.0)]
     assert not np.array_equal(*grids)
+    samples = [sample_grid(unet, DDPMScheduler(), (2, 3, 8, 8), noise_corner=corner) for corner in (0.0, 3.0)]
+    assert not np.array_equal(*samples)
 
 
 def test_held_out_losses_are_the_same_however_the_work_is_shared():

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import inspect
 import math
 import os
@@ -14,6 +15,7 @@ from tiny import tiny_unet
 
 from jcdp_diffusers import (
     PRESETS,
+    GuidedDDIMScheduler,
     GuidedDDPMScheduler,
     JointConditionalPurificationPipeline,
     LPIPSModel,
@@ -83,12 +85,14 @@ class TestRepository:
         plain.save_pretrained(tmp_path / "with")  # and does not keep the former one's network
         assert Pipeline.from_pretrained(tmp_path / "with").perceptual is None
 
-    def test_from_pipe_shares_the_components(self, ddpm_folder, network):
+    def test_from_pipe_shares_the_components(self, ddpm_folder, network, tmp_path):
         plain = DDPMPipeline.from_pretrained(ddpm_folder)
         pipe = Pipeline.from_pipe(plain, perceptual=network)
         assert pipe.unet is plain.unet and pipe.perceptual is network and pipe.purification_config is None
         pipe.purification_config = PurificationConfig(diffusion_steps=7)
         assert Pipeline.from_pipe(pipe).purification_config.diffusion_steps == 7
+        pipe.save_pretrained(tmp_path)  # a purifier that plain diffusers has opened is still that purifier
+        assert Pipeline.from_pipe(DDPMPipeline.from_pretrained(tmp_path)).purification_config.diffusion_steps == 7
         assert Pipeline.from_pipe(plain.to(torch.bfloat16)).unet.dtype == plain.unet.dtype == torch.bfloat16
 
     def test_a_schedule_given_by_position_is_kept(self, tmp_path):
@@ -339,6 +343,32 @@ class TestMethod:
         ).mean()
         assert perceived(perceptual_guidance_scale=5000.0) < 0.95 * perceived()
 
+    @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+    @pytest.mark.parametrize("guide", ["pixel", "perceptual"])
+    def test_each_guides_gradient_is_multiplied_by_the_covariance(self, pipe, monkeypatch, sampler, guide):
+        given, multiplied = [], []
+
+        def remembering(step):
+            @functools.wraps(step)
+            def remember(self, *arguments, **named):
+                given.append(named["gradient"])
+                return step(self, *arguments, **named)
+
+            return remember
+
+        def multiply(gradient, corner):
+            multiplied.append(times_covariance(gradient, corner))
+            return multiplied[-1]
+
+        for kind in (GuidedDDPMScheduler, GuidedDDIMScheduler):
+            monkeypatch.setattr(kind, "step", remembering(kind.step))
+        monkeypatch.setattr(pipeline_jcdp, "times_covariance", multiply)
+        pipe.purification_config = PurificationConfig(noise_corner=8.0)
+        scale = {f"{guide}_guidance_scale": 5.0}
+        pipe(photos(1), diffusion_steps=5, num_inference_steps=2, sampler=sampler, seed=0, ids=["a"], **scale)
+        assert len(given) == len(multiplied) > 0
+        assert all(one is other for one, other in zip(given, multiplied)) and any(one.any() for one in given)
+
     def test_a_guide_shifts_by_the_covariance_of_coloured_noise(self):
         """Two steps from the same state, the pixel guide on and off: the means differ by sigma^2 Sigma times it."""
         guided = quiet(Pipeline(ZeroUNet(), DDPMScheduler(variance_type="fixed_large", clip_sample=False)))
@@ -525,6 +555,15 @@ class TestCall:
         pipe.purification_config = PurificationConfig(noise_corner=8.0)
         assert pipe.resolve_config("paper").noise_corner == 8.0
         assert pipe.resolve_config(PurificationConfig(diffusion_steps=9)).noise_corner == 8.0
+        assert pipe.resolve_config(noise_corner=8.0).noise_corner == 8.0
+        for asked in ({"noise_corner": 3.0}, {"noise_corner": 0.0}, {"preset": PurificationConfig(noise_corner=3.0)}):
+            with pytest.raises(ValueError, match=r"noise_corner is [03].0, but this purifier was trained with 8, and"):
+                pipe.resolve_config(**asked)
+        pipe.purification_config = PurificationConfig()
+        with pytest.raises(
+            ValueError, match="noise_corner is 3.0, but this purifier was trained with 0, and only that"
+        ):
+            pipe.resolve_config(PurificationConfig(noise_corner=3.0))
         pipe.purification_config = None
         assert pipe.resolve_config("paper").noise_corner == 0.0
         assert pipe.resolve_config(PurificationConfig(diffusion_steps=9, num_rounds=3)).num_rounds == 3

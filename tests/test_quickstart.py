@@ -19,7 +19,12 @@ SHORT = Telling(
     sizes=(60, 40, 60),
     unet="tiny32",
     training=TrainingConfig(
-        max_train_steps=2, train_batch_size=4, trained_timesteps=(0, 50), validation_steps=2, checkpointing_steps=1
+        max_train_steps=2,
+        train_batch_size=4,
+        trained_timesteps=(0, 50),
+        noise_corner=4.0,
+        validation_steps=2,
+        checkpointing_steps=1,
     ),
     purification=PurificationConfig(diffusion_steps=10, num_inference_steps=2),
     recipe="smoke",
@@ -123,7 +128,14 @@ def test_the_data_sets_are_aligned_by_id(told):
 
 def test_the_purifier_keeps_how_the_story_purified(told):
     kept = PurificationConfig.from_pretrained(told[0] / "purifier")
-    assert kept == dataclasses.replace(SHORT.purification, trained_timesteps=SHORT.training.trained_timesteps)
+    assert kept == dataclasses.replace(SHORT.purification, trained_timesteps=(0, 50), noise_corner=4.0)
+
+
+def test_the_colour_of_the_noise_is_on_record_and_in_the_report(told):
+    folder, _ = told
+    purified = [r["settings"] for r in read_records(folder / "records.jsonl") if "purification" in r["settings"]]
+    assert len(purified) > 3 and all(settings["purification"]["noise_corner"] == 4.0 for settings in purified)
+    assert "noise of corner frequency 4 cycles per image" in (folder / "report.md").read_text()
 
 
 def test_the_same_command_again_measures_nothing_anew(told):

@@ -16,7 +16,7 @@ from tiny import tiny_unet
 
 from jcdp_diffusers import JointConditionalPurificationPipeline, PurificationConfig
 from jcdp_diffusers.data import LabelledImages, open_dataset
-from jcdp_diffusers.denoising import TIMESTEP_SAMPLINGS
+from jcdp_diffusers.denoising import TIMESTEP_SAMPLINGS, held_out_losses
 from jcdp_diffusers.noise import coloured
 from jcdp_diffusers.train import TrainingConfig, ema_horizon, train_purifier
 from jcdp_diffusers.training_images import ImageFiles
@@ -94,14 +94,30 @@ def test_the_colour_of_the_noise_is_learned_and_written_down(tmp_path, monkeypat
         return add_noise(self, clean, noise, timesteps)
 
     monkeypatch.setattr(DDPMScheduler, "add_noise", remember)
-    white, red = (train(tmp_path / str(corner), noise_corner=corner, train_batch_size=8) for corner in (0.0, 3.0))
+    start = tiny_unet(size=8)
+    white, red = (
+        train(tmp_path / str(corner), held_out=HELD_OUT, noise_corner=corner, train_batch_size=8, validation_steps=9)
+        for corner in (0.0, 3.0)
+    )
+    drawn[:] = [noise for noise in drawn if len(noise) == 8]  # the held-out images are ten
     assert len(drawn) == 8
     for one, other in zip(drawn[:4], drawn[4:]):
         assert torch.equal(coloured(one, 3.0), other)
     assert not same(weights(white), weights(red))
     assert [PurificationConfig.from_pretrained(folder).noise_corner for folder in (white, red)] == [0.0, 3.0]
+    for folder, corner in ((white, 0.0), (red, 3.0)):
+        held_out = held_out_losses(
+            start, DDPMScheduler(), HELD_OUT.images, timesteps=(0, 1000), noise_corner=corner
+        ).mean()
+        assert record(folder)["validation"][0]["loss"] == pytest.approx(held_out.item(), rel=1e-5)
     pipe = JointConditionalPurificationPipeline.from_pretrained(red)
     assert pipe.resolve_config("tuned").noise_corner == 3.0
+    facts = TrainingConfig(noise_corner=3.0, trained_timesteps=(0, 20)).facts_of_the_network()
+    assert facts == {"noise_corner": 3.0, "trained_timesteps": (0, 20)}
+    # Per image, so another size would be another colour per pixel.
+    with pytest.raises(ValueError, match=r"images are 16x16, .* goes with the size .* alone: 8x8 is accepted"):
+        pipe(torch.rand(1, 3, 16, 16), seed=0, ids=["a"])
+    assert JointConditionalPurificationPipeline.from_pretrained(white)(torch.rand(1, 3, 16, 16), seed=0, ids=["a"])
     assert "| noise | white |" in (white / "README.md").read_text()
     card = (red / "README.md").read_text()
     assert "| noise | power spectrum 1 + (3 / f)^2, f in cycles per image |" in card
@@ -309,6 +325,18 @@ def test_a_resumed_run_may_divide_the_batch_otherwise(tmp_path):
         assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=1e-3)
 
 
+def test_a_checkpoint_from_before_a_setting_was_there_has_what_was_meant_then(tmp_path):
+    train(tmp_path, max_train_steps=2, checkpointing_steps=2)
+    path = tmp_path / "checkpoint-2" / "progress.json"
+    saved = json.loads(path.read_text())
+    del saved["identity"]["noise_corner"]
+    path.write_text(json.dumps(saved))
+    longer = dict(max_train_steps=3, checkpointing_steps=2, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"noise_corner is 8.0, but .*checkpoint-2 was trained with 0.0"):
+        train(tmp_path, **longer, noise_corner=8.0)
+    assert record(train(tmp_path, **longer))["steps"] == 3
+
+
 def test_a_run_can_be_made_longer(tmp_path):
     whole = train(tmp_path / "whole", max_train_steps=4, checkpointing_steps=10)
     train(tmp_path / "grown", max_train_steps=2, checkpointing_steps=10)
@@ -425,7 +453,10 @@ def test_greyscale(tmp_path):
         ({"lr_warmup_steps": -1}, "lr_warmup_steps is -1, but must be at least 0"),
         ({"num_grid_images": -1}, "num_grid_images is -1, but must be at least 0"),
         ({"lr_scheduler": "sine"}, r"lr_scheduler is 'sine', but must be one of \('constant', .*'cosine', "),
-        ({"noise_corner": -1.0}, "noise_corner is -1.0, but must be a finite number of at least 0"),
+        ({"noise_corner": -1.0}, "noise_corner is -1.0, but must be a number from 0 to 1000"),
+        ({"noise_corner": "8"}, "noise_corner is '8', but must be a number from 0 to 1000"),
+        ({"noise_corner": True}, "noise_corner is True, but must be a number from 0 to 1000"),
+        ({"noise_corner": 1e20}, r"noise_corner is 1e\+20, but must be a number from 0 to 1000"),
         ({"trained_timesteps": (5, 30)}, r"trained_timesteps is \(5, 30\), but must start at 0: every purification"),
         ({"snr_gamma": -1.0}, "snr_gamma is -1.0, but must be a finite number above 0"),
         ({"ema_max_decay": 1.0}, r"ema_max_decay is 1.0, but must lie in \[0, 1\)"),

@@ -19,11 +19,12 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 
 from jcdp_diffusers.allocation import keep_freed_memory
 from jcdp_diffusers.data import LabelledImages, find_overlap, load_images, open_dataset
 from jcdp_diffusers.model_card import push_purifier, write_card
+from jcdp_diffusers.purification_config import CONFIG_NAME, PurificationConfig
 from jcdp_diffusers.results import read_records
 from jcdp_diffusers.train import TrainingConfig, on_cpu, train_purifier
 from jcdp_diffusers.training_images import ImageFiles, training_images, usable
@@ -76,12 +77,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--card_results", type=Path, metavar="JSONL", help="records of measurements to quote in the card"
     )
     TrainingConfig.add_arguments(parser.add_argument_group("training"))
+    parser.set_defaults(noise_corner=None)  # that of --pretrained, where there is one
     return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
     keep_freed_memory()
-    config = TrainingConfig.from_arguments(args)
+    asked = argparse.Namespace(**vars(args) | {"noise_corner": args.noise_corner or 0.0})
+    config = TrainingConfig.from_arguments(asked)
     check_counts(args)
     state = PartialState(cpu=on_cpu(args.cpu))
     repo_id = args.hub_model_id or args.output_dir.resolve().name
@@ -91,6 +94,7 @@ def main(args: argparse.Namespace) -> None:
 
     with state.main_process_first():  # the others find what the first has put into the cache
         unet, scheduler = load_model(args)
+        config = dataclasses.replace(config, noise_corner=settle_noise_corner(args))
         images, held_out, description = load_data(args, unet)
     train_purifier(
         images,
@@ -129,6 +133,23 @@ def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, DDPMScheduler]:
         return pipe.unet, pipe.scheduler
     unet = named_unet(args.unet, in_channels=args.channels, sample_size=args.resolution or 32, seed=args.seed)
     return unet, ddpm_scheduler()
+
+
+def settle_noise_corner(args: argparse.Namespace) -> float:
+    """That of the purifier to be fine-tuned, which another would undo; what is asked for if its noise was white."""
+    known = 0.0
+    if args.pretrained:
+        folder = Path(args.pretrained)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(args.pretrained, revision=args.revision, allow_patterns=[CONFIG_NAME]))
+        config = PurificationConfig.from_pretrained(folder)
+        known = 0.0 if config is None else config.noise_corner
+    if known and args.noise_corner not in (None, known):
+        raise ValueError(
+            f"noise_corner is {args.noise_corner:g}, but {args.pretrained!r} was trained with {known:g}: only that is "
+            "accepted."
+        )
+    return known or args.noise_corner or 0.0
 
 
 def load_data(

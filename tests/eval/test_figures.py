@@ -140,11 +140,10 @@ def test_a_line_has_one_purifier_and_one_point_at_each_strength(drawn):
 def test_evaluations_are_those_of_all_rounds_and_draws(drawn):
     def cell(column, value, evaluations, rounds=2, **settings):
         purification = {"diffusion_steps": 30, "num_rounds": rounds, "num_inference_steps": evaluations}
-        purification |= settings.pop("fields", {})
         return list(records("lsp", column, [value], steps=30, purification=purification, **settings))
 
     found = [*cell("a", 0.5, 1), *cell("b", 0.6, [4, 2]), *cell("c", 0.7, None)]
-    one_draw = [*found, *cell("d", 0.4, 3, rounds=1, fields={"noise_corner": 8.0}, purifier="other")]
+    one_draw = [*found, *cell("d", 0.4, 3, rounds=1, noise_corner=8.0, purifier="other")]
     figure = drawn("evaluations", [*one_draw, *cell("e", 0.8, 2, draws=4)])
     lines = {
         container.get_label(): (list(container[0].get_xdata()), list(container[0].get_ydata()))
@@ -152,7 +151,7 @@ def test_evaluations_are_those_of_all_rounds_and_draws(drawn):
     }
     assert lines == {
         "LSP, diffusion_steps 30, num_rounds 2": ([2, 6, 60], [50.0, 60.0, 70.0]),
-        "LSP, diffusion_steps 30, noise_corner 8.0": ([3], [40.0]),
+        "LSP, diffusion_steps 30, coloured noise, corner 8": ([3], [40.0]),
         "LSP, diffusion_steps 30, num_rounds 2, 4 draws": ([16], [80.0]),
     }
     with pytest.raises(SystemExit, match="'again' and 'b' against 'lsp', both with evaluations 6 on one line"):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_unet
 
+from jcdp_diffusers import PurificationConfig
 from training import train_purifier
 
 
@@ -265,6 +267,20 @@ def test_fine_tuning_keeps_the_schedule(tmp_path, photos, base):
         "num_images": 36, "num_validation_images": 4, "source": "photos", "split": None, "hub_id": None,
         "resolution": 16, "crop": "random",
     }  # fmt: skip
+
+
+def test_fine_tuning_keeps_the_colour_of_the_noise(tmp_path, photos, base, capsys):
+    coloured = tmp_path / "coloured"
+    shutil.copytree(base, coloured)
+    PurificationConfig(noise_corner=3.0).save_pretrained(coloured)
+    few = {"max_train_steps": 1}
+    run_here(*options(photos, coloured, tmp_path / "kept", **few))
+    run_here(*options(photos, coloured, tmp_path / "said", noise_corner=3, **few))
+    run_here(*options(photos, base, tmp_path / "turned", noise_corner=8, **few))
+    for name, corner in (("kept", 3.0), ("said", 3.0), ("turned", 8.0)):
+        assert PurificationConfig.from_pretrained(tmp_path / name).noise_corner == corner
+    with pytest.raises(ValueError, match="noise_corner is 8, but '.*coloured' was trained with 3: only that is"):
+        run_here(*options(photos, coloured, tmp_path / "other", noise_corner=8, **few))
 
 
 def test_from_scratch_in_grey_with_held_out_images_of_their_own(tmp_path, photos):
