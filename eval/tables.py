@@ -40,6 +40,7 @@ CONTROL = "-control"  # eval/benchmark.py
 COLUMNS = {
     "none": "vanilla",
     "avatar": "AVATAR",
+    "avatar, 10 evaluations": "AVATAR, 10 evaluations",
     "iss": "ISS (best of three)",
     "bdr-2": "BDR-2",
     "gray": "gray",
@@ -57,6 +58,7 @@ COLUMNS = {
     "fast-autoaugment": "Fast AutoAugment",
     "random-noise": "random noise",
     "jcdp": "JCDP",
+    "jcdp+corruption": "JCDP, then corruption",
     "unconditional": "diffusion without guide",
     "unconditional, 4 draws": "diffusion without guide, 4 draws",
     "unconditional+corruption": "diffusion without guide, then corruption",
