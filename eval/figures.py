@@ -264,8 +264,9 @@ def draw_lines(
         drawn += max(len(lines.get(poison, {})), len(plain))
     axis.set(ylabel="test accuracy (%)", **look)
     if look.get("xscale") == "log":
-        every = sorted({x for ways in lines.values() for points in ways.values() for x in points})
-        axis.set_xticks(every, [str(x) for x in every], minor=False)
+        last = max(x for ways in lines.values() for points in ways.values() for x in points)
+        ticks = [2**power for power in range(last.bit_length())]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
     finish(figure, [axis], args)
 
@@ -347,8 +348,9 @@ def way_of_purifying(settings: dict, aside: tuple[str, ...]) -> str:
     """What, beside the settings `aside`, tells this purification from the package's default."""
     usual = {field.name: field.default for field in dataclasses.fields(PurificationConfig)}
     aside += ("variance_type", "trained_timesteps", "noise_corner", "perceptual_network")
+    words = {"diffusion_steps": "T_p {}", "num_rounds": "{} rounds"}
     others = [
-        f"{name} {value}"
+        words.get(name, name + " {}").format(value)
         for name, value in settings["purification"].items()
         if name not in aside and value != usual[name]
     ]

@@ -154,7 +154,7 @@ def test_a_line_of_the_strength_figure_is_one_way_of_purifying():
 
     assert way() == way(diffusion_steps=60, num_inference_steps=6) == ""
     assert way("unconditional+corruption") == "unconditional+corruption"
-    assert way(num_rounds=8, pixel_guidance_scale=30.0) == "num_rounds 8, pixel_guidance_scale 30.0"
+    assert way(num_rounds=8, pixel_guidance_scale=30.0) == "8 rounds, pixel_guidance_scale 30.0"
 
 
 def test_pictures_of_several_sets(measured, source, monkeypatch, tmp_path):

@@ -117,7 +117,7 @@ def test_no_two_lines_look_alike(drawn):
     figure = drawn("strength", found)
     labels, looks = legend_of(figure), looks_of(figure)
     assert len(labels) == len(set(labels)) == len(set(looks)) == 15
-    assert {"clean, not purified", "LSP, not purified", "LSP, num_rounds 13"} <= set(labels)
+    assert {"clean, not purified", "LSP, not purified", "LSP, 13 rounds"} <= set(labels)
     # The dotted line of clean images shares its colour with no line of a poison.
     colour = dict(zip(labels, looks))
     assert colour["clean, not purified"][0] != colour["LSP, not purified"][0] == colour["LSP"][0]
@@ -150,9 +150,9 @@ def test_evaluations_are_those_of_all_rounds_and_draws(drawn):
         for container in figure.axes[0].containers
     }
     assert lines == {
-        "LSP, diffusion_steps 30, num_rounds 2": ([2, 6, 60], [50.0, 60.0, 70.0]),
-        "LSP, diffusion_steps 30, coloured noise, corner 8": ([3], [40.0]),
-        "LSP, diffusion_steps 30, num_rounds 2, 4 draws": ([16], [80.0]),
+        "LSP, T_p 30, 2 rounds": ([2, 6, 60], [50.0, 60.0, 70.0]),
+        "LSP, T_p 30, coloured noise, corner 8": ([3], [40.0]),
+        "LSP, T_p 30, 2 rounds, 4 draws": ([16], [80.0]),
     }
     with pytest.raises(SystemExit, match="'again' and 'b' against 'lsp', both with evaluations 6 on one line"):
         drawn("evaluations", [*found, *cell("again", 0.6, [3, 3])])
@@ -171,7 +171,7 @@ def test_scales_of_guides_are_a_field_each(drawn):
     assert field == {(0, 0): "65.0", (1, 0): "50.0", (0, 1): "40.0", (1, 1): "n.m."}
     assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "30000"]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "60"]
-    assert axis.get_title() == "LSP: test accuracy (%)\ndiffusion_steps 30\nnum_rounds 4"
+    assert axis.get_title() == "LSP: test accuracy (%)\nT_p 30\n4 rounds"
     # A victim that trains otherwise has a panel of its own, if it has several fields.
     one_more = guided("d", [0.9], 0.0, 0.0, countermeasure="unconditional+corruption")
     assert len(drawn("scales", [*found, *one_more]).axes) == 1
@@ -179,7 +179,7 @@ def test_scales_of_guides_are_a_field_each(drawn):
         drawn("scales", [*found, *guided("again", [0.5], 3e4, 0.0)])
     with pytest.raises(
         SystemExit,
-        match="fields of one panel, LSP, diffusion_steps 30, num_rounds 4, with purifier 'digest' and 'other'",
+        match="fields of one panel, LSP, T_p 30, 4 rounds, with purifier 'digest' and 'other'",
     ):
         drawn("scales", [*found, *guided("e", [0.5], 1e4, 0.0, purifier="other")])
     with pytest.raises(SystemExit, match="no way of purifying at two scales"):
