@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eval.tables import Measured, grid_table, poison_table, roles_table
@@ -65,6 +66,20 @@ def test_what_is_said_of_compensation_is_on_record():
     for record in records_of("compensation_cifar10_mini") + records_of("guides_cifar10_mini"):
         if not record["settings"]["column"].startswith("eclipse"):  # only in the table
             assert f"{100 * record['value']:.1f}" in text, record["settings"]["column"]
+
+
+def test_what_is_said_of_jcdp_on_test_images_is_on_record():
+    measured = Measured(records_of("countermeasures_cifar10_mini"))
+    text = README[
+        README.index("On test images and over three seeds") : README.index("How much purification is enough")
+    ]
+    text = " ".join(text.split())
+    for column in ("jcdp+corruption", "unconditional+corruption"):
+        for poison in ("lsp", "emn", "tap"):
+            values = measured.accuracies("cifar10", poison, column)
+            assert len(values) == 3 and f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in text
+    plain = [measured.accuracies("cifar10", poison, "jcdp")[0] for poison in ("lsp", "emn", "tap")]
+    assert "{:.1f}, {:.1f} and {:.1f}".format(*plain) in text
 
 
 def test_what_is_said_of_combinations_and_evaluations_is_on_record():
