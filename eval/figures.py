@@ -446,7 +446,10 @@ def main() -> None:
         add_arguments(figure)
         figure.set_defaults(draw=draw)
     args = parser.parse_args()
-    args.draw(args)
+    try:
+        args.draw(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"figures: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

@@ -21,7 +21,11 @@ def main() -> None:
         options = roles + options
     both = argparse.ArgumentParser(description=parser.description, parents=[parser])
     score.add_arguments(both)
-    score.run(both.parse_args(options))
+    args = both.parse_args(options)
+    try:
+        score.run(args)
+    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
+        raise SystemExit(f"score: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

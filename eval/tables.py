@@ -58,6 +58,7 @@ COLUMNS = {
     "fast-autoaugment": "Fast AutoAugment",
     "random-noise": "random noise",
     "jcdp": "JCDP",
+    "jcdp, 8 rounds of 2": "JCDP, 8 rounds of 2",
     "jcdp+corruption": "JCDP, then corruption",
     "unconditional": "diffusion without guide",
     "unconditional, 4 draws": "diffusion without guide, 4 draws",

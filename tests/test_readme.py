@@ -78,7 +78,7 @@ def test_what_is_said_of_jcdp_on_test_images_is_on_record():
         for poison in ("lsp", "emn", "tap"):
             values = measured.accuracies("cifar10", poison, column)
             assert len(values) == 3 and f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in text
-    plain = [measured.accuracies("cifar10", poison, "jcdp")[0] for poison in ("lsp", "emn", "tap")]
+    plain = [measured.accuracies("cifar10", poison, "jcdp, 8 rounds of 2")[0] for poison in ("lsp", "emn", "tap")]
     assert "{:.1f}, {:.1f} and {:.1f}".format(*plain) in text
 
 
