@@ -26,6 +26,7 @@ from jcdp_diffusers import countermeasures, poisons, victims
 from jcdp_diffusers.allocation import keep_freed_memory
 from jcdp_diffusers.audit import plan_for
 from jcdp_diffusers.cells import Cell, claims_folder, describe_images, measure_cells
+from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.data_checks import ROLES, check_separation, check_sets, few_of_each_class
@@ -437,7 +438,7 @@ def main() -> None:
     state = PartialState()
     launched = state.num_processes > 1
     processes = args.processes or (1 if launched else len(os.sched_getaffinity(0)))
-    try:
+    with ends_in_one_sentence("benchmark"):
         grid = read_grid(args.grid, protocol=args.protocol, roles=args.roles, seeds=args.seeds)
         cells = run_grid(
             grid,
@@ -447,8 +448,6 @@ def main() -> None:
             progress=state.is_main_process,
             say=state.print,
         )
-    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
-        raise SystemExit(f"benchmark: {' '.join(str(error).split())}") from error
     state.print(
         f"{len(cells)} cells on record: python eval/tables.py grid --records {Path(args.output)}/records.jsonl"
     )

@@ -15,6 +15,7 @@ import numpy as np
 # A script is started with its own folder alone on the path, and a package has its own name for what is beside it.
 sys.path.append(str(Path(__file__).parents[1]))
 from eval.tables import Key, Measured, identity, read_all, refuse_differences
+from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.poisons.protect import read_card
 from jcdp_diffusers.purification_config import PurificationConfig
@@ -446,10 +447,8 @@ def main() -> None:
         add_arguments(figure)
         figure.set_defaults(draw=draw)
     args = parser.parse_args()
-    try:
+    with ends_in_one_sentence("figures"):
         args.draw(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"figures: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

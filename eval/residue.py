@@ -19,6 +19,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parents[1]))
 from eval.figures import line_style, pyplot
 from jcdp_diffusers.cells import describe_images
+from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.poisons.protect import read_card
 from jcdp_diffusers.results import append_record
@@ -104,7 +105,7 @@ def same_rows(data: LabelledImages, ids: tuple[str, ...], name: str) -> np.ndarr
     """The images of these ids, in their order."""
     rows = {id_: row for row, id_ in enumerate(data.ids)}
     if missing := [id_ for id_ in ids if id_ not in rows]:
-        raise SystemExit(f"residue: {name} lacks the image {missing[0]!r}, but all sets must have the same ids.")
+        raise ValueError(f"{name} lacks the image {missing[0]!r}, but all sets must have the same ids.")
     return data.images[[rows[id_] for id_ in ids]]
 
 
@@ -118,6 +119,12 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="JSON Lines file of records")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
+    with ends_in_one_sentence("residue"):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """A record per purified set, and the picture of all."""
     protected = load_images(args.protected)
     protected = protected.subset(range(min(args.images, len(protected))))
     clean = same_rows(load_images(args.clean, split=args.split), protected.ids, "clean")

@@ -8,6 +8,7 @@ All options of `jcdp score`, which does the same for two data sets, may be added
 import argparse
 
 from jcdp_diffusers import score
+from jcdp_diffusers.cli import ends_in_one_sentence
 
 
 def main() -> None:
@@ -22,10 +23,8 @@ def main() -> None:
     both = argparse.ArgumentParser(description=parser.description, parents=[parser])
     score.add_arguments(both)
     args = both.parse_args(options)
-    try:
+    with ends_in_one_sentence("score"):
         score.run(args)
-    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
-        raise SystemExit(f"score: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

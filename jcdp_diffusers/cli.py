@@ -1,8 +1,10 @@
 """`jcdp quickstart | poison | purify | score | audit`: parse, call, print."""
 
 import argparse
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 
 from .allocation import keep_freed_memory
 
@@ -16,6 +18,24 @@ COMMANDS = {
     "score": ("jcdp_diffusers.score", "train victims on one data set and test them on another"),
     "audit": ("jcdp_diffusers.audit", "find out whether a protection survives purification"),
 }
+
+
+# What a user, a file or a machine can cause; anything else is a defect of ours and keeps its traceback.
+FAILURES = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError)
+
+
+def sentence(command: str, error: Exception) -> str:
+    """What a command says of a failure, in one line."""
+    return f"{command}: {' '.join(str(error).split())}"
+
+
+@contextlib.contextmanager
+def ends_in_one_sentence(script: str) -> Iterator[None]:
+    """For scripts: a failure in the block ends the process with `sentence` on stderr and exit code 1."""
+    try:
+        yield
+    except FAILURES as error:
+        raise SystemExit(sentence(script, error)) from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,8 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jcdp: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
-        print(f"jcdp {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+    except FAILURES as error:
+        print(sentence(f"jcdp {args.command}", error), file=sys.stderr)
         return 1
     return 0
 

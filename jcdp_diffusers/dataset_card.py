@@ -4,6 +4,7 @@ from collections import Counter
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from .noise import colour_in_words
 from .purification_config import PurificationConfig
 from .run_record import PACKAGES_OF_PIXELS
 
@@ -90,7 +91,6 @@ def dataset_card(run: dict, summary: dict, title: str) -> DatasetCard:
         configs=[{"config_name": "default", "data_files": [{"split": split, "path": f"{split}-*.parquet"}]}],
     )
     reasons = "; ".join(f"{count:,} {reason}" for reason, count in summary["reasons"].items())
-    corner = settings.get("noise_corner")
     body = _BODY.format(
         title=title,
         source=run["source"]["name"],
@@ -115,7 +115,7 @@ def dataset_card(run: dict, summary: dict, title: str) -> DatasetCard:
         num_rounds=settings["num_rounds"],
         pixel_guidance_scale=settings["pixel_guidance_scale"],
         perceptual_guidance_scale=settings["perceptual_guidance_scale"],
-        colour=f"; noise of corner frequency {corner:g} cycles per image" if corner else "",
+        colour=colour_in_words(settings.get("noise_corner")),
         sizes_rule=_RULES[sizes["fit"]].format(size=sizes["image_size"], overlap=sizes["tile_overlap"]),
     )
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n{body}")

@@ -1,5 +1,5 @@
 """
-Standard normal noise as a pure function of (seed, image id, round, step, use).
+Standard normal noise as a pure function of (seed, image id, round, step, use), and its colour.
 
 An image's noise does not depend on its batch, its shard, the process that draws it or what was drawn before, which is
 what makes a purified image reproducible alone and a killed run resumable to the same bits. The generator is
@@ -8,6 +8,8 @@ on any device; the normal transform is Box and Muller's.
 
 Key and counter of one image: blake2b of its id, keyed by the seed, gives 96 bits, of which 64 are Philox's key and 32
 the counter's last word; the other words hold the position within the image, the step, and round and use.
+
+`coloured` turns white noise, from here or from a generator, into the noise that some purifiers are trained to remove.
 """
 
 import hashlib
@@ -132,6 +134,11 @@ def checked_corner(corner: float) -> float:
     if not isinstance(corner, Real) or isinstance(corner, bool) or not 0 <= corner <= 1000:
         raise ValueError(f"noise_corner is {corner!r}, but must be a number from 0 to 1000, in cycles per image.")
     return float(corner)
+
+
+def colour_in_words(corner: float | None) -> str:
+    """A clause for reports and cards, to follow others; empty for white noise, which is a DDPM's own."""
+    return f", noise of corner frequency {corner:g} cycles per image" if corner else ""
 
 
 def _spectrum(images: torch.Tensor, corner: float) -> torch.Tensor:

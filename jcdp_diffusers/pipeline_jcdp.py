@@ -117,8 +117,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         pipe = super().from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, JointConditionalPurificationPipeline):
             pipe.purification_config = pipeline.purification_config
-        elif (folder := Path(pipeline.config.get("_name_or_path") or "nowhere")).is_dir():
-            pipe.purification_config = PurificationConfig.from_pretrained(folder)
+        elif (origin := pipeline.config.get("_name_or_path")) and Path(origin).is_dir():
+            pipe.purification_config = PurificationConfig.from_pretrained(origin)
         return pipe
 
     def save_pretrained(
@@ -489,14 +489,12 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
     def check_colour(self, config: PurificationConfig, height: int, width: int) -> None:
         """Refuse images in which coloured noise is not what the network was trained on: it is per image, not pixel."""
         size = self.unet.config.sample_size
-        size = (size, size) if isinstance(size, int) else size and tuple(size)
-        if config.noise_corner and (height, width) != size:
+        size = (size, size) if isinstance(size, int) else size
+        if config.noise_corner and (size is None or (height, width) != tuple(size)):
+            trained = "none, for its unet's sample_size is None," if size is None else f"{size[0]}x{size[1]}"
             raise ValueError(
                 f"images are {height}x{width}, but this purifier's noise_corner ({config.noise_corner:g} cycles per "
-                f"image) goes with the size that it was trained on alone: {size[0]}x{size[1]} is accepted."
-                if size
-                else f"sample_size of the unet is None, but with noise_corner ({config.noise_corner:g}) it must say "
-                "which size it was trained on."
+                f"image) goes with the size that it was trained on alone: {trained} is accepted."
             )
 
     def prepare_scheduler(self, config: PurificationConfig, round_index: int = 0) -> DDPMScheduler:
@@ -508,7 +506,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         scheduler.set_timesteps(timesteps=[round(steps * (1 - k / evaluations)) - 1 for k in range(evaluations)])
         return scheduler
 
-    def prepare_noise(self, shape, count, seed, ids, generator, device, corner=0.0) -> Callable:
+    def prepare_noise(self, shape, count, seed, ids, generator, device, corner) -> Callable:
         """
         From (rows, round, step, use) to noise for those rows; rows behind the last image get zeros or a key of their
         own.

@@ -23,6 +23,7 @@ from . import poisons
 from .allocation import keep_freed_memory
 from .data import LabelledImages, check_roles, load_images, to_uint8, write_dataset
 from .dataset_card import SUMMARY_NAME
+from .noise import colour_in_words
 from .placement import open_purifier
 from .purification_config import PurificationConfig
 from .purify import purify_dataset
@@ -395,7 +396,7 @@ def write_report(output_dir: Path, story: Telling, norms: dict, settings: dict) 
         if lost > 0.02
         else f"The protection did not work here (it costs {100 * lost:.1f} points), so purification proves nothing."
     )
-    guide, corner = guides_in_words(story.purification), story.training.noise_corner
+    guide = guides_in_words(story.purification)
     report = {
         "telling": story.name,
         **{f"{row}_accuracy": accuracy[row]["values"] for row in ROWS},
@@ -425,8 +426,8 @@ def write_report(output_dir: Path, story: Telling, norms: dict, settings: dict) 
         f"Poison: LSP as published, mean L2 norm {norms['l2_mean']:.3f} after rounding to 8 bits, largest change "
         f"{norms['linf']:.0f}/255.",
         f"Purifier: `{story.unet}`, {story.training.max_train_steps} steps of {story.training.train_batch_size} on "
-        f"{story.sizes[1]} collected images that are neither protected nor tested"
-        + (f", noise of corner frequency {corner:g} cycles per image." if corner else "."),
+        f"{story.sizes[1]} collected images that are neither protected nor "
+        f"tested{colour_in_words(story.training.noise_corner)}.",
         f"Purification: T_p {story.purification.diffusion_steps}, {story.purification.num_rounds} "
         f"round{'s' * (story.purification.num_rounds > 1)}, {story.purification.evaluations_per_image} UNet "
         f"evaluations per image, {guide}.",

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .data import FEW, LabelledImages
+from .noise import colour_in_words
 
 
 COLOURS = {"clean": "#2f6f4f", "protected": "#b3261e", "purified": "#1f5fa8"}
@@ -179,7 +180,6 @@ def settings_said(report: dict) -> list[tuple[str, str]]:
             f"{training['trained_timesteps'][0]} to {training['trained_timesteps'][1] - 1}, "
             f"{seconds_said(training['seconds'])} on {training['device']}"
         )
-    corner = purification.get("noise_corner")
     guides = ", ".join(
         f"{name} guide {purification[f'{name}_guidance_scale']:g}"
         for name in ("pixel", "perceptual")
@@ -192,7 +192,7 @@ def settings_said(report: dict) -> list[tuple[str, str]]:
             f"T_p {purification['diffusion_steps']}, {purification['num_rounds']} "
             f"round{'s' * (purification['num_rounds'] > 1)}, "
             f"{purification['evaluations_per_image']} network evaluations per image, {guides or 'no guide'}"
-            + (f", noise of corner frequency {corner:g} cycles per image" if corner else ""),
+            + colour_in_words(purification.get("noise_corner")),
         ),
         (
             "Victims",
