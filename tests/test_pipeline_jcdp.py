@@ -394,6 +394,12 @@ class TestMethod:
         expected = DDPMScheduler(variance_type="fixed_large")._get_variance(2) * times_covariance(gradient, 8.0)
         torch.testing.assert_close(seen[900.0, 0] - seen[0.0, 0], expected, rtol=1e-3, atol=1e-6)
 
+    def test_coloured_noise_needs_to_know_the_size_that_was_trained(self, plain):
+        plain.purification_config = PurificationConfig(noise_corner=8.0)
+        plain.unet.register_to_config(sample_size=None)
+        with pytest.raises(ValueError, match="alone: none, for its unet's sample_size is None, is accepted"):
+            plain(photos(1), seed=0)
+
     def test_a_generator_gives_coloured_noise_too(self, plain):
         plain.purification_config = PurificationConfig(noise_corner=8.0)
         draw = plain.prepare_noise((16, 3, 32, 32), 16, None, None, torch.Generator().manual_seed(0), "cpu", 8.0)

@@ -1,5 +1,6 @@
 """What README.md says is what the records say, and what it names exists."""
 
+import json
 import re
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def test_what_is_said_of_jcdp_on_test_images_is_on_record():
             assert len(values) == 3 and f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in text
     plain = [measured.accuracies("cifar10", poison, "jcdp, 8 rounds of 2")[0] for poison in ("lsp", "emn", "tap")]
     assert "{:.1f}, {:.1f} and {:.1f}".format(*plain) in text
+
+
+def test_what_is_said_of_bfloat16_and_of_the_audit_is_on_record():
+    float32 = json.loads((ROOT / "results/score_float32_purification.json").read_text())["accuracy"]
+    said = f"in float32 victims get {100 * float32['mean']:.1f} ± {100 * float32['std']:.1f} %"
+    assert said in " ".join(README.split())
+    folder = ROOT / "results/audit_cifar10_mini"
+    report = json.loads((folder / "report.json").read_text())
+    measured = [r["value"] for r in read_records(folder / "records.jsonl") if r["what"] == "accuracy"]
+    told = [value for row in report["rows"] for value in row["accuracy"]["values"]]
+    assert len(told) == 15 and sorted(told) == sorted(measured)
+    assert report["verdict"]["sentence"] in (folder / "report.md").read_text()
 
 
 def test_what_is_said_of_combinations_and_evaluations_is_on_record():
