@@ -29,7 +29,7 @@ from jcdp_diffusers.cells import Cell, claims_folder, describe_images, measure_c
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, load_images
-from jcdp_diffusers.data_checks import ROLES, check_separation, check_sets, few_of_each_class
+from jcdp_diffusers.data_checks import ROLES, check_separation, check_sets, check_trained_on, few_of_each_class
 from jcdp_diffusers.perceptual import LPIPSModel
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.poisons.control import shuffled
@@ -46,6 +46,7 @@ from jcdp_diffusers.victims.supervised import RECIPES, Recipe
 
 DIGITS = (900, 500, 397)
 SMOKE_IMAGES = 200
+UNKNOWN = "unknown"  # the roles of records whose purifier may have seen any image
 CONTROL = "-control"
 TRUNKS = ("alex", "vgg", "squeeze")  # of lpips
 SMOKE_PURIFICATION = PurificationConfig(diffusion_steps=20, num_inference_steps=2)
@@ -94,7 +95,8 @@ class Grid:
         victims (`list`), width (`int`), seeds (`list`): Of the victims.
         poison_preset (`str`), poison_seed (`int`): See `poisons.settings`.
         roles (`str`): `disjoint`; or `paper`, where the test images train the purifier.
-        purifier (`str`): Folder or Hub id; else one is trained on the collected images.
+        purifier (`str`): Folder or Hub id; else one is trained on the collected images. If it does not list what it
+            was trained on (`jcdp_diffusers.trained_on`), its records have roles `unknown` and their own table.
         unet (`str`), training (`dict`): Of the purifier that is trained, instead of what suits images and device;
             `training` holds fields of `TrainingConfig`.
         perceptual (`str`): The perceptual network that goes with a purifier trained here: `alex`, `vgg` or `squeeze`
@@ -257,6 +259,12 @@ def run_grid(
     data_name, clean, collected, test = load_roles(grid)
     check_sets({"protected": clean, "test": test}, {"collected": collected})
     check_separation(clean, collected, test, None, roles=grid.roles)
+    roles = grid.roles
+    if grid.purifier is not None:
+        own = {"protected": clean, "test": test}
+        if check_trained_on(grid.purifier, own, roles=roles) is None:
+            roles = UNKNOWN
+            say(f"{grid.purifier} does not list the images that trained it: its cells get the roles {roles!r}.")
     say(f"{grid.name}: {len(clean)} images to protect, {len(collected)} collected, {len(test)} for the test")
 
     with Claims(claims_folder(records)) as claims:
@@ -282,7 +290,7 @@ def run_grid(
                 for title, column in columns.items():
                     about = facts | {"poison": poison, "column": title, **poison_facts}
                     if column.needs_purifier:
-                        about |= {"roles": grid.roles}
+                        about |= {"roles": roles}
                     if column.collected is not None:
                         about |= {"collected_count": column.collected}
                     cells.append(

@@ -14,7 +14,7 @@ import numpy as np
 
 # A script is started with its own folder alone on the path, and a package has its own name for what is beside it.
 sys.path.append(str(Path(__file__).parents[1]))
-from eval.tables import Key, Measured, identity, read_all, refuse_differences
+from eval.tables import ROLES_SAID, Key, Measured, identity, read_all, refuse_differences
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.poisons.protect import read_card
@@ -370,7 +370,7 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
     parser.add_argument("--dataset", help="as records call it; the only one if not given")
     parser.add_argument("--victim", default="resnet18")
-    parser.add_argument("--roles", choices=("disjoint", "paper"), default="disjoint")
+    parser.add_argument("--roles", choices=tuple(ROLES_SAID), default="disjoint")
     parser.add_argument("--smoke", action="store_true", help="records of smoke runs, which mean nothing")
 
 
@@ -420,7 +420,7 @@ def finish(figure, axes, args: argparse.Namespace) -> None:
 def save(figure, args: argparse.Namespace) -> None:
     """Notes and file."""
     notes = ["smoke run: no figure means anything"] if args.smoke else []
-    notes += ["roles as in the paper: the purifier has seen the test images"] if args.roles == "paper" else []
+    notes += [] if args.roles == "disjoint" else [ROLES_SAID[args.roles].strip("*.")]
     if notes:
         figure.suptitle("; ".join(notes), fontsize=8, y=1.03)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)

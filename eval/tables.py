@@ -25,6 +25,11 @@ from jcdp_diffusers.results import read_records
 
 NOT_MEASURED = "n.m."
 OF_THE_FIGURES = "Test accuracy in % after the last epoch, mean ± standard deviation over seeds."
+ROLES_SAID = {
+    "disjoint": "Roles disjoint: the purifier has seen neither protected nor test images.",
+    "paper": "**Roles as in the paper: the purifier has been trained on the test images.**",
+    "unknown": "**Nobody knows whether the purifier has seen protected or test images: it does not list its own.**",
+}
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 POISONS = {
     "emn": "EMN",
@@ -471,12 +476,7 @@ def _scale_in_words(settings: Mapping) -> str:
 
 def caption(measured: Measured) -> str:
     """What the figures are, in front of every table."""
-    roles = (
-        "Roles disjoint: the purifier has seen neither protected nor test images."
-        if measured.roles == "disjoint"
-        else "**Roles as in the paper: the purifier has been trained on the test images.**"
-    )
-    return f"Ours: {'; '.join(measured.scales)}. {roles} {OF_THE_FIGURES}"
+    return f"Ours: {'; '.join(measured.scales)}. {ROLES_SAID[measured.roles]} {OF_THE_FIGURES}"
 
 
 def caption_of_roles(measured: Measured) -> str:
@@ -531,7 +531,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
     parser.add_argument("kind", choices=("grid", "poisons", "paper", "roles"))
     parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
-    parser.add_argument("--roles", choices=("disjoint", "paper"), help="disjoint by default; the table roles has both")
+    parser.add_argument("--roles", choices=tuple(ROLES_SAID), help="disjoint by default; the table roles has both")
     parser.add_argument("--victim", default="resnet18")
     parser.add_argument(
         "--table", help="print only the tables with this title, or with this before its comma: 'Table 1'"

@@ -32,6 +32,7 @@ from .data_checks import (
     check_purifier,
     check_separation,
     check_sets,
+    check_trained_on,
     describe_noise,
     describe_set,
     few_of_each_class,
@@ -111,7 +112,8 @@ def audit(
         protected: The protected images with their labels; like the next three, whatever `data.load_images` takes.
         test: Clean labelled images of the same classes, none of which is protected.
         collected: Unprotected images like the protected ones, without need of labels, that train the purifier. May be
-            left out where a purifier is given, and is then not compared with the other sets.
+            left out where a purifier is given; what that was trained on is looked up in its repository
+            (`data_checks.check_trained_on`), or unknown and among the report's limits.
         clean (*optional*): The originals of the protected images, under the same ids. Without them nobody can say how
             much the protection takes away.
         purifier (`str` or `os.PathLike`, *optional*): Folder or Hub id; trained on `collected` if not given.
@@ -177,6 +179,9 @@ def audit(
         clean = sets["clean"] = match_originals(clean, protected)
     if purifier is None:
         plan = plan or plan_for(collected, device, recipe.smoke)
+        listed = len(collected)
+    else:
+        listed = check_trained_on(purifier, labelled, roles=roles)
     begun = {
         "smoke": recipe.smoke,
         "seed": seed,
@@ -286,6 +291,7 @@ def audit(
             "training": training and _training_facts(training),
             "train_seconds": training["seconds"] if training else None,
             "trained_here": trained_here,
+            "trained_on": listed,
         },
         "purification": as_settings(config) | {"evaluations_per_image": config.evaluations_per_image},
         "victims": {
@@ -298,7 +304,7 @@ def audit(
             name: {"source": measure.source, "cost": measure.cost, "settings": dict(measure.settings)}
             for name, measure in ((name, _as_done(name, measure, config)) for name, measure in measures.items())
         },
-        "limits": _limits(judged, sets, roles, trained_here, training, attacks, seeds, victim),
+        "limits": _limits(judged, sets, roles, listed, trained_here, training, attacks, seeds, victim),
         "command": command or "jcdp_diffusers.audit.audit(...) with the settings above",
         "device": found[0]["device"],
         "packages": package_versions(),
@@ -546,7 +552,7 @@ def _shortcut_said(result: dict) -> str:
     return f"{said}: {'the protection is a shortcut' if result['found'] else 'no shortcut that it can see'}."
 
 
-def _limits(judged, sets, roles, trained_here, training, attacks, seeds, victim) -> list[str]:
+def _limits(judged, sets, roles, listed, trained_here, training, attacks, seeds, victim) -> list[str]:
     """What the figures do not say."""
     test = sets["test"]
     error = 100 * 1.96 * np.sqrt(0.25 / len(test))
@@ -570,10 +576,15 @@ def _limits(judged, sets, roles, trained_here, training, attacks, seeds, victim)
             "Roles as in the paper: the purifier has been trained on the very test images that score the victims. "
             "Such figures are for comparison with the paper and not with those of disjoint roles."
         )
-    if "collected" not in sets:
+    if listed is None:
         limits.append(
-            "The images that trained the purifier were not given: whether it has seen originals of protected images "
-            "or test images is not known."
+            "The purifier's repository does not list the images that trained it (trained_on.json): whether it has "
+            "seen originals of protected images or test images is not known."
+        )
+    elif not trained_here and "clean" not in sets:
+        limits.append(
+            f"The purifier was trained on none of the test images, by the list of {listed} images in its repository; "
+            "whether originals of protected images are among them is not known without these originals."
         )
     if trained_here and training:
         limits.append(

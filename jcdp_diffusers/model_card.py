@@ -22,6 +22,7 @@ REPOSITORY_FILES = (
     "scheduler/scheduler_config.json",
     "purification_config.json",
     "training_record.json",
+    "trained_on.json",
     "perceptual/*",
 )
 

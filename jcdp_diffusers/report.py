@@ -200,12 +200,19 @@ def settings_said(report: dict) -> list[tuple[str, str]]:
             f"batch {recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, {recipe['schedule']}), seeds "
             f"{', '.join(map(str, victims['seeds']))}; last epoch, test images never altered",
         ),
-        ("Roles", "disjoint" if report["roles"] == "disjoint" else "paper: the purifier has seen the test images"),
+        ("Roles", _roles_said(report["roles"], purifier["trained_on"])),
         ("Device", report["device"]),
     ]
     said += [(f"`{name}`", f"{facts['source']}; cost: {facts['cost']}") for name, facts in report["attacks"].items()]
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items() if version)
     return [*said, ("Versions", packages)]
+
+
+def _roles_said(roles: str, trained_on: int | None) -> str:
+    if trained_on is None:
+        return f"{roles}, as far as the purifier is believed: it does not list the images that trained it"
+    listed = f"the purifier was trained on {trained_on} images,"
+    return f"disjoint: {listed} none of the test" if roles == "disjoint" else f"paper: {listed} test images among them"
 
 
 def seconds_said(seconds: float) -> str:

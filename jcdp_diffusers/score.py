@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import countermeasures, victims
 from .countermeasures.purifiers import check_purifier_suits
 from .data import LabelledImages, find_overlap, load_images
-from .data_checks import check_sets
+from .data_checks import check_sets, check_trained_on
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .results import as_settings, code_version, package_versions
 from .victims.supervised import RECIPES, Recipe, VictimResult, train_victim
@@ -93,6 +93,8 @@ def score(
         given = isinstance(purifier, JointConditionalPurificationPipeline)
         pipe = purifier if given else JointConditionalPurificationPipeline.from_pretrained(purifier)
         check_purifier_suits(measure, pipe, purification, train)
+        if not given:
+            check_trained_on(purifier, {"train": train, "test": test}, roles="disjoint")
     width = recipe.width if width is None else width
     request = {
         "victim": victim,

@@ -45,6 +45,7 @@ from .model_card import RECORD_NAME, write_card
 from .noise import coloured
 from .purification_config import PurificationConfig
 from .results import LATER, package_versions
+from .trained_on import image_digests, trained_on, write_trained_on
 from .training_config import FREE_SETTINGS, TrainingConfig
 from .training_images import BatchLayout, ImageFiles, micro_batches, normalize
 
@@ -71,7 +72,8 @@ def train_purifier(
         unet (`UNet2DModel`): Trained in place; holds the averaged weights at the end.
         scheduler (`DDPMScheduler`): The forward process; its configuration goes into the repository unchanged.
         output_dir (`str` or `os.PathLike`): The repository: weights, scheduler, `purification_config.json`,
-            `training_record.json` and the card `README.md`; beside them `checkpoint-<step>` and `grids`.
+            `training_record.json`, the card `README.md` and, where all images that the network ever saw are known,
+            `trained_on.json`; beside them `checkpoint-<step>` and `grids`.
         validation_images (`LabelledImages`, *optional*): Held out, for the denoising loss and the grids.
         base_model (`str`, *optional*): Hub id or folder that the network came from, for record and card.
         data_description (`dict`, *optional*): Where the images came from, for record and card: `source`, `split`,
@@ -221,6 +223,10 @@ class _Run:
         self.data = {"num_images": len(self.images), **(data_description or {})}
         if self.validation_images is not None:
             self.data["num_validation_images"] = len(self.validation_images)
+        before = frozenset() if base_model is None else trained_on(base_model)
+        # Of squares cut anew at each visit there is no list.
+        known = before is not None and isinstance(self.images, LabelledImages)
+        self.trained_on = before.union(image_digests(self.images.images)) if known else None
 
     def train(self, progress: bool) -> None:
         config, accelerator = self.config, self.accelerator
@@ -426,6 +432,7 @@ class _Run:
                 trained_timesteps=self.timesteps,
                 noise_corner=self.config.noise_corner,
             ).save_pretrained(self.output_dir)
+            write_trained_on(self.output_dir, self.trained_on)
             (self.output_dir / RECORD_NAME).write_text(json.dumps(self._record(), indent=2) + "\n")
             write_card(self.output_dir)
         self.accelerator.wait_for_everyone()

@@ -20,6 +20,7 @@ from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.poisons import apply_perturbation, get
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
+from jcdp_diffusers.trained_on import image_digests, write_trained_on
 
 
 def digits(rows) -> LabelledImages:
@@ -177,8 +178,43 @@ def test_without_clean_images_and_with_a_purifier_given(folders, audited, tmp_pa
     assert [row["row"] for row in report["rows"]] == ["protected", "purified"]
     assert report["verdict"]["regained_share"] is None and report["data"]["noise"] is None
     limits = " ".join(report["limits"])
-    assert "No clean originals were given" in limits and "images that trained the purifier were not given" in limits
-    assert not report["purifier"]["trained_here"]
+    assert "No clean originals were given" in limits
+    collected = len(load_images(folders["collected"]))
+    assert f"none of the test images, by the list of {collected} images" in limits
+    assert not report["purifier"]["trained_here"] and report["purifier"]["trained_on"] == collected
+
+
+@pytest.mark.parametrize("role", ["protected", "test", "clean"])
+def test_a_given_purifier_that_has_seen_what_it_must_not_is_refused(folders, audited, tmp_path, capsys, role):
+    """Nobody says so on the command line: it is found in the list beside the weights."""
+    purifier = shutil.copytree(audited / "purifier", tmp_path / "purifier")
+    data = load_images(folders[role])
+    write_trained_on(purifier, image_digests(data.images[3:5]))
+    asked = command(folders, tmp_path / "out", "--purifier", str(purifier), roles=("protected", "test", "clean"))
+    assert main(asked) == 1
+    said = capsys.readouterr().err
+    assert f"was trained on 2 of the {len(data)} {role} images, the first {data.ids[3]!r}" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_roles_of_the_paper_need_a_purifier_that_has_seen_test_images(folders, audited, tmp_path, capsys):
+    purifier = shutil.copytree(audited / "purifier", tmp_path / "purifier")
+    asked = ("--purifier", str(purifier), "--roles", "paper")
+    assert main(command(folders, tmp_path / "out", *asked, roles=("protected", "test"))) == 1
+    assert "was trained on none of the test images" in capsys.readouterr().err
+    write_trained_on(purifier, image_digests(load_images(folders["test"]).images))
+    assert main(command(folders, tmp_path / "out", *asked, roles=("protected", "test"))) == 0
+    assert "test images among them" in (tmp_path / "out/report.md").read_text()
+
+
+def test_a_purifier_without_a_list_of_its_images_is_a_limit_of_the_report(folders, audited, tmp_path):
+    purifier = shutil.copytree(audited / "purifier", tmp_path / "purifier")
+    (purifier / "trained_on.json").unlink()
+    assert main(command(folders, tmp_path / "out", "--purifier", str(purifier))) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["purifier"]["trained_on"] is None
+    assert any("does not list the images that trained it" in limit for limit in report["limits"])
+    assert "as far as the purifier is believed" in (tmp_path / "out/report.md").read_text()
 
 
 def test_a_smoke_run_purifies_in_seconds_whatever_the_purifier_asks_for(folders, audited, tmp_path):

@@ -102,6 +102,7 @@ REPORT = {
         },
         "train_seconds": 100.0,
         "trained_here": True,
+        "trained_on": 500,
     },
     "purification": {
         "diffusion_steps": 60,

@@ -72,7 +72,8 @@ def test_output_is_a_plain_ddpm_repository(tmp_path):
     scheduler = DDPMScheduler(50, beta_schedule="squaredcos_cap_v2", variance_type="fixed_large", clip_sample=False)
     folder = train(tmp_path, scheduler=scheduler, trained_timesteps=(0, 20))
     assert {path.name for path in folder.iterdir()} == {
-        "model_index.json", "unet", "scheduler", "purification_config.json", "training_record.json", "README.md",
+        "model_index.json", "unet", "scheduler", "purification_config.json", "training_record.json", "trained_on.json",
+        "README.md",
     }  # fmt: skip
     pipe = DDPMPipeline.from_pretrained(folder)
     assert json.loads((folder / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDPMScheduler"]

@@ -15,6 +15,7 @@ from eval import benchmark, figures, tables
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
+from jcdp_diffusers.trained_on import image_digests, write_trained_on
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +252,28 @@ def test_a_purifier_of_another_size_is_refused(source, tmp_path):
     grid = benchmark.read_grid(grid_file(tmp_path, source, purifier=str(tmp_path / "purifier")))
     with pytest.raises(ValueError, match="purifier was trained on 16x16 pixels, but these images have 8x8"):
         benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
+
+
+def test_a_purifier_is_not_believed_to_have_seen_no_test_image(source, tmp_path, monkeypatch, capsys):
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    changes = {"purifier": str(tmp_path / "purifier"), "poisons": ["none"], "seeds": [0]}
+    grid = benchmark.read_grid(grid_file(tmp_path, source, **changes))
+    said = []
+    cells = benchmark.run_grid(grid, tmp_path / "out", say=said.append)
+    assert [cell.settings.get("roles") for cell in cells] == [None, None, "unknown"]
+    assert any("does not list the images that trained it" in line for line in said)
+    for roles, there in (("disjoint", False), ("unknown", True)):
+        records = ("--records", tmp_path / "out/records.jsonl", "--smoke")
+        run(tables, monkeypatch, "grid", *records, "--roles", roles)
+        printed = capsys.readouterr().out
+        assert ("| weak |" in printed) == there and ("Nobody knows" in printed) == there
+
+    write_trained_on(tmp_path / "purifier", image_digests(load_images(source, split="train").images[120:]))
+    cells = benchmark.run_grid(grid, tmp_path / "out", say=said.append)
+    assert cells[-1].settings["roles"] == "disjoint"
+    write_trained_on(tmp_path / "purifier", image_digests(load_images(source, split="test").images[:4]))
+    with pytest.raises(ValueError, match="was trained on 4 of the 90 test images, the first 'digit-180'"):
+        benchmark.run_grid(grid, tmp_path / "out", say=said.append)
 
 
 def test_columns_that_the_purifier_cannot_serve_stop_the_grid_before_its_first_cell(source, tmp_path):

@@ -1,0 +1,78 @@
+"""
+Which images trained a purifier: a list of their digests beside its weights.
+
+An audit that is given a purifier would otherwise have to believe that it never saw the test images or the originals
+of the protected ones. Whoever holds an image can look it up; nobody can get an image back from the list.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+
+TRAINED_ON_NAME = "trained_on.json"
+WEIGHTS = "unet/*.safetensors"
+
+
+def image_digests(images: np.ndarray) -> list[str]:
+    """
+    What stands for each image: 16 hexadecimal digits, made of its shape and its pixels.
+
+    Args:
+        images (`np.ndarray`): uint8, shape (N, H, W, C).
+    """
+    shape = repr(images.shape[1:]).encode()
+    return [hashlib.blake2b(shape + image.tobytes(), digest_size=8).hexdigest() for image in images]
+
+
+def write_trained_on(folder: str | os.PathLike, digests: Collection[str] | None) -> None:
+    """
+    Write `trained_on.json` beside a purifier's weights, or remove it where the list would not be whole.
+
+    Args:
+        folder (`str` or `os.PathLike`): The repository, with its weights.
+        digests (`Collection[str]`, *optional*): Of all images that the network ever saw; None if some are not known.
+    """
+    path = Path(folder) / TRAINED_ON_NAME
+    if digests is None:
+        path.unlink(missing_ok=True)
+        return
+    path.write_text(json.dumps({"weights": _weights_digest(path.parent), "images": sorted(set(digests))}) + "\n")
+
+
+def trained_on(purifier: str | os.PathLike) -> frozenset[str] | None:
+    """
+    Digests of all images that a purifier was trained on.
+
+    Args:
+        purifier (`str` or `os.PathLike`): Folder or Hub id.
+
+    Returns:
+        `frozenset[str]`: See `image_digests`; None if the repository has no list, one of other weights, or cannot be
+        reached.
+    """
+    folder = Path(purifier)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(purifier), allow_patterns=[TRAINED_ON_NAME, WEIGHTS]))
+        except (HfHubHTTPError, LocalEntryNotFoundError):
+            return None
+    path = folder / TRAINED_ON_NAME
+    if not path.is_file():
+        return None
+    listed = json.loads(path.read_text())
+    return frozenset(listed["images"]) if listed["weights"] == _weights_digest(folder) else None
+
+
+def _weights_digest(folder: Path) -> str:
+    """Ties the list to the weights: a folder into which other ones are saved keeps no list that is not theirs."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob(WEIGHTS)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
