@@ -719,7 +719,7 @@ def draw_plot(bench: Bench, path: Path) -> None:
 
 
 def speed_table(records: list[dict], unet: str) -> str:
-    """What README.md says, in Markdown; of several records of a figure the last counts."""
+    """What docs/speed.md says, in Markdown; of several records of a figure the last counts."""
 
     def find(what: str, **settings) -> dict:
         found = [r for r in records if r["what"] == what and settings.items() <= r["settings"].items()]

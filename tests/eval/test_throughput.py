@@ -1,7 +1,5 @@
 """What a purification costs, in counts that are exact and ratios that are generous; never in seconds."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -53,12 +51,6 @@ def test_ratios_stay_within_generous_bounds(records):
     assert all(value["one_plus_rest"] < 4 for value in values(records, "step", kind="guided"))
     assert all(value["ratio"] < 2 for what in ("training", "victim") for value in values(records, what))
     assert all(value["share"] < 0.25 for value in values(records, "input"))
-
-
-def test_the_readme_says_what_the_records_say():
-    root = Path(__file__).parents[2]
-    said = (root / "README.md").read_text().partition("<!-- speed -->\n")[2].partition("<!-- /speed -->")[0]
-    assert said.strip() == throughput.speed_table(read_records(root / "results/throughput.jsonl"), "ddpm-cifar10")
 
 
 def test_an_unknown_section_is_wrong_usage(tmp_path, capsys):

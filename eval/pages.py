@@ -1,0 +1,111 @@
+"""
+The tables of README.md and docs/, written again from the records in results/.
+
+    python eval/pages.py            # replaces what stands between <!-- name --> and <!-- /name -->
+    python eval/pages.py --check    # changes nothing; fails if a page does not say what the records say
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from eval.tables import POISONS, Measured, grid_table, markdown_table, poison_table, spread
+from eval.throughput import speed_table
+from jcdp_diffusers.cli import ends_in_one_sentence
+from jcdp_diffusers.quickstart import ROWS
+from jcdp_diffusers.results import read_records, summarise
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+# What a reader of README.md compares: the best known of each family, and ours. All rows are in docs/results.md.
+HEADLINE = {
+    "none": "nothing",
+    "jpeg-10": "JPEG-10 (ISS)",
+    "ueraser-lite": "UEraser-Lite",
+    "at-8": "adversarial training, 8/255",
+    "orthogonal-projection": "orthogonal projection",
+    "avatar, 10 evaluations": "AVATAR, 10 evaluations",
+    "eclipse, sparse": "ECLIPSE",
+    "unconditional+corruption": "**purification**, then corruption",
+    "impulse-filter+unconditional+corruption": "**impulse filter, purification**, then corruption",
+    "coloured noise, 4 draws": "**purification with coloured noise**, 4 draws",
+}
+
+
+def measured(name: str) -> Measured:
+    """Records of a grid on CIFAR-10 mini."""
+    return Measured(read_records(RESULTS / f"{name}_cifar10_mini.jsonl"))
+
+
+def story_table() -> str:
+    """What `make cifar10-mini` shows."""
+    records = read_records(RESULTS / "cifar10_mini/records.jsonl")
+    records = [r for r in records if r["what"] in ("accuracy", "train_accuracy")]
+    found = {(row["what"], row["settings.row"]): row for row in summarise(records, by=("what", "settings.row"))}
+    rows = []
+    for row, title in ROWS.items():
+        test, training = (found[what, row]["values"] for what in ("accuracy", "train_accuracy"))
+        rows.append([title, *(spread([100 * value for value in values]) for values in (test, training))])
+    return markdown_table(["victim trained on", "test accuracy in %", "training accuracy in %"], rows)
+
+
+def headline_table() -> str:
+    """Clean images and four poisons; a row for what README.md compares."""
+    found = measured("countermeasures")
+    poisons = ("none", "emn", "lsp", "tap", "ops")
+    head = ["what is done about it", *(POISONS.get(name, "clean images") for name in poisons)]
+    rows = []
+    for column, title in HEADLINE.items():
+        rows.append([title, *(spread(found.accuracies("cifar10", name, column)) for name in poisons)])
+    return markdown_table(head, rows)
+
+
+def grid_of(name: str) -> Callable[[], str]:
+    """All that one file of records holds."""
+    return lambda: grid_table(measured(name), "cifar10")
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"story": story_table, "headline": headline_table},
+    "docs/results.md": {
+        "poisons": lambda: poison_table(measured("poisons"), "cifar10"),
+        "countermeasures": grid_of("countermeasures"),
+        "guides": grid_of("guides"),
+        "coloured": grid_of("coloured"),
+    },
+    "docs/speed.md": {"speed": lambda: speed_table(read_records(RESULTS / "throughput.jsonl"), "ddpm-cifar10")},
+}
+
+
+def written(page: str) -> str:
+    """
+    A page's text with its tables as the records have them.
+
+    Raises:
+        ValueError: If the page lacks the place of a table.
+    """
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, table in PAGES[page].items():
+        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not place.search(text):
+            raise ValueError(f"{page} has no <!-- {name} --> ... <!-- /{name} -->, where a table belongs.")
+        text = place.sub(lambda found, table=table: found[1] + table() + "\n" + found[2], text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is not as records are")
+    args = parser.parse_args()
+    with ends_in_one_sentence("pages"):
+        for page in PAGES:
+            text = written(page)
+            if args.check and text != (ROOT / page).read_text(encoding="utf-8"):
+                raise ValueError(f"{page} does not say what the records say: python eval/pages.py writes its tables.")
+            (ROOT / page).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

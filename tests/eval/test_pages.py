@@ -1,0 +1,180 @@
+"""What README.md and the pages of docs/ say is what the records say, and what they name exists."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import pages
+from eval.tables import Measured, roles_table
+from jcdp_diffusers.cli import COMMANDS
+from jcdp_diffusers.results import read_records, summarise
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = {
+    path: (ROOT / path).read_text() for path in ("README.md", "docs/results.md", "docs/speed.md", "docs/scaling.md")
+}
+README, FOUND, SPEED = (" ".join(PAGES[name].split()) for name in ("README.md", "docs/results.md", "docs/speed.md"))
+
+
+def between(text: str, first: str, last: str) -> str:
+    return text[text.index(first) : text.index(last, text.index(first))]
+
+
+def records_of(name: str) -> list[dict]:
+    return [r for r in read_records(ROOT / "results" / f"{name}.jsonl") if r["what"] == "accuracy"]
+
+
+def mean_and_spread(values) -> str:
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_the_tables_are_those_of_the_records(page):
+    assert pages.written(page) == PAGES[page]
+
+
+def test_a_table_that_is_not_as_the_records_are_is_noticed_and_mended(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    for page, text in PAGES.items():
+        (tmp_path / page).write_text(text.replace("| nothing |", "| nothing at all |"))
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pages.py", "--check"])
+    with pytest.raises(SystemExit, match="README.md does not say what the records say"):
+        pages.main()
+    assert "nothing at all" in (tmp_path / "README.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["pages.py"])
+    pages.main()
+    assert (tmp_path / "README.md").read_text() == PAGES["README.md"]
+    (tmp_path / "README.md").write_text("# Nothing")
+    with pytest.raises(SystemExit, match="README.md has no <!-- story -->"):
+        pages.main()
+
+
+def test_what_is_said_of_the_story_is_on_record():
+    records = [r for r in read_records(ROOT / "results/cifar10_mini/records.jsonl") if r["what"] == "accuracy"]
+    means = {row["settings.row"]: 100 * row["mean"] for row in summarise(records, by=("settings.row",))}
+    lost, won = means["clean"] - means["protected"], means["purified"] - means["protected"]
+    assert f"costs {lost:.1f} points; purification wins back {won:.1f} of them ({100 * won / lost:.0f} %)" in README
+
+
+def test_what_is_said_of_single_victims_is_on_record():
+    text = between(FOUND, "A poison that leaves more than", "## Which countermeasure")
+    single = [
+        r for name in ("poisons_remn_variants", "poisons_cifar10_20k", "poisons_cifar10_5k") for r in records_of(name)
+    ]
+    assert len(single) == 8
+    for record in single:
+        assert f"{100 * record['value']:.1f} %" in text, record["settings"]
+    for name in ("poisons_cifar10_mini", "poisons_cifar10_20k"):
+        curves = [
+            [epoch["test_accuracy"] for epoch in r["value"]["history"]]
+            for r in read_records(ROOT / "results" / f"{name}.jsonl")
+            if r["what"] == "victim" and r["settings"]["poison"] == "lsp"
+        ]
+        early = sum(sum(curve[:9]) for curve in curves) / (9 * len(curves))
+        assert f"{100 * early:.1f} %" in text
+
+
+def test_what_is_said_of_the_best_recipes_is_on_record():
+    measured = pages.measured("countermeasures")
+
+    def accuracies(poison, column):
+        return measured.accuracies("cifar10", poison, column)
+
+    recipe = [np.mean(accuracies(p, "impulse-filter+unconditional+corruption")) for p in ("emn", "lsp", "tap", "ops")]
+    text = between(FOUND, "### What to take from it", "### How the rows were run")
+    assert "{:.1f}, {:.1f}, {:.1f} and {:.1f} against EMN, LSP, TAP and OPS".format(*recipe) in text
+    for poison, column in (("lsp", "orthogonal-projection"), ("ops", "impulse-filter")):
+        assert f"{np.mean(accuracies(poison, column)):.1f}" in text
+    for column in ("coloured noise", "coloured noise, 4 draws"):
+        assert mean_and_spread(accuracies("lsp", column)) in text
+    assert f"OPS, {np.mean(accuracies('ops', 'impulse-filter')):.1f}" in README
+
+
+def test_what_is_said_of_the_guides_is_on_record():
+    text = between(FOUND, "Without corruption while training", "## What purification leaves")
+    for record in records_of("compensation_cifar10_mini") + records_of("guides_cifar10_mini"):
+        if not record["settings"]["column"].startswith("eclipse"):  # only in the table
+            assert f"{100 * record['value']:.1f}" in text, record["settings"]["column"]
+
+
+def test_what_is_said_of_jcdp_on_test_images_is_on_record():
+    measured = pages.measured("countermeasures")
+    text = between(FOUND, "On test images and over three seeds", "How much purification is enough")
+    for column in ("jcdp+corruption", "unconditional+corruption"):
+        for poison in ("lsp", "emn", "tap"):
+            values = measured.accuracies("cifar10", poison, column)
+            assert len(values) == 3 and mean_and_spread(values) in text
+    plain = [measured.accuracies("cifar10", poison, "jcdp, 8 rounds of 2")[0] for poison in ("lsp", "emn", "tap")]
+    assert "{:.1f}, {:.1f} and {:.1f}".format(*plain) in text
+
+
+def test_what_is_said_of_bfloat16_and_of_the_audit_is_on_record():
+    float32 = json.loads((ROOT / "results/score_float32_purification.json").read_text())["accuracy"]
+    assert f"in float32 victims get {100 * float32['mean']:.1f} ± {100 * float32['std']:.1f} %" in SPEED
+    folder = ROOT / "results/audit_cifar10_mini"
+    report = json.loads((folder / "report.json").read_text())
+    measured = [r["value"] for r in read_records(folder / "records.jsonl") if r["what"] == "accuracy"]
+    told = [value for row in report["rows"] for value in row["accuracy"]["values"]]
+    assert len(told) == 15 and sorted(told) == sorted(measured)
+    assert report["verdict"]["sentence"] in (folder / "report.md").read_text()
+
+
+def test_what_readme_says_of_speed_is_in_the_table_of_speed():
+    rows = {
+        cells[1].strip(): cells[2:4] for line in PAGES["docs/speed.md"].splitlines() if (cells := line.split("|"))[1:]
+    }
+    float32, bfloat16 = map(float, rows["step with both guides / bare UNet, batch 64"])
+    assert f"{float32:.3f} times the bare network in float32 and {bfloat16:.3f} times in bfloat16" in README
+    float32, bfloat16 = map(float, next(rows[name] for name in rows if "times the authors' loop" in name))
+    assert f"{bfloat16:.1f} times as fast as the authors' loop (bfloat16; {float32:.2f} times in float32" in README
+
+
+def test_what_is_said_of_combinations_and_evaluations_is_on_record():
+    text = between(FOUND, "### What to take from it", "## What the guides do") + SPEED
+    columns = ("projection, impulse filter, purification, corruption", "8 rounds of 4", "none", "unconditional")
+    found = [
+        r
+        for name in ("combinations", "evaluations", "stated", "victim_float32")
+        for r in records_of(f"{name}_cifar10_mini")
+        if r["settings"]["column"] in columns or name == "victim_float32"
+    ]
+    assert len(found) == 6
+    for record in found:
+        assert f"{100 * record['value']:.1f}" in text, record["settings"]["column"]
+    both = [
+        r for name in ("leak", "countermeasures") for r in read_records(ROOT / f"results/{name}_cifar10_mini.jsonl")
+    ]
+    paired = roles_table(Measured(both), Measured(both, roles="paper"), "cifar10")
+    disjoint, paper, difference = [cell.strip() for cell in paired.splitlines()[-1].split("|")[3:6]]
+    assert all(figure in text for figure in (disjoint, paper, difference))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_picture_exists(page):
+    for target, _, place in (link.partition("#") for link in re.findall(r"\]\(([^)]+?)\)", PAGES[page])):
+        if "://" in target:
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if place:
+            titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            assert place in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, place
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_shown(command):
+    assert f"jcdp {command}" in README
+
+
+def test_the_two_commands_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([\w-]+)", PAGES["README.md"], re.MULTILINE) + re.findall(
+        r"`make ([\w-]+)", README
+    ):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
