@@ -718,6 +718,13 @@ def _open_image_folder(source: Path, files: list[Path], split: str | None, strea
     # Every split's classes count, or a class that one split lacks would shift the labels there.
     images = {name: _image_files(folder) for name, folder in splits.items()}
     classes = sorted({path.parts[0] for paths in images.values() for path in paths if len(path.parts) > 1})
+    if classes:
+        below = {entry.name for place in splits.values() for entry in place.iterdir() if entry.is_dir()}
+        if empty := sorted(name for name in below.difference(classes) if _is_visible(name)):
+            raise ValueError(
+                f"source {_name(source)} has the class folder {empty[0]!r} without an image; a class without images "
+                "is accepted nowhere."
+            )
     folder, paths = splits[split], images[split]
     if not paths:
         raise ValueError(

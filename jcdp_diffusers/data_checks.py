@@ -48,8 +48,8 @@ def check_sets(sets: Mapping[str, LabelledImages], unlabelled: Mapping[str, Labe
         other, theirs = next(iter(named.items()))
         if names != theirs:
             raise ValueError(
-                f"{other} has the classes {_few(theirs)} and {role} {_few(names)}, but both must name the same "
-                "classes in the same order."
+                f"{other} and {role} must name the same classes in the same order, but "
+                f"{_difference(other, theirs, role, names)}."
             )
     names = next(iter(named.values()), None)
     if names is None:
@@ -328,6 +328,15 @@ def _refuse(pairs: np.ndarray, one: LabelledImages, other: LabelledImages | None
             f"{sentence.format(len(np.unique(pairs[:, 0])))}, the first {one.ids[first]!r} and {other.ids[second]!r}, "
             "but the roles must not overlap (data.find_overlap lists the rows)."
         )
+
+
+def _difference(one: str, names: tuple[str, ...], other: str, others: tuple[str, ...]) -> str:
+    """What tells two lists of classes apart."""
+    alone = {one: [name for name in names if name not in others], other: [name for name in others if name not in names]}
+    if said := [f"only {role} has {_few(missing)}" for role, missing in alone.items() if missing]:
+        return " and ".join(said)
+    turn = next(turn for turn, pair in enumerate(zip(names, others)) if pair[0] != pair[1])
+    return f"number {turn} is {names[turn]!r} in {one} and {others[turn]!r} in {other}"
 
 
 def _shape(data: LabelledImages) -> str:

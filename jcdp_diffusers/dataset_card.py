@@ -24,6 +24,7 @@ Labels, ids and all other columns are the source's own.
 | Rows in | {rows_in:,} |
 | Rows out | {rows_out:,} |
 | Rejected | {rejected:,}{reasons} |
+| Resized | {resized:,} |
 | Purifier | `{purifier}`{revision} |
 | Content of purifier | `{purifier_content}` |
 | Seed | {seed} |
@@ -72,6 +73,8 @@ def summarise_shards(records: dict[str, dict]) -> dict:
         "rows_out": sum(record["rows_out"] for record in records.values()),
         "rejected": sum(record["rejected"] for record in records.values()),
         "reasons": dict(reasons.most_common()),
+        # Shards written before this was counted do not say.
+        "resized": sum(record.get("resized", 0) for record in records.values()),
         "seconds_of_work": round(seconds, 3),
         "images_per_second_per_worker": round(rows_in / seconds, 4),
         "bytes": sum(record["bytes"] for record in records.values()),
@@ -99,6 +102,7 @@ def dataset_card(run: dict, summary: dict, title: str) -> DatasetCard:
         rows_out=summary["rows_out"],
         rejected=summary["rejected"],
         reasons=f" ({reasons})" if reasons else "",
+        resized=summary["resized"],
         purifier=purifier["name"] or "(in memory)",
         revision=f", revision `{purifier['revision']}`" if purifier["revision"] else "",
         purifier_content=purifier["content"],

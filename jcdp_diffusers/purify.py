@@ -435,6 +435,9 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"{summary['rows_in']:,} rows in, {summary['rows_out']:,} out, {summary['rejected']:,} rejected: {args.output}"
     )
+    if summary["resized"]:
+        kept = "" if args.fit == "tile" else "; --fit tile keeps an image's size"
+        print(f"{summary['resized']:,} images were not of the purifier's size and have been resized{kept}.")
 
 
 def load_perceptual(name: str) -> LPIPSModel:

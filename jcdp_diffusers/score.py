@@ -114,6 +114,13 @@ def score(
     }
     request = json.loads(json.dumps(request))
     kept = _Kept(output, request)
+    models = {seed: None if model_dir is None else Path(model_dir) / f"{victim}-{seed}.safetensors" for seed in seeds}
+    for run in kept.runs:
+        if (path := models[run["seed"]]) is not None and not path.exists():
+            raise ValueError(
+                f"model_dir is {str(model_dir)!r}, but {str(output)!r} has the figures of the victim with seed "
+                f"{run['seed']}, whose model was not kept: another output trains it again."
+            )
     if kept.result is not None:
         return kept.result
 
@@ -145,8 +152,8 @@ def score(
                 hooks=prepared.hooks,
                 progress=lambda entry: (bar.set_postfix_str(f"test {entry['test_accuracy']:.1%}"), bar.update()),
             )
-            if model_dir is not None:
-                _save_model(result, Path(model_dir) / f"{victim}-{seed}.safetensors")
+            if models[seed] is not None:
+                _save_model(result, models[seed])
             kept.add(_run(result, seed) | {"prepare_seconds": round(prepared.seconds, 3)})
     return kept.finish(_summary(request, kept.runs, names, device))
 
@@ -199,10 +206,10 @@ class _Kept:
                         f"output is {str(self.output)!r}, but {path.name} holds a score with another {name}; give "
                         "another file."
                     )
+            self.runs = found["runs"]
             if path == self.output:
                 self.result = found
                 return
-            self.runs = found["runs"]
 
     def add(self, run: dict) -> None:
         self.runs.append(run)

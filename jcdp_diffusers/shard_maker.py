@@ -53,12 +53,13 @@ class ShardMaker:
     def __call__(self, index: int) -> None:
         """Make a shard; in a stream, it may turn out to lie behind the end."""
         start, stop = self.store.range(index)
-        began, rows_in, reasons = time.perf_counter(), 0, Counter()
+        began, rows_in, resized, reasons = time.perf_counter(), 0, 0, Counter()
         schemas = self.kept.arrow_schema, self.rejected.arrow_schema
         with ShardWriter(self.store, index, self.token, *schemas) as writer:
-            for (table, refused), files in in_order(self.pool, encode_all, self.purified(start, stop)):
+            for (table, refused, brought), files in in_order(self.pool, encode_all, self.purified(start, stop)):
                 writer.write(self.kept_rows(table, refused, files), self.rejected_rows(table, refused))
                 rows_in += len(table)
+                resized += brought
                 reasons.update(reason for reason in refused if reason is not None)
                 self.bar.add(len(table), len(table) - len(files))
             if rows_in < stop - start:
@@ -72,10 +73,13 @@ class ShardMaker:
                 if rows_in == 0:
                     return
             seconds = time.perf_counter() - began
-            writer.commit(rows_in=rows_in, reasons=dict(reasons), seconds=seconds, device=self.device)
+            writer.commit(rows_in=rows_in, resized=resized, reasons=dict(reasons), seconds=seconds, device=self.device)
 
-    def purified(self, start: int, stop: int) -> Iterator[tuple[tuple[pa.Table, list[str | None]], tuple]]:
-        """Pieces of the source's rows with the reason of each that was refused, and purified images of the others."""
+    def purified(self, start: int, stop: int) -> Iterator[tuple[tuple[pa.Table, list[str | None], int], tuple]]:
+        """
+        Pieces of the source's rows with the reason of each that was refused and how many were resized, and purified
+        images of the others.
+        """
         pieces = (
             table[first : first + ROWS_PER_PIECE]
             for table in self.rows.read(start, stop)
@@ -90,7 +94,8 @@ class ShardMaker:
                     whole = blend(own, image.places, image.shape, self.overlap)
                     images += list(to_uint8(torch.from_numpy(whole).permute(2, 0, 1)[None]))
             refused = [image if isinstance(image, str) else None for image in prepared]
-            yield (piece, refused), (images,)
+            resized = sum(image.resized for image in prepared if isinstance(image, TiledImage))
+            yield (piece, refused, resized), (images,)
 
     def in_micro_batches(
         self, pieces: Iterable[tuple[pa.Table, list[TiledImage | str]]]

@@ -9,7 +9,7 @@ image whose shorter side is too short is enlarged until it fits.
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -27,11 +27,13 @@ class TiledImage:
         tiles: uint8, (number of tiles, size, size, C).
         places: top and left of each tile.
         shape: height and width of the whole.
+        resized: whether the image as it came had another size.
     """
 
     tiles: np.ndarray
     places: Sequence[tuple[int, int]]
     shape: tuple[int, int]
+    resized: bool = False
 
     def names(self, image_id: str) -> list[str]:
         """Id of each tile: the image's own where there is only one."""
@@ -43,10 +45,12 @@ class TiledImage:
 def prepare(value, *, channels: int, size: int, fit: str, overlap: int) -> TiledImage | str:
     """Decode a stored image and bring it to the purifier's size; the reason, if it cannot be used."""
     try:
-        if fit == "resize":
-            return cut(decode_image(value, channels, size), size, overlap)
         image = decode_image(value, channels)
-        return cut(_enlarged(image, size), size, overlap)
+        if fit == "tile":
+            brought = _enlarged(image, size)
+        else:
+            brought = image if image.shape[:2] == (size, size) else decode_image(value, channels, size)
+        return replace(cut(brought, size, overlap), resized=brought is not image)
     except ImageRejected as rejection:
         return rejection.reason
 

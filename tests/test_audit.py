@@ -307,7 +307,7 @@ def test_what_cannot_be_audited_ends_in_one_sentence(folders, tmp_path, capfd):
     other = LabelledImages(test.images, test.labels, test.ids, names)
     write_dataset(tmp_path / "other", other)
     code, said = refused({"test": str(tmp_path / "other")})
-    assert code == 1 and "but both must name the same classes in the same order" in said
+    assert code == 1 and "must name the same classes in the same order, but number 0 is '0' in protected" in said
 
     broken = tmp_path / "broken" / "3"
     broken.mkdir(parents=True)

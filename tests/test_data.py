@@ -465,6 +465,10 @@ def test_image_folder_with_splits_numbers_classes_over_all_of_them(tmp_path):
 def test_image_folder_refuses_a_mixture_and_emptiness(tmp_path):
     with pytest.raises(ValueError, match="holds no Parquet file and no image; .png, .jpg"):
         load_images(tmp_path)
+    save_all(random_images(2), tmp_path / "hole", ["train/a/0.png", "train/b/0.png"])
+    (tmp_path / "hole/train/c").mkdir()
+    with pytest.raises(ValueError, match="has the class folder 'c' without an image"):
+        load_images(tmp_path / "hole", split="train")
     save_all(random_images(2), tmp_path, ["a/0.png", "1.png"])
     with pytest.raises(ValueError, match="holds 1.png beside class folders"):
         load_images(tmp_path)

@@ -398,6 +398,8 @@ def test_mixed_sizes_are_resized(pipe, tmp_path):
     images = [Image.fromarray(draw.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
     purified = purify_dataset(datasets.Dataset.from_dict({"image": images}), pipe, output_dir=tmp_path, **SETTINGS)
     assert [image.size for image in purified["image"]] == [(8, 8)] * 4
+    assert json.loads((tmp_path / "summary.json").read_text())["resized"] == 3
+    assert "| Resized | 3 |" in (tmp_path / "README.md").read_text()
 
 
 def test_mixed_sizes_are_tiled(pipe, tmp_path):
@@ -407,6 +409,7 @@ def test_mixed_sizes_are_tiled(pipe, tmp_path):
     source = datasets.Dataset.from_dict({"image": images, "id": list("abcde")})
     purified = purify_dataset(source, pipe, output_dir=tmp_path, fit="tile", **SETTINGS)
     assert [image.size for image in purified["image"]] == [(8, 8), (12, 16), (14, 8), (31, 8), (16, 8)]
+    assert json.loads((tmp_path / "summary.json").read_text())["resized"] == 2  # those shorter than a tile
     # An image of the purifier's size is one tile, with the image's own id.
     alone = pipe([images[0]], ids=["a"], seed=0, diffusion_steps=3).images[0]
     assert np.array_equal(np.asarray(purified[0]["image"]), np.asarray(alone))

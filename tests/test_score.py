@@ -114,6 +114,16 @@ def test_models_are_kept_if_asked(train, test, tmp_path):
         assert right.mean() == pytest.approx(run["accuracy"])
 
 
+def test_models_that_were_not_kept_are_not_promised(train, test, tmp_path):
+    output = {"protocol": QUICK, "seeds": 1, "output": tmp_path / "score.json"}
+    score(train, test, **output)
+    with pytest.raises(ValueError, match="has the figures of the victim with seed 0, whose model was not kept"):
+        score(train, test, model_dir=tmp_path / "models", **output)
+    (tmp_path / "score.json").unlink()
+    score(train, test, model_dir=tmp_path / "models", **output)
+    assert score(train, test, model_dir=tmp_path / "models", **output)["accuracy"]  # finished, and the model is there
+
+
 # --------------------------------------------------------------------------------------------------------- interruption
 
 
@@ -189,7 +199,12 @@ def slightly_changed(data):
         (
             lambda d: dataclasses.replace(d, class_names=NAMES[::-1]),
             lambda d: d,
-            "train has the classes '9', '8', .* and test '0', '1', .*, but both must name the same classes in the same order",
+            "must name the same classes in the same order, but number 0 is '9' in train and '0' in test",
+        ),
+        (
+            lambda d: dataclasses.replace(d, class_names=(*NAMES, "ten", "x")),
+            lambda d: dataclasses.replace(d, class_names=(*NAMES[:9], "nine")),
+            "but only train has '9', 'ten', 'x' and only test has 'nine'",
         ),
         (
             lambda d: dataclasses.replace(d, class_names=(*NAMES, "ten")),
