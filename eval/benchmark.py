@@ -14,8 +14,10 @@ import hashlib
 import json
 import os
 import time
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any
 
 import torch
@@ -24,13 +26,13 @@ from accelerate import PartialState
 
 from jcdp_diffusers import countermeasures, poisons, victims
 from jcdp_diffusers.allocation import keep_freed_memory
-from jcdp_diffusers.audit import plan_for
+from jcdp_diffusers.audit import Plan, plan_for, purifier_to_be
 from jcdp_diffusers.cells import Cell, claims_folder, describe_images, measure_cells
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.data_checks import ROLES, check_separation, check_sets, check_trained_on, few_of_each_class
-from jcdp_diffusers.perceptual import LPIPSModel
+from jcdp_diffusers.perceptual import load_perceptual
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.poisons.control import shuffled
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
@@ -48,7 +50,6 @@ DIGITS = (900, 500, 397)
 SMOKE_IMAGES = 200
 UNKNOWN = "unknown"  # the roles of records whose purifier may have seen any image
 CONTROL = "-control"
-TRUNKS = ("alex", "vgg", "squeeze")  # of lpips
 SMOKE_PURIFICATION = PurificationConfig(diffusion_steps=20, num_inference_steps=2)
 
 
@@ -99,8 +100,7 @@ class Grid:
             was trained on (`jcdp_diffusers.trained_on`), its records have roles `unknown` and their own table.
         unet (`str`), training (`dict`): Of the purifier that is trained, instead of what suits images and device;
             `training` holds fields of `TrainingConfig`.
-        perceptual (`str`): The perceptual network that goes with a purifier trained here: `alex`, `vgg` or `squeeze`
-            of lpips, or a safetensors file of torchvision's SqueezeNet 1.0.
+        perceptual (`str`): The perceptual network that goes with a purifier trained here; see `load_perceptual`.
         about (`dict`): Further facts for the records, such as `purifier_origin`.
     """
 
@@ -145,17 +145,16 @@ class Grid:
             raise ValueError(f"protocol is {self.protocol!r}, but must be one of {', '.join(RECIPES)}.")
         if self.roles not in ROLES:
             raise ValueError(f"roles is {self.roles!r}, but must be one of {', '.join(ROLES)}.")
-        if unknown := sorted(set(self.recipe) - {field.name for field in dataclasses.fields(Recipe)}):
-            raise ValueError(f"recipe has {unknown[0]!r}, which is no field of Recipe.")
+        _typed("recipe", self.recipe, Recipe)
         if self.unet is not None and self.unet not in UNETS:
             raise ValueError(f"unet is {self.unet!r}, but must be one of {', '.join(UNETS)}.")
-        _training(self.training)
+        _typed("training", self.training, TrainingConfig)
         self.columns()
 
     @property
     def full_recipe(self) -> Recipe:
         """The protocol with what the grid changes of it."""
-        return dataclasses.replace(RECIPES[self.protocol], **self.recipe)
+        return dataclasses.replace(RECIPES[self.protocol], **_typed("recipe", self.recipe, Recipe))
 
     def columns(self) -> dict[str, Column]:
         """Columns by their name."""
@@ -200,6 +199,30 @@ def _replaced(name: str, fields: Mapping[str, Any]) -> PurificationConfig:
     return PurificationConfig(**dict(purifying[0].settings) | dict(fields))
 
 
+def _typed(entry: str, fields: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """
+    Fields of a dataclass as YAML has them, lists as tuples.
+
+    Raises:
+        ValueError: If one is unknown or has a value of another type than the field.
+    """
+    types = typing.get_type_hints(kind)
+    values = {}
+    for name, value in fields.items():
+        if name not in types:
+            raise ValueError(f"{entry} has {name!r}, which is no field of {kind.__name__}.")
+        union = typing.get_origin(types[name]) in (typing.Union, UnionType)
+        accepted = [
+            typing.get_origin(one) or one for one in (typing.get_args(types[name]) if union else [types[name]])
+        ]
+        values[name] = value = tuple(value) if isinstance(value, list) and tuple in accepted else value
+        numbers = (int, float) if float in accepted else ()
+        if typing.Any not in accepted and type(value) not in (*accepted, *numbers):
+            known = " or ".join("nothing" if one is NoneType else one.__name__ for one in accepted)
+            raise ValueError(f"{entry} has {name} {value!r}, but its type must be {known}.")
+    return values
+
+
 def read_grid(path: str | Path, **changes) -> Grid:
     """
     Read a grid file.
@@ -225,6 +248,7 @@ def read_grid(path: str | Path, **changes) -> Grid:
     for name in ("poisons", "countermeasures"):
         if isinstance(values[name], list):
             values[name] = ["none" if entry is None else entry for entry in values[name]]
+    values = _typed(f"grid {str(path)!r}", values, Grid)
     return Grid(**values | {name: value for name, value in changes.items() if value is not None})
 
 
@@ -251,14 +275,22 @@ def run_grid(
         `list[Cell]`: All cells of the grid, each of them on record.
     """
     output_dir, device = Path(output_dir), torch.device(device)
-    if grid.perceptual is not None and grid.perceptual not in TRUNKS and not Path(grid.perceptual).is_file():
-        raise ValueError(f"perceptual is {grid.perceptual!r}, but must be {', '.join(TRUNKS)} or a file.")
+    perceptual = None if grid.perceptual is None else load_perceptual(grid.perceptual)
     output_dir.mkdir(parents=True, exist_ok=True)
     records = output_dir / "records.jsonl"
     claims_folder(records).mkdir(parents=True, exist_ok=True)
     data_name, clean, collected, test = load_roles(grid)
     check_sets({"protected": clean, "test": test}, {"collected": collected})
     check_separation(clean, collected, test, None, roles=grid.roles)
+    columns = grid.columns()
+    for column in columns.values():
+        if column.needs_purifier:
+            if grid.purifier is None:
+                images = _collected_for(column.collected, collected)
+                pipe = purifier_to_be(_planned(images, grid, device), images, perceptual)
+            else:
+                pipe = JointConditionalPurificationPipeline.from_pretrained(grid.purifier)
+            check_purifier_suits(countermeasures.get(column.countermeasure), pipe, column.purification, clean)
     roles = grid.roles
     if grid.purifier is not None:
         own = {"protected": clean, "test": test}
@@ -275,12 +307,7 @@ def run_grid(
             )
             if name != "none":
                 check_separation(protected[name][0], collected, test, clean, roles=grid.roles)
-        columns = grid.columns()
-        purifiers = _purifiers(columns, collected, grid, output_dir, claims, device, say)
-        for title, folder in purifiers.items():
-            pipe = JointConditionalPurificationPipeline.from_pretrained(folder)
-            measure = countermeasures.get(columns[title].countermeasure)
-            check_purifier_suits(measure, pipe, columns[title].purification, clean)
+        purifiers = _purifiers(columns, collected, grid, perceptual, output_dir, claims, device, say)
 
     facts = {"grid": grid.name, "dataset": data_name, "collected": _collected_name(grid, data_name), **grid.about}
     cells = []
@@ -331,13 +358,17 @@ def load_roles(grid: Grid) -> tuple[str, LabelledImages, LabelledImages, Labelle
 
 
 def _load(role: str, entry: Mapping[str, Any]) -> LabelledImages:
+    if not isinstance(entry, Mapping) or "source" not in entry:
+        raise ValueError(f"data has for {role} {entry!r}, but must have a dict with source, a path or Hub id.")
     entry = dict(entry)
     entry.pop("name", None)  # what records call it
     first, count = entry.pop("first", 0), entry.pop("count", None)
     try:
         data = load_images(entry.pop("source"), **entry)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         raise ValueError(f"data has for {role}: {error}") from error
+    if not all(type(number) is int for number in (first, 0 if count is None else count)):
+        raise ValueError(f"data has for {role} first {first!r} and count {count!r}, but both must be whole numbers.")
     end = len(data) if count is None else first + count
     if not 0 <= first < end <= len(data):
         raise ValueError(f"data has for {role} the rows {first} to {end}, but the source has {len(data)}.")
@@ -380,7 +411,7 @@ def _protect(clean, entry: str, grid: Grid, output_dir: Path, claims: Claims, de
 
 
 def _purifiers(
-    columns: Mapping[str, Column], collected, grid: Grid, output_dir: Path, claims: Claims, device, say
+    columns: Mapping[str, Column], collected, grid: Grid, perceptual, output_dir: Path, claims: Claims, device, say
 ) -> dict[str, str]:
     """The purifier of each column that needs one, trained where the grid names none."""
     counts = {title: column.collected for title, column in columns.items() if column.needs_purifier}
@@ -388,20 +419,34 @@ def _purifiers(
         return dict.fromkeys(counts, grid.purifier)
     folders = {}
     for count in dict.fromkeys(counts.values()):
-        if count is not None and count > len(collected):
-            raise ValueError(f"countermeasures has collected {count}, but {len(collected)} images are collected.")
-        images = collected if count is None else collected.subset(range(count))
-        folders[count] = str(_train(images, grid, output_dir, claims, device, say))
+        images = _collected_for(count, collected)
+        folders[count] = str(_train(images, grid, perceptual, output_dir, claims, device, say))
     return {title: folders[count] for title, count in counts.items()}
 
 
-def _train(collected, grid: Grid, output_dir: Path, claims: Claims, device, say) -> Path:
-    """The purifier, trained once and kept."""
+def _collected_for(count: int | None, collected: LabelledImages) -> LabelledImages:
+    """The collected images that train a column's purifier."""
+    if count is not None and count > len(collected):
+        raise ValueError(f"countermeasures has collected {count}, but {len(collected)} images are collected.")
+    return collected if count is None else collected.subset(range(count))
+
+
+def _planned(collected: LabelledImages, grid: Grid, device: torch.device) -> Plan:
+    """What suits images and device, with what the grid changes of it."""
     plan = plan_for(collected, device, grid.full_recipe.smoke)
-    unet = grid.unet or plan.unet
     training = dataclasses.replace(
-        plan.training, cpu=device.type == "cpu", resume_from_checkpoint="latest", **_training(grid.training)
+        plan.training,
+        cpu=device.type == "cpu",
+        resume_from_checkpoint="latest",
+        **_typed("training", grid.training, TrainingConfig),
     )
+    return dataclasses.replace(plan, unet=grid.unet or plan.unet, training=training)
+
+
+def _train(collected, grid: Grid, perceptual, output_dir: Path, claims: Claims, device, say) -> Path:
+    """The purifier, trained once and kept."""
+    plan = _planned(collected, grid, device)
+    unet, training = plan.unet, plan.training
     height, _, channels = collected.images.shape[1:]
     told = json.dumps([unet, as_settings(training), describe_images(collected), grid.perceptual], default=str)
     folder = output_dir / f"purifier-{hashlib.blake2b(told.encode(), digest_size=4).hexdigest()}"
@@ -416,20 +461,12 @@ def _train(collected, grid: Grid, output_dir: Path, claims: Claims, device, say)
             output_dir=folder,
             config=training,
         )
-        if grid.perceptual is not None:
-            load = LPIPSModel.from_lpips if grid.perceptual in TRUNKS else LPIPSModel.from_trunk_file
-            load(grid.perceptual).save_pretrained(folder / "perceptual")
+        if perceptual is not None:
+            perceptual.save_pretrained(folder / "perceptual")
         done.touch()
 
     _once(claims, folder.name, done.exists, train)
     return folder
-
-
-def _training(fields: Mapping[str, Any]) -> dict:
-    known = {field.name for field in dataclasses.fields(TrainingConfig)}
-    if unknown := sorted(set(fields) - known):
-        raise ValueError(f"training has {unknown[0]!r}, which is no field of TrainingConfig.")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def main() -> None:

@@ -41,6 +41,8 @@ from .data_checks import (
 )
 from .dataset_card import SUMMARY_NAME
 from .model_card import RECORD_NAME
+from .perceptual import LPIPSModel, load_perceptual
+from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .placement import open_purifier
 from .purification_config import PRESETS, PurificationConfig
 from .purify import purify_dataset
@@ -85,6 +87,7 @@ def audit(
     test: Any,
     collected: Any = None,
     purifier: str | os.PathLike | None = None,
+    perceptual: str | os.PathLike | None = None,
     clean: Any = None,
     output_dir: str | os.PathLike = "runs/audit",
     protocol: str | Recipe = "fast",
@@ -117,6 +120,8 @@ def audit(
         clean (*optional*): The originals of the protected images, under the same ids. Without them nobody can say how
             much the protection takes away.
         purifier (`str` or `os.PathLike`, *optional*): Folder or Hub id; trained on `collected` if not given.
+        perceptual (`str` or `os.PathLike`, *optional*): The perceptual network that goes with a purifier trained here,
+            see `perceptual.load_perceptual`; a given purifier has its own beside it, or none.
         output_dir (`str` or `os.PathLike`): Gets `report.html`, `report.md`, `report.json`, `pictures/`,
             `records.jsonl`, the purified images in `purified/` and the purifier, if it is trained, in `purifier/`.
             More seeds, attacks and protocols may follow in it, but for another purifier or purification, a smoke run's
@@ -159,6 +164,11 @@ def audit(
     victims.get(victim)
     if purifier is None and collected is None:
         raise ValueError("collected is None, but without a purifier images are needed to train one.")
+    if purifier is not None and perceptual is not None:
+        raise ValueError(
+            f"perceptual is {str(perceptual)!r}, but goes with a purifier that is trained here: that of "
+            f"{str(purifier)!r} lies in its folder, where save_pretrained of a pipeline with one puts it."
+        )
     if isinstance(preset, str) and preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -179,9 +189,14 @@ def audit(
         clean = sets["clean"] = match_originals(clean, protected)
     if purifier is None:
         plan = plan or plan_for(collected, device, recipe.smoke)
-        listed = len(collected)
+        network = None if perceptual is None else load_perceptual(perceptual)
+        pipe, listed = purifier_to_be(plan, collected, network), len(collected)
     else:
+        pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
         listed = check_trained_on(purifier, labelled, roles=roles)
+    check_purifier(pipe, protected)
+    chosen = plan.purification if preset is None and plan is not None else preset
+    config = _purification(pipe, chosen, measures, recipe)
     begun = {
         "smoke": recipe.smoke,
         "seed": seed,
@@ -190,6 +205,7 @@ def audit(
         "collected": None if purifier is not None else describe_images(collected)["content"],
         "plan": None if plan is None else as_settings(plan),
         "preset": as_settings(preset) if isinstance(preset, PurificationConfig) else preset,
+        "perceptual": None if perceptual is None else str(perceptual),
     }
     begun = json.loads(json.dumps(begun))
     _check_output(output_dir, begun)
@@ -215,15 +231,9 @@ def audit(
         _write_begun(output_dir, {name: value for name, value in begun.items() if name != "preset"})
         purifier = output_dir / "purifier"
         _train(collected, plan, purifier, seed, device, records, recipe, say)
-    pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
-    check_purifier(pipe, protected)
-    config = pipe.resolve_config(plan.purification if preset is None and plan is not None else preset)
-    if recipe.smoke:
-        config = pipe.resolve_config(_in_seconds(config))
-    for name, measure in measures.items():
-        for part in measure.parts or (measure,):
-            if part.needs_purifier and not recipe.smoke and not _purifies_as_the_audit(name):
-                pipe.resolve_config(PurificationConfig(**part.settings))
+        if network is not None and not (purifier / "perceptual").exists():
+            network.save_pretrained(purifier / "perceptual")
+        pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
 
     # 4. Purification
     _write_begun(output_dir, begun)
@@ -314,6 +324,19 @@ def audit(
     write_report(output_dir, report, sets)
     say(judged["sentence"])
     return report
+
+
+def purifier_to_be(
+    plan: Plan, images: LabelledImages, perceptual: LPIPSModel | None
+) -> JointConditionalPurificationPipeline:
+    """An untrained purifier of a plan, by which to find out before the training what the trained one cannot do."""
+    height, _, channels = images.images.shape[1:]
+    unet = named_unet(plan.unet, in_channels=channels, sample_size=height)
+    pipe = JointConditionalPurificationPipeline(unet, ddpm_scheduler(), perceptual)
+    facts = plan.training.facts_of_the_network()
+    end = plan.training.timesteps(pipe.scheduler)[1]
+    pipe.purification_config = PurificationConfig(diffusion_steps=min(100, end), **facts)
+    return pipe
 
 
 def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Plan:
@@ -411,6 +434,20 @@ def _purifies_as_the_audit(attack: str) -> bool:
     return PURIFIED in attack.split("+")[1:]
 
 
+def _purification(
+    pipe: JointConditionalPurificationPipeline, preset, measures: dict, recipe: Recipe
+) -> PurificationConfig:
+    """The settings of the audit's purification; refuse them, and attacks, if they are beyond the purifier."""
+    config = pipe.resolve_config(preset)
+    if recipe.smoke:
+        return pipe.resolve_config(_in_seconds(config))
+    for name, measure in measures.items():
+        for part in measure.parts or (measure,):
+            if part.needs_purifier and not _purifies_as_the_audit(name):
+                pipe.resolve_config(PurificationConfig(**part.settings))
+    return config
+
+
 def _in_seconds(config: PurificationConfig) -> PurificationConfig:
     """The same purification with as few steps as a smoke run has time for."""
     return dataclasses.replace(
@@ -435,6 +472,7 @@ def _check_output(output_dir: Path, asked: dict) -> None:
             "purifier": "another purifier" if before.get("purifier") else "a purifier of its own",
             "plan": "another plan for the purifier (it depends on the device)",
             "preset": "another preset",
+            "perceptual": "another perceptual network" if before.get("perceptual") else "no perceptual network",
         }
         raise ValueError(
             f"output_dir is {str(output_dir)!r}, where an audit with {said[changed[0]]} was begun, whose purifier and "
@@ -621,6 +659,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--output", required=True, help="folder for report, records, purifier and purified images")
     how.add_argument("--purifier", help="folder or Hub id of a DDPM; trained on --collected if not given")
+    how.add_argument(
+        "--perceptual",
+        metavar="NAME_OR_PATH",
+        help="of a purifier trained here, for guides that need one: alex, vgg, squeeze, a folder or SqueezeNet's file",
+    )
     how.add_argument("--preset", help="how to purify; what the purifier's repository says if not given")
     how.add_argument(
         "--countermeasures",
@@ -659,6 +702,7 @@ def run(args: argparse.Namespace) -> None:
         test=args.test,
         clean=args.clean,
         purifier=args.purifier,
+        perceptual=args.perceptual,
         output_dir=args.output,
         protocol=args.protocol,
         roles=args.roles,

@@ -332,7 +332,10 @@ def _refuse(pairs: np.ndarray, one: LabelledImages, other: LabelledImages | None
 
 def _difference(one: str, names: tuple[str, ...], other: str, others: tuple[str, ...]) -> str:
     """What tells two lists of classes apart."""
-    alone = {one: [name for name in names if name not in others], other: [name for name in others if name not in names]}
+    alone = {
+        one: [name for name in names if name not in others],
+        other: [name for name in others if name not in names],
+    }
     if said := [f"only {role} has {_few(missing)}" for role, missing in alone.items() if missing]:
         return " and ".join(said)
     turn = next(turn for turn, pair in enumerate(zip(names, others)) if pair[0] != pair[1])

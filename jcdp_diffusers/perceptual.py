@@ -12,6 +12,7 @@ is larger than the map multiplies padding most of the time, and is a product wit
 """
 
 import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -287,3 +288,23 @@ class LPIPSModel(ModelMixin, ConfigMixin):
     def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """Distance per image between two batches of images in [-1, 1], shape (B, C, H, W): shape (B,)."""
         return self.distance(self.features(images), self.features(others))
+
+
+def load_perceptual(name: str | os.PathLike) -> LPIPSModel:
+    """
+    The network of the perceptual guide, as commands and grids name it.
+
+    Args:
+        name (`str` or `os.PathLike`): `alex`, `vgg` or `squeeze` of the `lpips` package; a folder with an
+            `LPIPSModel`; or a safetensors file of torchvision's SqueezeNet 1.0.
+    """
+    if Path(name).is_dir():
+        return LPIPSModel.from_pretrained(name)
+    if Path(name).is_file():
+        return LPIPSModel.from_trunk_file(name)
+    if name not in _OF_LPIPS:
+        raise ValueError(
+            f"perceptual is {os.fspath(name)!r}, but must be one of {', '.join(_OF_LPIPS)}, a folder with an "
+            "LPIPSModel or a safetensors file of SqueezeNet 1.0."
+        )
+    return LPIPSModel.from_lpips(name)

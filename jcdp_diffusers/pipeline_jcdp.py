@@ -18,6 +18,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from .feature_reuse import FeatureReuse, check_reusable
@@ -91,10 +93,16 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or repository id.
             kwargs: As for `DiffusionPipeline.from_pretrained`; `perceptual=` takes precedence over the repository's
             own.
+
+        Raises:
+            OSError: If it is neither a folder with a DDPM nor the name of a repository.
         """
+        name, folder = str(pretrained_model_name_or_path), Path(pretrained_model_name_or_path)
+        if not (folder / "model_index.json").is_file() and (folder.exists() or not _could_be_on_hub(name)):
+            why = "holds no model_index.json" if folder.is_dir() else "is neither a folder nor a repository's name"
+            raise OSError(f"purifier is {name!r}, which {why}; a DDPM's folder or Hub id is accepted.")
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         pipe = super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
-        folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             # diffusers downloads only what model_index.json names; the same snapshot gets what lies beside it.
             beside = [CONFIG_NAME, "perceptual/*"]
@@ -477,12 +485,15 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             wanted = None if "perceptual_guidance_scale" in overrides else config.perceptual_network
             if self.perceptual is None or wanted not in (None, self.perceptual.name):
                 has = "no network" if self.perceptual is None else repr(self.perceptual.name)
-                lpips_trunk = (wanted or "lpips-alex").removeprefix("lpips-")
-                loading = "from_trunk_file(PATH)" if lpips_trunk == wanted else f"from_lpips({lpips_trunk!r})"
+                trunk = (wanted or "lpips-alex").removeprefix("lpips-")
+                loading, option = (
+                    ("from_trunk_file(PATH)", "PATH") if trunk == wanted else (f"from_lpips({trunk!r})", trunk)
+                )
                 raise ValueError(
                     f"perceptual_guidance_scale is {config.perceptual_guidance_scale:g} and needs "
                     f"{repr(wanted) if wanted else 'a perceptual network'}, but the pipeline has {has}: pass "
-                    f"perceptual=LPIPSModel.{loading} to from_pretrained, or perceptual_guidance_scale=0."
+                    f"perceptual=LPIPSModel.{loading} to from_pretrained (in a command: --perceptual {option}), or "
+                    "perceptual_guidance_scale=0."
                 )
         return config
 
@@ -658,3 +669,11 @@ def power_of_two_threads(device: torch.device):
     finally:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+def _could_be_on_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name

@@ -31,7 +31,7 @@ from huggingface_hub import HfApi
 
 from .allocation import keep_freed_memory
 from .dataset_card import SUMMARY_NAME, dataset_card, summarise_shards
-from .perceptual import LPIPSModel
+from .perceptual import load_perceptual
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .placement import PRECISIONS, open_purifier
 from .progress import Progress
@@ -363,7 +363,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--num_rounds", type=int, help="N")
     how.add_argument("--pixel_guidance_scale", type=float)
     how.add_argument("--perceptual_guidance_scale", type=float)
-    how.add_argument("--perceptual", metavar="NAME_OR_DIR", help="alex, vgg, squeeze, or a folder with an LPIPSModel")
+    how.add_argument("--perceptual", metavar="NAME_OR_PATH", help="alex, vgg, squeeze, a folder or SqueezeNet's file")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--image_size", type=int, help="side of the square that the purifier works on")
     how.add_argument("--fit", choices=FITS, default="resize", help="what happens to images of other sizes")
@@ -438,11 +438,6 @@ def run(args: argparse.Namespace) -> None:
     if summary["resized"]:
         kept = "" if args.fit == "tile" else "; --fit tile keeps an image's size"
         print(f"{summary['resized']:,} images were not of the purifier's size and have been resized{kept}.")
-
-
-def load_perceptual(name: str) -> LPIPSModel:
-    """The network of the perceptual guide, by its name in the `lpips` package or from a folder."""
-    return LPIPSModel.from_pretrained(name) if Path(name).is_dir() else LPIPSModel.from_lpips(name)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -70,8 +70,8 @@ def append_record(
 ) -> dict:
     """Append one measured cell to a JSON Lines file and return the record as it was written.
 
-    Any number of processes may append to one file: each record is one write under a lock. A line that a crash cut
-    short is left to :func:`read_records` to name; the next record starts on a line of its own.
+    Any number of processes may append to one file: each record is one write under a lock. A last line that a crash
+    cut short makes way for the next record.
 
     Args:
         path: the file, made with its folder if needed.
@@ -116,11 +116,14 @@ def code_version() -> str | None:
 def read_records(path: str | os.PathLike) -> list[dict]:
     """All records of a JSON Lines file, in the order written.
 
+    A last line that a crash cut short, or that is just being written, is no record yet and left out.
+
     Raises:
         ValueError: a line is no record; the sentence names the file and the line.
     """
     records = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+    content = Path(path).read_bytes()
+    for number, line in enumerate(content[: _whole(content)].split(b"\n"), start=1):
         if not line:
             continue
         try:
@@ -220,7 +223,12 @@ def _append_line(path: Path, line: str) -> None:
         size = os.fstat(descriptor).st_size
         text = line.encode() + b"\n"
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            text = b"\n" + text
+            whole = _whole(os.pread(descriptor, size, 0))
+            if whole < size:
+                os.ftruncate(descriptor, whole)
+                size = whole
+            else:
+                text = b"\n" + text  # a record whose end of line an editor has dropped
         written = os.write(descriptor, text)
         if written != len(text):
             os.ftruncate(descriptor, size)
@@ -228,6 +236,16 @@ def _append_line(path: Path, line: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)  # and with it the lock
+
+
+def _whole(content: bytes) -> int:
+    """How many bytes of a file are before a last line that was cut short."""
+    end = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[end:] or b"{}")
+    except ValueError:
+        return end
+    return len(content)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from jcdp_diffusers.audit import audit, plan_for
 from jcdp_diffusers.cells import results_by_cell
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
+from jcdp_diffusers.perceptual import LPIPSModel
 from jcdp_diffusers.poisons import apply_perturbation, get
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
@@ -205,6 +206,31 @@ def test_the_roles_of_the_paper_need_a_purifier_that_has_seen_test_images(folder
     write_trained_on(purifier, image_digests(load_images(folders["test"]).images))
     assert main(command(folders, tmp_path / "out", *asked, roles=("protected", "test"))) == 0
     assert "test images among them" in (tmp_path / "out/report.md").read_text()
+
+
+def test_a_guide_that_needs_a_network_is_refused_before_anything_is_trained(folders, tmp_path, capsys):
+    asked = command(folders, tmp_path / "out", "--countermeasures", "jcdp")
+    asked[asked.index("smoke")] = "digits"
+    assert main(asked) == 1
+    assert "needs 'lpips-alex', but the pipeline has no network" in (said := capsys.readouterr().err)
+    assert "(in a command: --perceptual alex)" in said and not (tmp_path / "out").exists()
+    assert main(command(folders, tmp_path / "out", "--perceptual", "nowhere")) == 1
+    assert "perceptual is 'nowhere', but must be one of alex, vgg, squeeze, a folder" in capsys.readouterr().err
+    assert main(command(folders, tmp_path / "out", "--perceptual", "alex", "--purifier", "some/where")) == 1
+    assert "perceptual is 'alex', but goes with a purifier that is trained here" in capsys.readouterr().err
+
+
+def test_a_purifier_trained_here_gets_the_perceptual_network(folders, tmp_path):
+    LPIPSModel("vgg").save_pretrained(tmp_path / "vgg")
+    config = PurificationConfig(perceptual_guidance_scale=1.0, num_rounds=2, perceptual_network="lpips-vgg")
+    options = {"protocol": "smoke", "seeds": 1, "processes": 1, "device": "cpu", "say": lambda line: None}
+    sources = {role: folders[role] for role in ("protected", "collected", "test")}
+    report = audit(**sources, output_dir=tmp_path / "out", perceptual=tmp_path / "vgg", preset=config, **options)
+    assert report["purification"]["perceptual_guidance_scale"] == 1.0
+    assert LPIPSModel.from_pretrained(tmp_path / "out/purifier/perceptual").name == "lpips-vgg"
+    with pytest.raises(ValueError, match="where an audit with another perceptual network was begun"):
+        other = shutil.copytree(tmp_path / "vgg", tmp_path / "other")
+        audit(**sources, output_dir=tmp_path / "out", perceptual=other, preset=config, **options)
 
 
 def test_a_purifier_without_a_list_of_its_images_is_a_limit_of_the_report(folders, audited, tmp_path):

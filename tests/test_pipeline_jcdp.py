@@ -108,8 +108,11 @@ class TestRepository:
 
     def test_a_folder_that_is_no_pipeline_is_refused(self, tmp_path):
         tiny_unet().save_pretrained(tmp_path)
-        with pytest.raises(OSError, match="model_index.json"):
+        with pytest.raises(OSError, match="which holds no model_index.json; a DDPM's folder or Hub id is accepted"):
             Pipeline.from_pretrained(tmp_path)
+        for name in (tmp_path / "absent", "absent"):
+            with pytest.raises(OSError, match="absent', which is neither a folder nor a repository's name"):
+                Pipeline.from_pretrained(name)
 
 
 class TestSameBits:

@@ -1,6 +1,5 @@
 """results.py: records that survive other processes, crashes and nonsense values."""
 
-import json
 import math
 import os
 import subprocess
@@ -91,15 +90,26 @@ def test_two_processes_append_at_once(tmp_path):
         assert [entry["value"] for entry in records if entry["seed"] == seed] == list(range(100))
 
 
-def test_a_line_cut_short_is_named_and_does_not_swallow_the_next(tmp_path):
+def test_a_last_line_cut_short_is_left_out_and_makes_way(tmp_path):
     path = tmp_path / "records.jsonl"
-    record(path)
+    first = record(path)
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:40])
-    kept = record(path, value=0.75)
-    lines = path.read_text().splitlines()
-    assert len(lines) == 3 and json.loads(lines[2]) == kept
-    with pytest.raises(ValueError, match="records.jsonl, line 2, is no JSON record"):
+    assert read_records(path) == [first]
+    assert read_records(path) == [first] and path.read_bytes() == whole + whole[:40]  # reading changes nothing
+    second = record(path, value=0.75)
+    assert read_records(path) == [first, second] and len(path.read_text().splitlines()) == 2
+    path.write_bytes(path.read_bytes()[:-1])  # as an editor leaves it: the last record is whole
+    assert read_records(path) == [first, second]
+    third = record(path, value=0.5)
+    assert read_records(path) == [first, second, third]
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path):
+    path = tmp_path / "records.jsonl"
+    record(path)
+    path.write_text('{"what": \n' + path.read_text())
+    with pytest.raises(ValueError, match="records.jsonl, line 1, is no JSON record"):
         read_records(path)
     path.write_text('{"what": "x", "value": 1}\n[1]\n')
     with pytest.raises(ValueError, match="records.jsonl, line 2, is no record: an object with what and value"):

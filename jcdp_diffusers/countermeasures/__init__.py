@@ -63,6 +63,8 @@ _FILES = {
 }
 # Files whose hooks replace the loss, which only one hook may (`victims.supervised`).
 _REPLACING_LOSS = ("ueraser", "adversarial_training")
+# Of stored images in training: one makes floating-point numbers of them, the other needs their bytes.
+_FLOATS, _8_BIT = "orthogonal-projection", "fast-autoaugment"
 # Several that a paper takes together; "none" is plain training.
 _COMBINATIONS = {"none": "", "eclipse": "eclipse-purifier+corruption"}
 NAMES = (*_COMBINATIONS, *_FILES)
@@ -197,7 +199,8 @@ def get(name: str) -> Countermeasure:
     """The countermeasure called `name`, or the combination of several called `"one+other"`.
 
     Raises:
-        ValueError: if there is no countermeasure of that name, or two of a combination replace the loss.
+        ValueError: if there is no countermeasure of that name, two of a combination replace the loss, or one leaves no
+            image that the next could take.
     """
     if name in _FILES:
         family = importlib.import_module(f"{__name__}.{_FILES[name]}")
@@ -212,6 +215,12 @@ def get(name: str) -> Countermeasure:
     if len(replacing) > 1:
         raise ValueError(
             f"countermeasure is {name!r}, but {' and '.join(replacing)} each replace the loss, which only one may."
+        )
+    behind = members[members.index(_FLOATS) + 1 :] if _FLOATS in members else []
+    if _8_BIT in behind:
+        raise ValueError(
+            f"countermeasure is {name!r}, but {_8_BIT} works on 8-bit images, which {_FLOATS} leaves none of: name it "
+            "first."
         )
     return join(name, [get(part) for part in members])
 
