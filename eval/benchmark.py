@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 
 from jcdp_diffusers import countermeasures, poisons, victims
 from jcdp_diffusers.allocation import keep_freed_memory
@@ -469,6 +468,22 @@ def _train(collected, grid: Grid, perceptual, output_dir: Path, claims: Claims, 
     return folder
 
 
+def leave_group() -> tuple[int, int, int]:
+    """
+    Make a process that `accelerate launch` or `torchrun` started work by itself.
+
+    They share cells by their names in the file of records, and a purifier is trained by one of them, the same however
+    many there are. Were they a group, that one would wait for the others to train with it.
+
+    Returns:
+        `tuple[int, int, int]`: Its number, how many there are, and its number on this machine.
+    """
+    told = [int(os.environ.pop(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
+    if torch.cuda.is_available():
+        torch.cuda.set_device(told[2])
+    return tuple(told)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
     parser.add_argument("grid", metavar="GRID.yaml")
@@ -477,25 +492,24 @@ def main() -> None:
     parser.add_argument("--roles", choices=("disjoint", "paper"), help="instead of the grid's")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
     parser.add_argument("--processes", type=int, help="victims at a time on a CPU; one per processor if not given")
-    parser.add_argument("--device", help="what Accelerate chooses for this process, if not given")
+    parser.add_argument("--device", help="a GPU of its own for each process, or the CPU, if not given")
     args = parser.parse_args()
     keep_freed_memory()
-    state = PartialState()
-    launched = state.num_processes > 1
-    processes = args.processes or (1 if launched else len(os.sched_getaffinity(0)))
+    rank, world, place = leave_group()
+    device = args.device or (f"cuda:{place}" if torch.cuda.is_available() else "cpu")
+    processes = args.processes or max(1, len(os.sched_getaffinity(0)) // world)
     with ends_in_one_sentence("benchmark"):
         grid = read_grid(args.grid, protocol=args.protocol, roles=args.roles, seeds=args.seeds)
         cells = run_grid(
             grid,
             args.output,
-            device=args.device or state.device,
+            device=device,
             processes=processes,
-            progress=state.is_main_process,
-            say=state.print,
+            progress=rank == 0,
+            say=print if rank == 0 else lambda line: None,
         )
-    state.print(
-        f"{len(cells)} cells on record: python eval/tables.py grid --records {Path(args.output)}/records.jsonl"
-    )
+    if rank == 0:
+        print(f"{len(cells)} cells on record: python eval/tables.py grid --records {Path(args.output)}/records.jsonl")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,15 @@ import numpy as np
 
 # A script is started with its own folder alone on the path, and a package has its own name for what is beside it.
 sys.path.append(str(Path(__file__).parents[1]))
-from eval.tables import ROLES_SAID, Key, Measured, identity, read_all, refuse_differences
+from eval.tables import (
+    ROLES_SAID,
+    Key,
+    Measured,
+    add_record_arguments,
+    chosen_records,
+    identity,
+    refuse_differences,
+)
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.poisons.protect import read_card
@@ -114,14 +122,16 @@ def draw_purified(args: argparse.Namespace) -> None:
 
 
 def add_curves_arguments(parser: argparse.ArgumentParser) -> None:
-    add_record_arguments(parser)
+    add_measured_arguments(parser)
     parser.add_argument("--output", default="results/figures/curves.png")
 
 
 def draw_curves(args: argparse.Namespace) -> None:
     """After the paper's Figure 3: test accuracy by epoch, a panel per poison, a line per countermeasure."""
     measured, dataset = measured_of(args)
-    panels = dict.fromkeys((key.poison, key.poison_preset) for key in measured.keys(dataset))
+    # Clean images and poisons in the order of the tables, controls behind them.
+    found = [(key.poison, key.poison_preset) for key in measured.keys(dataset)]
+    panels = dict.fromkeys([*measured.poisons(dataset), *found])
     titles = list(dict.fromkeys(measured.column_title(key) for key in measured.keys(dataset)))
     plt = pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 1.6, 3), sharey=True, squeeze=False)
@@ -162,7 +172,7 @@ def line_style(number: int) -> dict:
 
 
 def add_strength_arguments(parser: argparse.ArgumentParser) -> None:
-    add_record_arguments(parser)
+    add_measured_arguments(parser)
     parser.add_argument("--output", default="results/figures/strength.png")
 
 
@@ -174,12 +184,11 @@ def draw_strength(args: argparse.Namespace) -> None:
         lambda settings: settings["purification"]["diffusion_steps"],
         "T_p",
         xlabel="forward steps T_p",
-        ylim=(0, 100),
     )
 
 
 def add_evaluations_arguments(parser: argparse.ArgumentParser) -> None:
-    add_record_arguments(parser)
+    add_measured_arguments(parser)
     parser.add_argument("--output", default="results/figures/evaluations.png")
 
 
@@ -266,7 +275,7 @@ def draw_lines(
     axis.set(ylabel="test accuracy (%)", **look)
     if look.get("xscale") == "log":
         last = max(x for ways in lines.values() for points in ways.values() for x in points)
-        ticks = [2**power for power in range(last.bit_length())]
+        ticks = [2**power for power in range((last - 1).bit_length() + 1)]
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
     finish(figure, [axis], args)
@@ -276,7 +285,7 @@ SCALES = ("pixel_guidance_scale", "perceptual_guidance_scale")
 
 
 def add_scales_arguments(parser: argparse.ArgumentParser) -> None:
-    add_record_arguments(parser)
+    add_measured_arguments(parser)
     parser.add_argument("--output", default="results/figures/scales.png")
 
 
@@ -366,18 +375,16 @@ def way_of_purifying(settings: dict, aside: tuple[str, ...]) -> str:
     return ", ".join(([settings["countermeasure"]] if settings["countermeasure"] != "unconditional" else []) + others)
 
 
-def add_record_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
+def add_measured_arguments(parser: argparse.ArgumentParser) -> None:
+    add_record_arguments(parser)
     parser.add_argument("--dataset", help="as records call it; the only one if not given")
-    parser.add_argument("--victim", default="resnet18")
     parser.add_argument("--roles", choices=tuple(ROLES_SAID), default="disjoint")
-    parser.add_argument("--smoke", action="store_true", help="records of smoke runs, which mean nothing")
 
 
 def measured_of(args: argparse.Namespace) -> tuple[Measured, str]:
     """The records of a command, and the data set that it draws; what no table would hold no picture does."""
     try:
-        measured = Measured(read_all(args.records), roles=args.roles, victim=args.victim, smoke=args.smoke)
+        measured = Measured(chosen_records(args), roles=args.roles, victim=args.victim, smoke=args.smoke)
     except ValueError as error:
         raise SystemExit(f"figures: {error}") from error
     found = measured.datasets()

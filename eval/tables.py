@@ -230,14 +230,42 @@ def refuse_differences(of: str, settings: Sequence[Mapping], facts: Callable[[Ma
             )
 
 
-def read_all(paths: Iterable[str]) -> list[dict]:
-    """Records of several files, in their order."""
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say which records a table or a picture is made from; see `chosen_records`."""
+    parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
+    parser.add_argument("--grid", help="records of this grid alone")
+    parser.add_argument("--protocol", help="records of this recipe alone")
+    parser.add_argument("--columns", nargs="+", metavar="NAME", help="of the grid; in this order, and no others")
+    parser.add_argument("--victim", default="resnet18")
+    parser.add_argument("--smoke", action="store_true", help="records of smoke runs, which mean nothing")
+
+
+def chosen_records(args: argparse.Namespace) -> list[dict]:
+    """
+    Records of a command's files, in their order: those of one grid, protocol or set of columns where it names one.
+
+    Raises:
+        ValueError: If a file cannot be read, or no record has what is named.
+    """
     records = []
-    for path in paths:
+    for path in args.records:
         try:
             records += read_records(path)
         except OSError as error:
             raise ValueError(f"records is {path!r}, but that cannot be read: {error.strerror}.") from error
+    facts = {
+        "grid": lambda record: record["settings"].get("grid"),
+        "protocol": lambda record: record["protocol"],
+        "columns": lambda record: record["settings"].get("column"),
+    }
+    for name, fact in facts.items():
+        wanted = getattr(args, name)
+        if wanted is not None:
+            wanted = [wanted] if isinstance(wanted, str) else wanted
+            known = list(dict.fromkeys(map(fact, records)))
+            if missing := [one for one in wanted if one not in known]:
+                raise ValueError(f"{name} is {missing[0]!r}, but the records have {', '.join(map(str, known))}.")
+            records = sorted((r for r in records if fact(r) in wanted), key=lambda record: wanted.index(fact(record)))
     return records
 
 
@@ -497,7 +525,7 @@ def chosen_tables(tables: Mapping[str, str], name: str | None) -> dict[str, str]
 
 def text_of(args: argparse.Namespace) -> str:
     """The tables of one command, as Markdown."""
-    records = read_all(args.records)
+    records = chosen_records(args)
     choice = {"victim": args.victim, "smoke": args.smoke}
     measured = Measured(records, roles=args.roles or "disjoint", **choice)
     if not measured.datasets():
@@ -530,13 +558,11 @@ def text_of(args: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
     parser.add_argument("kind", choices=("grid", "poisons", "paper", "roles"))
-    parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
+    add_record_arguments(parser)
     parser.add_argument("--roles", choices=tuple(ROLES_SAID), help="disjoint by default; the table roles has both")
-    parser.add_argument("--victim", default="resnet18")
     parser.add_argument(
         "--table", help="print only the tables with this title, or with this before its comma: 'Table 1'"
     )
-    parser.add_argument("--smoke", action="store_true", help="records of smoke runs, which mean nothing")
     parser.add_argument("--output", help="Markdown file; else printed")
     args = parser.parse_args()
     if args.kind == "roles" and args.roles is not None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -268,6 +270,22 @@ def test_a_purifier_of_another_size_is_refused(source, tmp_path):
     grid = benchmark.read_grid(grid_file(tmp_path, source, purifier=str(tmp_path / "purifier")))
     with pytest.raises(ValueError, match="purifier was trained on 16x16 pixels, but these images have 8x8"):
         benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
+
+
+def test_processes_of_a_launcher_share_the_cells_and_one_trains_the_purifier(source, tmp_path):
+    """Were they a group, the one that trains would wait for the other for ever."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    grid = grid_file(tmp_path, source, seeds=[0])
+    asked = [*launcher, benchmark.__file__, str(grid), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Training a purifier on") <= 1 and done.stdout.count("6 cells on record") == 1
+    records = [r for r in read_records(tmp_path / "out/records.jsonl") if r["what"] == "accuracy"]
+    assert len(records) == len({record["settings"]["cell"] for record in records}) == 6
+    (purifier,) = (tmp_path / "out").glob("purifier-*")
+    trained = json.loads((purifier / "training_record.json").read_text())
+    assert trained["processes"] == 1
 
 
 def test_a_purifier_is_not_believed_to_have_seen_no_test_image(source, tmp_path, monkeypatch, capsys):

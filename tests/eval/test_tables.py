@@ -284,6 +284,29 @@ def test_the_command_for_both_roles(monkeypatch, tmp_path):
         run(monkeypatch, tmp_path, found, "roles", "--roles", "paper")
 
 
+def test_one_grid_protocol_or_choice_of_columns(monkeypatch, tmp_path):
+    found = [
+        record | {"protocol": protocol, "settings": record["settings"] | {"grid": grid}}
+        for protocol, grid, column in (("mini", "one", "gray"), ("mini", "two", "mixup"), ("iss", "two", "cutmix"))
+        for record in records("lsp", column, [0.5])
+    ]
+    for options, rows in (
+        ((), ["gray", "Mixup", "CutMix"]),
+        (("--grid", "two"), ["Mixup", "CutMix"]),
+        (("--grid", "two", "--protocol", "mini"), ["Mixup"]),
+        (("--columns", "cutmix", "gray"), ["CutMix", "gray"]),
+    ):
+        table = run(monkeypatch, tmp_path, found, "grid", *options).splitlines()
+        assert [line.split("|")[1].strip() for line in table if line.startswith("| ")][2:] == rows, options
+    for option, name, known in (
+        ("grid", "three", "one, two"),
+        ("protocol", "fast", "mini, iss"),
+        ("columns", "jcdp", "gray, mixup, cutmix"),
+    ):
+        with pytest.raises(SystemExit, match=f"tables: {option} is '{name}', but the records have {known}"):
+            run(monkeypatch, tmp_path, found, "grid", f"--{option}", name)
+
+
 def test_the_command_refuses_in_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["tables", "grid", "--records", "nofile.jsonl"])
     with pytest.raises(SystemExit, match="tables: records is 'nofile.jsonl', but that cannot be read: No such file"):
