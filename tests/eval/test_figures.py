@@ -95,7 +95,7 @@ def test_the_legend_has_the_lines_of_all_panels(drawn):
     )
     assert legend_of(figure) == ["vanilla", "gray"]
     assert [axis.get_title() for axis in figure.axes] == ["clean", "LSP"]
-    assert list(figure.axes[0].lines[0].get_ydata()) == [25.0] * 3
+    assert list(figure.axes[1].lines[0].get_ydata()) == [25.0] * 3
 
 
 def test_a_poison_of_another_preset_has_a_panel_of_its_own(drawn):
