@@ -312,7 +312,9 @@ def audit(
         },
         "attacks": {
             name: {"source": measure.source, "cost": measure.cost, "settings": dict(measure.settings)}
-            for name, measure in ((name, _as_done(name, measure, config)) for name, measure in measures.items())
+            for name, measure in (
+                (name, _as_done(name, measure, config, recipe.smoke)) for name, measure in measures.items()
+            )
         },
         "limits": _limits(judged, sets, roles, listed, trained_here, training, attacks, seeds, victim),
         "command": command or "jcdp_diffusers.audit.audit(...) with the settings above",
@@ -416,12 +418,19 @@ def _countermeasure(attack: str) -> countermeasures.Countermeasure:
     return countermeasures.get("+".join("unconditional" if name == PURIFIED else name for name in names))
 
 
-def _as_done(attack: str, measure: countermeasures.Countermeasure, config: PurificationConfig):
-    """For the report: what `_countermeasure` gives, with the settings that the audit's purification has in it."""
-    if not _purifies_as_the_audit(attack):
+def _as_done(attack: str, measure: countermeasures.Countermeasure, config: PurificationConfig, smoke: bool):
+    """For the report: what `_countermeasure` gives, with the settings that purification had in it in this audit."""
+    if not measure.needs_purifier or not (smoke or _purifies_as_the_audit(attack)):
         return measure
-    own = purifying(PURIFIED, "this audit's purification", config)
-    return countermeasures.join(attack, [own if part.needs_purifier else part for part in measure.parts])
+
+    def own(part):
+        if not part.needs_purifier:
+            return part
+        if _purifies_as_the_audit(attack):
+            return purifying(PURIFIED, "this audit's purification", config)
+        return purifying(part.name, part.source, config)
+
+    return countermeasures.join(attack, [own(part) for part in measure.parts or (measure,)])
 
 
 def _is_on_purified(attack: str) -> bool:
@@ -628,6 +637,10 @@ def _limits(judged, sets, roles, listed, trained_here, training, attacks, seeds,
         limits.append(
             f"The purifier was trained here, on {len(sets['collected'])} images in {training['steps']} steps and "
             f"{training['seconds']:.0f} s; a larger one, trained longer on more images, purifies better."
+        )
+    if "eclipse" in attacks:
+        limits.append(
+            "The row eclipse purifies with the purifier of this audit, where its authors train one of few images."
         )
     if attacks and judged["status"] != "exchanged":
         limits.append(

@@ -177,6 +177,8 @@ class PurificationConfig:
 _CODE_SCALE = 70_000 * 3 * 255 / (2 * 8) / 500
 _GDMP_SCALE = 60_000 * 3 * 255 / (2 * 8) / 100
 
+# Published ones are what their papers have with a purifier of white noise; one of coloured noise (`noise_corner`) runs
+# them with its own noise, which is another method under the same settings.
 PRESETS = {
     # Ours: the best of eval/grids/search.yaml on validation images of CIFAR-10, protected by LSP. Many light rounds
     # remove as much as one strong one and leave more of the image; either guide brings some of the poison back

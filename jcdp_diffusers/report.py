@@ -110,7 +110,18 @@ def checks(report: dict) -> list[tuple[bool, str]]:
     ours = "protected image" if data["noise"] is None else "protected image and no clean original"
     near = f"within {levels}/255 (up to {100 * FEW:g} % of the values aside)"
     if "collected" not in sets:
-        found.append((False, "What trained the purifier was not given and could not be compared with the other sets"))
+        listed = report["purifier"]["trained_on"]
+        if listed is None:
+            found.append(
+                (False, "What trained the purifier is not known and could not be compared with the other sets")
+            )
+        elif report["roles"] == "paper":
+            found.append(
+                (False, f"Among the {listed} images that trained the purifier are test images (roles: paper)")
+            )
+        else:
+            seen = "protected or test image" if data["noise"] is None else "protected or test image or clean original"
+            found.append((True, f"The purifier was trained on {listed} images, by its own list, and on no {seen}"))
         found.append((True, f"No {ours} has the id or pixels of a test image or lies {near} of one"))
     elif report["roles"] == "paper":
         shared = data["separation"]["collected_in_test"]

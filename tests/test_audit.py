@@ -98,6 +98,10 @@ def test_an_attack_on_the_purified_images_counts_purification(audited):
     rows = {row["row"]: row for row in report["rows"]}
     assert rows["purified+corruption"]["prepare_seconds"] >= rows["purified"]["prepare_seconds"] > 0
     assert report["attacks"]["purified+corruption"]["settings"]["noise_deviation"] == 0.05
+    # In a smoke run eclipse, too, purified in seconds, and the report does not say otherwise.
+    assert report["attacks"]["eclipse"]["settings"]["eclipse-purifier"]["num_inference_steps"] == 2
+    assert "2 UNet evaluations per image" in report["attacks"]["eclipse"]["cost"]
+    assert any("where its authors train one of few images" in limit for limit in report["limits"])
     cells = results_by_cell(audited / "records.jsonl", what="accuracy").values()
     trained_on = {cell["settings"]["row"]: cell["settings"]["train"]["content"] for cell in cells}
     assert trained_on["purified+corruption"] == trained_on["purified"] != trained_on["eclipse"]
@@ -181,6 +185,8 @@ def test_without_clean_images_and_with_a_purifier_given(folders, audited, tmp_pa
     limits = " ".join(report["limits"])
     assert "No clean originals were given" in limits
     collected = len(load_images(folders["collected"]))
+    said = f"trained on {collected} images, by its own list, and on no protected or test image"
+    assert said in (tmp_path / "out/report.md").read_text()
     assert f"none of the test images, by the list of {collected} images" in limits
     assert not report["purifier"]["trained_here"] and report["purifier"]["trained_on"] == collected
 
