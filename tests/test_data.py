@@ -1,4 +1,4 @@
-"""data.py against sources made on the spot with NumPy, Pillow, pyarrow and datasets."""
+"""data/ against sources made on the spot with NumPy, Pillow, pyarrow and datasets."""
 
 import io
 import struct
@@ -803,7 +803,7 @@ def test_clean_originals_are_found_though_protected_differ_by_8_levels(position,
 
 @pytest.mark.parametrize("shape", [(12, 12, 3), (7, 5, 3), (3, 2, 1), (1, 1, 1)])
 def test_nearness_agrees_with_comparing_every_pair(shape):
-    from jcdp_diffusers import data as module
+    from jcdp_diffusers.data import roles as module
 
     rng = np.random.default_rng(1)
     # Few levels, so that many pairs lie at and around the budget, flat images and extremes among them.

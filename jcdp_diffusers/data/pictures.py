@@ -1,0 +1,171 @@
+"""One stored picture: decoded to uint8 pixels, or rejected with a reason."""
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from PIL import Image, ImageOps
+
+
+# JPEG 2000 and AVIF are left out: Pillow reduces their 10 to 16 bits to 8 without a sign of it.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3  # what Pillow itself calls a decompression bomb
+# What Pillow's decoders raise on bytes that are no image (cutting and changing bytes of every format raised these).
+DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class ImageRejected(ValueError):
+    """One image cannot be used; `reason` says why in a few words."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_image(value: Any, channels: int = 3, image_size: int | None = None) -> np.ndarray:
+    """One stored image as an array, or the reason why not.
+
+    Lossless where the file is: palettes without transparency and 1-bit images are expanded, a grey image becomes RGB
+    by repetition for `channels=3`, an RGB image whose three channels agree becomes grey for `channels=1`. Refused,
+    because something would be lost silently: alpha and transparency of any kind, CMYK and other colour spaces, more
+    than 8 bits per channel, more than one frame, colour when `channels=1`. The orientation tag is applied (as
+    `datasets.Image` does); colour profiles are not.
+
+    With `image_size`, the shorter side is brought to `image_size` with Pillow's antialiased Lanczos filter and the
+    centre is cropped, in one step: the largest centred square of the source becomes the result, so the scale is the
+    same in both directions. A square of that size stays as it is.
+
+    Args:
+        value: `{"bytes": ..., "path": ...}` as `datasets.Image(decode=False)` gives, the bytes of a file, a path or a
+            PIL image.
+        channels: 3 or 1.
+        image_size: side of the square wanted, in pixels; None keeps the size.
+
+    Returns:
+        uint8 (H, W, channels).
+
+    Raises:
+        ImageRejected: the image cannot be used; `reason` says why.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels}; 1 and 3 are accepted.")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size is {image_size}; 1 and above are accepted.")
+    picture = _open_picture(value)
+    try:
+        _refuse_before_decoding(picture)
+        picture.load()
+        if picture.getexif().get(0x0112, 1) != 1:
+            picture = ImageOps.exif_transpose(picture)
+    except ImageRejected:
+        raise
+    except DECODING_ERRORS as error:
+        raise ImageRejected(f"damaged or truncated ({one_line(error)})") from error
+    picture = _as_grey_or_rgb(picture)
+    if image_size is not None and picture.size != (image_size, image_size):
+        picture = _resize_and_crop(picture, image_size)
+    return _with_channels(np.asarray(picture), channels)
+
+
+def _open_picture(value: Any) -> Image.Image:
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None:
+        raise ImageRejected("no image (null)")
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        value = _read_file(os.fspath(value))
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError(f"value is a {type(value).__name__}; bytes, a path, a PIL image and their dict are accepted.")
+    if len(value) == 0:
+        raise ImageRejected("empty file (0 bytes)")
+    try:
+        return Image.open(io.BytesIO(value), formats=IMAGE_FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise ImageRejected(f"not a readable image ({', '.join(IMAGE_FORMATS)} are accepted)") from error
+    except Image.DecompressionBombError as error:
+        raise ImageRejected(f"decompression bomb: more than {MAX_PIXELS} pixels") from error
+    except DECODING_ERRORS as error:
+        raise ImageRejected(f"damaged or truncated ({one_line(error)})") from error
+
+
+def _read_file(path: str) -> bytes:
+    if "://" in path:  # a streamed Hub data set names its files like this; trouble on the way there is not the image's
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ImageRejected(f"cannot be read ({error.strerror}: {path})") from error
+
+
+def _refuse_before_decoding(picture: Image.Image) -> None:
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ImageRejected(f"decompression bomb: {width}x{height} is more than {MAX_PIXELS} pixels")
+    # A JPEG with a preview or a depth map behind it (MPO, most phones) is one picture all the same.
+    frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+    if frames > 1:
+        raise ImageRejected(f"animated or multi-page ({frames} frames)")
+    for tile in getattr(picture, "tile", ()):
+        # 16-bit colour opens as mode RGB; only the decoder's raw mode ("RGB;16B") tells.
+        raw_mode = tile[3] if isinstance(tile[3], str) else tile[3][0] if isinstance(tile[3], tuple) else ""
+        if ";16" in str(raw_mode):
+            raise ImageRejected("16 bits per channel")
+
+
+def _as_grey_or_rgb(picture: Image.Image) -> Image.Image:
+    mode = picture.mode
+    if picture.has_transparency_data:
+        raise ImageRejected(f"transparency (mode {mode}), which would be dropped")
+    if mode.startswith("I") or mode == "F":
+        raise ImageRejected(f"more than 8 bits per channel (mode {mode})")
+    if mode == "1":
+        return picture.convert("L")
+    if mode == "P":
+        return picture.convert("RGB")
+    if mode not in ("L", "RGB"):
+        raise ImageRejected(f"colour space {mode}")
+    return picture
+
+
+def _resize_and_crop(picture: Image.Image, image_size: int) -> Image.Image:
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    # Only the box is resampled, so a 1x100000 image costs no more than its square.
+    box = (left, top, left + side, top + side)
+    return picture.resize((image_size, image_size), Image.Resampling.LANCZOS, box=box)
+
+
+def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    if image.ndim == 2:
+        image = image[:, :, None]
+    if channels == 3 and image.shape[2] == 1:
+        return np.repeat(image, 3, axis=2)
+    if channels == 1 and image.shape[2] == 3:
+        if (image != image[:, :, :1]).any():
+            raise ImageRejected("colour, which would be dropped by channels=1")
+        return np.ascontiguousarray(image[:, :, :1])
+    return image
+
+
+def one_line(error: BaseException) -> str:
+    """An error's own words, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,288 @@
+"""Any source of images: opened as a data set of any size, or loaded into memory."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from .arrays import arrays_of
+from .columns import (
+    ID_COLUMNS,
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    ROW_ID,
+    find_column,
+    renamed,
+    with_images_encoded,
+    with_row_ids,
+    with_string_ids,
+)
+from .image_folder import open_image_folder
+from .labelled import LabelledImages
+from .names import choose_split, name_of, no_rows
+from .parquet import open_parquet, parquet_files
+from .pictures import ImageRejected, decode_image, one_line
+from .writing import encoded
+
+
+def load_images(
+    source: Any,
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    id_column: str | None = None,
+    image_size: int | None = None,
+    channels: int = 3,
+    rejected: list[dict] | None = None,
+) -> LabelledImages:
+    """All images of a source in memory, with labels and ids.
+
+    Args:
+        source: what :func:`open_dataset` takes, an (images, labels) pair of arrays, or a :class:`LabelledImages`.
+        split: the split to take; None takes the only one and otherwise raises with the splits listed.
+        image_column, label_column, id_column: names of the columns; found by their usual names when None.
+        image_size: side of the square that every image is brought to, as :func:`decode_image` says.
+        channels: 3 or 1, as :func:`decode_image` says.
+        rejected: a list that takes `{"id", "file", "reason"}` of every image that cannot be used, whose row is left
+            out; None raises at the first of them. Rows in = rows out + rejected. `file` is None where there is none.
+
+    Labels are None when the source has no label column, or a label column not named by the caller that is empty
+    throughout (None or -1); a part of them missing is an error. Labels that are strings become their rank among the
+    sorted names.
+    """
+    arrays = arrays_of(source, split)
+    if arrays is not None:
+        return _adapted(arrays, channels, image_size, rejected, source)
+    # Local files are read in one pass, without the copy in the cache that random access would need.
+    streaming = isinstance(source, (str, os.PathLike)) and Path(source).exists()
+    dataset, id_space = _open(
+        source,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        id_column=id_column,
+        streaming=streaming,
+    )
+    images, labels, ids = [], [], []
+    for row, image in _decoded(dataset, channels, image_size, rejected, source):
+        images.append(image)
+        ids.append(row["id"])
+        labels.append(row.get("label"))
+    if not images:
+        raise ValueError(f"source {name_of(source)} has no image that can be used; at least one is accepted.")
+    class_names = None
+    if "label" in dataset.features:
+        labels, class_names = _label_array(labels, ids, dataset.features["label"], label_column)
+    else:
+        labels = None
+    return LabelledImages(_stack(images, ids), labels, tuple(ids), class_names, id_space)
+
+
+def open_dataset(
+    source: Any,
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    id_column: str | None = None,
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A source of any size as a data set with the columns `id`, `image`, `label` (if it has labels), then all others.
+
+    Images are left encoded (`datasets.Image(decode=False)`), so that a bad one cannot break the iteration;
+    :func:`decode_image` decodes a row's.
+
+    Args:
+        source: a path, or else a Hub id, or an object.
+
+            - a folder of Parquet files, `<split>-*.parquet` (files of other names make up the split "train"), or one
+              file; a numbered set of shards has to be complete;
+            - an image folder: `<class>/*.png`, labelled by the rank of the class's name, or `*.png`, unlabelled;
+              either of them optionally in folders named like splits; a `metadata.csv`, `.jsonl` or `.parquet` with a
+              `file_name` column adds columns (a `label` in it goes before the folders); files with other suffixes than
+              images' are no rows;
+            - `.npz` with `images` and optionally `labels` and `ids`, or `.npy` with images: (N, H, W, 1 or 3), uint8
+              or floats in [0, 1], which are rounded to 8 bits;
+            - "owner/name" on the Hub, or "owner/name:config";
+            - a `datasets.Dataset`, an `IterableDataset` (which stays one), a dict of these; an (images, labels) pair
+              of arrays; a :class:`LabelledImages`.
+        split: the split to take; None takes the only one and otherwise raises with the splits listed.
+        image_column, label_column, id_column: names of the columns, by default the first present of `image`, `img`; of
+            `label`, `labels`, `fine_label`; and `id`. A column that stood under the new name becomes `other_<name>`.
+        streaming: an `IterableDataset` that reads as it goes, instead of a `Dataset` in the cache.
+
+    Ids are the id column as strings, else `<split>/<row>` with the row's number in the source's order; so shuffle and
+    filter what this function returns rather than what it is given. Files of an image folder are ordered with numbers
+    in their names taken as numbers ("2.png" before "10.png"). In a stream, ids are right under any sharding and
+    shuffling of it.
+    """
+    return _open(
+        source,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        id_column=id_column,
+        streaming=streaming,
+    )[0]
+
+
+def _open(
+    source: Any,
+    *,
+    split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    id_column: str | None,
+    streaming: bool,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, str | None]:
+    """`open_dataset`, and the space in which the ids mean something (see LabelledImages)."""
+    arrays = arrays_of(source, split)
+    if arrays is not None:
+        dataset = encoded(arrays)
+        return (dataset.to_iterable_dataset() if streaming else dataset), arrays.id_space
+    id_space = None
+    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        split = choose_split(source, split, source)
+        dataset = source[split]
+    elif isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
+        dataset, split = source, split or str(source.split or "train")
+    elif not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"source is a {type(source).__name__}; a path, a Hub id, a datasets.Dataset, LabelledImages and arrays "
+            "are accepted."
+        )
+    elif Path(source).exists():
+        id_space = str(Path(source).resolve())
+        files = parquet_files(Path(source))
+        opener = open_parquet if files else open_image_folder
+        dataset, split = opener(Path(source), files, split, streaming)
+    else:
+        id_space = str(source)
+        dataset, split = _open_hub(id_space, split, streaming)
+    if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
+        raise no_rows(source, split)
+    if dataset.features is None:
+        dataset = dataset._resolve_features()  # a stream of JSON or CSV knows its columns from its first rows only
+    columns = [column for column in dataset.features if column != ROW_ID]
+    names = {
+        "id": find_column(columns, id_column, ID_COLUMNS, "id_column", source),
+        "image": find_column(columns, image_column, IMAGE_COLUMNS, "image_column", source),
+        "label": find_column(columns, label_column, LABEL_COLUMNS, "label_column", source),
+    }
+    if names["image"] is None:
+        raise ValueError(
+            f"source {name_of(source)} has no image column among {', '.join(columns)}; image, img or the one "
+            "named by image_column is accepted."
+        )
+    dataset = renamed(dataset, names)
+    dataset = with_row_ids(dataset, split) if names["id"] is None else with_string_ids(dataset, source)
+    dataset = with_images_encoded(dataset, source)
+    first = [name for name in ("id", "image", "label") if name in dataset.features]
+    others = [name for name in dataset.features if name not in (*first, ROW_ID)]
+    dataset = dataset.select_columns(first + others)
+    if streaming and isinstance(dataset, datasets.Dataset):
+        dataset = dataset.to_iterable_dataset()
+    return dataset, id_space if names["id"] is None else ""
+
+
+def _open_hub(source: str, split: str | None, streaming: bool):
+    name, _, config = source.partition(":")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).suffix in (".parquet", ".npz", ".npy"):
+        raise FileNotFoundError(f"source {source!r} does not exist; a folder, a file and a Hub id are accepted.")
+    config = config or None
+    if split is None:
+        splits = _from_hub(source, lambda: datasets.get_dataset_split_names(name, config))
+        split = choose_split(splits, None, source)
+    return _from_hub(source, lambda: datasets.load_dataset(name, config, split=split, streaming=streaming)), split
+
+
+def _from_hub(source: str, load: Callable):
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"source {source!r} is no folder or file here and could not be loaded from the Hub: {one_line(error)}"
+        ) from error
+
+
+def _decoded(rows, channels: int, image_size: int | None, rejected: list[dict] | None, source: Any):
+    """(row, image) of every usable row; the others go to `rejected`, or the first of them raises."""
+    for row in rows:
+        try:
+            image = decode_image(row["image"], channels, image_size)
+        except ImageRejected as error:
+            file = _file_of(row)
+            if rejected is None:
+                named = f"id {row['id']!r}" if file is None else repr(file)
+                raise ValueError(
+                    f"source {name_of(source)} has an image that cannot be used, {named}: {error.reason}."
+                ) from error
+            rejected.append({"id": row["id"], "file": file, "reason": error.reason})
+            continue
+        yield row, image
+
+
+def _file_of(row: Mapping) -> str | None:
+    """The file that a row's image lies in, where it has one of its own."""
+    path = row["image"].get("path") if isinstance(row["image"], Mapping) else None
+    return row.get("file_name") or path
+
+
+def _adapted(
+    data: LabelledImages, channels: int, image_size: int | None, rejected: list[dict] | None, source: Any
+) -> LabelledImages:
+    size = data.images.shape[1:3] if image_size is None else (image_size, image_size)
+    if data.images.shape[1:] == (*size, channels):
+        return data
+    rows = (
+        {"image": Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), "id": id_, "index": index}
+        for index, (id_, image) in enumerate(zip(data.ids, data.images))
+    )
+    kept, images = [], []
+    for row, image in _decoded(rows, channels, image_size, rejected, source):
+        kept.append(row["index"])
+        images.append(image)
+    if not images:
+        raise ValueError(f"source {name_of(source)} has no image that can be used; at least one is accepted.")
+    return data.subset(kept).with_images(np.stack(images))
+
+
+def _stack(images: list[np.ndarray], ids: list[str]) -> np.ndarray:
+    first = {}
+    for image, id_ in zip(images, ids):
+        first.setdefault(image.shape[:2], id_)
+    if len(first) > 1:
+        sizes = sorted(first, key=lambda size: (size[0] * size[1], size))
+        small, large = (f"{size[1]}x{size[0]} (id {first[size]!r})" for size in (sizes[0], sizes[-1]))
+        raise ValueError(
+            f"the images have {len(first)} sizes, from {small} to {large}; one size is accepted, or image_size, which "
+            "brings them all to one."
+        )
+    return np.stack(images)
+
+
+def _label_array(values: list, ids: list[str], feature, label_column: str | None):
+    """Labels as int64 and the class names, as far as they are known."""
+    missing = [row for row, value in enumerate(values) if value is None or value == -1]
+    if len(missing) == len(values) and label_column is None:
+        return None, None
+    if missing:
+        raise ValueError(
+            f"the label column lacks {len(missing)} of {len(values)} labels (None or -1), the first at id "
+            f"{ids[missing[0]]!r}; a label for every image is accepted."
+        )
+    if isinstance(feature, datasets.ClassLabel):
+        return np.array(values, np.int64), tuple(feature.names)
+    if all(isinstance(value, str) for value in values):
+        names = sorted(set(values))
+        rank = {name: label for label, name in enumerate(names)}
+        return np.array([rank[value] for value in values], np.int64), tuple(names)
+    if all(isinstance(value, int) for value in values):
+        return np.array(values, np.int64), None
+    raise ValueError(f"the label column has the type {feature}; class labels, integers and strings are accepted.")

@@ -1,0 +1,123 @@
+"""A data set as a folder of Parquet files that `load_dataset` opens."""
+
+import io
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+from PIL import Image
+
+from .columns import undecoded
+from .labelled import LabelledImages
+
+
+def write_dataset(
+    output_dir: str | os.PathLike,
+    data: LabelledImages,
+    *,
+    split: str = "train",
+    shards: int = 1,
+    columns: Mapping[str, Sequence] | None = None,
+) -> list[Path]:
+    """Write a folder that `datasets.load_dataset(output_dir)` and :func:`load_images` open, bit for bit.
+
+    The columns are `id`, `image` (PNG, lossless), `label` (with the class names, where known), then `columns`. A shard
+    appears under its name only when it is whole and on disk.
+
+    Args:
+        output_dir: folder, made if needed.
+        split: first part of the files' names, `<split>-00000-of-0000K.parquet`.
+        shards: K, the number of files, of equal length up to one row.
+        columns: further columns by name, one value per image.
+
+    Returns:
+        the paths of the files, in order.
+    """
+    columns = {name: list(values) for name, values in (columns or {}).items()}
+    for name, values in columns.items():
+        if name in ("id", "image", "label"):
+            raise ValueError(f"columns has {name!r}, which data itself provides; other names are accepted.")
+        if len(values) != len(data):
+            raise ValueError(
+                f"columns[{name!r}] has {len(values)} values for {len(data)} images; one each is accepted."
+            )
+    if not 1 <= shards <= len(data):
+        raise ValueError(f"shards is {shards} for {len(data)} images; 1 to {len(data)} are accepted.")
+    if not re.fullmatch(r"\w+(\.\w+)*", split):
+        raise ValueError(f"split is {split!r}; letters, digits, _ and single dots are accepted.")
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    paths = [output_dir / f"{split}-{index:05d}-of-{shards:05d}.parquet" for index in range(shards)]
+    others = sorted(set(output_dir.glob(f"{split}-*-of-*.parquet")) - set(paths))
+    if others:
+        raise FileExistsError(
+            f"output_dir {str(output_dir)!r} holds {others[0].name}, not one of {shards} shards; a folder without "
+            "it is accepted."
+        )
+    features = _features(data)
+    if columns:
+        features.update(datasets.Dataset.from_dict(columns).features)
+    for path, rows in zip(paths, np.array_split(np.arange(len(data)), shards)):
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        extra = {name: values[start:stop] for name, values in columns.items()}
+        dataset = datasets.Dataset.from_dict({**_encoded_columns(data, start, stop), **extra}, features=features)
+        table = dataset.with_format("arrow")[:]
+        write_table(path, table.replace_schema_metadata(features.arrow_schema.metadata))
+    return paths
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write one Parquet file that appears under its name only when it is whole and on disk."""
+    # The leading dot and the suffix keep every reader of `*.parquet` away from a file that is not finished.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            pq.write_table(table, file, row_group_size=1000)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, survives a power cut
+    finally:
+        os.close(folder)
+
+
+def _features(data: LabelledImages) -> datasets.Features:
+    features = {"id": datasets.Value("string"), "image": datasets.Image()}
+    if data.labels is not None:
+        names = data.class_names
+        features["label"] = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
+    return datasets.Features(features)
+
+
+def _encoded_columns(data: LabelledImages, start: int, stop: int) -> dict[str, list]:
+    columns = {
+        "id": list(data.ids[start:stop]),
+        "image": [{"bytes": _png(image), "path": None} for image in data.images[start:stop]],
+    }
+    if data.labels is not None:
+        columns["label"] = data.labels[start:stop].tolist()
+    return columns
+
+
+def encoded(data: LabelledImages) -> datasets.Dataset:
+    """Images in memory as a data set of PNG files."""
+    features = datasets.Features({name: undecoded(feature) for name, feature in _features(data).items()})
+    return datasets.Dataset.from_dict(_encoded_columns(data, 0, len(data)), features=features)
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")
+    return buffer.getvalue()
