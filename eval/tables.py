@@ -42,36 +42,42 @@ POISONS = {
     "cuda": "CUDA",
 }
 CONTROL = "-control"  # eval/benchmark.py
+# In the order of tables: before training, while training, purification by others, ours.
 COLUMNS = {
     "none": "vanilla",
-    "avatar": "AVATAR",
-    "avatar, 10 evaluations": "AVATAR, 10 evaluations",
     "iss": "ISS (best of three)",
-    "bdr-2": "BDR-2",
     "gray": "gray",
     "jpeg-10": "JPEG-10",
-    "impulse-filter": "impulse filter",
-    "at-8": "adversarial training",
-    "at-4": "adversarial training, 4/255",
-    "ueraser": "UEraser",
-    "gdmp": "GDMP",
-    "ueraser-lite": "AA / UEraser-Lite",
-    "ueraser-max": "UEraser-Max",
+    "bdr-2": "BDR-2",
+    "orthogonal-projection": "orthogonal projection",
+    "random-noise": "random noise",
     "cutout": "Cutout",
     "mixup": "Mixup",
     "cutmix": "CutMix",
     "fast-autoaugment": "Fast AutoAugment",
-    "random-noise": "random noise",
+    "ueraser-lite": "AA / UEraser-Lite",
+    "ueraser": "UEraser",
+    "ueraser-max": "UEraser-Max",
+    "at-8": "adversarial training",
+    "at-4": "adversarial training, 4/255",
+    "avatar": "AVATAR",
+    "avatar, 10 evaluations": "AVATAR, 10 evaluations",
+    "gdmp": "GDMP",
+    "gdmp, 1 round of 9": "GDMP, 1 round of 9 evaluations",
+    "eclipse, 4 evaluations": "ECLIPSE, 4 evaluations, not sparse",
+    "eclipse, sparse": "ECLIPSE, 4 evaluations",
     "jcdp": "JCDP",
     "jcdp, 8 rounds of 2": "JCDP, 8 rounds of 2",
     "jcdp+corruption": "JCDP, then corruption",
     "unconditional": "diffusion without guide",
     "unconditional, 4 draws": "diffusion without guide, 4 draws",
     "unconditional+corruption": "diffusion without guide, then corruption",
-    "impulse-filter+unconditional+corruption": "impulse filter, diffusion without guide, corruption",
     "coloured noise": "diffusion of coloured noise",
+    "coloured noise, 4 draws": "diffusion of coloured noise, 4 draws",
     "coloured noise, 2 rounds, then corruption": "diffusion of coloured noise, 2 rounds, then corruption",
-    "orthogonal-projection": "orthogonal projection",
+    "impulse-filter": "impulse filter",
+    "impulse-filter+unconditional+corruption": "impulse filter, diffusion without guide, corruption",
+    "impulse filter, coloured noise, 2 rounds, corruption": "impulse filter, coloured noise, 2 rounds, corruption",
     # Published, not among ours.
     "gaussian-filter": "Gaussian filter",
     "d-vae": "D-VAE",
@@ -235,7 +241,7 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
     parser.add_argument("--grid", help="records of this grid alone")
     parser.add_argument("--protocol", help="records of this recipe alone")
-    parser.add_argument("--columns", nargs="+", metavar="NAME", help="of the grid; in this order, and no others")
+    parser.add_argument("--columns", nargs="+", metavar="NAME", help="of the grid and no others; in pictures in this order")
     parser.add_argument("--victim", default="resnet18")
     parser.add_argument("--smoke", action="store_true", help="records of smoke runs, which mean nothing")
 
@@ -327,7 +333,8 @@ def grid_table(measured: Measured, dataset: str) -> str:
 
 def _grid_rows(measured: Measured, dataset: str, collected: str) -> str:
     poisons = measured.poisons(dataset)
-    columns = list(dict.fromkeys(key.column for key in measured.keys(dataset) if key.collected in (None, collected)))
+    found = dict.fromkeys(key.column for key in measured.keys(dataset) if key.collected in (None, collected))
+    columns = [*(name for name in COLUMNS if name in found), *(name for name in found if name not in COLUMNS)]
     costs = {column: measured.seconds(dataset, column, collected) for column in columns}
     baselines = [name for name in BASELINES if name == "at-8" or name in columns]
     head = ["countermeasure", *(measured.poison_title(dataset, *poison) for poison in poisons)]

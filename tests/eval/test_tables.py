@@ -294,7 +294,7 @@ def test_one_grid_protocol_or_choice_of_columns(monkeypatch, tmp_path):
         ((), ["gray", "Mixup", "CutMix"]),
         (("--grid", "two"), ["Mixup", "CutMix"]),
         (("--grid", "two", "--protocol", "mini"), ["Mixup"]),
-        (("--columns", "cutmix", "gray"), ["CutMix", "gray"]),
+        (("--columns", "cutmix", "gray"), ["gray", "CutMix"]),
     ):
         table = run(monkeypatch, tmp_path, found, "grid", *options).splitlines()
         assert [line.split("|")[1].strip() for line in table if line.startswith("| ")][2:] == rows, options
