@@ -241,7 +241,9 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
     parser.add_argument("--grid", help="records of this grid alone")
     parser.add_argument("--protocol", help="records of this recipe alone")
-    parser.add_argument("--columns", nargs="+", metavar="NAME", help="of the grid and no others; in pictures in this order")
+    parser.add_argument(
+        "--columns", nargs="+", metavar="NAME", help="of the grid and no others; in pictures in this order"
+    )
     parser.add_argument("--victim", default="resnet18")
     parser.add_argument("--smoke", action="store_true", help="records of smoke runs, which mean nothing")
 

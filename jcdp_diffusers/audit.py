@@ -596,6 +596,8 @@ def _shortcut_said(result: dict) -> str:
         f"Shortcut test: a linear model gets {100 * figures['held_out']:.0f} % of unseen protected images right and "
         f"{100 * figures['test']:.0f} % of test images"
     )
+    if result["exchanged"]:
+        return f"{said}; it sees a shortcut in the clean originals instead: are protected and clean exchanged?"
     return f"{said}: {'the protection is a shortcut' if result['found'] else 'no shortcut that it can see'}."
 
 

@@ -267,7 +267,8 @@ def shortcut_test(
     Returns:
         `dict`: `protected` and, where given, `clean`, each with `fitted`, `held_out` and `test` accuracies in [0, 1];
         `images`, how many were used; `gap`, held-out minus test accuracy of the protected set; `found`, whether the
-        gap is larger than 0.1 and than three standard deviations of chance.
+        gap is larger than 0.1 and than three standard deviations of chance; `exchanged`, whether that is so of the
+        clean originals and not of the protected images.
     """
     count = min(len(protected), SHORTCUT_IMAGES, max(50, SHORTCUT_VALUES // protected.images[0].size))
     rows = np.random.default_rng(seed).permutation(len(protected))[:count]
@@ -277,15 +278,17 @@ def shortcut_test(
     for name, data in (("protected", protected), ("clean", clean)):
         if data is not None:
             result[name] = _linear_accuracies(data, fitted, held_out, test.subset(test_rows))
-    figures = result["protected"]
+    gap, found = _gap(result["protected"], len(held_out), len(test_rows))
+    exchanged = clean is not None and not found and _gap(result["clean"], len(held_out), len(test_rows))[1]
+    return result | {"gap": gap, "found": found, "exchanged": exchanged}
+
+
+def _gap(figures: Mapping[str, float], *counts: int) -> tuple[float, bool]:
+    """Held-out minus test accuracy, of so many images each, and whether that is a shortcut rather than chance."""
     gap = figures["held_out"] - figures["test"]
-    deviation = np.sqrt(
-        sum(
-            max(share * (1 - share), 1e-3) / n
-            for share, n in ((figures["held_out"], len(held_out)), (figures["test"], len(test_rows)))
-        )
-    )
-    return result | {"gap": gap, "found": bool(gap > max(0.1, 3 * deviation))}
+    shares = (figures["held_out"], figures["test"])
+    deviation = np.sqrt(sum(max(share * (1 - share), 1e-3) / n for share, n in zip(shares, counts)))
+    return gap, bool(gap > max(0.1, 3 * deviation))
 
 
 def _linear_accuracies(data: LabelledImages, fitted, held_out, test: LabelledImages) -> dict[str, float]:

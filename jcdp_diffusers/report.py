@@ -164,12 +164,14 @@ def checks(report: dict) -> list[tuple[bool, str]]:
     )
     found.append(
         (
-            not shortcut["found"],
+            not shortcut["found"] and not shortcut["exchanged"],
             f"Shortcut test: a linear model fitted to protected images gets {100 * figures['held_out']:.0f} % of "
             f"other protected images right and {100 * figures['test']:.0f} % of clean test images{beside}. "
             + (
                 "The protection is a shortcut that even a linear model reads."
                 if shortcut["found"]
+                else "It sees a shortcut in the clean originals instead: the two sets may be exchanged."
+                if shortcut["exchanged"]
                 else "It sees no shortcut, which proves nothing: a linear model cannot read every protection."
             ),
         )

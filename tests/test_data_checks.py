@@ -201,3 +201,4 @@ def test_the_shortcut_test_tells_a_shortcut_from_a_lesson():
     assert result["found"] and result["protected"]["held_out"] > 0.9
     assert result["protected"]["test"] < 0.5 and result["clean"]["held_out"] < 0.5
     assert result == shortcut_test(poisoned, test, clean)
+    assert not result["exchanged"] and shortcut_test(clean, test, poisoned)["exchanged"]

@@ -85,6 +85,7 @@ REPORT = {
             "clean": {"fitted": 0.8, "held_out": 0.5, "test": 0.49},
             "gap": 0.77,
             "found": True,
+            "exchanged": False,
         },
     },
     "purifier": {
