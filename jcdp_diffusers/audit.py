@@ -298,6 +298,7 @@ def audit(
             "digest": purification["purifier"],
             "parameters": pipe.unet.num_parameters(),
             "unet": plan.unet if plan is not None and trained_here else None,
+            "perceptual": None if pipe.perceptual is None else pipe.perceptual.name,
             "training": training and _training_facts(training),
             "train_seconds": training["seconds"] if training else None,
             "trained_here": trained_here,

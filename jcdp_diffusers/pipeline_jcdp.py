@@ -491,8 +491,10 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 )
                 raise ValueError(
                     f"perceptual_guidance_scale is {config.perceptual_guidance_scale:g} and needs "
-                    f"{repr(wanted) if wanted else 'a perceptual network'}, but the pipeline has {has}: pass "
-                    f"perceptual=LPIPSModel.{loading} to from_pretrained (in a command: --perceptual {option}), or "
+                    f"{repr(wanted) if wanted else 'a perceptual network'}, but the pipeline has {has}: give "
+                    f"--perceptual {option} to jcdp purify or to an audit that trains its purifier, perceptual: "
+                    f"{option} to such a grid, or perceptual=LPIPSModel.{loading} to from_pretrained, whose "
+                    "save_pretrained puts it into a purifier's folder for everything else; or take "
                     "perceptual_guidance_scale=0."
                 )
         return config

@@ -186,6 +186,8 @@ def settings_said(report: dict) -> list[tuple[str, str]]:
     described = f"{purifier['name']}, {purifier['parameters'] / 1e6:.2f} million parameters"
     if purifier["unet"]:
         described += f" (`{purifier['unet']}`)"
+    if purifier["perceptual"]:
+        described += f", perceptual network {purifier['perceptual']}"
     training = purifier["training"]
     if training:
         described += (

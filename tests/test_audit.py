@@ -219,7 +219,8 @@ def test_a_guide_that_needs_a_network_is_refused_before_anything_is_trained(fold
     asked[asked.index("smoke")] = "digits"
     assert main(asked) == 1
     assert "needs 'lpips-alex', but the pipeline has no network" in (said := capsys.readouterr().err)
-    assert "(in a command: --perceptual alex)" in said and not (tmp_path / "out").exists()
+    assert "give --perceptual alex to jcdp purify or to an audit that trains its purifier" in said
+    assert not (tmp_path / "out").exists()
     assert main(command(folders, tmp_path / "out", "--perceptual", "nowhere")) == 1
     assert "perceptual is 'nowhere', but must be one of alex, vgg, squeeze, a folder" in capsys.readouterr().err
     assert main(command(folders, tmp_path / "out", "--perceptual", "alex", "--purifier", "some/where")) == 1
@@ -233,6 +234,8 @@ def test_a_purifier_trained_here_gets_the_perceptual_network(folders, tmp_path):
     sources = {role: folders[role] for role in ("protected", "collected", "test")}
     report = audit(**sources, output_dir=tmp_path / "out", perceptual=tmp_path / "vgg", preset=config, **options)
     assert report["purification"]["perceptual_guidance_scale"] == 1.0
+    assert report["purifier"]["perceptual"] == "lpips-vgg"
+    assert ", perceptual network lpips-vgg" in (tmp_path / "out/report.md").read_text()
     assert LPIPSModel.from_pretrained(tmp_path / "out/purifier/perceptual").name == "lpips-vgg"
     with pytest.raises(ValueError, match="where an audit with another perceptual network was begun"):
         other = shutil.copytree(tmp_path / "vgg", tmp_path / "other")

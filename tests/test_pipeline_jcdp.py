@@ -593,7 +593,7 @@ class TestCall:
             Pipeline(tiny_unet(), DDPMScheduler())(photos(1), diffusion_steps=1001, num_inference_steps=1)
 
     def test_a_perceptual_scale_needs_the_network_it_was_tuned_for(self, plain):
-        with pytest.raises(ValueError, match=r"needs 'lpips-alex', but the pipeline has no network: pass percep"):
+        with pytest.raises(ValueError, match=r"needs 'lpips-alex', but the pipeline has no network: give --percep"):
             plain(photos(1), preset="paper")
         squeeze = quiet(Pipeline(plain.unet, plain.scheduler, LPIPSModel("squeezenet1_0", calibrated=False)))
         with pytest.raises(ValueError, match="but the pipeline has 'features-squeezenet1_0'"):
@@ -822,7 +822,7 @@ def test_networks_that_predict_something_else_are_refused(change, message):
 def test_the_way_to_a_missing_network_is_one_that_works(plain):
     for wanted, way in (("features-squeezenet1_0", r"from_trunk_file\(PATH\)"), ("lpips-vgg", r"from_lpips\('vgg'\)")):
         config = PurificationConfig(perceptual_guidance_scale=1.0, perceptual_network=wanted)
-        with pytest.raises(ValueError, match=f"pass perceptual=LPIPSModel.{way} to from_pretrained"):
+        with pytest.raises(ValueError, match=f"perceptual=LPIPSModel.{way} to from_pretrained"):
             plain(photos(1), preset=config)
 
 

@@ -93,6 +93,7 @@ REPORT = {
         "digest": "00ff",
         "parameters": 690_000,
         "unet": "tiny32",
+        "perceptual": "lpips-alex",
         "training": {
             "steps": 800,
             "total_batch_size": 32,

@@ -223,7 +223,7 @@ def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, ca
             "data has for protected: ",
         ),
         ({"purifier": "/no/such"}, "purifier is '/no/such', which is neither a folder nor a repository's name"),
-        ({"countermeasures": ["jcdp"], "protocol": "fast"}, "(in a command: --perceptual alex)"),
+        ({"countermeasures": ["jcdp"], "protocol": "fast"}, "perceptual: alex to such a grid"),
         (
             {"countermeasures": ["orthogonal-projection+fast-autoaugment"]},
             "fast-autoaugment works on 8-bit images, which orthogonal-projection leaves none of",
