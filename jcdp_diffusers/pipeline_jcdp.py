@@ -95,14 +95,23 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             own.
 
         Raises:
-            OSError: If it is neither a folder with a DDPM nor the name of a repository.
+            OSError: If it is neither a folder with a DDPM nor the name of a repository that can be loaded.
         """
         name, folder = str(pretrained_model_name_or_path), Path(pretrained_model_name_or_path)
         if not (folder / "model_index.json").is_file() and (folder.exists() or not _could_be_on_hub(name)):
             why = "holds no model_index.json" if folder.is_dir() else "is neither a folder nor a repository's name"
             raise OSError(f"purifier is {name!r}, which {why}; a DDPM's folder or Hub id is accepted.")
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        pipe = super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
+        try:
+            pipe = super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
+        except OSError as error:
+            if folder.is_dir():
+                raise
+            reason = type(error.__cause__ or error).__name__
+            raise OSError(
+                f"purifier is {name!r}, which is no folder here and could not be loaded from the Hub ({reason}); a "
+                "DDPM's folder or Hub id is accepted."
+            ) from error
         if not folder.is_dir():
             # diffusers downloads only what model_index.json names; the same snapshot gets what lies beside it.
             beside = [CONFIG_NAME, "perceptual/*"]

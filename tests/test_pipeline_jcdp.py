@@ -113,6 +113,8 @@ class TestRepository:
         for name in (tmp_path / "absent", "absent"):
             with pytest.raises(OSError, match="absent', which is neither a folder nor a repository's name"):
                 Pipeline.from_pretrained(name)
+        with pytest.raises(OSError, match="is 'my/absent', which is no folder here and could not be loaded .*Error"):
+            Pipeline.from_pretrained("my/absent", local_files_only=True)
 
 
 class TestSameBits:
