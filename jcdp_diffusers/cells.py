@@ -132,6 +132,9 @@ def measure_cells(
         device (`str` or `torch.device`): Where networks run.
         processes (`int`): On a CPU, how many victims at a time.
         progress (`bool`): Show a bar.
+
+    Raises:
+        RuntimeError: If a cell fails; the sentence begins with its row or poison, column and seed.
     """
     records, device = Path(records), torch.device(device)
     if processes < 1:
@@ -268,6 +271,8 @@ def _measure_claimed(cell: Cell, records: Path, device: torch.device, claims: Cl
         return None
     try:
         return measure_cell(cell, records, device) if missing_cells([cell], records) else None
+    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
+        raise RuntimeError(f"{_title(cell)}: {error}") from error
     finally:
         claims.release(cell.name)
 
@@ -306,9 +311,14 @@ def _begin_process() -> None:
 
 
 def _tell(bar: tqdm, cell: Cell, accuracy: float) -> None:
-    title = cell.about.get("row") or cell.about.get("poison") or ""
-    bar.set_postfix_str(f"{title} {cell.countermeasure} seed {cell.seed}: {accuracy:.1%}")
+    bar.set_postfix_str(f"{_title(cell)}: {accuracy:.1%}")
     bar.update()
+
+
+def _title(cell: Cell) -> str:
+    """A cell's row or poison, column and seed, as people know them."""
+    row = cell.about.get("row") or cell.about.get("poison")
+    return " ".join(filter(None, (row, cell.about.get("column", cell.countermeasure), f"seed {cell.seed}")))
 
 
 def _num_classes(cell: Cell) -> int:

@@ -203,8 +203,9 @@ def test_a_cell_whose_process_was_killed_is_taken_over(tmp_path):
 
 def test_an_error_ends_the_command_and_frees_the_cell(tmp_path):
     records = tmp_path / "records.jsonl"
-    bad = cell(0, test=LabelledImages(TEST.images, TEST.labels * 0, TEST.ids))
-    with pytest.raises(ValueError, match="train has images of class 1, but test has none"):
+    about = {"poison": "lsp", "column": "plain"}
+    bad = cell(0, test=LabelledImages(TEST.images, TEST.labels * 0, TEST.ids), about=about)
+    with pytest.raises(RuntimeError, match="^lsp plain seed 0: train has images of class 1, but test has none"):
         measure_cells([bad], records, progress=False)
     assert list(claims_folder(records).iterdir()) == []
     with pytest.raises(ValueError, match="processes is 0, but must be at least 1"):
@@ -214,5 +215,5 @@ def test_an_error_ends_the_command_and_frees_the_cell(tmp_path):
 @pytest.mark.long
 def test_an_error_in_a_process_of_its_own_is_the_commands_error(tmp_path):
     bad = LabelledImages(TEST.images, TEST.labels * 0, TEST.ids)
-    with pytest.raises(ValueError, match="train has images of class 1, but test has none"):
+    with pytest.raises(RuntimeError, match="^none seed [01]: train has images of class 1, but test has none"):
         measure_cells([cell(0, test=bad), cell(1, test=bad)], tmp_path / "r.jsonl", processes=2, progress=False)
