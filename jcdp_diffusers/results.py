@@ -13,6 +13,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -116,14 +117,17 @@ def code_version() -> str | None:
 def read_records(path: str | os.PathLike) -> list[dict]:
     """All records of a JSON Lines file, in the order written.
 
-    A last line that a crash cut short, or that is just being written, is no record yet and left out.
+    A last line that a crash cut short, or that is just being written, is no record yet and left out with a warning.
 
     Raises:
         ValueError: a line is no record; the sentence names the file and the line.
     """
     records = []
     content = Path(path).read_bytes()
-    for number, line in enumerate(content[: _whole(content)].split(b"\n"), start=1):
+    whole = _whole(content)
+    if whole < len(content):
+        warnings.warn(f"{os.fspath(path)} ends in a line that was cut short, which is left out.", stacklevel=2)
+    for number, line in enumerate(content[:whole].split(b"\n"), start=1):
         if not line:
             continue
         try:
