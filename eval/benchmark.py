@@ -47,6 +47,7 @@ from jcdp_diffusers.victims.supervised import RECIPES, Recipe
 
 DIGITS = (900, 500, 397)
 SMOKE_IMAGES = 200
+DATA_ROLES = ("protected", "collected", "test")
 UNKNOWN = "unknown"  # the roles of records whose purifier may have seen any image
 CONTROL = "-control"
 SMOKE_PURIFICATION = PurificationConfig(diffusion_steps=20, num_inference_steps=2)
@@ -127,17 +128,21 @@ class Grid:
             if not isinstance(value, list) or not value:
                 raise ValueError(f"{name} is {value!r}, but must be a list with one entry at least.")
         for seed in self.seeds:
-            if not isinstance(seed, int):
+            if type(seed) is not int:
                 raise ValueError(f"seeds has {seed!r}, but its entries must be whole numbers.")
         for entry in self.poisons:
-            if entry != "none" and entry.removesuffix(CONTROL) not in poisons.NAMES:
+            if entry != "none" and str(entry).removesuffix(CONTROL) not in poisons.NAMES:
                 raise ValueError(
                     f"poisons has {entry!r}, but accepted are none, {', '.join(poisons.NAMES)}, and these with "
                     f"{CONTROL} behind them."
                 )
         for column in self.countermeasures:
-            if isinstance(column, dict) and "use" not in column:
-                raise ValueError(f"countermeasures has {column}, but a column needs use, a countermeasure's name.")
+            words = column if isinstance(column, dict) else {"use": column}
+            if not all(isinstance(word, str) for word in (*words, words.get("use"), words.get("as", ""))):
+                raise ValueError(
+                    f"countermeasures has {column!r}, but a column needs use, a countermeasure's name; its entries' "
+                    "names and as are strings."
+                )
         for victim in self.victims:
             victims.get(victim)
         if self.protocol not in RECIPES:
@@ -148,6 +153,11 @@ class Grid:
         if self.unet is not None and self.unet not in UNETS:
             raise ValueError(f"unet is {self.unet!r}, but must be one of {', '.join(UNETS)}.")
         _typed("training", self.training, TrainingConfig)
+        if self.data != "digits":
+            if not isinstance(self.data, dict) or not set(DATA_ROLES) <= self.data.keys():
+                raise ValueError(f"data is {self.data!r}, but must be 'digits' or have {', '.join(DATA_ROLES)}.")
+            for role in DATA_ROLES:
+                _check_source(role, self.data[role])
         self.columns()
 
     @property
@@ -198,9 +208,9 @@ def _replaced(name: str, fields: Mapping[str, Any]) -> PurificationConfig:
     return PurificationConfig(**dict(purifying[0].settings) | dict(fields))
 
 
-def _typed(entry: str, fields: Mapping[str, Any], kind: type) -> dict[str, Any]:
+def _typed(entry: str, fields: Mapping[str, Any], kind: Callable) -> dict[str, Any]:
     """
-    Fields of a dataclass as YAML has them, lists as tuples.
+    Fields of a dataclass, or arguments of a function, as YAML has them, lists as tuples.
 
     Raises:
         ValueError: If one is unknown or has a value of another type than the field.
@@ -219,6 +229,8 @@ def _typed(entry: str, fields: Mapping[str, Any], kind: type) -> dict[str, Any]:
         if typing.Any not in accepted and type(value) not in (*accepted, *numbers):
             known = " or ".join("nothing" if one is NoneType else one.__name__ for one in accepted)
             raise ValueError(f"{entry} has {name} {value!r}, but its type must be {known}.")
+        if isinstance(value, tuple) and not all(type(number) is int for number in value):  # as all tuples are
+            raise ValueError(f"{entry} has {name} {value!r}, but its entries must be whole numbers.")
     return values
 
 
@@ -343,11 +355,9 @@ def load_roles(grid: Grid) -> tuple[str, LabelledImages, LabelledImages, Labelle
     """Name of the data, and its three roles: clean images to protect, collected, test."""
     if grid.data == "digits":
         name, (clean, collected, test) = "digits", digits(DIGITS)
-    elif isinstance(grid.data, dict) and {"protected", "collected", "test"} <= grid.data.keys():
-        clean, collected, test = (_load(role, grid.data[role]) for role in ("protected", "collected", "test"))
-        name = str(grid.data.get("name", grid.name))
     else:
-        raise ValueError(f"data is {grid.data!r}, but must be 'digits' or have protected, collected and test.")
+        clean, collected, test = (_load(role, grid.data[role]) for role in DATA_ROLES)
+        name = str(grid.data.get("name", grid.name))
     if grid.roles == "paper":
         collected = test
     if grid.full_recipe.smoke:
@@ -356,18 +366,25 @@ def load_roles(grid: Grid) -> tuple[str, LabelledImages, LabelledImages, Labelle
     return name, clean, collected, test
 
 
-def _load(role: str, entry: Mapping[str, Any]) -> LabelledImages:
-    if not isinstance(entry, Mapping) or "source" not in entry:
+def _check_source(role: str, entry: Any) -> None:
+    """Refuse what a role's entry cannot be, before anything is loaded."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
         raise ValueError(f"data has for {role} {entry!r}, but must have a dict with source, a path or Hub id.")
+    first, count = entry.get("first", 0), entry.get("count")
+    if not all(type(number) is int for number in (first, 0 if count is None else count)):
+        raise ValueError(f"data has for {role} first {first!r} and count {count!r}, but both must be whole numbers.")
+    options = {name: value for name, value in entry.items() if name not in ("name", "first", "count")}
+    _typed(f"data for {role}", options, load_images)
+
+
+def _load(role: str, entry: Mapping[str, Any]) -> LabelledImages:
     entry = dict(entry)
     entry.pop("name", None)  # what records call it
     first, count = entry.pop("first", 0), entry.pop("count", None)
     try:
         data = load_images(entry.pop("source"), **entry)
-    except (TypeError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"data has for {role}: {error}") from error
-    if not all(type(number) is int for number in (first, 0 if count is None else count)):
-        raise ValueError(f"data has for {role} first {first!r} and count {count!r}, but both must be whole numbers.")
     end = len(data) if count is None else first + count
     if not 0 <= first < end <= len(data):
         raise ValueError(f"data has for {role} the rows {first} to {end}, but the source has {len(data)}.")
