@@ -37,10 +37,10 @@ from .placement import PRECISIONS, open_purifier
 from .progress import Progress
 from .purification_config import PRESETS, PurificationConfig
 from .rows import Rows, open_rows
-from .run_record import describe_run, settle_run
+from .run_record import RUN_NAME, describe_run, settle_run
 from .shard_maker import ShardMaker, purify_tiles
 from .shards import CLAIM_TIMEOUT, STATE, Claims, ShardStore, ShardTakenOver, write_atomically
-from .tiles import FITS
+from .tiles import FITS, prepare
 from .worker_pool import open_pool
 
 
@@ -79,7 +79,7 @@ def purify_to_folder(
     streaming: bool = False,
     preset: str | PurificationConfig | None = None,
     image_size: int | None = None,
-    fit: str = "resize",
+    fit: str | None = None,
     tile_overlap: int | None = None,
     shards: int | None = None,
     rows_per_shard: int | None = None,
@@ -104,7 +104,8 @@ def purify_to_folder(
         streaming (`bool`): Read the source as it comes rather than through the cache of `datasets`.
         preset (`str` or `PurificationConfig`, *optional*), settings: As for `pipe(...)`.
         image_size (`int`, *optional*): Side of the square that the purifier works on, the UNet's own by default.
-        fit (`str`): What happens to images of other sizes: `"resize"` or `"tile"` (see `tiles`).
+        fit (`str`, *optional*): What happens to images of other sizes: `"exact"` refuses them, `"resize"` and `"tile"`
+            see `tiles`. By default what the run was begun with, else `"exact"`.
         tile_overlap (`int`, *optional*): Least overlap of tiles in pixels, a quarter of `image_size` by default.
         shards (`int`, *optional*): Number of files, not for streams. Instead of:
         rows_per_shard (`int`, *optional*): Rows of the source per file; eight micro-batches by default.
@@ -145,6 +146,12 @@ def purify_to_folder(
             f"shards is {shards}, but the source has {rows.length or 'an unknown number of'} rows: "
             f"{'rows_per_shard is what a stream takes' if rows.length is None else 'one to that many are accepted'}."
         )
+    output_dir = Path(output_dir)
+    if fit is None and not (output_dir / RUN_NAME).exists():
+        fit = "exact"
+    if fit == "exact":  # before the folder is begun, where the first image tells
+        for table in rows.read(0, 1):
+            prepare(table["image"][0].as_py(), channels=pipe.unet.config.in_channels, size=size, fit=fit, overlap=0)
     asked = describe_run(
         pipe,
         config,
@@ -158,7 +165,6 @@ def purify_to_folder(
         shards=shards,
         rows_per_shard=rows_per_shard,
     )
-    output_dir = Path(output_dir)
     with _explained(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         run = settle_run(output_dir, asked)
@@ -323,7 +329,7 @@ def _image_size(pipe: JointConditionalPurificationPipeline, image_size: int | No
 
 
 def _check(fit, size, overlap, threads, shards, rows_per_shard, micro_batch_size) -> None:
-    if fit not in FITS:
+    if fit is not None and fit not in FITS:
         raise ValueError(f"fit is {fit!r}, but must be one of {FITS}.")
     if not 0 <= overlap < size:
         raise ValueError(f"tile_overlap is {overlap}, but must lie between 0 and image_size ({size}), exclusive.")
@@ -366,7 +372,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--perceptual", metavar="NAME_OR_PATH", help="alex, vgg, squeeze, a folder or SqueezeNet's file")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--image_size", type=int, help="side of the square that the purifier works on")
-    how.add_argument("--fit", choices=FITS, default="resize", help="what happens to images of other sizes")
+    how.add_argument("--fit", choices=FITS, help="images of other sizes; exact, unless the run was begun so, refuses")
     how.add_argument("--tile_overlap", type=int, help="least overlap of tiles, in pixels")
 
     work = parser.add_argument_group("work (not given: what the run was begun with)")

@@ -28,6 +28,8 @@ SHARD_IN_MICRO_BATCHES = 8  # rows of a shard by default: what a kill costs, aga
 PACKAGES_OF_PIXELS = ("jcdp-diffusers", "torch", "diffusers", "numpy", "pillow")
 # Settings that the first worker of a run fixes, and others take over unless they ask for something else.
 TAKEN_OVER = (
+    ("sizes", "fit"),
+    ("sizes", "tile_overlap"),
     ("arithmetic", "micro_batch_size"),
     ("arithmetic", "threads"),
     ("shards", "rows_per_shard"),
@@ -44,7 +46,7 @@ def describe_run(
     *,
     seed: int,
     image_size: int,
-    fit: str,
+    fit: str | None,
     overlap: int,
     micro_batch_size: int | None,
     threads: int | None,

@@ -17,7 +17,7 @@ from PIL import Image
 from .data import MAX_PIXELS, ImageRejected, decode_image
 
 
-FITS = ("resize", "tile")
+FITS = ("exact", "resize", "tile")
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,25 @@ class TiledImage:
 
 
 def prepare(value, *, channels: int, size: int, fit: str, overlap: int) -> TiledImage | str:
-    """Decode a stored image and bring it to the purifier's size; the reason, if it cannot be used."""
+    """
+    Decode a stored image and bring it to the purifier's size; the reason, if it cannot be used.
+
+    Raises:
+        ValueError: If it has another size and `fit` is `"exact"`.
+    """
     try:
         image = decode_image(value, channels)
         if fit == "tile":
             brought = _enlarged(image, size)
+        elif image.shape[:2] == (size, size):
+            brought = image
+        elif fit == "resize":
+            brought = decode_image(value, channels, size)
         else:
-            brought = image if image.shape[:2] == (size, size) else decode_image(value, channels, size)
+            raise ValueError(
+                f"dataset has an image of {image.shape[1]}x{image.shape[0]}, but the purifier works on {size}x{size}: "
+                "fit (--fit) resize or tile brings it to that, in another output if this one is begun."
+            )
         return replace(cut(brought, size, overlap), resized=brought is not image)
     except ImageRejected as rejection:
         return rejection.reason

@@ -259,7 +259,7 @@ def test_micro_batches_and_threads_are_those_that_the_run_began_with(two_threads
         ({"diffusion_steps": 4}, "whose settings diffusion_steps is 3, but 4"),
         ({"pixel_guidance_scale": 2.0}, "whose settings pixel_guidance_scale is 0.0, but 2.0"),
         ({"image_size": 16}, "whose sizes image_size is 8, but 16"),
-        ({"fit": "tile"}, "whose sizes fit is 'resize', but 'tile'"),
+        ({"fit": "tile"}, "whose sizes fit is 'exact', but 'tile'"),
         ({"micro_batch_size": 8}, "whose arithmetic micro_batch_size is 16, but 8"),
         ({"threads": 4}, "whose arithmetic threads is 1, but 4"),
         ({"shards": 2}, "whose shards count is None, but 2"),
@@ -307,7 +307,7 @@ def test_refuses_to_go_on_with_another_torch(pipe, source, finished, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"fit": "crop"}, r"fit is 'crop', but must be one of \('resize', 'tile'\)"),
+        ({"fit": "crop"}, r"fit is 'crop', but must be one of \('exact', 'resize', 'tile'\)"),
         ({"tile_overlap": 8}, r"tile_overlap is 8, but must lie between 0 and image_size \(8\)"),
         ({"threads": 3}, "threads is 3, but must be a power of two"),
         ({"shards": 51}, "shards is 51, but the source has 50 rows: one to that many are accepted"),
@@ -396,10 +396,30 @@ def test_mixed_sizes_are_resized(pipe, tmp_path):
     shapes = [(8, 8), (16, 12), (5, 9), (8, 31)]
     draw = np.random.default_rng(0)
     images = [Image.fromarray(draw.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
-    purified = purify_dataset(datasets.Dataset.from_dict({"image": images}), pipe, output_dir=tmp_path, **SETTINGS)
+    source = datasets.Dataset.from_dict({"image": images})
+    purified = purify_dataset(source, pipe, output_dir=tmp_path, fit="resize", **SETTINGS)
     assert [image.size for image in purified["image"]] == [(8, 8)] * 4
+    assert purify_to_folder(source, pipe, output_dir=tmp_path, **SETTINGS)["resized"] == 3  # as it was begun
     assert json.loads((tmp_path / "summary.json").read_text())["resized"] == 3
     assert "| Resized | 3 |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_sizes_are_refused_unless_fit_is_given(streaming, pipe, tmp_path):
+    source = open_dataset(some_images(3, size=16), streaming=streaming)
+    sentence = r"has an image of 16x16, but the purifier works on 8x8: fit \(--fit\) resize or tile brings it to that"
+    with pytest.raises(ValueError, match=sentence):
+        purify_dataset(source, pipe, output_dir=tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()  # so that the same folder may be begun with one
+    assert len(purify_dataset(source, pipe, output_dir=tmp_path / "out", fit="tile", **SETTINGS)) == 3
+    assert len(purify_dataset(source, pipe, output_dir=tmp_path / "out", **SETTINGS)) == 3
+
+
+def test_a_later_image_of_another_size_is_refused_as_well(pipe, tmp_path):
+    images = [Image.new("RGB", (8, 8))] * 2 + [Image.new("RGB", (12, 9))]
+    source = datasets.Dataset.from_dict({"image": images})
+    with pytest.raises(ValueError, match="has an image of 12x9, but the purifier works on 8x8"):
+        purify_dataset(source, pipe, output_dir=tmp_path, num_workers=1, **SETTINGS)
 
 
 def test_mixed_sizes_are_tiled(pipe, tmp_path):

@@ -48,7 +48,8 @@ def purify(
         folder = Path(context.checkpoint_dir or temporary) / f"{name}-{context.seed}"
         if not isinstance(pipe, JointConditionalPurificationPipeline):
             pipe = open_purifier(pipe, context.device, output_dir=folder)
-        purify_to_folder(data, pipe, output_dir=folder, seed=context.seed, preset=config, progress=context.progress)
+        options = {"preset": config, "fit": "resize", "progress": context.progress}
+        purify_to_folder(data, pipe, output_dir=folder, seed=context.seed, **options)
         purified = load_images(folder, channels=data.images.shape[3])
     if purified.ids != data.ids:
         raise ValueError(f"checkpoint_dir {str(folder)!r} holds other ids than these images: give another folder.")
