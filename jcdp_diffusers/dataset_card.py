@@ -54,7 +54,7 @@ have already; the source's licence and its owners' wishes go on to apply.
 """
 
 _RULES = {
-    "exact": "All images have {size}x{size} pixels, as they had before.",
+    "exact": "All images have {size}x{size} pixels, as they had before; others were set aside.",
     "resize": "Images of another size than {size}x{size} had their shorter side brought to {size} (Lanczos filter) "
     "and their centre cropped.",
     "tile": "Images keep their size: larger ones than {size}x{size} were purified in squares of {size} pixels that "

@@ -30,6 +30,7 @@ import torch
 from huggingface_hub import HfApi
 
 from .allocation import keep_freed_memory
+from .data import ImageRejected, decode_image
 from .dataset_card import SUMMARY_NAME, dataset_card, summarise_shards
 from .perceptual import load_perceptual
 from .pipeline_jcdp import JointConditionalPurificationPipeline
@@ -40,7 +41,7 @@ from .rows import Rows, open_rows
 from .run_record import RUN_NAME, describe_run, settle_run
 from .shard_maker import ShardMaker, purify_tiles
 from .shards import CLAIM_TIMEOUT, STATE, Claims, ShardStore, ShardTakenOver, write_atomically
-from .tiles import FITS, prepare
+from .tiles import FITS
 from .worker_pool import open_pool
 
 
@@ -104,8 +105,9 @@ def purify_to_folder(
         streaming (`bool`): Read the source as it comes rather than through the cache of `datasets`.
         preset (`str` or `PurificationConfig`, *optional*), settings: As for `pipe(...)`.
         image_size (`int`, *optional*): Side of the square that the purifier works on, the UNet's own by default.
-        fit (`str`, *optional*): What happens to images of other sizes: `"exact"` refuses them, `"resize"` and `"tile"`
-            see `tiles`. By default what the run was begun with, else `"exact"`.
+        fit (`str`, *optional*): What happens to images of other sizes: `"exact"` sets them aside, and refuses a data
+            set that begins with one; `"resize"` and `"tile"` see `tiles`. By default what the run was begun with, else
+            `"exact"`.
         tile_overlap (`int`, *optional*): Least overlap of tiles in pixels, a quarter of `image_size` by default.
         shards (`int`, *optional*): Number of files, not for streams. Instead of:
         rows_per_shard (`int`, *optional*): Rows of the source per file; eight micro-batches by default.
@@ -149,9 +151,8 @@ def purify_to_folder(
     output_dir = Path(output_dir)
     if fit is None and not (output_dir / RUN_NAME).exists():
         fit = "exact"
-    if fit == "exact":  # before the folder is begun, where the first image tells
-        for table in rows.read(0, 1):
-            prepare(table["image"][0].as_py(), channels=pipe.unet.config.in_channels, size=size, fit=fit, overlap=0)
+    if fit == "exact":
+        _check_first_image(rows, pipe.unet.config.in_channels, size)
     asked = describe_run(
         pipe,
         config,
@@ -342,6 +343,18 @@ def _check(fit, size, overlap, threads, shards, rows_per_shard, micro_batch_size
             raise ValueError(f"{name} is {value}, but must be at least 1.")
 
 
+def _check_first_image(rows: Rows, channels: int, size: int) -> None:
+    """Refuse a data set whose images are not the purifier's size before all of them have been set aside one by one."""
+    for table in rows.read(0, 1):
+        with contextlib.suppress(ImageRejected):
+            height, width = decode_image(table["image"][0].as_py(), channels).shape[:2]
+            if (height, width) != (size, size):
+                raise ValueError(
+                    f"dataset has images of {width}x{height}, but the purifier works on {size}x{size}: fit (--fit) "
+                    "must say what becomes of them, resize or tile."
+                )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `jcdp purify` and `python -m jcdp_diffusers.purify`."""
     what = parser.add_argument_group("what to purify, and where to put it")
@@ -372,7 +385,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--perceptual", metavar="NAME_OR_PATH", help="alex, vgg, squeeze, a folder or SqueezeNet's file")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--image_size", type=int, help="side of the square that the purifier works on")
-    how.add_argument("--fit", choices=FITS, help="images of other sizes; exact, unless the run was begun so, refuses")
+    how.add_argument("--fit", choices=FITS, help="images of other sizes: exact, if nothing is given, sets them aside")
     how.add_argument("--tile_overlap", type=int, help="least overlap of tiles, in pixels")
 
     work = parser.add_argument_group("work (not given: what the run was begun with)")

@@ -1,6 +1,7 @@
 """
 Images of any size at the one size that a purifier knows.
 
+`"exact"`: an image of another size is set aside.
 `"resize"`: the shorter side is brought to that size and the centre is cropped (`data.decode_image`).
 `"tile"`: the image keeps its size. It is cut into overlapping squares, each is purified on its own, and where they
 overlap the results are blended with weights that fall linearly towards a square's edges, so that no edge shows. An
@@ -43,12 +44,7 @@ class TiledImage:
 
 
 def prepare(value, *, channels: int, size: int, fit: str, overlap: int) -> TiledImage | str:
-    """
-    Decode a stored image and bring it to the purifier's size; the reason, if it cannot be used.
-
-    Raises:
-        ValueError: If it has another size and `fit` is `"exact"`.
-    """
+    """Decode a stored image and bring it to the purifier's size; the reason, if it cannot be used."""
     try:
         image = decode_image(value, channels)
         if fit == "tile":
@@ -58,10 +54,7 @@ def prepare(value, *, channels: int, size: int, fit: str, overlap: int) -> Tiled
         elif fit == "resize":
             brought = decode_image(value, channels, size)
         else:
-            raise ValueError(
-                f"dataset has an image of {image.shape[1]}x{image.shape[0]}, but the purifier works on {size}x{size}: "
-                "fit (--fit) resize or tile brings it to that, in another output if this one is begun."
-            )
+            raise ImageRejected(f"{image.shape[1]}x{image.shape[0]} pixels and not {size}x{size}")
         return replace(cut(brought, size, overlap), resized=brought is not image)
     except ImageRejected as rejection:
         return rejection.reason

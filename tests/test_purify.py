@@ -407,7 +407,9 @@ def test_mixed_sizes_are_resized(pipe, tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_other_sizes_are_refused_unless_fit_is_given(streaming, pipe, tmp_path):
     source = open_dataset(some_images(3, size=16), streaming=streaming)
-    sentence = r"has an image of 16x16, but the purifier works on 8x8: fit \(--fit\) resize or tile brings it to that"
+    sentence = (
+        r"dataset has images of 16x16, but the purifier works on 8x8: fit \(--fit\) must say what becomes of them"
+    )
     with pytest.raises(ValueError, match=sentence):
         purify_dataset(source, pipe, output_dir=tmp_path / "out", **SETTINGS)
     assert not (tmp_path / "out").exists()  # so that the same folder may be begun with one
@@ -415,11 +417,13 @@ def test_other_sizes_are_refused_unless_fit_is_given(streaming, pipe, tmp_path):
     assert len(purify_dataset(source, pipe, output_dir=tmp_path / "out", **SETTINGS)) == 3
 
 
-def test_a_later_image_of_another_size_is_refused_as_well(pipe, tmp_path):
+def test_a_later_image_of_another_size_is_set_aside(pipe, tmp_path):
     images = [Image.new("RGB", (8, 8))] * 2 + [Image.new("RGB", (12, 9))]
-    source = datasets.Dataset.from_dict({"image": images})
-    with pytest.raises(ValueError, match="has an image of 12x9, but the purifier works on 8x8"):
-        purify_dataset(source, pipe, output_dir=tmp_path, num_workers=1, **SETTINGS)
+    source = datasets.Dataset.from_dict({"image": images, "id": ["a", "b", "c"]})
+    purified = purify_dataset(source, pipe, output_dir=tmp_path, **SETTINGS)
+    assert purified["id"] == ["a", "b"]
+    (refused,) = datasets.load_dataset("parquet", data_files=str(tmp_path / "rejected/*.parquet"), split="train")
+    assert refused["id"] == "c" and refused["rejection_reason"] == "12x9 pixels and not 8x8"
 
 
 def test_mixed_sizes_are_tiled(pipe, tmp_path):
