@@ -6,7 +6,7 @@ A picture is a line in `FIGURES`: a function that adds its options to a parser, 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 # A script is started with its own folder alone on the path, and a package has its own name for what is beside it.
 sys.path.append(str(Path(__file__).parents[1]))
 from eval.tables import (
+    POISONS,
     ROLES_SAID,
     Key,
     Measured,
@@ -22,6 +23,7 @@ from eval.tables import (
     chosen_records,
     identity,
     refuse_differences,
+    spread,
 )
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.data import load_images
@@ -49,10 +51,10 @@ def draw_poisons(args: argparse.Namespace) -> None:
         clean = source.subset([row_of[id_] for id_ in data.ids])
         chosen = [int(np.argmax(clean.labels == label)) for label in range(args.shown)]
         shown.setdefault("clean", (clean.images[chosen], None))
-        norms = card["measured"]
+        norms, name = card["measured"], POISONS.get(card["method"], card["method"])
         title = (
-            f"{card['method']} ({card['preset']})\nL∞ {norms['linf']}/255\n"
-            f"L2 {norms['l2_mean']:.2f}\nL0 {norms['l0_mean']:.0f}"
+            f"{name} ({card['preset']})\nlargest change {norms['linf']:.0f}/255\n"
+            f"L2 norm {norms['l2_mean']:.2f}\nchanged pixels {norms['l0_mean']:.0f}"
         )
         shown[title] = (data.images[chosen], magnified(clean.images[chosen], data.images[chosen]))
     save_rows(shown, args.output)
@@ -66,7 +68,7 @@ def magnified(clean: np.ndarray, poisoned: np.ndarray) -> np.ndarray:
 
 
 def save_rows(shown: dict[str, tuple[np.ndarray, np.ndarray | None]], output: str) -> None:
-    """Rows of images, uint8 (N, H, W, C), with their noise, if any, at the right."""
+    """Rows of images, uint8 (N, H, W, C), with their change, magnified, if any, at the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,7 +89,9 @@ def save_rows(shown: dict[str, tuple[np.ndarray, np.ndarray | None]], output: st
             axis = axes[row, column + (column >= count)]
             axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes[0, 0].set_title("images", fontsize=8, loc="left")
-    axes[1, count + 1].set_title("noise, magnified to the full grey scale", fontsize=8, loc="left")
+    axes[1, count + 1].set_title(
+        "difference from the first row, magnified to the full grey scale", fontsize=8, loc="left"
+    )
     figure.subplots_adjust(left=0, right=1, top=1, bottom=0, wspace=0.04, hspace=0.06)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     # Titles stand outside the axes: tight makes room for them, whatever the number of rows and images.
@@ -99,13 +103,15 @@ def add_purified_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sets", required=True, nargs="+", metavar="TITLE=DIR", help="data sets with the same ids, clean images first"
     )
+    parser.add_argument("--split", help="of all sets; the only one if not given")
     parser.add_argument("--shown", type=int, default=8, help="images, one of each of the first classes")
     parser.add_argument("--output", default="results/figures/purified.png")
 
 
 def draw_purified(args: argparse.Namespace) -> None:
     """After the paper's Figure 2: the same images clean, protected, purified, and how they differ from the first."""
-    sets = {title: load_images(source) for title, _, source in (entry.partition("=") for entry in args.sets)}
+    sources = {title: source for title, _, source in (entry.partition("=") for entry in args.sets)}
+    sets = {title: load_images(source, split=args.split) for title, source in sources.items()}
     if len(sets) < 2:
         raise SystemExit(f"figures: sets is {' '.join(args.sets)}, but two at least are accepted, clean images first.")
     first = next(iter(sets.values()))
@@ -134,8 +140,13 @@ def draw_curves(args: argparse.Namespace) -> None:
     panels = dict.fromkeys([*measured.poisons(dataset), *found])
     titles = list(dict.fromkeys(measured.column_title(key) for key in measured.keys(dataset)))
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 1.6, 3), sharey=True, squeeze=False)
-    for axis, panel in zip(axes[0], panels):
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3 * rows), sharey=True, squeeze=False)
+    figure.subplots_adjust(hspace=0.4)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()  # the legend, right of the last panel, stands there
+    for axis, panel in zip(axes.flat, panels):
         title_of_panel = measured.poison_title(dataset, *panel)
         for key in measured.keys(dataset):
             if (key.poison, key.poison_preset) != panel:
@@ -156,8 +167,9 @@ def draw_curves(args: argparse.Namespace) -> None:
                     epochs, np.min(curves, axis=0), np.max(curves, axis=0), color=style["color"], alpha=0.15
                 )
         axis.set(title=title_of_panel, xlabel="epoch", ylim=(0, 100))
-    axes[0, 0].set_ylabel("test accuracy (%)")
-    finish(figure, axes[0], args)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test accuracy (%)")
+    finish(figure, axes.flat[: len(panels)], args, caption_of(measured, dataset, "mean and range"), titles)
 
 
 def line_style(number: int) -> dict:
@@ -254,12 +266,13 @@ def draw_lines(
                 lambda settings: without(settings, moving),
             )
             values = [accuracies_of(measured, points[x]) for x in places]
+            bars = [np.std(value, ddof=1) if len(value) > 1 else np.nan for value in values]
             axis.errorbar(
                 places,
                 [np.mean(value) for value in values],
-                [np.std(value, ddof=1) if len(value) > 1 else 0 for value in values],
-                **line_style(drawn + number),
-                markersize=4,
+                None if np.isnan(bars).all() else bars,
+                **line_style(drawn + number) | ({"linestyle": "none"} if len(places) == 1 else {}),
+                markersize=5,
                 capsize=2,
                 label=f"{title}, {way}" if way else title,
             )
@@ -274,11 +287,11 @@ def draw_lines(
         drawn += max(len(lines.get(poison, {})), len(plain))
     axis.set(ylabel="test accuracy (%)", **look)
     if look.get("xscale") == "log":
-        last = max(x for ways in lines.values() for points in ways.values() for x in points)
-        ticks = [2**power for power in range((last - 1).bit_length() + 1)]
+        places = [x for ways in lines.values() for points in ways.values() for x in points]
+        ticks = [2**power for power in range(min(places).bit_length() - 1, (max(places) - 1).bit_length() + 1)]
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
-    finish(figure, [axis], args)
+    finish(figure, [axis], args, caption_of(measured, dataset, "mean ± standard deviation"))
 
 
 SCALES = ("pixel_guidance_scale", "perceptual_guidance_scale")
@@ -312,6 +325,7 @@ def draw_scales(args: argparse.Namespace) -> None:
     figure, axes = pyplot().subplots(
         1, len(panels), figsize=(3.2 * len(panels), 3), squeeze=False, layout="constrained"
     )
+    means = [np.mean(accuracies_of(measured, key)) for found in panels.values() for key in found.values()]
     for axis, ((poison, preset, way), found) in zip(axes[0], panels.items()):
         title = measured.poison_title(dataset, poison, preset)
         refuse(
@@ -321,19 +335,21 @@ def draw_scales(args: argparse.Namespace) -> None:
         )
         rows, columns = (sorted({scales[which] for scales in found}) for which in (0, 1))
         field = np.full((len(rows), len(columns)), np.nan)
-        for scales, key in found.items():
-            field[rows.index(scales[0]), columns.index(scales[1])] = np.mean(accuracies_of(measured, key))
-        axis.imshow(field, cmap="viridis", origin="lower", aspect="auto")
-        middle = (np.nanmin(field) + np.nanmax(field)) / 2
-        for (row, column), value in np.ndenumerate(field):
-            said = "n.m." if np.isnan(value) else f"{value:.1f}"
-            colour = "black" if np.isnan(value) or value > middle else "white"
-            axis.text(column, row, said, ha="center", va="center", fontsize=8, color=colour)
+        for row, column in np.ndindex(field.shape):
+            key = found.get((rows[row], columns[column]))
+            values = [] if key is None else accuracies_of(measured, key)
+            if values:
+                field[row, column] = np.mean(values)
+            dark = values and field[row, column] < (min(means) + max(means)) / 2
+            colour = "white" if dark else "black"
+            axis.text(column, row, spread(values), ha="center", va="center", fontsize=8, color=colour)
+        # One scale of colours: panels are compared with each other, too.
+        axis.imshow(field, cmap="viridis", origin="lower", aspect="auto", vmin=min(means), vmax=max(means))
         axis.set_xticks(range(len(columns)), [f"{scale:g}" for scale in columns])
         axis.set_yticks(range(len(rows)), [f"{scale:g}" for scale in rows])
         axis.set(xlabel="perceptual scale", ylabel="pixel scale")
         axis.set_title("\n".join([f"{title}: test accuracy (%)", *way.split(", ")]), fontsize=8)
-    save(figure, args)
+    save(figure, args, caption_of(measured, dataset, "mean ± standard deviation"))
 
 
 def settings_of(measured: Measured, key: Key) -> dict:
@@ -355,14 +371,18 @@ def without(settings: dict, moving: tuple[str, ...]) -> dict:
 
 
 def way_of_purifying(settings: dict, aside: tuple[str, ...]) -> str:
-    """What, beside the settings `aside`, tells this purification from the package's default."""
+    """T_p, rounds and what else tells this purification from the package's default, but for the settings `aside`."""
     usual = {field.name: field.default for field in dataclasses.fields(PurificationConfig)}
     aside += ("variance_type", "trained_timesteps", "noise_corner", "perceptual_network")
-    words = {"diffusion_steps": "T_p {}", "num_rounds": "{} rounds"}
+    always = {
+        "diffusion_steps": "T_p {}",
+        "num_rounds": "1 round" if settings["purification"]["num_rounds"] == 1 else "{} rounds",
+    }
+    words = always | {"num_inference_steps": "{} evaluations a round"}
     others = [
         words.get(name, name + " {}").format(value)
         for name, value in settings["purification"].items()
-        if name not in aside and value != usual[name]
+        if name not in aside and (name in always or value != usual[name])
     ]
     if settings.get("draws", 1) > 1:
         others.append(f"{settings['draws']} draws")
@@ -372,7 +392,9 @@ def way_of_purifying(settings: dict, aside: tuple[str, ...]) -> str:
         others.append(f"purifier of {settings['collected_count']} images")
     if settings["collected"] != settings["dataset"]:
         others.append(f"purifier trained on {settings['collected']}")
-    return ", ".join(([settings["countermeasure"]] if settings["countermeasure"] != "unconditional" else []) + others)
+    # The settings say which purification it is; its name would be that of the preset that they were changed from.
+    measure = settings["countermeasure"].replace("unconditional", "purified")
+    return ", ".join(([measure] if measure != "purified" else []) + others)
 
 
 def add_measured_arguments(parser: argparse.ArgumentParser) -> None:
@@ -411,25 +433,40 @@ def pyplot():
     return plt
 
 
-def finish(figure, axes, args: argparse.Namespace) -> None:
+def caption_of(measured: Measured, dataset: str, figure_of_seeds: str) -> str:
+    """What was measured, and over how many seeds."""
+    seeds = {len(measured.by_seed("accuracy", key)) for key in measured.keys(dataset)}
+    counts = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
+    scale = next(scale for scale in measured.scales if scale.startswith(f"{dataset}: "))
+    return f"{scale}\n{'one seed each' if seeds == {1} else f'{figure_of_seeds} over {counts} seeds'}"
+
+
+def finish(figure, axes, args: argparse.Namespace, caption: str, order: Sequence[str] = ()) -> None:
     """Legend, and what `save` does."""
-    handles: dict = {}  # by label, over all panels: none has all lines
+    handles: dict = {}  # by label, over all panels: there may be none that has all lines
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         for handle, label in zip(*axis.get_legend_handles_labels()):
             handles.setdefault(label, handle)
+    labels = [*(label for label in order if label in handles), *(label for label in handles if label not in order)]
     axes[-1].legend(
-        handles.values(), handles.keys(), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+        [handles[label] for label in labels],
+        labels,
+        frameon=False,
+        fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
     )
-    save(figure, args)
+    save(figure, args, caption)
 
 
-def save(figure, args: argparse.Namespace) -> None:
-    """Notes and file."""
+def save(figure, args: argparse.Namespace, caption: str) -> None:
+    """Caption and file."""
     notes = ["smoke run: no figure means anything"] if args.smoke else []
     notes += [] if args.roles == "disjoint" else [ROLES_SAID[args.roles].strip("*.")]
-    if notes:
-        figure.suptitle("; ".join(notes), fontsize=8, y=1.03)
+    figure.draw_without_rendering()  # lays out the panels, whose titles take more or less room
+    top = figure.get_tightbbox().y1 / figure.get_figheight()
+    figure.suptitle("\n".join([*notes, caption]), fontsize=8, y=top + 0.02, va="bottom")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110, bbox_inches="tight")
     pyplot().close(figure)
@@ -446,14 +483,18 @@ FIGURES = {
 }
 
 
-def main() -> None:
+def parser_of_figures() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     figures = parser.add_subparsers(dest="figure", required=True)
     for name, (help_text, add_arguments, draw) in FIGURES.items():
         figure = figures.add_parser(name, help=help_text)
         add_arguments(figure)
         figure.set_defaults(draw=draw)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser_of_figures().parse_args()
     with ends_in_one_sentence("figures"):
         args.draw(args)
 

@@ -232,7 +232,7 @@ def refuse_differences(of: str, settings: Sequence[Mapping], facts: Callable[[Ma
             ]
             raise ValueError(
                 f"records hold {of} with {names[0]} {values[0]} and {values[1]}, which cannot be told apart here: "
-                "give the records of one of them alone."
+                "give the records of one of them alone (--grid, --protocol, --poisons and --columns choose)."
             )
 
 
@@ -241,6 +241,7 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
     parser.add_argument("--grid", help="records of this grid alone")
     parser.add_argument("--protocol", help="records of this recipe alone")
+    parser.add_argument("--poisons", nargs="+", metavar="NAME", help="of the grid and no others; none: clean images")
     parser.add_argument(
         "--columns", nargs="+", metavar="NAME", help="of the grid and no others; in pictures in this order"
     )
@@ -250,7 +251,8 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chosen_records(args: argparse.Namespace) -> list[dict]:
     """
-    Records of a command's files, in their order: those of one grid, protocol or set of columns where it names one.
+    Records of a command's files, in their order: those of one grid, protocol, or set of poisons or columns where it
+    names one.
 
     Raises:
         ValueError: If a file cannot be read, or no record has what is named.
@@ -264,15 +266,16 @@ def chosen_records(args: argparse.Namespace) -> list[dict]:
     facts = {
         "grid": lambda record: record["settings"].get("grid"),
         "protocol": lambda record: record["protocol"],
+        "poisons": lambda record: record["settings"].get("poison"),
         "columns": lambda record: record["settings"].get("column"),
     }
     for name, fact in facts.items():
         wanted = getattr(args, name)
         if wanted is not None:
             wanted = [wanted] if isinstance(wanted, str) else wanted
-            known = list(dict.fromkeys(map(fact, records)))
+            known = [one for one in dict.fromkeys(map(fact, records)) if one is not None]
             if missing := [one for one in wanted if one not in known]:
-                raise ValueError(f"{name} is {missing[0]!r}, but the records have {', '.join(map(str, known))}.")
+                raise ValueError(f"{name} is {missing[0]!r}, but the records have {', '.join(known) or 'none'}.")
             records = sorted((r for r in records if fact(r) in wanted), key=lambda record: wanted.index(fact(record)))
     return records
 

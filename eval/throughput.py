@@ -686,12 +686,13 @@ def draw_plot(bench: Bench, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7.5, 5.6))
     names = list(dict.fromkeys(r["settings"]["mode"] for r in steps))
     for index, name in enumerate(names):
-        for kind, style in (("bare", "--"), ("guided", "-")):
+        for kind, style, filling in (("bare", "--", "none"), ("guided", "-", "full")):
             points = {r["settings"]["batch"]: r["value"]["images_per_second"] for r in steps
                       if (r["settings"]["mode"], r["settings"]["kind"]) == (name, kind)}  # fmt: skip
             label = f"{name.replace('_', ' ')}, {'guided step' if kind == 'guided' else 'bare UNet'}"
             xs = sorted(points)
-            axis.plot(xs, [points[x] for x in xs], style, marker="o", ms=4, color=f"C{index}", label=label)
+            look = {"marker": "o", "ms": 5, "fillstyle": filling, "color": f"C{index}"}
+            axis.plot(xs, [points[x] for x in xs], style, **look, label=label)
     for r in records:
         settings, value = r["settings"], r["value"]
         if r["what"] == "peak" and settings["operation"] == "convolution":

@@ -54,7 +54,8 @@ class PurificationConfig:
         trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) that the
             network was trained on; a T_p beyond it is refused. None is the whole schedule.
         noise_corner (`float`): Corner frequency of the noise that the network was trained to remove, in cycles per
-            image (`noise.coloured`); 0 is white noise, a DDPM's own.
+            image (`noise.coloured`); 0 is white noise, a DDPM's own. With another a published preset (`"paper"`,
+            `"code"`, `"gdmp"`, `"unconditional"`, AVATAR's) is no longer the published method.
     """
 
     diffusion_steps: int = 100
@@ -177,8 +178,7 @@ class PurificationConfig:
 _CODE_SCALE = 70_000 * 3 * 255 / (2 * 8) / 500
 _GDMP_SCALE = 60_000 * 3 * 255 / (2 * 8) / 100
 
-# Published ones are what their papers have with a purifier of white noise; one of coloured noise (`noise_corner`) runs
-# them with its own noise, which is another method under the same settings.
+# Published ones are what their papers have with a purifier of white noise alone: see `noise_corner`.
 PRESETS = {
     # Ours: the best of eval/grids/search.yaml on validation images of CIFAR-10, protected by LSP. Many light rounds
     # remove as much as one strong one and leave more of the image; either guide brings some of the poison back

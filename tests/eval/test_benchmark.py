@@ -155,8 +155,8 @@ def test_a_line_of_the_strength_figure_is_one_way_of_purifying():
         settings = {"countermeasure": measure, "purification": changed} | facts
         return figures.way_of_purifying(settings, ("diffusion_steps", "num_inference_steps"))
 
-    assert way() == way(diffusion_steps=60, num_inference_steps=6) == ""
-    assert way("unconditional+corruption") == "unconditional+corruption"
+    assert way() == way(diffusion_steps=60, num_inference_steps=6) == "1 round"
+    assert way("unconditional+corruption") == "purified+corruption, 1 round"
     assert way(num_rounds=8, pixel_guidance_scale=30.0) == "8 rounds, pixel_guidance_scale 30.0"
 
 

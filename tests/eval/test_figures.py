@@ -1,7 +1,10 @@
 """Figures from records: what tables refuse they refuse, and every line can be told from every other."""
 
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import matplotlib.pyplot
 import numpy as np
@@ -98,6 +101,17 @@ def test_the_legend_has_the_lines_of_all_panels(drawn):
     assert list(figure.axes[1].lines[0].get_ydata()) == [25.0] * 3
 
 
+def test_chosen_columns_and_poisons_in_rows_of_three_panels(drawn):
+    found = [record for poison in ("none", "emn", "lsp", "tap", "ops") for record in records(poison, "none", [0.2])]
+    found += [*records("lsp", "gray", [0.6]), *records("ops", "mixup", [0.3])]
+    figure = drawn("curves", found, "--columns", "mixup", "none", "gray")
+    assert legend_of(figure) == ["Mixup", "vanilla", "gray"] and len(figure.axes) == 5
+    assert len({axis.get_position().y0 for axis in figure.axes}) == 2
+    assert figure.get_suptitle().startswith("cifar10: 100 training images, resnet18 of width 16, protocol mini")
+    figure = drawn("curves", found, "--poisons", "lsp", "ops")
+    assert [axis.get_title() for axis in figure.axes] == ["LSP", "OPS"]
+
+
 def test_a_poison_of_another_preset_has_a_panel_of_its_own(drawn):
     both = [record for preset in ("cpu", "wide") for record in records("remn", "none", [0.2], poison_preset=preset)]
     assert [axis.get_title() for axis in drawn("curves", both).axes] == ["REMN (cpu)", "REMN (wide)"]
@@ -120,20 +134,24 @@ def test_no_two_lines_look_alike(drawn):
     assert {"clean, not purified", "LSP, not purified", "LSP, 13 rounds"} <= set(labels)
     # The dotted line of clean images shares its colour with no line of a poison.
     colour = dict(zip(labels, looks))
-    assert colour["clean, not purified"][0] != colour["LSP, not purified"][0] == colour["LSP"][0]
+    assert colour["clean, not purified"][0] != colour["LSP, not purified"][0] == colour["LSP, 1 round"][0]
 
 
 def test_a_line_has_one_purifier_and_one_point_at_each_strength(drawn):
     found = [*records("lsp", "T_p 30", [0.6], steps=30), *records("lsp", "T_p 60", [0.5, 0.6], steps=60)]
     figure = drawn("strength", found)
-    assert legend_of(figure) == ["LSP"] and list(figure.axes[0].lines[0].get_ydata()) == [60.0, 55.0]
-    with pytest.raises(SystemExit, match="points of one line, LSP, with purifier 'digest' and 'other'"):
+    assert legend_of(figure) == ["LSP, 1 round"] and list(figure.axes[0].lines[0].get_ydata()) == [60.0, 55.0]
+    # The point of one seed has no bar, and that is what the caption is about.
+    ((_, bar),) = [segments for segments in figure.axes[0].collections[0].get_segments() if len(segments)]
+    assert bar[1] == pytest.approx(55 + 10 / 2**0.5)
+    assert figure.get_suptitle().endswith("mean ± standard deviation over 1 to 2 seeds")
+    with pytest.raises(SystemExit, match="points of one line, LSP, 1 round, with purifier 'digest' and 'other'"):
         drawn("strength", [*found, *records("lsp", "T_p 90", [0.5], steps=90, purifier="other")])
     with pytest.raises(SystemExit, match="'again' and 'T_p 30' against 'lsp', both with T_p 30 on one line"):
         drawn("strength", [*found, *records("lsp", "again", [0.5], steps=30)])
     assert legend_of(drawn("strength", [*found, *records("lsp", "four", [0.5], steps=30, draws=4)])) == [
-        "LSP",
-        "LSP, 4 draws",
+        "LSP, 1 round",
+        "LSP, 1 round, 4 draws",
     ]
 
 
@@ -151,7 +169,7 @@ def test_evaluations_are_those_of_all_rounds_and_draws(drawn):
     }
     assert lines == {
         "LSP, T_p 30, 2 rounds": ([2, 6, 60], [50.0, 60.0, 70.0]),
-        "LSP, T_p 30, coloured noise, corner 8": ([3], [40.0]),
+        "LSP, T_p 30, 1 round, coloured noise, corner 8": ([3], [40.0]),
         "LSP, T_p 30, 2 rounds, 4 draws": ([16], [80.0]),
     }
     with pytest.raises(SystemExit, match="'again' and 'b' against 'lsp', both with evaluations 6 on one line"):
@@ -168,7 +186,7 @@ def test_scales_of_guides_are_a_field_each(drawn):
     found = [*guided("a", [0.6, 0.7], 0.0, 0.0), *guided("b", [0.5], 3e4, 0.0), *guided("c", [0.4], 0.0, 60.0)]
     axis = drawn("scales", found).axes[0]
     field = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in axis.texts}
-    assert field == {(0, 0): "65.0", (1, 0): "50.0", (0, 1): "40.0", (1, 1): "n.m."}
+    assert field == {(0, 0): "65.0 ± 7.1", (1, 0): "50.0", (0, 1): "40.0", (1, 1): "n.m."}
     assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "30000"]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "60"]
     assert axis.get_title() == "LSP: test accuracy (%)\nT_p 30\n4 rounds"
@@ -203,3 +221,21 @@ def test_a_single_set_has_nothing_beside_it(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["figures", "purified", "--sets", f"clean={tmp_path / 'clean'}"])
     with pytest.raises(SystemExit, match="figures: sets is clean=.*, but two at least are accepted"):
         figures.main()
+
+
+def test_every_committed_picture_has_its_command(monkeypatch, tmp_path):
+    folder = Path(__file__).parents[2] / "results/figures"
+    blocks = re.findall(r"`(\S+\.png)`: .*?```bash\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    assert sorted(name for name, _ in blocks) == sorted(path.name for path in folder.glob("*.png"))
+    monkeypatch.chdir(folder.parents[1])
+    drawn_here = []
+    for name, command in blocks:
+        _, script, *options = shlex.split(command.replace("\\\n", " "))
+        if script == "eval/figures.py":
+            args = figures.parser_of_figures().parse_args(options)
+            assert args.output == f"results/figures/{name}"
+            if hasattr(args, "records"):  # the others need images that are not in the repository
+                args.output = str(tmp_path / name)
+                args.draw(args)
+                drawn_here.append(name)
+    assert drawn_here == ["curves.png", "strength.png", "evaluations.png", "scales.png"]

@@ -295,12 +295,14 @@ def test_one_grid_protocol_or_choice_of_columns(monkeypatch, tmp_path):
         (("--grid", "two"), ["Mixup", "CutMix"]),
         (("--grid", "two", "--protocol", "mini"), ["Mixup"]),
         (("--columns", "cutmix", "gray"), ["gray", "CutMix"]),
+        (("--poisons", "lsp"), ["gray", "Mixup", "CutMix"]),
     ):
         table = run(monkeypatch, tmp_path, found, "grid", *options).splitlines()
         assert [line.split("|")[1].strip() for line in table if line.startswith("| ")][2:] == rows, options
     for option, name, known in (
         ("grid", "three", "one, two"),
         ("protocol", "fast", "mini, iss"),
+        ("poisons", "emn", "lsp"),
         ("columns", "jcdp", "gray, mixup, cutmix"),
     ):
         with pytest.raises(SystemExit, match=f"tables: {option} is '{name}', but the records have {known}"):
