@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from eval.tables import POISONS, Measured, grid_table, markdown_table, poison_table, spread
+from eval.tables import NOT_MEASURED, POISONS, Measured, grid_table, markdown_table, poison_table, spread
 from eval.throughput import speed_table
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.quickstart import ROWS
@@ -27,10 +27,11 @@ HEADLINE = {
     "at-8": "adversarial training, 8/255",
     "orthogonal-projection": "orthogonal projection",
     "avatar, 10 evaluations": "AVATAR, 10 evaluations",
-    "eclipse, sparse": "ECLIPSE",
+    "eclipse, 4 evaluations": "ECLIPSE, 4 evaluations",
     "unconditional+corruption": "**purification**, then corruption",
     "impulse-filter+unconditional+corruption": "**impulse filter, purification**, then corruption",
-    "coloured noise, 4 draws": "**purification with coloured noise**, 4 draws",
+    "coloured noise": "**purification with coloured noise**",
+    "impulse-filter": "**impulse filter** alone",
 }
 
 
@@ -67,11 +68,36 @@ def grid_of(name: str) -> Callable[[], str]:
     return lambda: grid_table(measured(name), "cifar10")
 
 
+def table_by(setting: Callable[[dict], str], name: str, title: str) -> Callable[[], str]:
+    """Clean images, LSP and LSP purified, a row for each value of a setting that no table mixes."""
+
+    def table() -> str:
+        records = read_records(RESULTS / f"{name}_cifar10_mini.jsonl")
+        rows = []
+        for value in dict.fromkeys(map(setting, records)):
+            some = [record for record in records if setting(record) == value]
+            found = Measured(some, victim=some[0]["settings"]["victim"])
+            cells = [("none", "none"), ("lsp", "none"), ("lsp", "coloured noise")]
+            details = found.find("victim", "cifar10", "lsp", "none")
+            rows.append(
+                [
+                    value,
+                    *(spread(found.accuracies("cifar10", poison, column)) for poison, column in cells),
+                    f"{details[0]['value']['train_seconds']:.0f}" if details else NOT_MEASURED,
+                ]
+            )
+        return markdown_table([title, "clean images", "LSP", "LSP, purified", "seconds of training"], rows)
+
+    return table
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"story": story_table, "headline": headline_table},
     "docs/results.md": {
         "poisons": lambda: poison_table(measured("poisons"), "cifar10"),
         "countermeasures": grid_of("countermeasures"),
+        "protocols": table_by(lambda record: record["protocol"], "protocols", "recipe"),
+        "victims": table_by(lambda record: record["settings"]["victim"], "victims", "victim"),
         "guides": grid_of("guides"),
         "coloured": grid_of("coloured"),
     },

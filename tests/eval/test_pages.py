@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from eval import pages
+from eval.benchmark import read_grid
 from eval.tables import Measured, roles_table
 from jcdp_diffusers.cli import COMMANDS
-from jcdp_diffusers.results import read_records, summarise
+from jcdp_diffusers.results import as_settings, read_records, summarise
 
 
 ROOT = Path(__file__).parents[2]
@@ -89,11 +90,42 @@ def test_what_is_said_of_the_best_recipes_is_on_record():
     recipe = [np.mean(accuracies(p, "impulse-filter+unconditional+corruption")) for p in ("emn", "lsp", "tap", "ops")]
     text = between(FOUND, "### What to take from it", "### How the rows were run")
     assert "{:.1f}, {:.1f}, {:.1f} and {:.1f} against EMN, LSP, TAP and OPS".format(*recipe) in text
-    for poison, column in (("lsp", "orthogonal-projection"), ("ops", "impulse-filter")):
-        assert f"{np.mean(accuracies(poison, column)):.1f}" in text
-    for column in ("coloured noise", "coloured noise, 4 draws"):
+    assert f"{np.mean(accuracies('ops', 'impulse-filter')):.1f}" in text
+    for column in ("orthogonal-projection", "coloured noise", "coloured noise, 4 draws"):
         assert mean_and_spread(accuracies("lsp", column)) in text
     assert f"OPS, {np.mean(accuracies('ops', 'impulse-filter')):.1f}" in README
+
+
+def test_what_is_said_row_by_row_is_on_record():
+    measured = pages.measured("countermeasures")
+    text = between(FOUND, "### Row by row", "### What the authors' roles")
+
+    def figures(column, *poisons):
+        return [f"{np.mean(measured.accuracies('cifar10', poison, column)):.1f}" for poison in poisons]
+
+    four = ("emn", "lsp", "tap", "ops")
+    assert "{}, {}, {} and {} against EMN, LSP, TAP and OPS".format(*figures("avatar, 10 evaluations", *four)) in text
+    assert "({}, {}, {} and {})".format(*figures("gdmp, 1 round of 9", *four)) in text
+    assert "({}, {} and {} against EMN, LSP and TAP)".format(*figures("impulse-filter", *four[:3])) in text
+    assert "against LSP ({} and {})".format(*figures("ueraser", "lsp"), *figures("ueraser-lite", "lsp")) in text
+    for poison in ("tap", "ops"):
+        assert figures("ueraser", poison) > figures("ueraser-lite", poison)
+    assert "({}, {} and {} against EMN, LSP and TAP)".format(*figures("at-4", *four[:3])) in text
+    assert "fails against OPS ({})".format(*figures("at-8", "ops")) in text
+    weak, strong = (sorted(figures("at-8", "emn", "lsp", "tap"))[place] for place in (0, -1))
+    assert f"at 8/255 gives {weak} to {strong}" in text
+    sparse, dense = figures("eclipse, sparse", "lsp"), figures("eclipse, 4 evaluations", "lsp")
+    assert "({} and {}, one seed)".format(*sparse, *dense) in text
+
+
+def test_what_is_said_of_fast_is_on_record():
+    purified = {
+        record["protocol"]: f"{100 * record['value']:.1f}"
+        for record in records_of("protocols_cifar10_mini")
+        if record["settings"]["column"] == "coloured noise"
+    }
+    assert f"({purified['fast']} against {purified['bridgepure']})" in FOUND
+    assert f"({purified['fast']} where `bridgepure`'s 120 epochs give {purified['bridgepure']}," in README
 
 
 def test_what_is_said_of_the_guides_is_on_record():
@@ -153,6 +185,30 @@ def test_what_is_said_of_combinations_and_evaluations_is_on_record():
     paired = roles_table(Measured(both), Measured(both, roles="paper"), "cifar10")
     disjoint, paper, difference = [cell.strip() for cell in paired.splitlines()[-1].split("|")[3:6]]
     assert all(figure in text for figure in (disjoint, paper, difference))
+
+
+def test_every_cell_of_a_grid_is_measured_again_by_a_grid_that_ships():
+    grids: dict[str, list] = {}
+    for path in (ROOT / "eval/grids").glob("*.yaml"):
+        grid = read_grid(path)
+        grids.setdefault(grid.name, []).append((grid, grid.columns()))
+    # Of a poison's, a victim's or a recipe's variants; eval/README.md says so.
+    variants = {"cifar10-mini-remn", "cifar10-mini-remn-long", "cifar10-mini-float32", "cifar10-mini-recipe"}
+    checked = 0
+    for path in (ROOT / "results").glob("*.jsonl"):
+        for record in read_records(path):
+            settings = record["settings"]
+            if record["what"] != "accuracy" or "grid" not in settings or settings["grid"] in variants:
+                continue
+            found = [
+                columns[settings["column"]].purification
+                for grid, columns in grids[settings["grid"]]
+                if settings["column"] in columns and settings["poison"] in grid.poisons
+            ]
+            told = [config and json.loads(json.dumps(as_settings(config))) for config in found]
+            assert settings.get("purification") in told, (path.name, settings["column"], settings["poison"])
+            checked += 1
+    assert checked > 200
 
 
 @pytest.mark.parametrize("page", PAGES)
