@@ -25,7 +25,6 @@ import yaml
 
 from jcdp_diffusers import countermeasures, poisons, victims
 from jcdp_diffusers.allocation import keep_freed_memory
-from jcdp_diffusers.audit import Plan, plan_for, purifier_to_be
 from jcdp_diffusers.cells import Cell, claims_folder, describe_images, measure_cells
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
@@ -33,15 +32,15 @@ from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.data_checks import ROLES, check_separation, check_sets, check_trained_on, few_of_each_class
 from jcdp_diffusers.perceptual import load_perceptual
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
+from jcdp_diffusers.plan import SMOKE_PURIFICATION, Plan, plan_for, purifier_to_be, train_planned
 from jcdp_diffusers.poisons.control import shuffled
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.quickstart import digits
 from jcdp_diffusers.results import as_settings
 from jcdp_diffusers.shards import Claims
-from jcdp_diffusers.train import train_purifier
 from jcdp_diffusers.training_config import TrainingConfig
-from jcdp_diffusers.unets import UNETS, ddpm_scheduler, named_unet
+from jcdp_diffusers.unets import UNETS
 from jcdp_diffusers.victims.supervised import RECIPES, Recipe
 
 
@@ -50,7 +49,6 @@ SMOKE_IMAGES = 200
 DATA_ROLES = ("protected", "collected", "test")
 UNKNOWN = "unknown"  # the roles of records whose purifier may have seen any image
 CONTROL = "-control"
-SMOKE_PURIFICATION = PurificationConfig(diffusion_steps=20, num_inference_steps=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,23 +460,14 @@ def _planned(collected: LabelledImages, grid: Grid, device: torch.device) -> Pla
 def _train(collected, grid: Grid, perceptual, output_dir: Path, claims: Claims, device, say) -> Path:
     """The purifier, trained once and kept."""
     plan = _planned(collected, grid, device)
-    unet, training = plan.unet, plan.training
-    height, _, channels = collected.images.shape[1:]
-    told = json.dumps([unet, as_settings(training), describe_images(collected), grid.perceptual], default=str)
-    folder = output_dir / f"purifier-{hashlib.blake2b(told.encode(), digest_size=4).hexdigest()}"
+    told = [plan.unet, as_settings(plan.training), describe_images(collected), grid.perceptual]
+    digest = hashlib.blake2b(json.dumps(told, default=str).encode(), digest_size=4)
+    folder = output_dir / f"purifier-{digest.hexdigest()}"
     done = folder / "finished"
 
     def train():
-        say(f"Training a purifier on {len(collected)} images: {unet}, {training.max_train_steps} steps")
-        train_purifier(
-            collected,
-            unet=named_unet(unet, in_channels=channels, sample_size=height, seed=training.seed),
-            scheduler=ddpm_scheduler(),
-            output_dir=folder,
-            config=training,
-        )
-        if perceptual is not None:
-            perceptual.save_pretrained(folder / "perceptual")
+        say(f"Training a purifier on {len(collected)} images: {plan.unet}, {plan.training.max_train_steps} steps")
+        train_planned(plan, collected, folder, perceptual)
         done.touch()
 
     _once(claims, folder.name, done.exists, train)

@@ -15,7 +15,7 @@ import os
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from . import countermeasures, victims
+from .attacks import PURIFIED, Attack, attack, in_seconds
 from .cells import Cell, describe_images, measure_cells, purifier_digest, results_by_cell
-from .countermeasures.purifiers import purifying
 from .data import LabelledImages, load_images
 from .data_checks import (
     ROLES,
@@ -44,41 +44,36 @@ from .model_card import RECORD_NAME
 from .perceptual import LPIPSModel, load_perceptual
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .placement import open_purifier
+from .plan import Plan, plan_for, purifier_to_be, train_planned
 from .purification_config import PRESETS, PurificationConfig
 from .purify import purify_dataset
 from .report import write_report
 from .results import append_record, as_settings, package_versions, read_records
-from .train import train_purifier
-from .training_config import TrainingConfig
-from .unets import ddpm_scheduler, named_unet
-from .verdict import verdict
+from .verdict import limits, verdict
 from .victims.supervised import RECIPES, Recipe
 
 
 TITLES = {"clean": "clean images", "protected": "protected images", "purified": "purification"}
-# What an attack calls the audit's own purification. In front of others, they are made on the purified images; behind
-# others, images go through those first and are then purified in the same way.
-PURIFIED = "purified"
 SMOKE_IMAGES = 200
-SMOKE_PURIFICATION = PurificationConfig(diffusion_steps=20, num_inference_steps=2)
 # What an output folder's purifier and purified images were made for.
 BEGUN_NAME = "audit.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """
-    The purifier that an audit trains when none is given, and how it is used.
+class _Purifier:
+    """The purifier of an audit: its folder or Hub id, what is known of its training, and how it is used."""
 
-    Args:
-        unet (`str`): Of `unets.UNETS`.
-        training (`TrainingConfig`): Of the purifier.
-        purification (`PurificationConfig`): Of the protected images.
-    """
+    name: str
+    plan: Plan | None  # None if it was given
+    listed: int | None  # how many images trained it, where that is known
+    pipe: JointConditionalPurificationPipeline
+    config: PurificationConfig
 
-    unet: str
-    training: TrainingConfig
-    purification: PurificationConfig
+    @property
+    def record(self) -> dict | None:
+        """What its training left in its folder."""
+        path = Path(self.name) / RECORD_NAME
+        return _read(path) if path.exists() else None
 
 
 def audit(
@@ -137,7 +132,8 @@ def audit(
         victim, width: As for `victims.supervised.train_victim`.
         preset (`str` or `PurificationConfig`, *optional*): How to purify; by default what the purifier's repository
             says, or the plan.
-        plan (`Plan`, *optional*): The purifier to train; chosen by size of the images and device by default.
+        plan (`Plan`, *optional*): The purifier to train where none is given; chosen by size of the images and device
+            by default.
         budget (`float`): Largest change of a pixel by the protection, images in [0, 1], for telling a protected image
             or its clean original from one of another role; see `data.check_roles`.
         image_size, channels: As for `data.load_images`, for all sets.
@@ -156,12 +152,79 @@ def audit(
     """
     # 1. What is asked for, before anything is read
     recipe = _recipe(protocol)
-    seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds is {seeds}, but at least one victim, each with a seed of its own, is needed.")
-    attacks = tuple(dict.fromkeys(name for name in attacks if name != "none"))
-    measures = {name: _countermeasure(name) for name in attacks}
+    seeds = _seeds(seeds)
+    tried = [attack(name) for name in dict.fromkeys(attacks) if name != "none"]
     victims.get(victim)
+    _check_asked(purifier, collected, perceptual, plan, preset)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    output_dir = Path(output_dir)
+
+    # 2. The images, and what is used on them: all that can be refused is refused here
+    sources = {"protected": protected, "collected": collected, "test": test, "clean": clean}
+    sets = _load_sets(sources, image_size, channels, load_options or {})
+    network = None if perceptual is None else load_perceptual(perceptual)
+    if purifier is None:
+        plan = plan or plan_for(sets["collected"], device, recipe.smoke)
+        name, listed = str(output_dir / "purifier"), len(sets["collected"])
+        pipe = purifier_to_be(plan, sets["collected"], network)
+    else:
+        name, listed = str(purifier), check_trained_on(purifier, _labelled(sets), roles=roles)
+        pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
+    check_purifier(pipe, sets["protected"])
+    config = _purification(pipe, preset if plan is None else preset or plan.purification, tried, recipe)
+    begun = {
+        "smoke": recipe.smoke,
+        "seed": seed,
+        "protected": describe_images(sets["protected"])["content"],
+        "purifier": None if purifier is None else purifier_digest(name),
+        "collected": None if purifier is not None else describe_images(sets["collected"])["content"],
+        "plan": None if plan is None else as_settings(plan),
+        "preset": as_settings(preset) if isinstance(preset, PurificationConfig) else preset,
+        "perceptual": None if perceptual is None else str(perceptual),
+    }
+    begun = json.loads(json.dumps(begun))
+    _check_output(output_dir, begun)
+    separation = check_separation(*(sets.get(role) for role in sources), roles=roles, budget=budget)
+    say("; ".join(f"{role}: {len(data)} images" for role, data in sets.items()))
+    if recipe.smoke:
+        sets = _few(sets)
+    data = _describe(sets) | {"separation": separation | {"budget": budget}}
+    say(_shortcut_said(data["shortcut"]))
+
+    # 3. The purifier
+    output_dir.mkdir(parents=True, exist_ok=True)
+    records = output_dir / "records.jsonl"
+    if purifier is None:
+        _write_begun(output_dir, {what: value for what, value in begun.items() if what != "preset"})
+        _train(sets["collected"], plan, Path(name), network, seed, device, records, recipe, say)
+        pipe = open_purifier(name, device, output_dir=output_dir / "purified")
+    used = _Purifier(name, plan, listed, pipe, config)
+
+    # 4. Purification
+    _write_begun(output_dir, begun)
+    said = f"T_p {config.diffusion_steps}, {config.evaluations_per_image} evaluations"
+    say(f"Purifying {len(sets['protected'])} images: {said}")
+    sets["purified"] = _purify(sets["protected"], used, output_dir / "purified", seed)
+
+    # 5. Victims
+    cells = _cells(sets, tried, used, recipe, seeds, victim, width, roles, output_dir / "attacks")
+    order = [cells[row][turn] for turn in range(len(seeds)) for row in cells]
+    say(f"Victims: {len(order)} of {recipe.epochs} epochs")
+    processes = len(os.sched_getaffinity(0)) if processes is None else processes
+    measure_cells(order, records, device=device, processes=processes)
+
+    # 6. The report
+    rows = _rows(cells, records, sets, output_dir / "purified")
+    report = _report(rows, sets, data, used, tried, cells["protected"][0].settings, seeds, roles)
+    report["command"] = command or "jcdp_diffusers.audit.audit(...) with the settings above"
+    report = json.loads(json.dumps(report))
+    write_report(output_dir, report, sets)
+    say(report["verdict"]["sentence"])
+    return report
+
+
+def _check_asked(purifier, collected, perceptual, plan: Plan | None, preset) -> None:
+    """Refuse what does not go together, before anything is read."""
     if purifier is None and collected is None:
         raise ValueError("collected is None, but without a purifier images are needed to train one.")
     if purifier is not None and perceptual is not None:
@@ -169,303 +232,94 @@ def audit(
             f"perceptual is {str(perceptual)!r}, but goes with a purifier that is trained here: that of "
             f"{str(purifier)!r} lies in its folder, where save_pretrained of a pipeline with one puts it."
         )
+    if purifier is not None and plan is not None:
+        raise ValueError(
+            f"plan has the network {plan.unet!r}, but goes with a purifier that is trained here, not with "
+            f"{str(purifier)!r}: preset says how to purify."
+        )
     if isinstance(preset, str) and preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}.")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    processes = len(os.sched_getaffinity(0)) if processes is None else processes
-    output_dir = Path(output_dir)
 
-    # 2. The data
-    sources = {"protected": protected, "collected": collected, "test": test, "clean": clean}
+
+def _recipe(protocol: str | Recipe) -> Recipe:
+    if isinstance(protocol, Recipe):
+        return protocol
+    if protocol not in RECIPES:
+        raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(RECIPES)}.")
+    return RECIPES[protocol]
+
+
+def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds is {seeds}, but at least one victim, each with a seed of its own, is needed.")
+    return seeds
+
+
+def _load_sets(
+    sources: Mapping[str, Any], image_size: int | None, channels: int, options: Mapping[str, dict]
+) -> dict[str, LabelledImages]:
+    """The images of each role that is given, checked, the originals in the order of the protected ones."""
     sets = {
-        role: _load(role, source, image_size, channels, (load_options or {}).get(role, {}))
+        role: _load(role, source, image_size, channels, options.get(role, {}))
         for role, source in sources.items()
         if source is not None
     }
-    protected, collected, test, clean = (sets.get(role) for role in sources)
-    labelled = {role: sets[role] for role in ("protected", "test", "clean") if role in sets}
-    check_sets(labelled, {} if collected is None else {"collected": collected})
-    if clean is not None:
-        clean = sets["clean"] = match_originals(clean, protected)
-    if purifier is None:
-        plan = plan or plan_for(collected, device, recipe.smoke)
-        network = None if perceptual is None else load_perceptual(perceptual)
-        pipe, listed = purifier_to_be(plan, collected, network), len(collected)
-    else:
-        pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
-        listed = check_trained_on(purifier, labelled, roles=roles)
-    check_purifier(pipe, protected)
-    chosen = plan.purification if preset is None and plan is not None else preset
-    config = _purification(pipe, chosen, measures, recipe)
-    begun = {
-        "smoke": recipe.smoke,
-        "seed": seed,
-        "protected": describe_images(protected)["content"],
-        "purifier": None if purifier is None else purifier_digest(str(purifier)),
-        "collected": None if purifier is not None else describe_images(collected)["content"],
-        "plan": None if plan is None else as_settings(plan),
-        "preset": as_settings(preset) if isinstance(preset, PurificationConfig) else preset,
-        "perceptual": None if perceptual is None else str(perceptual),
-    }
-    begun = json.loads(json.dumps(begun))
-    _check_output(output_dir, begun)
-    separation = check_separation(protected, collected, test, clean, roles=roles, budget=budget)
-    say("; ".join(f"{role}: {len(data)} images" for role, data in sets.items()))
-    if recipe.smoke:
-        protected, test = few_of_each_class(protected, SMOKE_IMAGES), few_of_each_class(test, SMOKE_IMAGES)
-        clean = None if clean is None else match_originals(clean, protected)
-        sets |= {"protected": protected, "test": test} | ({} if clean is None else {"clean": clean})
-    output_dir.mkdir(parents=True, exist_ok=True)
-    data = {
+    check_sets(_labelled(sets), {role: data for role, data in sets.items() if role == "collected"})
+    if "clean" in sets:
+        sets["clean"] = match_originals(sets["clean"], sets["protected"])
+    return sets
+
+
+def _labelled(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:
+    """The roles that have labels, none of which may have trained a purifier."""
+    return {role: data for role, data in sets.items() if role != "collected"}
+
+
+def _load(role: str, source: Any, image_size: int | None, channels: int, options: dict) -> LabelledImages:
+    rejected: list[dict] = []
+    try:
+        data = load_images(source, image_size=image_size, channels=channels, rejected=rejected, **options)
+    except (ValueError, OSError) as error:  # says what is wrong, but not with which of the sets
+        if not rejected:
+            raise ValueError(f"{role}: {error}") from error
+    if rejected:
+        first = rejected[0]
+        raise ValueError(
+            f"{role} has {len(rejected)} image(s) that cannot be used, the first {first['file'] or first['id']!r}: "
+            f"{first['reason']}."
+        )
+    return data
+
+
+def _few(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:
+    """What a smoke run has time for."""
+    few = {role: few_of_each_class(sets[role], SMOKE_IMAGES) for role in ("protected", "test")}
+    if "clean" in sets:
+        few["clean"] = match_originals(sets["clean"], few["protected"])
+    return dict(sets) | few
+
+
+def _describe(sets: Mapping[str, LabelledImages]) -> dict:
+    """What a report says of the images."""
+    protected, test, clean = sets["protected"], sets["test"], sets.get("clean")
+    return {
         "sets": {role: describe_set(images) for role, images in sets.items()},
-        "separation": separation | {"budget": budget},
         "noise": None if clean is None else describe_noise(clean, protected),
         "shortcut": shortcut_test(protected, test, clean),
     }
-    say(_shortcut_said(data["shortcut"]))
-
-    # 3. The purifier
-    records = output_dir / "records.jsonl"
-    trained_here = purifier is None
-    if trained_here:
-        _write_begun(output_dir, {name: value for name, value in begun.items() if name != "preset"})
-        purifier = output_dir / "purifier"
-        _train(collected, plan, purifier, seed, device, records, recipe, say)
-        if network is not None and not (purifier / "perceptual").exists():
-            network.save_pretrained(purifier / "perceptual")
-        pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
-
-    # 4. Purification
-    _write_begun(output_dir, begun)
-    say(f"Purifying {len(protected)} images: T_p {config.diffusion_steps}, {config.evaluations_per_image} evaluations")
-    purify_dataset(protected, pipe, output_dir=output_dir / "purified", seed=seed, preset=config)
-    purified = load_images(output_dir / "purified", channels=channels)
-    if purified.ids != protected.ids:
-        raise ValueError(
-            f"output_dir {str(output_dir)!r} holds the purified images of another data set: give another."
-        )
-    purified = sets["purified"] = protected.with_images(purified.images)
-
-    # 5. Victims
-    rows = {row: (sets[row], "none") for row in ("clean", "protected", "purified") if row in sets}
-    for name, measure in measures.items():
-        rows[name] = (purified if _is_on_purified(name) else protected, measure.name)
-    facts = {"audit": describe_images(protected)["content"], "roles": roles}
-    purification = {"purifier": purifier_digest(str(purifier)), "purification": as_settings(config)}
-    cells = {
-        row: [
-            Cell(
-                images,
-                test,
-                recipe,
-                victim_seed,
-                victim=victim,
-                width=width,
-                countermeasure=name,
-                purifier=str(purifier),
-                # In a smoke run every attack that purifies does so in seconds.
-                purification=config
-                if countermeasures.get(name).needs_purifier and (recipe.smoke or _purifies_as_the_audit(row))
-                else None,
-                work_dir=output_dir / "attacks",
-                about=facts | {"row": row} | (purification if images is purified else {}),
-            )
-            for victim_seed in seeds
-        ]
-        for row, (images, name) in rows.items()
-    }
-    order = [cells[row][turn] for turn in range(len(seeds)) for row in cells]
-    say(f"Victims: {len(order)} of {recipe.epochs} epochs")
-    measure_cells(order, records, device=device, processes=processes)
-
-    # 6. The report
-    found = [{"row": row, "title": TITLES.get(row, row)} | _results(cells[row], records) for row in cells]
-    by_row = {entry["row"]: entry for entry in found}
-    purified_in = _read(output_dir / "purified" / SUMMARY_NAME)["seconds_of_work"]
-    for row, (images, _) in rows.items():
-        by_row[row]["prepare_seconds"] += purified_in if images is purified else 0
-    training = _read(Path(purifier) / RECORD_NAME) if (Path(purifier) / RECORD_NAME).exists() else None
-    judged = verdict({row: entry["accuracy"]["values"] for row, entry in by_row.items()}, TITLES, smoke=recipe.smoke)
-    report = {
-        "verdict": judged,
-        "smoke": recipe.smoke,
-        "roles": roles,
-        "rows": found,
-        "chance": float(np.bincount(test.labels).max() / len(test)),
-        "data": data,
-        "purifier": {
-            "name": "trained for this audit" if trained_here else str(purifier),
-            "digest": purification["purifier"],
-            "parameters": pipe.unet.num_parameters(),
-            "unet": plan.unet if plan is not None and trained_here else None,
-            "perceptual": None if pipe.perceptual is None else pipe.perceptual.name,
-            "training": training and _training_facts(training),
-            "train_seconds": training["seconds"] if training else None,
-            "trained_here": trained_here,
-            "trained_on": listed,
-        },
-        "purification": as_settings(config) | {"evaluations_per_image": config.evaluations_per_image},
-        "victims": {
-            "victim": victim,
-            "width": cells["protected"][0].settings["width"],
-            "seeds": list(seeds),
-            "recipe": dataclasses.asdict(recipe),
-        },
-        "attacks": {
-            name: {"source": measure.source, "cost": measure.cost, "settings": dict(measure.settings)}
-            for name, measure in (
-                (name, _as_done(name, measure, config, recipe.smoke)) for name, measure in measures.items()
-            )
-        },
-        "limits": _limits(judged, sets, roles, listed, trained_here, training, attacks, seeds, victim),
-        "command": command or "jcdp_diffusers.audit.audit(...) with the settings above",
-        "device": found[0]["device"],
-        "packages": package_versions(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    report = json.loads(json.dumps(report))
-    write_report(output_dir, report, sets)
-    say(judged["sentence"])
-    return report
-
-
-def purifier_to_be(
-    plan: Plan, images: LabelledImages, perceptual: LPIPSModel | None
-) -> JointConditionalPurificationPipeline:
-    """An untrained purifier of a plan, by which to find out before the training what the trained one cannot do."""
-    height, _, channels = images.images.shape[1:]
-    unet = named_unet(plan.unet, in_channels=channels, sample_size=height)
-    pipe = JointConditionalPurificationPipeline(unet, ddpm_scheduler(), perceptual)
-    facts = plan.training.facts_of_the_network()
-    end = plan.training.timesteps(pipe.scheduler)[1]
-    pipe.purification_config = PurificationConfig(diffusion_steps=min(100, end), **facts)
-    return pipe
-
-
-def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Plan:
-    """
-    A purifier that suits the images and the device: seconds for a smoke run, minutes on a CPU, the paper's network on
-    an accelerator.
-
-    Raises:
-        ValueError: If the images are not square, too large, or of a side that the network cannot halve.
-    """
-    height, width, _ = collected.images.shape[1:]
-    if height != width or height % 8 or height > 64:
-        raise ValueError(
-            f"collected has images of {height}x{width}, but without a purifier they must be squares with a side of 8, "
-            "16, 24, ... or 64 pixels: image_size brings them to one, purifier names one for larger images."
-        )
-    common = {"seed": 0, "checkpoints_total_limit": 1}
-    if smoke:
-        training = TrainingConfig(
-            max_train_steps=5,
-            train_batch_size=8,
-            learning_rate=1e-3,
-            trained_timesteps=(0, 100),
-            checkpointing_steps=5,
-            **common,
-        )
-        return Plan("tiny32", training, SMOKE_PURIFICATION)
-    if device.type == "cuda":
-        training = TrainingConfig(
-            max_train_steps=20_000,
-            train_batch_size=128,
-            trained_timesteps=(0, 200),
-            checkpointing_steps=2000,
-            mixed_precision="bf16",
-            **common,
-        )
-        return Plan("ddpm-cifar10", training, PurificationConfig(diffusion_steps=100, num_inference_steps=20))
-    if len(collected) < 4000:
-        training = TrainingConfig(
-            max_train_steps=1200,
-            train_batch_size=32,
-            learning_rate=1e-3,
-            trained_timesteps=(0, 200),
-            checkpointing_steps=300,
-            **common,
-        )
-        return Plan("tiny32", training, PurificationConfig(diffusion_steps=60, num_inference_steps=6))
-    training = TrainingConfig(
-        max_train_steps=3600,
-        train_batch_size=64,
-        learning_rate=1e-3,
-        lr_scheduler="cosine",
-        trained_timesteps=(0, 200),
-        checkpointing_steps=600,
-        mixed_precision="bf16",
-        **common,
-    )
-    return Plan("mini32", training, PRESETS["tuned"])
-
-
-def _countermeasure(attack: str) -> countermeasures.Countermeasure:
-    """What an attack does beside, or with, this audit's purification."""
-    names = attack.split("+")
-    if PURIFIED not in names:
-        return countermeasures.get(attack)
-    others = countermeasures.get("+".join(name for name in names if name != PURIFIED) or "none")
-    if names.count(PURIFIED) > 1 or others.needs_purifier:
-        raise ValueError(
-            f"attacks (--countermeasures) has {attack!r}, but images are purified once: name what comes beside it."
-        )
-    if attack == PURIFIED:
-        raise ValueError(
-            f"attacks (--countermeasures) has {attack!r}, but that is a row of every audit: name what comes beside it."
-        )
-    if _is_on_purified(attack):
-        return others
-    return countermeasures.get("+".join("unconditional" if name == PURIFIED else name for name in names))
-
-
-def _as_done(attack: str, measure: countermeasures.Countermeasure, config: PurificationConfig, smoke: bool):
-    """For the report: what `_countermeasure` gives, with the settings that purification had in it in this audit."""
-    if not measure.needs_purifier or not (smoke or _purifies_as_the_audit(attack)):
-        return measure
-
-    def own(part):
-        if not part.needs_purifier:
-            return part
-        if _purifies_as_the_audit(attack):
-            return purifying(PURIFIED, "this audit's purification", config)
-        return purifying(part.name, part.source, config)
-
-    return countermeasures.join(attack, [own(part) for part in measure.parts or (measure,)])
-
-
-def _is_on_purified(attack: str) -> bool:
-    """Whether an attack takes the purified images as they are."""
-    return attack.startswith(f"{PURIFIED}+")
-
-
-def _purifies_as_the_audit(attack: str) -> bool:
-    """Whether an attack purifies images of its own, with the settings of the audit."""
-    return PURIFIED in attack.split("+")[1:]
 
 
 def _purification(
-    pipe: JointConditionalPurificationPipeline, preset, measures: dict, recipe: Recipe
+    pipe: JointConditionalPurificationPipeline, preset, tried: Sequence[Attack], recipe: Recipe
 ) -> PurificationConfig:
     """The settings of the audit's purification; refuse them, and attacks, if they are beyond the purifier."""
     config = pipe.resolve_config(preset)
     if recipe.smoke:
-        return pipe.resolve_config(_in_seconds(config))
-    for name, measure in measures.items():
-        for part in measure.parts or (measure,):
-            if part.needs_purifier and not _purifies_as_the_audit(name):
-                pipe.resolve_config(PurificationConfig(**part.settings))
+        return pipe.resolve_config(in_seconds(config))
+    for one in tried:
+        one.check(pipe)
     return config
-
-
-def _in_seconds(config: PurificationConfig) -> PurificationConfig:
-    """The same purification with as few steps as a smoke run has time for."""
-    return dataclasses.replace(
-        config,
-        diffusion_steps=min(SMOKE_PURIFICATION.diffusion_steps, config.diffusion_steps),
-        num_inference_steps=min(SMOKE_PURIFICATION.num_inference_steps, *config.evaluations_per_round),
-        num_rounds=1,
-    )
 
 
 def _check_output(output_dir: Path, asked: dict) -> None:
@@ -494,7 +348,17 @@ def _write_begun(output_dir: Path, begun: dict) -> None:
     (output_dir / BEGUN_NAME).write_text(json.dumps(begun, indent=2) + "\n")
 
 
-def _train(collected, plan: Plan, purifier: Path, seed, device, records: Path, recipe: Recipe, say) -> None:
+def _train(
+    collected,
+    plan: Plan,
+    folder: Path,
+    perceptual: LPIPSModel | None,
+    seed,
+    device,
+    records: Path,
+    recipe: Recipe,
+    say,
+) -> None:
     """Train the purifier, or leave it as it is if it is on record with these settings."""
     training = dataclasses.replace(plan.training, seed=seed, resume_from_checkpoint="latest", cpu=device.type == "cpu")
     settings = {
@@ -508,16 +372,9 @@ def _train(collected, plan: Plan, purifier: Path, seed, device, records: Path, r
         say("Purifier: trained before")
         return
     say(f"Training a purifier on {len(collected)} collected images: {training.max_train_steps} steps")
-    height, _, channels = collected.images.shape[1:]
     start = time.perf_counter()
-    train_purifier(
-        collected,
-        unet=named_unet(plan.unet, in_channels=channels, sample_size=height, seed=seed),
-        scheduler=ddpm_scheduler(),
-        output_dir=purifier,
-        config=training,
-    )
-    dataclasses.replace(plan.purification, **training.facts_of_the_network()).save_pretrained(purifier)
+    train_planned(dataclasses.replace(plan, training=training), collected, folder, perceptual)
+    dataclasses.replace(plan.purification, **training.facts_of_the_network()).save_pretrained(folder)
     seconds = round(time.perf_counter() - start, 2)
     append_record(
         records,
@@ -531,28 +388,67 @@ def _train(collected, plan: Plan, purifier: Path, seed, device, records: Path, r
     )
 
 
-def _load(role: str, source: Any, image_size: int | None, channels: int, options: dict) -> LabelledImages:
-    rejected: list[dict] = []
-    try:
-        data = load_images(source, image_size=image_size, channels=channels, rejected=rejected, **options)
-    except (ValueError, OSError) as error:  # says what is wrong, but not with which of the sets
-        if not rejected:
-            raise ValueError(f"{role}: {error}") from error
-    if rejected:
-        first = rejected[0]
+def _purify(protected: LabelledImages, used: _Purifier, folder: Path, seed: int) -> LabelledImages:
+    """The purified images, made where they do not lie in the folder yet."""
+    purify_dataset(protected, used.pipe, output_dir=folder, seed=seed, preset=used.config)
+    purified = load_images(folder, channels=protected.images.shape[3])
+    if purified.ids != protected.ids:
         raise ValueError(
-            f"{role} has {len(rejected)} image(s) that cannot be used, the first {first['file'] or first['id']!r}: "
-            f"{first['reason']}."
+            f"output_dir {str(folder.parent)!r} holds the purified images of another data set: give another."
         )
-    return data
+    return protected.with_images(purified.images)
 
 
-def _recipe(protocol: str | Recipe) -> Recipe:
-    if isinstance(protocol, Recipe):
-        return protocol
-    if protocol not in RECIPES:
-        raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(RECIPES)}.")
-    return RECIPES[protocol]
+def _cells(
+    sets: Mapping[str, LabelledImages],
+    tried: Sequence[Attack],
+    used: _Purifier,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    victim: str,
+    width: int | None,
+    roles: str,
+    work_dir: Path,
+) -> dict[str, list[Cell]]:
+    """The victims by row, one for each seed."""
+    rows = {row: (sets[row], "none", None) for row in ("clean", "protected", "purified") if row in sets}
+    for one in tried:
+        # In a smoke run every attack that purifies does so in seconds.
+        replaced = one.measure.needs_purifier and (recipe.smoke or one.purifies_as_the_audit)
+        images = sets["purified" if one.takes_purified else "protected"]
+        rows[one.name] = (images, one.measure.name, used.config if replaced else None)
+    facts = {"audit": describe_images(sets["protected"])["content"], "roles": roles}
+    purification = {"purifier": purifier_digest(used.name), "purification": as_settings(used.config)}
+    return {
+        row: [
+            Cell(
+                images,
+                sets["test"],
+                recipe,
+                seed,
+                victim=victim,
+                width=width,
+                countermeasure=name,
+                purifier=used.name,
+                purification=config,
+                work_dir=work_dir,
+                about=facts | {"row": row} | (purification if images is sets["purified"] else {}),
+            )
+            for seed in seeds
+        ]
+        for row, (images, name, config) in rows.items()
+    }
+
+
+def _rows(
+    cells: Mapping[str, list[Cell]], records: Path, sets: Mapping[str, LabelledImages], purified: Path
+) -> list[dict]:
+    """Title and figures of each row; what works on the purified images has their seconds among its own."""
+    seconds = _read(purified / SUMMARY_NAME)["seconds_of_work"]
+    rows = [{"row": row, "title": TITLES.get(row, row)} | _results(own, records) for row, own in cells.items()]
+    for entry in rows:
+        entry["prepare_seconds"] += seconds if cells[entry["row"]][0].train is sets["purified"] else 0
+    return rows
 
 
 def _results(cells: list[Cell], records: Path) -> dict:
@@ -580,6 +476,67 @@ def _spread(values: list[float]) -> dict:
     }
 
 
+def _report(
+    rows: list[dict],
+    sets: Mapping[str, LabelledImages],
+    data: dict,
+    used: _Purifier,
+    tried: Sequence[Attack],
+    settings: Mapping[str, Any],
+    seeds: Sequence[int],
+    roles: str,
+) -> dict:
+    """What `report.json` holds but for the command; `settings` are those of a victim."""
+    recipe, test, training = settings["recipe"], sets["test"], used.record
+    judged = verdict({entry["row"]: entry["accuracy"]["values"] for entry in rows}, TITLES, smoke=recipe["smoke"])
+    measures = {one.name: one.as_done(used.config, smoke=recipe["smoke"]) for one in tried}
+    trained_here = used.plan is not None
+    return {
+        "verdict": judged,
+        "smoke": recipe["smoke"],
+        "roles": roles,
+        "rows": rows,
+        "chance": float(np.bincount(test.labels).max() / len(test)),
+        "data": data,
+        "purifier": {
+            "name": "trained for this audit" if trained_here else used.name,
+            "digest": purifier_digest(used.name),
+            "parameters": used.pipe.unet.num_parameters(),
+            "unet": used.plan.unet if trained_here else None,
+            "perceptual": None if used.pipe.perceptual is None else used.pipe.perceptual.name,
+            "training": training and _training_facts(training),
+            "train_seconds": training["seconds"] if training else None,
+            "trained_here": trained_here,
+            "trained_on": used.listed,
+        },
+        "purification": as_settings(used.config) | {"evaluations_per_image": used.config.evaluations_per_image},
+        "victims": {
+            "victim": settings["victim"],
+            "width": settings["width"],
+            "seeds": list(seeds),
+            "recipe": recipe,
+        },
+        "attacks": {
+            name: {"source": measure.source, "cost": measure.cost, "settings": dict(measure.settings)}
+            for name, measure in measures.items()
+        },
+        "limits": limits(
+            judged["status"],
+            victim=settings["victim"],
+            seeds=len(seeds),
+            test_images=len(test),
+            clean_known="clean" in sets,
+            roles=roles,
+            listed=used.listed,
+            training=training if trained_here else None,
+            attacks=[one.name for one in tried],
+        ),
+        "device": rows[0]["device"],
+        "packages": package_versions(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
 def _training_facts(training: dict) -> dict:
     """What a report says of a purifier's training."""
     names = ("steps", "total_batch_size", "trained_timesteps", "device", "seconds", "images_per_second", "settings")
@@ -600,61 +557,6 @@ def _shortcut_said(result: dict) -> str:
     if result["exchanged"]:
         return f"{said}; it sees a shortcut in the clean originals instead: are protected and clean exchanged?"
     return f"{said}: {'the protection is a shortcut' if result['found'] else 'no shortcut that it can see'}."
-
-
-def _limits(judged, sets, roles, listed, trained_here, training, attacks, seeds, victim) -> list[str]:
-    """What the figures do not say."""
-    test = sets["test"]
-    error = 100 * 1.96 * np.sqrt(0.25 / len(test))
-    limits = [
-        f"Victims were of one kind ({victim}), trained by one recipe. Another network or a longer training may learn "
-        "more, from the protected images as well.",
-        "An attack that fails proves nothing about a stronger one; an attack that succeeds settles the matter.",
-        f"{len(test)} test images: a figure is uncertain by up to {error:.1f} points (95 %) for that reason alone, "
-        "beside the spread over seeds.",
-    ]
-    if len(seeds) < 3:
-        limits.append(f"{len(seeds)} victim(s) per row: too few to know the spread; three or more are usual.")
-    if "clean" not in sets:
-        limits.append(
-            "No clean originals were given: what the protection took away, and so what share of it came back, is not "
-            "known; neither is the size of the noise, nor whether originals of images whose protection changes much "
-            "more than the budget are among the collected or test images."
-        )
-    if roles == "paper":
-        limits.append(
-            "Roles as in the paper: the purifier has been trained on the very test images that score the victims. "
-            "Such figures are for comparison with the paper and not with those of disjoint roles."
-        )
-    if listed is None:
-        limits.append(
-            "The purifier's repository does not list the images that trained it (trained_on.json): whether it has "
-            "seen originals of protected images or test images is not known."
-        )
-    elif not trained_here and "clean" not in sets:
-        limits.append(
-            f"The purifier was trained on none of the test images, by the list of {listed} images in its repository; "
-            "whether originals of protected images are among them is not known without these originals."
-        )
-    if trained_here and training:
-        limits.append(
-            f"The purifier was trained here, on {len(sets['collected'])} images in {training['steps']} steps and "
-            f"{training['seconds']:.0f} s; a larger one, trained longer on more images, purifies better."
-        )
-    if "eclipse" in attacks:
-        limits.append(
-            "The row eclipse purifies with the purifier of this audit, where its authors train one of few images."
-        )
-    if attacks and judged["status"] != "exchanged":
-        limits.append(
-            f"The verdict speaks of the strongest of {len(attacks) + 1} attacks, chosen by the same test images; with "
-            "close figures that flatters it by a little."
-        )
-    if judged["status"] == "smoke":
-        limits.insert(
-            0, "This is a smoke run: purifier and victims were hardly trained, and no figure means anything."
-        )
-    return limits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

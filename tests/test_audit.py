@@ -13,11 +13,12 @@ from sklearn.datasets import load_digits
 from tiny import tiny_unet
 
 from jcdp_diffusers import countermeasures
-from jcdp_diffusers.audit import audit, plan_for
+from jcdp_diffusers.audit import audit
 from jcdp_diffusers.cells import results_by_cell
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.perceptual import LPIPSModel
+from jcdp_diffusers.plan import plan_for
 from jcdp_diffusers.poisons import apply_perturbation, get
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
@@ -389,17 +390,14 @@ def test_what_cannot_be_audited_ends_in_one_sentence(folders, tmp_path, capfd):
 def test_arguments_that_do_not_fit(folders):
     with pytest.raises(ValueError, match="collected is None, but without a purifier images are needed to train one"):
         audit(protected=folders["protected"], test=folders["test"])
+    with pytest.raises(
+        ValueError, match="plan has the network 'tiny32', but goes with a purifier that is trained here"
+    ):
+        audit(
+            protected=folders["protected"],
+            test=folders["test"],
+            purifier="x",
+            plan=plan_for(digits(range(5)), torch.device("cpu"), smoke=True),
+        )
     with pytest.raises(ValueError, match="protocol is 'quick', but must be one of"):
         audit(protected=folders["protected"], test=folders["test"], purifier="x", protocol="quick")
-
-
-def test_a_purifier_is_planned_by_size_number_and_device():
-    cpu, few = torch.device("cpu"), digits(range(5))
-    assert plan_for(few, cpu, smoke=True).training.max_train_steps < 10
-    assert plan_for(few, cpu, smoke=False).unet == "tiny32"
-    assert plan_for(few, torch.device("cuda"), smoke=False).unet == "ddpm-cifar10"
-    many = LabelledImages(np.zeros((4000, 8, 8, 3), np.uint8), None, tuple(map(str, range(4000))))
-    assert plan_for(many, cpu, smoke=False).unet == "mini32"
-    odd = few.with_images(few.images[:, :12])
-    with pytest.raises(ValueError, match="collected has images of 12x16, but without a purifier they must be squares"):
-        plan_for(odd, cpu, smoke=False)

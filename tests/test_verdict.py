@@ -2,7 +2,7 @@
 
 import pytest
 
-from jcdp_diffusers.verdict import verdict
+from jcdp_diffusers.verdict import limits, verdict
 
 
 TITLES = {"purified": "purification"}
@@ -85,3 +85,47 @@ def test_a_smoke_run_decides_nothing():
 def test_a_verdict_needs_an_attack():
     with pytest.raises(ValueError, match=r"accuracies has the rows \('protected',\), but 'protected' and an attack"):
         verdict({"protected": [0.5]}, TITLES)
+
+
+def told(status="broken", **changed):
+    facts = {
+        "victim": "resnet18",
+        "seeds": 3,
+        "test_images": 5000,
+        "clean_known": True,
+        "roles": "disjoint",
+        "listed": 100,
+        "training": {"steps": 20, "seconds": 3.2},
+        "attacks": [],
+    }
+    return limits(status, **facts | changed)
+
+
+def test_limits_that_every_audit_has():
+    sentences = told()
+    assert len(sentences) == 4
+    # A share of one half scatters by 0.5 / sqrt(5000) = 0.71 points, 1.96 times that is 1.4.
+    assert "uncertain by up to 1.4 points" in sentences[2]
+    assert "trained here, on 100 images in 20 steps and 3 s" in sentences[3]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seeds": 2}, "2 victim(s) per row"),
+        ({"clean_known": False}, "No clean originals were given"),
+        ({"roles": "paper"}, "trained on the very test images"),
+        ({"listed": None, "training": None}, "does not list the images that trained it"),
+        ({"training": None, "clean_known": False}, "by the list of 100 images in its repository"),
+        ({"attacks": ["eclipse"]}, "The row eclipse purifies with the purifier of this audit"),
+        ({"attacks": ["jpeg-10", "gray"]}, "the strongest of 3 attacks"),
+        ({"status": "smoke"}, "no figure means anything"),
+    ],
+)
+def test_limits_that_some_audits_have(changed, said):
+    assert said not in " ".join(told())
+    assert said in " ".join(told(**changed))
+
+
+def test_exchanged_sets_name_no_strongest_attack():
+    assert "strongest" not in " ".join(told("exchanged", attacks=["jpeg-10"]))

@@ -201,12 +201,13 @@ def test_every_cell_of_a_grid_is_measured_again_by_a_grid_that_ships():
             if record["what"] != "accuracy" or "grid" not in settings or settings["grid"] in variants:
                 continue
             found = [
-                columns[settings["column"]].purification
+                (columns[settings["column"]].purification, grid.data["protected"]["count"], grid.data["test"]["count"])
                 for grid, columns in grids[settings["grid"]]
                 if settings["column"] in columns and settings["poison"] in grid.poisons
             ]
-            told = [config and json.loads(json.dumps(as_settings(config))) for config in found]
-            assert settings.get("purification") in told, (path.name, settings["column"], settings["poison"])
+            told = [(config and json.loads(json.dumps(as_settings(config))), *counts) for config, *counts in found]
+            cell = (settings.get("purification"), settings["train"]["images"], settings["test"]["images"])
+            assert cell in told, (path.name, settings["column"], settings["poison"], settings["train"])
             checked += 1
     assert checked > 200
 
