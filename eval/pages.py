@@ -78,7 +78,7 @@ def table_by(setting: Callable[[dict], str], name: str, title: str) -> Callable[
             some = [record for record in records if setting(record) == value]
             found = Measured(some, victim=some[0]["settings"]["victim"])
             cells = [("none", "none"), ("lsp", "none"), ("lsp", "coloured noise")]
-            details = found.find("victim", "cifar10", "lsp", "none")
+            details = found.find("victim", "cifar10", *cells[-1])
             rows.append(
                 [
                     value,
@@ -91,12 +91,17 @@ def table_by(setting: Callable[[dict], str], name: str, title: str) -> Callable[
     return table
 
 
+def recipe_in_words(record: dict) -> str:
+    """A recipe's name with the batch size that it had."""
+    return f"{record['protocol']}, batches of {record['settings']['recipe']['batch_size']}"
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"story": story_table, "headline": headline_table},
     "docs/results.md": {
         "poisons": lambda: poison_table(measured("poisons"), "cifar10"),
         "countermeasures": grid_of("countermeasures"),
-        "protocols": table_by(lambda record: record["protocol"], "protocols", "recipe"),
+        "protocols": table_by(recipe_in_words, "protocols", "recipe"),
         "victims": table_by(lambda record: record["settings"]["victim"], "victims", "victim"),
         "guides": grid_of("guides"),
         "coloured": grid_of("coloured"),

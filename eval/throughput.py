@@ -549,7 +549,7 @@ def plain_denoiser(unet, images: LabelledImages, device, batch: int, steps: int,
 
 def measure_victim(bench: Bench) -> None:
     """A victim's training step, with crop, flip and SGD."""
-    recipe = RECIPES["fast" if bench.device.type == "cuda" else "mini"]
+    recipe = RECIPES["fast" if bench.device.type == "cuda" else "mini"].for_images(50_000)
     width, steps = (8, 6) if bench.quick else (recipe.width, 40)
     recipe = dataclasses.replace(recipe, epochs=1)
     images = _labelled(steps * recipe.batch_size)

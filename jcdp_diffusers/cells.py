@@ -83,7 +83,7 @@ class Cell:
         settings = dict(self.about) | {
             "victim": self.victim,
             "width": self.recipe.width if self.width is None else self.width,
-            "recipe": dataclasses.asdict(self.recipe),
+            "recipe": dataclasses.asdict(self.recipe.for_images(len(self.train))),
             "countermeasure": measure.name,
             "countermeasure_settings": dict(measure.settings),
             "train": describe_images(self.train),

@@ -84,7 +84,7 @@ def score(
         ValueError: if the sets do not suit each other, overlap, or a name is unknown.
     """
     seeds = _seeds(seeds)
-    recipe = protocol if isinstance(protocol, Recipe) else _recipe(protocol)
+    recipe = (protocol if isinstance(protocol, Recipe) else _recipe(protocol)).for_images(len(train))
     victims.get(victim)
     measure = countermeasures.get(countermeasure or "none")
     measure.require(purifier)

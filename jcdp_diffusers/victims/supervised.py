@@ -40,7 +40,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -66,8 +66,8 @@ class Recipe:
     Args:
         name: what records call it.
         epochs: passes over the training set.
-        batch_size: images per step.
-        learning_rate: the highest learning rate.
+        batch_size: images per step; None for what suits the training set, see `for_images`.
+        learning_rate: the highest learning rate; where `batch_size` is None, that of 256 images per step.
         schedule: `"steps"` (multiplied by `gamma` at each of `milestones`), `"cosine"` (from `learning_rate` to 0,
             changed once an epoch), or `"one_cycle"` (rises and falls once, changed at every step; Smith and Topin).
         milestones: epochs, counted from 0, at whose start the learning rate is multiplied by `gamma`.
@@ -87,7 +87,7 @@ class Recipe:
 
     name: str
     epochs: int
-    batch_size: int = 128
+    batch_size: int | None = 128
     learning_rate: float = 0.1
     schedule: str = "cosine"
     milestones: tuple[int, ...] = ()
@@ -109,8 +109,23 @@ class Recipe:
             raise ValueError(f"schedule is {self.schedule!r}, but accepted are {', '.join(SCHEDULES)}.")
         if self.epochs < 1:
             raise ValueError(f"epochs is {self.epochs}, but a recipe needs at least 1.")
-        if self.batch_size < 2:
+        if self.batch_size is not None and self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size}, but batch normalisation needs at least 2 images.")
+
+    def for_images(self, count: int) -> "Recipe":
+        """The recipe with the batch size that it has for a training set of `count` images.
+
+        Where `batch_size` is None, that is 256 images, halved down to 32 until an epoch has 150 steps, as it has for
+        40,000 images; the learning rate falls with the batch's square root (Krizhevsky, 2014). Without that, a victim
+        of a few thousand images ends before it has learned them, purified ones above all (docs/results.md).
+        """
+        if self.batch_size is not None:
+            return self
+        batch_size = 256
+        while batch_size > 32 and count < 150 * batch_size:
+            batch_size //= 2
+        learning_rate = round(self.learning_rate * (batch_size / 256) ** 0.5, 4)
+        return replace(self, batch_size=batch_size, learning_rate=learning_rate)
 
 
 RECIPES = {
@@ -125,7 +140,7 @@ RECIPES = {
         # APBench; its second and third steps, at epochs 200 and 300, lie beyond its 200 epochs.
         Recipe("apbench", epochs=200, batch_size=256, schedule="steps", milestones=(100,), gamma=0.5),
         # Ours: the same network in a quarter of the epochs.
-        Recipe("fast", epochs=30, batch_size=256, learning_rate=0.2, schedule="one_cycle", bfloat16=True),
+        Recipe("fast", epochs=30, batch_size=None, learning_rate=0.2, schedule="one_cycle", bfloat16=True),
         # Ours: CIFAR-10 on a CPU. Batches are small because 15 epochs of 10,000 images are few steps with large ones;
         # chosen on validation images.
         Recipe("mini", epochs=15, batch_size=32, learning_rate=0.05, schedule="one_cycle", bfloat16=True, width=16),
@@ -209,7 +224,7 @@ def train_victim(
             of their images, or a name is unknown.
         FloatingPointError: if the loss is no longer finite.
     """
-    recipe = _recipe(recipe)
+    recipe = _recipe(recipe).for_images(len(train))
     _check_pair(train, test)
     num_classes = _check_labels(train, test, num_classes)
     device = torch.device(device)
@@ -298,7 +313,7 @@ def train_model(
         ValueError: if there are fewer than two images, their number is not that of the labels, or a hook is none.
         FloatingPointError: if the loss is no longer finite.
     """
-    recipe = _recipe(recipe)
+    recipe = _recipe(recipe).for_images(len(images))
     _check_hooks(hooks)
     if len(images) < 2:
         raise ValueError(f"images holds {len(images)} images, but training needs at least 2.")

@@ -120,12 +120,40 @@ def test_what_is_said_row_by_row_is_on_record():
 
 def test_what_is_said_of_fast_is_on_record():
     purified = {
-        record["protocol"]: f"{100 * record['value']:.1f}"
+        (record["protocol"], record["settings"]["recipe"]["batch_size"]): f"{100 * record['value']:.1f}"
         for record in records_of("protocols_cifar10_mini")
         if record["settings"]["column"] == "coloured noise"
     }
-    assert f"({purified['fast']} against {purified['bridgepure']})" in FOUND
-    assert f"({purified['fast']} where `bridgepure`'s 120 epochs give {purified['bridgepure']}," in README
+    small, large, published = purified["fast", 32], purified["fast", 256], purified["bridgepure", 128]
+    assert f"({large} against {published}). With batches of 32 it gets {small} in a quarter" in FOUND
+    assert f"({small} where `bridgepure`'s 120 epochs give {published}, in a quarter of the time:" in README
+    searched = {
+        record["settings"]["recipe"]["learning_rate"]: f"{100 * record['value']:.1f}"
+        for record in records_of("fast_search_cifar10_mini")
+        if record["settings"]["column"] == "coloured noise" and record["settings"]["recipe"]["batch_size"] == 32
+    }
+    assert list(sorted(searched)) == [0.025, 0.05, 0.0707, 0.1]
+    figures = "{}, {}, {} and {} with 0.025, 0.05, 0.0707 and 0.1".format(
+        *(searched[rate] for rate in sorted(searched))
+    )
+    assert figures in FOUND
+
+
+def test_what_is_said_of_another_purifier_is_on_record():
+    def told(*files):
+        return {
+            (r["protocol"], r["settings"]["recipe"]["batch_size"]): f"{100 * r['value']:.1f}"
+            for file in files
+            for r in records_of(f"{file}_cifar10_mini")
+            if r["settings"]["column"] == "coloured noise" and r["settings"]["victim"] in ("resnet18", "vgg16")
+        }
+
+    other, this = told("other_purifier"), told("protocols", "victims")
+    cells = [("bridgepure", 128), ("fast", 256), ("mini", 32)]
+    assert (
+        "{} under `bridgepure`, {} under `fast` with batches of 256 and {} to".format(*map(other.get, cells)) in FOUND
+    )
+    assert "this one gives {}, {} and {}".format(*map(this.get, cells)) in FOUND
 
 
 def test_what_is_said_of_the_guides_is_on_record():

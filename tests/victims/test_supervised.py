@@ -208,6 +208,7 @@ def rates(recipe, steps=3):
     """Learning rate at the start of each epoch, as reported by a training of `steps` steps an epoch."""
     seen = []
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    recipe = recipe.for_images(3)
     images = torch.rand(steps * recipe.batch_size, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(len(images)) % 2
     recipe = dataclasses.replace(recipe, crop_padding=0)
@@ -231,7 +232,7 @@ def test_cosine_schedule(name):
 
 @pytest.mark.parametrize("name", ["fast", "mini", "digits"])
 def test_one_cycle_schedule(name):
-    recipe = RECIPES[name]
+    recipe = RECIPES[name].for_images(3)
     total = 3 * recipe.epochs
     peak = 0.3 * total - 1  # the step at which the rise ends
     expected = []
@@ -243,6 +244,29 @@ def test_one_cycle_schedule(name):
             share = (step - peak) / (total - 1 - peak)
         expected.append(high + (low - high) * (1 + math.cos(math.pi * share)) / 2)
     assert rates(recipe) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "count, batch_size, learning_rate",
+    [
+        (60_000, 256, 0.2),
+        (38_400, 256, 0.2),
+        (38_399, 128, 0.1414),
+        (10_000, 64, 0.1),
+        (5_000, 32, 0.0707),
+        (12, 32, 0.0707),
+    ],
+)
+def test_fast_takes_smaller_batches_of_smaller_sets(count, batch_size, learning_rate):
+    recipe = RECIPES["fast"].for_images(count)
+    assert (recipe.batch_size, recipe.learning_rate, recipe.name) == (batch_size, learning_rate, "fast")
+    assert recipe.epochs == RECIPES["fast"].epochs and recipe.for_images(60_000) == recipe
+
+
+def test_a_batch_size_that_is_given_suits_every_set():
+    for name in set(RECIPES) - {"fast"}:
+        assert RECIPES[name].for_images(12) == RECIPES[name]
+    assert dataclasses.replace(RECIPES["fast"], batch_size=256).for_images(12).learning_rate == 0.2
 
 
 @pytest.mark.parametrize(
