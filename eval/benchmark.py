@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import time
 import typing
 from collections.abc import Callable, Mapping
@@ -490,6 +491,14 @@ def leave_group() -> tuple[int, int, int]:
     return tuple(told)
 
 
+def tables_command(grid: Grid, output_dir: str) -> str:
+    """The command that shows what the grid measured, its first victim's if it has several."""
+    options = ["--smoke"] if grid.full_recipe.smoke else []
+    options += ["--roles", grid.roles] if grid.roles != "disjoint" else []
+    options += ["--victim", grid.victims[0]] if grid.victims[0] != "resnet18" else []
+    return shlex.join(["python", "eval/tables.py", "grid", "--records", f"{Path(output_dir)}/records.jsonl", *options])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
     parser.add_argument("grid", metavar="GRID.yaml")
@@ -515,7 +524,7 @@ def main() -> None:
             say=print if rank == 0 else lambda line: None,
         )
     if rank == 0:
-        print(f"{len(cells)} cells on record: python eval/tables.py grid --records {Path(args.output)}/records.jsonl")
+        print(f"{len(cells)} cells on record: {tables_command(grid, args.output)}")
 
 
 if __name__ == "__main__":

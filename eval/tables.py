@@ -543,7 +543,8 @@ def text_of(args: argparse.Namespace) -> str:
     if not measured.datasets():
         raise ValueError(
             f"records is {' '.join(args.records)}, but no accuracy of a grid there has the victim {args.victim!r}, "
-            f"the roles {measured.roles!r} and {'a' if args.smoke else 'no'} smoke run's recipe, which is needed."
+            f"the roles {measured.roles!r} and {'a' if args.smoke else 'no'} smoke run's recipe: "
+            "--victim, --roles and --smoke choose others."
         )
     parts = [caption_of_roles(measured) if args.kind == "roles" else caption(measured)]
     if args.smoke:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -303,6 +304,24 @@ def test_processes_of_a_launcher_share_the_cells_and_one_trains_the_purifier(sou
     (purifier,) = (tmp_path / "out").glob("purifier-*")
     trained = json.loads((purifier / "training_record.json").read_text())
     assert trained["processes"] == 1
+    command = shlex.split(done.stdout.partition("6 cells on record: ")[2])
+    shown = subprocess.run([sys.executable, *command[1:]], env=environment, capture_output=True, text=True)
+    assert "Smoke run: no figure means anything" in shown.stdout, shown.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, "--smoke"),
+        ({"protocol": "mini"}, ""),
+        ({"protocol": "mini", "roles": "paper", "victims": ["vit", "resnet18"]}, "--roles paper --victim vit"),
+    ],
+)
+def test_the_command_that_shows_a_grid(tmp_path, source, changes, options):
+    grid = benchmark.read_grid(grid_file(tmp_path, source, **changes))
+    assert benchmark.tables_command(grid, "a b") == (
+        f"python eval/tables.py grid --records 'a b/records.jsonl' {options}".rstrip()
+    )
 
 
 def test_a_purifier_is_not_believed_to_have_seen_no_test_image(source, tmp_path, monkeypatch, capsys):
