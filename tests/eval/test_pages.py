@@ -94,6 +94,28 @@ def test_what_is_said_of_the_best_recipes_is_on_record():
     for column in ("orthogonal-projection", "coloured noise", "coloured noise, 4 draws"):
         assert mean_and_spread(accuracies("lsp", column)) in text
     assert f"OPS, {np.mean(accuracies('ops', 'impulse-filter')):.1f}" in README
+    (clean,) = accuracies("none", "impulse-filter+unconditional+corruption")
+    cost = [clean - figure for figure in recipe[:3]]
+    assert f"get {clean:.1f} by the same recipe" in text
+    assert (
+        f"{min(cost):.1f} to {max(cost):.1f} points against EMN, LSP and TAP and nothing" in text and recipe[3] > clean
+    )
+
+
+def test_what_is_said_of_costs_on_clean_images_is_on_record():
+    measured = pages.measured("countermeasures")
+    columns = ("impulse-filter", "coloured noise", "unconditional+corruption", "orthogonal-projection")
+    columns += ("avatar, 10 evaluations", "jpeg-10", "ueraser-lite", "at-8")
+    left = [f"{np.mean(measured.accuracies('cifar10', 'none', column)):.1f}" for column in columns]
+    assert (
+        "{} is left with the impulse filter, {} and {} with purification by coloured and by white noise, {} with "
+        "projection, {} with AVATAR, {} with JPEG-10, {} with UEraser-Lite and {} with adversarial training."
+    ).format(*left) in FOUND
+
+
+def test_what_is_said_of_ueraser_max_is_on_record():
+    low = {r["settings"]["poison"]: f"{100 * r['value']:.1f}" for r in records_of("ueraser_max_cifar10_mini")}
+    assert f"0.01 instead of 0.05 ({low['ops']} against OPS" in FOUND
 
 
 def test_what_is_said_row_by_row_is_on_record():
