@@ -16,7 +16,7 @@ How fast everything runs, as ratios to plain loops timed in turn with it, and ag
 | `training` | a purifier's training step against a loop written by hand |
 | `victim` | a victim's training step against a loop written by hand |
 | `input` | the share of decoding, batches and augmentation in purification and in training |
-| `pixels` | what bfloat16 does to purified images, in levels of 255 |
+| `pixels` | what folding and bfloat16 do to purified images, in levels of 255 |
 | `accuracy` | on an accelerator: seconds until a clean victim has 94 % |
 | `plot`, `table` | picture and table, from the records |
 
@@ -29,6 +29,7 @@ Networks and images are random, where only their sizes matter. What is said of a
 import argparse
 import dataclasses
 import functools
+import re
 import statistics
 import sys
 import tempfile
@@ -48,6 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from jcdp_diffusers import GuidedDDPMScheduler, JointConditionalPurificationPipeline, LPIPSModel, PurificationConfig
 from jcdp_diffusers.allocation import keep_freed_memory
 from jcdp_diffusers.data import LabelledImages, load_images, to_uint8
+from jcdp_diffusers.folded_upsampling import fold_upsampling, is_folded
 from jcdp_diffusers.noise import image_keys, normal_noise
 from jcdp_diffusers.placement import has_bfloat16, place
 from jcdp_diffusers.results import append_record, read_records
@@ -200,8 +202,8 @@ def processor(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    amx = torch.cpu._is_amx_tile_supported()
-    return f"{names[0] if names else 'unknown'}{', AMX' if amx else ''}"
+    name, bfloat16 = names[0] if names else "unknown", has_bfloat16(device)
+    return f"{name}{', AMX' if torch.cpu._is_amx_tile_supported() else ', AVX-512 BF16' if bfloat16 else ''}"
 
 
 def spread(values: list[float]) -> list[float]:
@@ -225,21 +227,24 @@ def against(seconds: list[float], base: list[float]) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """Type and layout of a UNet."""
+    """Type and layout of a UNet, and whether its upsampling is folded."""
 
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     tf32: bool = False
+    folded: bool = False
     compiled: bool = False
 
     @property
     def name(self) -> str:
         words = [str(self.dtype).removeprefix("torch.")]
-        words += [word for word in ("tf32", "channels_last", "compiled") if getattr(self, word)]
+        words += [word for word in ("tf32", "channels_last", "folded", "compiled") if getattr(self, word)]
         return " ".join(words)
 
     def place(self, unet: UNet2DModel, device: torch.device) -> nn.Module:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        if self.folded:
+            fold_upsampling(unet)
         nn.Module.to(unet, device=device, dtype=self.dtype, memory_format=layout)
         unet.eval().requires_grad_(False)
         if self.compiled:
@@ -261,6 +266,7 @@ def modes(device: torch.device, compiled: bool) -> list[Mode]:
         found += [Mode(channels_last=True, tf32=True), Mode(torch.float16, channels_last=True)]
     if has_bfloat16(device):
         found.append(Mode(torch.bfloat16, channels_last=True))
+    found += [dataclasses.replace(mode, folded=True) for mode in found if mode.channels_last and not mode.tf32]
     return found + ([dataclasses.replace(found[-1], compiled=True)] if compiled else [])
 
 
@@ -276,10 +282,13 @@ class Stub(nn.Module):
 
 
 @functools.cache
-def forward_flops(name: str) -> int:
-    """Floating-point operations of one image's forward."""
+def forward_flops(name: str, folded: bool = False) -> int:
+    """Floating-point operations of one image's forward, as diffusers has it or with folded upsampling."""
+    unet = named_unet(name)
+    if folded:
+        fold_upsampling(unet)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        named_unet(name)(torch.zeros(1, 3, 32, 32), torch.tensor([1]))
+        unet(torch.zeros(1, 3, 32, 32), torch.tensor([1]))
     return counter.get_total_flops()
 
 
@@ -411,7 +420,8 @@ def measure_purifier(bench: Bench) -> None:
         value["times_the_authors"] = 1 / value["ratio"]
         dtype = "float32" if name == "authors" else name
         if peak := bench.find("peak", operation="convolution", dtype=dtype):
-            value["share_of_peak"] = value["images_per_second"] * forward_flops(bench.unet) / peak
+            flops = forward_flops(bench.unet, folded=name != "authors" and is_folded(pipe.unet))  # those that are done
+            value["share_of_peak"] = value["images_per_second"] * flops / peak
         bench.record("purifier", value, (time.perf_counter() - began) / len(runs), run=name, **base)
 
 
@@ -627,27 +637,33 @@ def _augmented(pixels: torch.Tensor, batch: torch.Tensor, draw: torch.Generator,
 
 
 def measure_pixels(bench: Bench, purifier: str, data: str, split: str | None, count: int) -> None:
-    """Differences in levels of 255 between images purified in bfloat16 and in float32, with the same noise."""
+    """Differences in levels of 255 between images purified as placed and as loaded, with the same noise."""
     images = load_images(data, split=split).subset(range(count))
     settings = {"diffusion_steps": 100, "num_inference_steps": 10}
     about = settings | {"purifier": Path(purifier).name, "data": Path(data).name, "split": split, "images": count}
-    if not bench.missing("pixels", **about):
+    precisions = ("float32", "bfloat16")
+    if not any(bench.missing("pixels", precision=precision, **about) for precision in precisions):
         return
-    began, purified = time.perf_counter(), {}
-    for precision in ("float32", "bfloat16"):
-        pipe = JointConditionalPurificationPipeline.from_pretrained(purifier)
-        place(pipe, bench.device, precision=precision).set_progress_bar_config(disable=True)
+
+    def purified(precision: str | None) -> np.ndarray:
+        pipe = JointConditionalPurificationPipeline.from_pretrained(purifier).to(bench.device)
+        if precision:
+            place(pipe, bench.device, precision=precision)
+        pipe.set_progress_bar_config(disable=True)
         out = pipe(images.tensor(), ids=list(images.ids), seed=0, output_type="pt", **settings).images
-        purified[precision] = to_uint8(out).astype(int)
-    levels = np.abs(purified["bfloat16"] - purified["float32"])
-    change = np.abs(purified["float32"] - images.images)
-    value = {
-        "mean": float(levels.mean()),
-        "largest": int(levels.max()),
-        "share_changed": float((levels > 0).mean()),
-        "mean_of_purification": float(change.mean()),
-    }
-    bench.record("pixels", value, time.perf_counter() - began, **about)
+        return to_uint8(out).astype(int)
+
+    as_loaded = purified(None)
+    for precision in precisions:
+        began = time.perf_counter()
+        levels = np.abs(purified(precision) - as_loaded)
+        value = {
+            "mean": float(levels.mean()),
+            "largest": int(levels.max()),
+            "share_changed": float((levels > 0).mean()),
+            "mean_of_purification": float(np.abs(as_loaded - images.images).mean()),
+        }
+        bench.record("pixels", value, time.perf_counter() - began, precision=precision, **about)
 
 
 def measure_accuracy(bench: Bench, data: str) -> None:
@@ -673,19 +689,33 @@ def _labelled(count: int) -> LabelledImages:
 
 
 def draw_plot(bench: Bench, path: Path) -> None:
-    """Images per second against the batch, by mode, and the limit that the convolution's peak sets."""
+    """Images per second against the batch, by mode, and the limit that the convolution's peak sets, by processor."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = [r for r in records_of(bench.output) if r["settings"]["processor"] == processor(bench.device)]
-    steps = [r for r in records if r["what"] == "step" and r["settings"]["unet"] == bench.unet]
-    if not steps:
+    records = [r for r in records_of(bench.output) if r["settings"].get("unet", bench.unet) == bench.unet]
+    processors = list(dict.fromkeys(r["settings"]["processor"] for r in records if r["what"] == "step"))
+    if not processors:
         raise SystemExit(f"throughput: output is {str(bench.output)!r}, which has no steps of {bench.unet} yet.")
-    figure, axis = plt.subplots(figsize=(7.5, 5.6))
-    names = list(dict.fromkeys(r["settings"]["mode"] for r in steps))
-    for index, name in enumerate(names):
+    figure, axes = plt.subplots(1, len(processors), figsize=(7.5 * len(processors), 6), squeeze=False, sharey=True)
+    for axis, name in zip(axes[0], processors):
+        _draw_panel(axis, [r for r in records if r["settings"]["processor"] == name], forward_flops(bench.unet))
+        axis.set_title(f"{bench.unet}: {name}")
+        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes[0, 0].set_ylabel("image-steps per second")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_panel(axis, records: list[dict], flops: int) -> None:
+    steps = [r for r in records if r["what"] == "step"]
+    for index, name in enumerate(dict.fromkeys(r["settings"]["mode"] for r in steps)):
         for kind, style, filling in (("bare", "--", "none"), ("guided", "-", "full")):
             points = {r["settings"]["batch"]: r["value"]["images_per_second"] for r in steps
                       if (r["settings"]["mode"], r["settings"]["kind"]) == (name, kind)}  # fmt: skip
@@ -696,105 +726,135 @@ def draw_plot(bench: Bench, path: Path) -> None:
     for r in records:
         settings, value = r["settings"], r["value"]
         if r["what"] == "peak" and settings["operation"] == "convolution":
-            limit = value / forward_flops(bench.unet)
+            limit = value / flops
             axis.axhline(limit, color="0.4", ls=":", lw=1.5)
             text = f"limit in {settings['dtype']}: {value / 1e9:,.0f} GFLOP/s of convolution"
             axis.annotate(text, (1, limit), xytext=(0, 3), textcoords="offset points", fontsize=8, color="0.3")
-        if r["what"] == "purifier" and settings["unet"] == bench.unet and settings["run"] == "authors":
+        if r["what"] == "purifier" and settings["run"] == "authors":
             axis.plot(settings["images"], value["images_per_second"], "k*", ms=11, label="the authors' loop")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(batches := sorted({r["settings"]["batch"] for r in steps}), map(str, batches))
-    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     threads = steps[0]["settings"]["threads"]
-    where = processor(bench.device) + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
-    axis.set(xlabel="batch", ylabel="image-steps per second", title=f"{bench.unet}: {where}")
+    axis.set_xlabel(f"batch, on {threads} thread{'s' * (threads > 1)}" if threads else "batch")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 def speed_table(records: list[dict], unet: str) -> str:
-    """What docs/speed.md says, in Markdown; of several records of a figure the last counts."""
+    """What docs/speed.md says, in Markdown, by processor; of several records of a figure the last counts."""
+    processors = dict.fromkeys(r["settings"]["processor"] for r in records)
+    machines = {
+        re.sub(r"\(R\)| Processor", "", name): Machine(
+            [r for r in records if r["settings"]["processor"] == name], unet
+        )
+        for name in processors
+    }
+    by_precision = [f"{name}: {precision}" for name in machines for precision in PRECISIONS]
+    tables = []
+    for head, title, rows in (
+        (by_precision, f"`{unet}`", [machine.by_precision() for machine in machines.values()]),
+        (list(machines), "times a plain loop, median [quartiles]", [machine.loops() for machine in machines.values()]),
+        (list(machines), "what else", [machine.what_else() for machine in machines.values()]),
+    ):
+        lines = [f"| {title} | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+        for name in rows[0]:
+            cells = [cell or "n.m." for machine in rows for cell in machine[name]]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
-    def find(what: str, **settings) -> dict:
-        found = [r for r in records if r["what"] == what and settings.items() <= r["settings"].items()]
+
+@dataclasses.dataclass
+class Machine:
+    """What was measured on one processor: rows by title, of cells, None where nothing was."""
+
+    records: list[dict]
+    unet: str
+
+    def find(self, what: str, **settings):
+        """The value of the last such record; an empty dictionary if there is none."""
+        found = [r for r in self.records if r["what"] == what and settings.items() <= r["settings"].items()]
         return found[-1]["value"] if found else {}
 
-    def row(title: str, form: str, values: list[float | None]) -> str:
-        shown = ["n.m." if value is None else format(value, form).replace("%", " %") for value in values]
-        return f"| {title} | {' | '.join(shown)} |"
+    def step(self, mode: str, kind: str = "bare", batch: int = 64) -> dict:
+        return self.find("step", unet=self.unet, mode=mode, kind=kind, batch=batch)
 
-    def ratio(title: str, value: dict) -> str:
-        shown = f"{value['ratio']:.2f} [{value['quartiles'][0]:.2f}, {value['quartiles'][1]:.2f}]" if value else "n.m."
-        return f"| {title} | {shown} |"
+    def by_precision(self) -> dict[str, list[str | None]]:
+        """A cell for each of `PRECISIONS`."""
+        rows = {}
 
-    types = ("float32", "bfloat16")
-    placed = [f"{dtype} channels_last" for dtype in types]
-    peaks = [find("peak", operation="convolution", dtype=dtype) or 0.0 for dtype in types]
-    calls = [find("purifier", unet=unet, run=dtype) for dtype in types]
-    step = functools.partial(find, "step", unet=unet)
-    rest = {
-        kind: [step(batch=64, mode=mode, kind=kind).get("one_plus_rest") for mode in placed]
-        for kind in ("guided", "unguided")
-    }
-    authors, pixels, noise = find("purifier", unet=unet, run="authors"), find("pixels"), find("noise", batch=64)
-    shares = ("training", "victim", "purification")
-    lines = [
-        f"| `{unet}` | float32 | bfloat16 |",
-        "|---|---|---|",
-        *(
-            row(
-                f"bare UNet, batch {batch}, images/s",
-                ".1f",
-                [step(batch=batch, mode=mode, kind="bare").get("images_per_second") for mode in placed],
-            )
-            for batch in (1, 16, 64)
-        ),
-        row(
-            "bare UNet, compiled, batch 16, images/s",
-            ".1f",
-            [step(batch=16, mode=f"{mode} compiled", kind="bare").get("images_per_second") for mode in placed],
-        ),
-        row("step without a guide / bare UNet, batch 64", ".4f", rest["unguided"]),
-        row("step with both guides / bare UNet, batch 64", ".4f", rest["guided"]),
-        row("pipeline with both guides, images/s per step", ".1f", [v.get("images_per_second") for v in calls]),
-        row(
-            f"the same, times the authors' loop ({authors.get('images_per_second', 0):.1f} images/s)",
-            ".2f",
-            [v.get("times_the_authors") for v in calls],
-        ),
-        row("the same, share of the convolution's peak", ".0%", [v.get("share_of_peak") for v in calls]),
-        row("that peak, GFLOP/s", ",.0f", [peak / 1e9 for peak in peaks]),
-        row(
-            "share of convolutions in a forward's time, batch 16",
-            ".0%",
-            [find("operators", unet=unet, mode=mode).get("aten::mkldnn_convolution") for mode in placed],
-        ),
-        "",
-        "| times a plain loop, median [quartiles] | |",
-        "|---|---|",
-        ratio("a purifier's training step", find("training")),
-        ratio("a victim's training step", find("victim")),
-        ratio(f"noise for 64 images ({1e3 * noise.get('seconds', 0):.1f} ms) / `torch.randn`", noise),
-        "",
-        "| what else | |",
-        "|---|---|",
-        *(row(f"share of preparing the input: {of}", ".1%", [find("input", of=of).get("share")]) for of in shares),
-        row(
-            "bfloat16 against float32, mean difference of purified pixels in levels of 255",
-            ".2f",
-            [pixels.get("mean")],
-        ),
-        row("the same, largest", ".0f", [pixels.get("largest")]),
-        row("what purification itself changes, mean", ".1f", [pixels.get("mean_of_purification")]),
-    ]
-    return "\n".join(lines)
+        def add(title: str, form: str, value: Callable[[str], float | None]) -> None:
+            values = map(value, PRECISIONS)
+            rows[title] = [None if v is None else format(v, form).replace("%", " %") for v in values]
+
+        def rate(words: str, batch: int) -> Callable[[str], float | None]:
+            return lambda precision: self.step(f"{precision} {words}", batch=batch).get("images_per_second")
+
+        def rest(kind: str) -> Callable[[str], float | None]:
+            return lambda precision: self.step(f"{precision} channels_last", kind).get("one_plus_rest")
+
+        def folded_cost(precision: str) -> float | None:
+            bare = self.step(f"{precision} channels_last")
+            guided = self.step(f"{precision} channels_last folded", "guided")
+            return guided["seconds"] / bare["seconds"] if guided else None
+
+        def call(figure: str, run: str | None = None) -> Callable[[str], float | None]:
+            return lambda precision: self.find("purifier", unet=self.unet, run=run or precision).get(figure)
+
+        def peak(precision: str) -> float | None:
+            found = self.find("peak", operation="convolution", dtype=precision)
+            return found / 1e9 if found else None
+
+        def convolutions(precision: str) -> float | None:
+            shares = self.find("operators", unet=self.unet, mode=f"{precision} channels_last")
+            return shares.get("aten::mkldnn_convolution")
+
+        for batch in (1, 16, 64):
+            add(f"bare UNet, batch {batch}, images/s", ".1f", rate("channels_last", batch))
+        add("bare UNet, compiled, batch 16, images/s", ".1f", rate("channels_last compiled", 16))
+        add("bare UNet, upsampling folded, batch 16, images/s", ".1f", rate("channels_last folded", 16))
+        add("bare UNet, folded and compiled, batch 16, images/s", ".1f", rate("channels_last folded compiled", 16))
+        add("step without a guide / bare UNet, batch 64", ".4f", rest("unguided"))
+        add("step with both guides / bare UNet, batch 64", ".4f", rest("guided"))
+        add("step with both guides, upsampling folded / bare UNet as diffusers has it, batch 64", ".2f", folded_cost)
+        add("the authors' loop (always float32), images/s per step", ".1f", call("images_per_second", "authors"))
+        add("pipeline with both guides, images/s per step", ".1f", call("images_per_second"))
+        add("the same, times the authors' loop", ".2f", call("times_the_authors"))
+        add("the same, share of the convolution's peak", ".0%", call("share_of_peak"))
+        add("that peak, GFLOP/s", ",.0f", peak)
+        add("share of convolutions in a forward's time, batch 16", ".0%", convolutions)
+        return rows
+
+    def loops(self) -> dict[str, list[str | None]]:
+        rows = {}
+        for title, found in (
+            ("a purifier's training step", self.find("training")),
+            ("a victim's training step", self.find("victim")),
+            ("noise for 64 images / `torch.randn`", self.find("noise", batch=64)),
+        ):
+            low, high = found.get("quartiles", (0, 0))
+            rows[title] = [f"{found['ratio']:.2f} [{low:.2f}, {high:.2f}]" if found else None]
+        return rows
+
+    def what_else(self) -> dict[str, list[str | None]]:
+        rows, noise = {}, self.find("noise", batch=64)
+        rows["noise for 64 images, milliseconds"] = [f"{1e3 * noise['seconds']:.1f}" if noise else None]
+        for of in ("training", "victim", "purification"):
+            found = self.find("input", of=of)
+            rows[f"share of preparing the input: {of}"] = [f"{100 * found['share']:.1f} %" if found else None]
+        for precision in PRECISIONS:
+            found, title = self.find("pixels", precision=precision), f"pixels placed in {precision} against as loaded"
+            shown = f"{found['mean']:.1g} ({found['largest']})" if found else None
+            rows[f"{title}, in levels of 255: mean (largest)"] = [shown]
+        changed = self.find("pixels")
+        rows["what purification itself changes, mean"] = [
+            f"{changed['mean_of_purification']:.1f}" if changed else None
+        ]
+        return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from .folded_upsampling import is_folded
 from .pipeline_jcdp import MICRO_BATCH, MICRO_BATCH_ON_ACCELERATOR, JointConditionalPurificationPipeline
 from .purification_config import PurificationConfig
 from .results import as_settings, package_versions
@@ -66,6 +67,7 @@ def describe_run(
             "channels_last": pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last),
             "tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
             **({"compiled": True} if compiled else {}),
+            **({"folded_upsampling": True} if is_folded(pipe.unet) else {}),
         },
         "purifier": {**_name_and_revision(pipe), "content": content_of(pipe, config)},
         "settings": as_settings(config),

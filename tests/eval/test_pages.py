@@ -208,13 +208,19 @@ def test_what_is_said_of_bfloat16_and_of_the_audit_is_on_record():
 
 
 def test_what_readme_says_of_speed_is_in_the_table_of_speed():
-    rows = {
-        cells[1].strip(): cells[2:4] for line in PAGES["docs/speed.md"].splitlines() if (cells := line.split("|"))[1:]
-    }
-    float32, bfloat16 = map(float, rows["step with both guides / bare UNet, batch 64"])
-    assert f"{float32:.3f} times the bare network in float32 and {bfloat16:.3f} times in bfloat16" in README
-    float32, bfloat16 = map(float, next(rows[name] for name in rows if "times the authors' loop" in name))
-    assert f"{bfloat16:.1f} times as fast as the authors' loop (bfloat16; {float32:.2f} times in float32" in README
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGES["docs/speed.md"].splitlines()]
+    rows = {cells[0]: cells[1:] for cells in table if cells}
+    machines = [head.split(":")[0] for head in rows["`ddpm-cifar10`"]]
+    assert len(machines) == 4
+    for column in (0, 2):
+        said = README.split(f"of an {machines[column].split(',')[0]}")[1]
+        cells = lambda title: map(float, rows[title][column : column + 2])
+        float32, bfloat16 = cells("step with both guides / bare UNet, batch 64")
+        assert f"{float32:.3f} times the bare network in float32 and {bfloat16:.3f} times in bfloat16" in said
+        float32, bfloat16 = cells("the same, times the authors' loop")
+        assert (
+            f"{bfloat16:.1f} times as fast as the authors' loop in bfloat16 and {float32:.2f} times in float32" in said
+        )
 
 
 def test_what_is_said_of_combinations_and_evaluations_is_on_record():
