@@ -223,16 +223,30 @@ def test_what_readme_says_of_speed_is_in_the_table_of_speed():
         )
 
 
+def test_what_is_said_of_folded_upsampling_is_on_record():
+    (value,) = [
+        r["value"]
+        for r in read_records(ROOT / "results/throughput.jsonl")
+        if r["what"] == "pixels" and r["settings"].get("precision") == "float32"
+    ]
+    values = 256 * 32 * 32 * 3
+    assert value["largest"] == 1
+    assert f"it changes {value['share_changed'] * values:.0f} of {values:,} purified values" in SPEED
+
+
 def test_what_is_said_of_combinations_and_evaluations_is_on_record():
     text = between(FOUND, "### What to take from it", "## What the guides do") + SPEED
-    columns = ("projection, impulse filter, purification, corruption", "8 rounds of 4", "none", "unconditional")
+    columns = (
+        *("projection, impulse filter, purification, corruption", "none", "unconditional"),
+        *("8 rounds of 4", "4 rounds of 2, then corruption", "4 rounds of 1, then corruption"),
+    )
     found = [
         r
         for name in ("combinations", "evaluations", "stated", "victim_float32")
         for r in records_of(f"{name}_cifar10_mini")
         if r["settings"]["column"] in columns or name == "victim_float32"
     ]
-    assert len(found) == 6
+    assert len(found) == 10
     for record in found:
         assert f"{100 * record['value']:.1f}" in text, record["settings"]["column"]
     both = [
