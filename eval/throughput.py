@@ -736,10 +736,13 @@ def draw_plot(bench: Bench, path: Path) -> None:
     processors = list(dict.fromkeys(r["settings"]["processor"] for r in records if r["what"] == "step"))
     if not processors:
         raise SystemExit(f"throughput: output is {str(bench.output)!r}, which has no steps of {bench.unet} yet.")
+    modes_found = dict.fromkeys(r["settings"]["mode"] for r in records if r["what"] == "step")
+    colours = {mode: f"C{index}" for index, mode in enumerate(modes_found)}
     figure, axes = plt.subplots(1, len(processors), figsize=(7.5 * len(processors), 6), squeeze=False, sharey=True)
     for axis, name in zip(axes[0], processors):
-        _draw_panel(axis, [r for r in records if r["settings"]["processor"] == name], forward_flops(bench.unet))
-        axis.set_title(f"{bench.unet}: {name}")
+        here = [r for r in records if r["settings"]["processor"] == name]
+        _draw_panel(axis, here, forward_flops(bench.unet), colours)
+        axis.set_title(f"{bench.unet}: {short_name(name)}")
         axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
         axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
@@ -750,15 +753,16 @@ def draw_plot(bench: Bench, path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_panel(axis, records: list[dict], flops: int) -> None:
+def _draw_panel(axis, records: list[dict], flops: int, colours: dict[str, str]) -> None:
     steps = [r for r in records if r["what"] == "step"]
-    for index, name in enumerate(dict.fromkeys(r["settings"]["mode"] for r in steps)):
+    batches = sorted({r["settings"]["batch"] for r in steps})
+    for name in dict.fromkeys(r["settings"]["mode"] for r in steps):
         for kind, style, filling in (("bare", "--", "none"), ("guided", "-", "full")):
             points = {r["settings"]["batch"]: r["value"]["images_per_second"] for r in steps
                       if (r["settings"]["mode"], r["settings"]["kind"]) == (name, kind)}  # fmt: skip
             label = f"{name.replace('_', ' ')}, {'guided step' if kind == 'guided' else 'bare UNet'}"
             xs = sorted(points)
-            look = {"marker": "o", "ms": 5, "fillstyle": filling, "color": f"C{index}"}
+            look = {"marker": "o", "ms": 5, "fillstyle": filling, "color": colours[name]}
             axis.plot(xs, [points[x] for x in xs], style, **look, label=label)
     for r in records:
         settings, value = r["settings"], r["value"]
@@ -766,12 +770,14 @@ def _draw_panel(axis, records: list[dict], flops: int) -> None:
             limit = value / flops
             axis.axhline(limit, color="0.4", ls=":", lw=1.5)
             text = f"limit in {settings['dtype']}: {value / 1e9:,.0f} GFLOP/s of convolution"
-            axis.annotate(text, (1, limit), xytext=(0, 3), textcoords="offset points", fontsize=8, color="0.3")
+            axis.annotate(
+                text, (batches[0], limit), xytext=(0, 3), textcoords="offset points", fontsize=8, color="0.3"
+            )
         if r["what"] == "purifier" and settings["run"] == "authors":
             axis.plot(settings["images"], value["images_per_second"], "k*", ms=11, label="the authors' loop")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xticks(batches := sorted({r["settings"]["batch"] for r in steps}), map(str, batches))
+    axis.set_xticks(batches, map(str, batches))
     threads = steps[0]["settings"]["threads"]
     axis.set_xlabel(f"batch, on {threads} thread{'s' * (threads > 1)}" if threads else "batch")
     axis.grid(alpha=0.3)
@@ -781,13 +787,16 @@ def _draw_panel(axis, records: list[dict], flops: int) -> None:
 PRECISIONS = ("float32", "bfloat16")
 
 
+def short_name(processor: str) -> str:
+    """A processor's name without what all of a maker's have."""
+    return re.sub(r"\(R\)| Processor", "", processor)
+
+
 def speed_table(records: list[dict], unet: str) -> str:
     """What docs/speed.md says, in Markdown, by processor; of several records of a figure the last counts."""
     processors = dict.fromkeys(r["settings"]["processor"] for r in records)
     machines = {
-        re.sub(r"\(R\)| Processor", "", name): Machine(
-            [r for r in records if r["settings"]["processor"] == name], unet
-        )
+        short_name(name): Machine([r for r in records if r["settings"]["processor"] == name], unet)
         for name in processors
     }
     by_precision = [f"{name}: {precision}" for name in machines for precision in PRECISIONS]
