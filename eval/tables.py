@@ -74,6 +74,8 @@ COLUMNS = {
     "unconditional+corruption": "diffusion without guide, then corruption",
     "coloured noise": "diffusion of coloured noise",
     "coloured noise, 4 draws": "diffusion of coloured noise, 4 draws",
+    "coloured noise, trained longer": "diffusion of coloured noise, purifier trained three times as long",
+    "coloured noise, trained longer, 4 draws": "the same, 4 draws",
     "coloured noise, 2 rounds, then corruption": "diffusion of coloured noise, 2 rounds, then corruption",
     "impulse-filter": "impulse filter",
     "impulse-filter+unconditional+corruption": "impulse filter, diffusion without guide, corruption",

@@ -232,6 +232,21 @@ def test_what_is_said_of_folded_upsampling_is_on_record():
     values = 256 * 32 * 32 * 3
     assert value["largest"] == 1
     assert f"it changes {value['share_changed'] * values:.0f} of {values:,} purified values" in SPEED
+    column = "coloured noise, trained longer"
+    accuracies = [
+        pages.spread(pages.measured(name).accuracies("cifar10", *cell))
+        for name, cell in (
+            ("countermeasures", ("lsp", column)),
+            ("unfolded", ("lsp", column)),
+            ("countermeasures", ("lsp", "coloured noise")),
+            ("countermeasures", ("none", column)),
+            ("countermeasures", ("none", "coloured noise")),
+        )
+    ]
+    with_it, without, shorter, clean, clean_shorter = accuracies
+    assert f"victims get {with_it} % from LSP purified with it and {without} % without" in SPEED
+    assert f"{with_it} against LSP where the other's victims get {shorter}, and {clean} on clean images" in FOUND
+    assert f"instead of {clean_shorter})" in FOUND
 
 
 def test_what_is_said_of_combinations_and_evaluations_is_on_record():
