@@ -770,11 +770,12 @@ def _draw_panel(axis, records: list[dict], flops: int, colours: dict[str, str]) 
             limit = value / flops
             axis.axhline(limit, color="0.4", ls=":", lw=1.5)
             text = f"limit in {settings['dtype']}: {value / 1e9:,.0f} GFLOP/s of convolution"
-            axis.annotate(
-                text, (batches[0], limit), xytext=(0, 3), textcoords="offset points", fontsize=8, color="0.3"
-            )
-        if r["what"] == "purifier" and settings["run"] == "authors":
-            axis.plot(settings["images"], value["images_per_second"], "k*", ms=11, label="the authors' loop")
+            look = {"textcoords": "offset points", "ha": "right", "fontsize": 8, "color": "0.3"}
+            axis.annotate(text, (batches[-1], limit), xytext=(0, 3), **look)
+    theirs = [r for r in records if r["what"] == "purifier" and r["settings"]["run"] == "authors"]
+    if theirs:
+        point = (theirs[-1]["settings"]["images"], theirs[-1]["value"]["images_per_second"])
+        axis.plot(*point, "k*", ms=11, label="the authors' loop")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(batches, map(str, batches))
