@@ -2,9 +2,10 @@
 Where a purifier runs and in which arithmetic: one choice for every command, sensible by default for the device.
 
 The network runs in bfloat16 where the device has instructions for it, which is about twice as fast, and in float32
-elsewhere; its weights lie channels last, and on a CPU its upsampling is folded into the convolutions behind it.
-Images, noise, guides and the perceptual network are float32 always. What that does to pixels is on record in
-`results/throughput.jsonl`. A pipeline that is called from Python runs as its owner loaded it, unless it is placed.
+elsewhere; its weights lie channels last, and on a CPU its upsampling is folded into the convolutions behind it and
+float32 convolutions take Winograd's algorithm. Images, noise, guides and the perceptual network are float32 always.
+What that does to pixels is on record in `results/throughput.jsonl`. A pipeline that is called from Python runs as its
+owner loaded it, unless it is placed.
 """
 
 import json
@@ -16,6 +17,7 @@ import torch
 from .folded_upsampling import fold_upsampling
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .run_record import RUN_NAME
+from .winograd import use_winograd
 
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -59,6 +61,8 @@ def place(
         fold_upsampling(pipe.unet)  # in the type the weights came in, before they are rounded
     # Not by diffusers' own `to`, which warns of layers that should stay float32 although this network has none.
     torch.nn.Module.to(pipe.unet, dtype=getattr(torch, precision), memory_format=torch.channels_last)
+    if torch.device(device).type == "cpu" and precision == "float32":
+        use_winograd(pipe.unet)
     if compiled:
         pipe.unet.compile(dynamic=False)  # in place, so that weights keep their names
     return pipe

@@ -22,6 +22,7 @@ from .purification_config import PurificationConfig
 from .results import as_settings, package_versions
 from .rows import Rows
 from .shards import create_once
+from .winograd import uses_winograd
 
 
 RUN_NAME = "run.json"
@@ -68,6 +69,7 @@ def describe_run(
             "tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
             **({"compiled": True} if compiled else {}),
             **({"folded_upsampling": True} if is_folded(pipe.unet) else {}),
+            **({"winograd": True} if uses_winograd(pipe.unet) else {}),
         },
         "purifier": {**_name_and_revision(pipe), "content": content_of(pipe, config)},
         "settings": as_settings(config),
