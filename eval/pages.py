@@ -7,9 +7,12 @@ The tables of README.md and docs/, written again from the records in results/.
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).parents[1]))
 from eval.tables import NOT_MEASURED, POISONS, Measured, grid_table, markdown_table, poison_table, spread
 from eval.throughput import speed_table
 from jcdp_diffusers.cli import ends_in_one_sentence
