@@ -54,7 +54,8 @@ from jcdp_diffusers.allocation import keep_freed_memory
 from jcdp_diffusers.data import LabelledImages, load_images, to_uint8
 from jcdp_diffusers.folded_upsampling import fold_upsampling
 from jcdp_diffusers.noise import image_keys, normal_noise
-from jcdp_diffusers.placement import has_bfloat16, place
+from jcdp_diffusers.pipeline_jcdp import MICRO_BATCH, MICRO_BATCH_ON_ACCELERATOR
+from jcdp_diffusers.placement import compiled_normal_noise, has_bfloat16, place
 from jcdp_diffusers.results import append_record, read_records
 from jcdp_diffusers.tiles import encode_all, prepare_all
 from jcdp_diffusers.train import train_purifier
@@ -80,6 +81,7 @@ def guided_step(
     perceptual_guidance_scale: float = 1.0,
     perceptual_trunk: str = "alex",
     noise_reference: str = "fresh",
+    compiled_noise: bool = False,
 ):
     """
     A reverse step of the whole batch with one UNet call, through the very functions that the pipeline uses.
@@ -93,6 +95,7 @@ def guided_step(
             here.
         noise_reference (`str`): `"fresh"` draws the reference's noise at every step, `"chain"` follows the forward
             chain.
+        compiled_noise (`bool`): As `place` has it for a compiled purifier.
 
     Returns:
         `Callable[[torch.Tensor], torch.Tensor]`: From x_t to x_{t-1}, float32 inside.
@@ -112,8 +115,10 @@ def guided_step(
     chain_noise = original.clone()
     earlier = scheduler.alphas_cumprod[t].item() * 0.999
 
+    noise = compiled_normal_noise() if compiled_noise else normal_noise
+
     def draw(use):
-        return normal_noise(keys, reference.shape[1:], round_index=0, step_index=0, use=use)
+        return noise(keys, reference.shape[1:], round_index=0, step_index=0, use=use)
 
     def step(x):
         x = x.to(torch.float32, memory_format=torch.contiguous_format)  # as the pipeline holds its state
@@ -321,6 +326,7 @@ def random_images(count: int, device: torch.device | str = "cpu") -> torch.Tenso
 def measure_peak(bench: Bench) -> None:
     """FLOP/s of a 3x3 convolution of 256 channels, the best of several, channels last; and of a matrix product."""
     for dtype in dict.fromkeys(mode.dtype for mode in modes(bench.device, False)):
+        Mode(dtype).arithmetic()  # float32 and not TF32, which is torch's default for convolutions on a GPU
         name = str(dtype).removeprefix("torch.")
         if bench.missing("peak", operation="convolution", dtype=name):
             began, rates = time.perf_counter(), []
@@ -342,10 +348,13 @@ def measure_peak(bench: Bench) -> None:
 def measure_steps(bench: Bench) -> None:
     """Bare UNet, unguided and guided step in every mode, by batch; and the rest of a step, around a stub."""
     kinds = {"bare": None, "unguided": NO_GUIDES, "guided": GUIDES}
+    # A compilation is for one shape, and takes a minute: the one that the pipeline has.
+    micro_batch = MICRO_BATCH.get(bench.device.type, MICRO_BATCH_ON_ACCELERATOR)
     placed = {mode: mode.place(named_unet(bench.unet), bench.device) for mode in modes(bench.device, bench.compile)}
     for batch in bench.batches:
         base = {"unet": bench.unet, "batch": batch}
-        wanted = [mode for mode in placed if bench.missing("step", kind="guided", mode=mode.name, **base)]
+        suitable = [mode for mode in placed if batch == micro_batch or not mode.compiled]
+        wanted = [mode for mode in suitable if bench.missing("step", kind="guided", mode=mode.name, **base)]
         if not wanted:
             continue
         runs, rests, began = {}, {}, time.perf_counter()
@@ -358,8 +367,8 @@ def measure_steps(bench: Bench) -> None:
                 if guides is None:
                     step, rest = functools.partial(placed[mode], timestep=t), None
                 else:
-                    step = guided_step(placed[mode], x, TIMESTEP, **guides)
-                    rest = guided_step(stub, x, TIMESTEP, **guides)
+                    step = guided_step(placed[mode], x, TIMESTEP, compiled_noise=mode.compiled, **guides)
+                    rest = guided_step(stub, x, TIMESTEP, compiled_noise=mode.compiled, **guides)
                     rests[mode, kind] = _in_mode(mode, rest, x)
                 runs[mode, kind] = _in_mode(mode, step, x)
         seconds = bench.in_turn(runs)
@@ -507,19 +516,20 @@ def authors_loop(unet: UNet2DModel, perceptual: LPIPSModel, images: torch.Tensor
 
 
 def measure_noise(bench: Bench) -> None:
-    """The noise function against `torch.randn`."""
-    for batch in bench.batches:
-        if bench.missing("noise", batch=batch):
-            keys, began = image_keys(0, [str(i) for i in range(batch)], bench.device), time.perf_counter()
-            many = dataclasses.replace(bench, repeats=3 if bench.quick else 30)
-            seconds = many.in_turn(
-                {
-                    "randn": lambda: torch.randn(batch, 3, 32, 32, device=bench.device),
-                    "noise": lambda: normal_noise(keys, (3, 32, 32), round_index=0, step_index=0, use="variance"),
-                }
-            )
-            value = against(seconds["noise"], seconds["randn"])
-            bench.record("noise", value, time.perf_counter() - began, batch=batch)
+    """The noise function against `torch.randn`, and the same compiled."""
+    ways = {False: normal_noise} | ({True: compiled_normal_noise()} if bench.compile else {})
+    for compiled, noise in ways.items():
+        about = {"compiled": True} if compiled else {}
+        for batch in bench.batches:
+            if bench.missing("noise", batch=batch, **about):
+                keys, began = image_keys(0, [str(i) for i in range(batch)], bench.device), time.perf_counter()
+                many = dataclasses.replace(bench, repeats=3 if bench.quick else 30)
+                draw = functools.partial(noise, keys, (3, 32, 32), round_index=0, step_index=0, use="variance")
+                seconds = many.in_turn(
+                    {"randn": lambda: torch.randn(batch, 3, 32, 32, device=bench.device), "noise": draw}
+                )
+                value = against(seconds["noise"], seconds["randn"])
+                bench.record("noise", value, time.perf_counter() - began, batch=batch, **about)
 
 
 def seconds_per_step(bench: Bench, network: nn.Module, train: Callable) -> float:
@@ -769,7 +779,8 @@ def _draw_panel(axis, records: list[dict], flops: int, colours: dict[str, str]) 
         for kind, style, filling in (("bare", "--", "none"), ("guided", "-", "full")):
             points = {r["settings"]["batch"]: r["value"]["images_per_second"] for r in steps
                       if (r["settings"]["mode"], r["settings"]["kind"]) == (name, kind)}  # fmt: skip
-            label = f"{name.replace('_', ' ').replace('winograd', 'Winograd')}, {'guided step' if kind == 'guided' else 'bare UNet'}"
+            words = name.replace("_", " ").replace("winograd", "Winograd")
+            label = f"{words}, {'guided step' if kind == 'guided' else 'bare UNet'}"
             xs = sorted(points)
             look = {"marker": "o", "ms": 5, "fillstyle": filling, "color": colours[name]}
             axis.plot(xs, [points[x] for x in xs], style, **look, label=label)
@@ -836,6 +847,11 @@ class Machine:
         found = [r for r in self.records if r["what"] == what and settings.items() <= r["settings"].items()]
         return found[-1]["value"] if found else {}
 
+    def plain_noise(self) -> dict:
+        """Of 64 images, not compiled."""
+        plain = [r for r in self.records if "compiled" not in r["settings"]]
+        return Machine(plain, self.unet).find("noise", batch=64)
+
     def step(self, mode: str, kind: str = "bare", batch: int = 64) -> dict:
         return self.find("step", unet=self.unet, mode=mode, kind=kind, batch=batch)
 
@@ -899,15 +915,17 @@ class Machine:
         for title, found in (
             ("a purifier's training step", self.find("training")),
             ("a victim's training step", self.find("victim")),
-            ("noise for 64 images / `torch.randn`", self.find("noise", batch=64)),
+            ("noise for 64 images / `torch.randn`", self.plain_noise()),
         ):
             low, high = found.get("quartiles", (0, 0))
             rows[title] = [f"{found['ratio']:.2f} [{low:.2f}, {high:.2f}]" if found else None]
         return rows
 
     def what_else(self) -> dict[str, list[str | None]]:
-        rows, noise = {}, self.find("noise", batch=64)
-        rows["noise for 64 images, milliseconds"] = [f"{1e3 * noise['seconds']:.1f}" if noise else None]
+        rows, noise = {}, self.plain_noise()
+        compiled = self.find("noise", batch=64, compiled=True)
+        for words, found in (("", noise), (", compiled", compiled)):
+            rows[f"noise for 64 images{words}, milliseconds"] = [f"{1e3 * found['seconds']:.1f}" if found else None]
         for of in ("training", "victim", "purification"):
             found = self.find("input", of=of)
             rows[f"share of preparing the input: {of}"] = [f"{100 * found['share']:.1f} %" if found else None]
@@ -975,7 +993,10 @@ def main(arguments: list[str] | None = None) -> None:
         quick=args.quick,
         compile=args.compile,
     )
+    usual_tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     for name in args.sections or SECTIONS:
+        # What a section does not set itself is as torch has it, as in the process of the authors' loop.
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = usual_tf32
         if name == "pixels":
             measure_pixels(bench, args.purifier, args.data, args.split, args.images)
         elif name == "accuracy":

@@ -83,6 +83,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler, perceptual=perceptual)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self.purification_config: PurificationConfig | None = None
+        self.normal_noise = normal_noise  # or the same compiled: `placement.place`
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -539,7 +540,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
 
             def draw(rows, round_index, step_index, use):
                 counter = {"round_index": round_index, "step_index": step_index, "use": use}
-                return coloured(normal_noise(keys[rows], shape[1:], **counter), corner)
+                return coloured(self.normal_noise(keys[rows], shape[1:], **counter), corner)
         else:
 
             def draw(rows, round_index, step_index, use):

@@ -5,8 +5,8 @@ F(4x4, 3x3) of Lavin and Gray (*Fast Algorithms for Convolutional Neural Network
 6x6 tiles that overlap by two pixels, each is transformed along both sides, the 36 numbers of a tile are multiplied by
 those of the transformed weights, channels against channels, and the products are transformed back into 4x4 pixels of
 the output. In exact arithmetic that is the convolution itself; in float32 a result is off by some 3e-6 of its standard
-deviation, where torch's convolution is off by 1e-6 and one in bfloat16 by 1e-2. What it saves in time, and what it does
-to purified images, is on record in `results/throughput.jsonl`.
+deviation, where torch's convolution is off by 1e-6 and one in bfloat16 by 1e-2. `results/throughput.jsonl` has what it
+saves in time, and what it does to purified images.
 """
 
 import math

@@ -9,7 +9,8 @@ from purifying import quick_pipe, read_back, same, source_folder
 from tiny import tiny_unet
 
 from jcdp_diffusers import JointConditionalPurificationPipeline, LPIPSModel
-from jcdp_diffusers.placement import has_bfloat16, open_purifier, place
+from jcdp_diffusers.noise import image_keys, normal_noise
+from jcdp_diffusers.placement import compiled_normal_noise, has_bfloat16, open_purifier, place
 from jcdp_diffusers.purify import main
 
 
@@ -83,6 +84,26 @@ def test_a_run_goes_on_in_the_precision_it_was_begun_in(tmp_path, capsys):
     capsys.readouterr()
     assert main([*begun, "--precision", "float32"]) == 1
     assert "whose arithmetic dtype is 'bfloat16', but 'float32' is wanted now" in capsys.readouterr().err
+
+
+def test_noise_is_compiled_on_request_alone(pipe, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append((function, options)) or function)
+    assert place(pipe, "cpu").normal_noise is normal_noise and not calls
+    place(pipe, "cpu", compiled=True)
+    assert [options for function, options in calls if function is normal_noise] == [{"dynamic": True}]
+    assert place(pipe, "cpu").normal_noise is normal_noise
+
+
+@pytest.mark.long
+def test_compiled_noise_has_the_bits_of_the_plain_one_and_is_compiled_once():
+    torch._dynamo.reset()
+    keys, compiled = image_keys(5, [f"image {i}" for i in range(9)]), compiled_normal_noise()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for round_index, step_index, use in ((0, 0, "start"), (0, 0, "variance"), (0, 3, "reference"), (2, 1, "variance")):
+        counter = {"round_index": round_index, "step_index": step_index, "use": use}
+        assert torch.equal(compiled(keys, (3, 32, 32), **counter), normal_noise(keys, (3, 32, 32), **counter))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
 
 
 @pytest.mark.long
