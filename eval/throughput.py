@@ -45,6 +45,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,7 +55,7 @@ from jcdp_diffusers.allocation import keep_freed_memory
 from jcdp_diffusers.data import LabelledImages, load_images, to_uint8
 from jcdp_diffusers.folded_upsampling import fold_upsampling
 from jcdp_diffusers.noise import image_keys, normal_noise
-from jcdp_diffusers.pipeline_jcdp import MICRO_BATCH, MICRO_BATCH_ON_ACCELERATOR
+from jcdp_diffusers.pipeline_jcdp import usual_micro_batch
 from jcdp_diffusers.placement import compiled_normal_noise, has_bfloat16, place
 from jcdp_diffusers.results import append_record, read_records
 from jcdp_diffusers.tiles import encode_all, prepare_all
@@ -153,6 +154,21 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.process_time() if self.clock == "cpu" else time.perf_counter()
+
+    def several(self, mode: "Mode", step: Callable, x: torch.Tensor) -> Callable[[], float]:
+        """
+        A function that returns the seconds of a step: on a CPU of one, on a GPU of one of ten, between which nothing
+        waits, since a step's launches run ahead of the device in a purification, too.
+        """
+        count = 10 if self.device.type == "cuda" else 1
+
+        def run() -> None:
+            mode.arithmetic()
+            with torch.no_grad():
+                for _ in range(count):
+                    step(x)
+
+        return lambda: self.timed(run) / count
 
     def in_turn(self, runs: dict) -> dict:
         """Seconds of each run in each repetition."""
@@ -279,7 +295,7 @@ def modes(device: torch.device, compiled: bool) -> list[Mode]:
     """What a UNet can run as on a device, the authors' way first."""
     found = [Mode(), Mode(channels_last=True)]
     if device.type == "cuda":
-        found += [Mode(channels_last=True, tf32=True), Mode(torch.float16, channels_last=True)]
+        found += [Mode(channels_last=True, tf32=True), Mode(torch.float16, channels_last=True), Mode(torch.bfloat16)]
     if has_bfloat16(device):
         found.append(Mode(torch.bfloat16, channels_last=True))
     folded = [dataclasses.replace(mode, folded=True) for mode in found if mode.channels_last and not mode.tf32]
@@ -301,8 +317,10 @@ class Stub(nn.Module):
 
 
 def placed_as(device: torch.device) -> dict[str, str]:
-    """What `place` does on a device beyond type and layout, for records: the figures change where this changes."""
-    return {"placed": "upsampling folded, float32 by Winograd"} if device.type == "cpu" else {}
+    """What a network does on a device beyond type and layout, for records: the figures change where this changes."""
+    if device.type == "cpu":
+        return {"placed": "upsampling folded, float32 by Winograd"}
+    return {"placed": f"float32 convolutions in TF32: {torch.backends.cudnn.allow_tf32}"}
 
 
 @functools.cache
@@ -325,9 +343,9 @@ def random_images(count: int, device: torch.device | str = "cpu") -> torch.Tenso
 
 def measure_peak(bench: Bench) -> None:
     """FLOP/s of a 3x3 convolution of 256 channels, the best of several, channels last; and of a matrix product."""
-    for dtype in dict.fromkeys(mode.dtype for mode in modes(bench.device, False)):
-        Mode(dtype).arithmetic()  # float32 and not TF32, which is torch's default for convolutions on a GPU
-        name = str(dtype).removeprefix("torch.")
+    for dtype, tf32 in dict.fromkeys((mode.dtype, mode.tf32) for mode in modes(bench.device, False)):
+        Mode(dtype, tf32=tf32).arithmetic()
+        name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
         if bench.missing("peak", operation="convolution", dtype=name):
             began, rates = time.perf_counter(), []
             for side, count in ((8, 64), (16, 16)) if bench.device.type == "cpu" else ((32, 512), (16, 1024)):
@@ -349,7 +367,7 @@ def measure_steps(bench: Bench) -> None:
     """Bare UNet, unguided and guided step in every mode, by batch; and the rest of a step, around a stub."""
     kinds = {"bare": None, "unguided": NO_GUIDES, "guided": GUIDES}
     # A compilation is for one shape, and takes a minute: the one that the pipeline has.
-    micro_batch = MICRO_BATCH.get(bench.device.type, MICRO_BATCH_ON_ACCELERATOR)
+    micro_batch = usual_micro_batch(bench.device.type, 32, 32)
     placed = {mode: mode.place(named_unet(bench.unet), bench.device) for mode in modes(bench.device, bench.compile)}
     for batch in bench.batches:
         base = {"unet": bench.unet, "batch": batch}
@@ -361,18 +379,18 @@ def measure_steps(bench: Bench) -> None:
         for mode in wanted:
             x = mode.tensor(random_images(batch, bench.device))
             t = torch.full((batch,), TIMESTEP, device=bench.device)
+            bare = functools.partial(placed[mode], timestep=t, return_dict=False)
             with torch.no_grad():
-                stub = Stub(placed[mode], placed[mode](x, t).sample)
+                stub = Stub(placed[mode], bare(x.contiguous())[0])  # as a step calls it, or it would be compiled twice
             for kind, guides in kinds.items():
                 if guides is None:
-                    step, rest = functools.partial(placed[mode], timestep=t), None
+                    runs[mode, kind] = bench.several(mode, bare, x.contiguous())
                 else:
                     step = guided_step(placed[mode], x, TIMESTEP, compiled_noise=mode.compiled, **guides)
                     rest = guided_step(stub, x, TIMESTEP, compiled_noise=mode.compiled, **guides)
-                    rests[mode, kind] = _in_mode(mode, rest, x)
-                runs[mode, kind] = _in_mode(mode, step, x)
-        seconds = bench.in_turn(runs)
-        rest_seconds = dataclasses.replace(bench, repeats=3 * bench.repeats + 2).in_turn(rests)
+                    runs[mode, kind], rests[mode, kind] = (bench.several(mode, run, x) for run in (step, rest))
+        seconds = bench.clocks_in_turn(runs)
+        rest_seconds = dataclasses.replace(bench, repeats=3 * bench.repeats + 2).clocks_in_turn(rests)
         took = (time.perf_counter() - began) / len(runs)
         for (mode, kind), values in seconds.items():
             value = against(values, seconds[mode, "bare"])
@@ -381,15 +399,6 @@ def measure_steps(bench: Bench) -> None:
                 value["rest_seconds"] = statistics.median(rest_seconds[mode, kind])
                 value["one_plus_rest"] = 1 + value["rest_seconds"] / statistics.median(seconds[mode, "bare"])
             bench.record("step", value, took, kind=kind, mode=mode.name, **base)
-
-
-def _in_mode(mode: Mode, step: Callable, x: torch.Tensor) -> Callable:
-    def run():
-        mode.arithmetic()
-        with torch.no_grad():
-            step(x)
-
-    return run
 
 
 def measure_operators(bench: Bench) -> None:
@@ -407,7 +416,9 @@ def measure_operators(bench: Bench) -> None:
             with profile() as profiler:
                 unet(x, t)
         name = "self_device_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
-        times = {entry.key: getattr(entry, name) for entry in profiler.key_averages()}
+        # Kernels have entries of their own beside those of the operators that launch them.
+        averages = [entry for entry in profiler.key_averages() if entry.device_type == DeviceType.CPU]
+        times = {entry.key: getattr(entry, name) for entry in averages}
         shares = {key: value / sum(times.values()) for key, value in times.items()}
         shown = {key: shares[key] for key in sorted(shares, key=shares.get, reverse=True) if shares[key] >= 0.01}
         bench.record("operators", shown, time.perf_counter() - began, **about)
@@ -416,10 +427,10 @@ def measure_operators(bench: Bench) -> None:
 def measure_purifier(bench: Bench) -> None:
     """Our pipeline's call, placed by the one switch, against the authors' loop at its shape, per image."""
     batch = bench.batches[-1] if bench.quick else 64 if bench.device.type == "cpu" else 512
-    steps = 1 if bench.quick else 2
+    steps = 1 if bench.quick else 2 if bench.device.type == "cpu" else 10  # what a call costs once weighs little then
     # The authors' program leaves glibc's memory settings alone; ours, which are a process's own, would speed it up.
     base = {"unet": bench.unet, "images": batch, "evaluations": steps, "authors_memory": "as shipped"}
-    base |= placed_as(bench.device)
+    base |= placed_as(bench.device) | ({"compiled": True} if bench.compile else {})
     images, perceptual = random_images(batch, bench.device), LPIPSModel("alex").to(bench.device)
     runs = {}
     for precision in ("float32", "bfloat16") if has_bfloat16(bench.device) else ("float32",):
@@ -443,7 +454,10 @@ def measure_purifier(bench: Bench) -> None:
         return
     began = time.perf_counter()
     with authors_process(bench, batch, steps) as seconds_of_theirs:
-        seconds = bench.clocks_in_turn({"authors": seconds_of_theirs, **runs})
+        theirs = {"authors": functools.partial(seconds_of_theirs, tf32=torch.backends.cudnn.allow_tf32)}
+        if bench.device.type == "cuda":
+            theirs["authors, without TF32"] = functools.partial(seconds_of_theirs, tf32=False)
+        seconds = bench.clocks_in_turn(theirs | runs)
     for name, values in seconds.items():
         value = against(values, seconds["authors"])
         value["images_per_second"] = batch * steps / value["seconds"]
@@ -452,7 +466,7 @@ def measure_purifier(bench: Bench) -> None:
 
 
 @contextlib.contextmanager
-def authors_process(bench: Bench, batch: int, steps: int) -> Iterator[Callable[[], float]]:
+def authors_process(bench: Bench, batch: int, steps: int) -> Iterator[Callable[..., float]]:
     """A function that runs the authors' loop in a process of its own and returns the seconds that it took there."""
     ours, theirs = (context := multiprocessing.get_context("spawn")).Pipe()
     process = context.Process(
@@ -461,8 +475,8 @@ def authors_process(bench: Bench, batch: int, steps: int) -> Iterator[Callable[[
     process.start()
     theirs.close()  # so that waiting for a process that has died ends
 
-    def seconds() -> float:
-        ours.send("once more")
+    def seconds(tf32: bool) -> float:
+        ours.send(tf32)
         return ours.recv()
 
     yield seconds
@@ -471,11 +485,12 @@ def authors_process(bench: Bench, batch: int, steps: int) -> Iterator[Callable[[
 
 
 def serve_authors_loop(connection, bench: Bench, batch: int, steps: int, threads: int) -> None:
-    """Run the authors' loop as often as asked, until the answer is None."""
+    """Run the authors' loop as often as asked, with or without TF32 in convolutions, until the answer is None."""
     torch.set_num_threads(threads)
     unet = Mode().place(named_unet(bench.unet), bench.device)
     images, perceptual = random_images(batch, bench.device), LPIPSModel("alex").to(bench.device)
-    while connection.recv() is not None:
+    while (tf32 := connection.recv()) is not None:
+        torch.backends.cudnn.allow_tf32 = tf32
         connection.send(bench.timed(lambda: authors_loop(unet, perceptual, images, steps)))
 
 
@@ -663,7 +678,8 @@ def measure_input(bench: Bench) -> None:
         value = {"seconds": seconds, "share": seconds / whole}
         bench.record("input", value, seconds * repeats, of=what, **settings)
 
-    for record in [r for r in records_of(bench.output) if r["settings"].get("clock") == bench.clock]:
+    here = bench.settings().items()
+    for record in [r for r in records_of(bench.output) if here <= r["settings"].items()]:
         settings, value = record["settings"], record["value"]
         if record["what"] == "training" and bench.missing("input", of="training", unet=settings["unet"]):
             layout = BatchLayout(0, 1, settings["batch"], 1)
@@ -829,7 +845,10 @@ def speed_table(records: list[dict], unet: str) -> str:
     ):
         lines = [f"| {title} | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
         for name in rows[0]:
-            cells = [cell or "n.m." for machine in rows for cell in machine[name]]
+            cells = [cell for machine in rows for cell in machine[name]]
+            if not any(cells):  # of a kind of machine on which nothing was measured yet
+                continue
+            cells = [cell or "n.m." for cell in cells]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
@@ -843,14 +862,14 @@ class Machine:
     unet: str
 
     def find(self, what: str, **settings):
-        """The value of the last such record; an empty dictionary if there is none."""
-        found = [r for r in self.records if r["what"] == what and settings.items() <= r["settings"].items()]
+        """The value of the last such record, compiled only if asked for; an empty dictionary if there is none."""
+        settings = {"compiled": None} | settings
+        found = [
+            r
+            for r in self.records
+            if r["what"] == what and settings.items() <= ({"compiled": None} | r["settings"]).items()
+        ]
         return found[-1]["value"] if found else {}
-
-    def plain_noise(self) -> dict:
-        """Of 64 images, not compiled."""
-        plain = [r for r in self.records if "compiled" not in r["settings"]]
-        return Machine(plain, self.unet).find("noise", batch=64)
 
     def step(self, mode: str, kind: str = "bare", batch: int = 64) -> dict:
         return self.find("step", unet=self.unet, mode=mode, kind=kind, batch=batch)
@@ -882,15 +901,20 @@ class Machine:
             return found / 1e9 if found else None
 
         def share(precision: str) -> float | None:
-            rate, limit = call("images_per_second")(precision), peak(precision)
+            tf32 = peak("tf32") if precision == "float32" else None  # torch's default on a GPU
+            rate, limit = call("images_per_second")(precision), tf32 or peak(precision)
             return rate * forward_flops(self.unet) / 1e9 / limit if rate and limit else None
 
         def convolutions(precision: str) -> float | None:
             shares = self.find("operators", unet=self.unet, mode=f"{precision} channels_last")
-            return shares.get("aten::mkldnn_convolution")
+            return shares.get("aten::mkldnn_convolution", shares.get("aten::cudnn_convolution"))
 
-        for batch in (1, 16, 64):
+        def whole(precision: str) -> float | None:
+            return self.step(f"{precision} channels_last", "guided", 256).get("ratio")
+
+        for batch in (1, 16, 64, 256, 1024):
             add(f"bare UNet, batch {batch}, images/s", ".1f", rate("channels_last", batch))
+        add("bare UNet, compiled, batch 256, images/s", ".1f", rate("channels_last compiled", 256))
         add("bare UNet, compiled, batch 16, images/s", ".1f", rate("channels_last compiled", 16))
         add("bare UNet, upsampling folded, batch 16, images/s", ".1f", rate("channels_last folded", 16))
         add(
@@ -901,8 +925,13 @@ class Machine:
         add("bare UNet, folded and compiled, batch 16, images/s", ".1f", rate("channels_last folded compiled", 16))
         add("step without a guide / bare UNet, batch 64", ".4f", rest("unguided"))
         add("step with both guides / bare UNet, batch 64", ".4f", rest("guided"))
+        add("whole step with both guides / bare UNet, batch 256", ".4f", whole)
         add("step with both guides, upsampling folded / bare UNet as diffusers has it, batch 64", ".2f", folded_cost)
-        add("the authors' loop (always float32), images/s per step", ".1f", call("images_per_second", "authors"))
+        add(
+            "the authors' loop (float32, as torch has it), images/s per step",
+            ".1f",
+            call("images_per_second", "authors"),
+        )
         add("pipeline with both guides, images/s per step", ".1f", call("images_per_second"))
         add("the same, times the authors' loop", ".2f", call("times_the_authors"))
         add("arithmetic of diffusers' network in that time, share of the convolution's peak", ".0%", share)
@@ -915,14 +944,14 @@ class Machine:
         for title, found in (
             ("a purifier's training step", self.find("training")),
             ("a victim's training step", self.find("victim")),
-            ("noise for 64 images / `torch.randn`", self.plain_noise()),
+            ("noise for 64 images / `torch.randn`", self.find("noise", batch=64)),
         ):
             low, high = found.get("quartiles", (0, 0))
             rows[title] = [f"{found['ratio']:.2f} [{low:.2f}, {high:.2f}]" if found else None]
         return rows
 
     def what_else(self) -> dict[str, list[str | None]]:
-        rows, noise = {}, self.plain_noise()
+        rows, noise = {}, self.find("noise", batch=64)
         compiled = self.find("noise", batch=64, compiled=True)
         for words, found in (("", noise), (", compiled", compiled)):
             rows[f"noise for 64 images{words}, milliseconds"] = [f"{1e3 * found['seconds']:.1f}" if found else None]
@@ -979,6 +1008,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than measure what is not compiled
     batches = (1, 2, 4, 8, 16, 32, 64) if device.type == "cpu" else (64, 128, 256, 512, 1024)
     if args.quick:
         batches = (1, 4)

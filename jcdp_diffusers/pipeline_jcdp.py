@@ -35,7 +35,7 @@ from .scheduling_guided_ddpm import GuidedDDPMScheduler
 Images = Image.Image | list[Image.Image] | np.ndarray | torch.Tensor
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 MICRO_BATCH = {"cpu": 16}  # beyond it activations leave a CPU's cache and up to a third of the speed is lost
-MICRO_BATCH_ON_ACCELERATOR = 256
+PIXELS_ON_ACCELERATOR = 256 * 32 * 32  # of a micro-batch: 256 images of CIFAR-10, and as much memory for larger ones
 
 
 @dataclasses.dataclass
@@ -244,7 +244,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 not given.
             generator (`torch.Generator` or a list of one per image, *optional*): Instead of a seed. A list makes an
                 image's result independent of its batch, a single generator does not.
-            micro_batch_size (`int`, *optional*): Images per UNet call, 16 on a CPU, 256 elsewhere by default.
+            micro_batch_size (`int`, *optional*): Images per UNet call, by default 16 on a CPU, elsewhere 256 of 32x32
+                pixels and fewer of larger ones.
             output_type (`str`): `"pil"`, `"np"` or `"pt"`.
             return_dict (`bool`): A `PurificationOutput`, or the tuple `(images,)`.
             callback_on_step_end (`Callable`, *optional*): Called as `f(pipe, step, timestep, {"sample": sample})`
@@ -288,7 +289,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         self.check_colour(config, *original.shape[-2:])
 
         # 2. Pad to whole micro-batches, so that the networks see one shape only
-        size = micro_batch_size or MICRO_BATCH.get(device.type, MICRO_BATCH_ON_ACCELERATOR)
+        size = micro_batch_size or usual_micro_batch(device.type, *original.shape[-2:])
         batches = [slice(start, start + size) for start in range(0, count, size)]
         original = torch.cat([original, original.new_zeros(-count % size, *original.shape[1:])])
         draw_noise = self.prepare_noise(original.shape, count, seed, ids, generator, device, config.noise_corner)
@@ -640,6 +641,11 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 raise ValueError(f"ids has {one!r} for two different images, but each image needs its own.")
         if isinstance(generator, (list, tuple)) and len(generator) != count:
             raise ValueError(f"generator has {len(generator)} entries, but there are {count} images.")
+
+
+def usual_micro_batch(device_type: str, height: int, width: int) -> int:
+    """Images per UNet call where nobody says how many."""
+    return MICRO_BATCH.get(device_type) or max(1, PIXELS_ON_ACCELERATOR // (height * width))
 
 
 @contextlib.contextmanager

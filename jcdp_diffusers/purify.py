@@ -42,7 +42,7 @@ from .run_record import RUN_NAME, describe_run, settle_run
 from .shard_maker import ShardMaker, purify_tiles
 from .shards import CLAIM_TIMEOUT, STATE, Claims, ShardStore, ShardTakenOver, write_atomically
 from .tiles import FITS
-from .worker_pool import open_pool
+from .worker_pool import open_lane, open_pool
 
 
 def purify_dataset(
@@ -184,10 +184,12 @@ def purify_to_folder(
         _explained(output_dir),
         steady_arithmetic(pipe, arithmetic["threads"]),
         open_pool(num_workers) as pool,
+        open_lane(device.type) as lane,
         Claims(store.state / "claims", claim_timeout) as claims,
         Progress(rows.length, show=progress) as bar,
     ):
-        maker = ShardMaker(rows, store, claims.token, purify, run, pipe.unet.config.in_channels, device, pool, bar)
+        channels = pipe.unet.config.in_channels
+        maker = ShardMaker(rows, store, claims.token, purify, run, channels, device, pool, lane, bar)
         while True:
             make_shards(maker, store, claims, bar)
             # 3. Whoever comes first checks everything; what is found damaged is made again
@@ -291,8 +293,9 @@ def steady_arithmetic(pipe: JointConditionalPurificationPipeline, threads: int |
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        with torch.backends.cudnn.flags(
-            benchmark=False, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(  # whose defaults are not cuDNN's own: left out, `enabled` would turn it off
+            enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32
         ):
             yield
     finally:
@@ -405,7 +408,12 @@ def run(args: argparse.Namespace) -> None:
     """Purify as the command line says."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
-    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    usual_device = "cpu"
+    if args.device is None and torch.cuda.is_available():
+        torch.cuda.set_device(
+            int(os.environ.get("LOCAL_RANK", 0))
+        )  # or each process would also take memory on the first
+        usual_device = f"cuda:{torch.cuda.current_device()}"
     evaluations = args.num_inference_steps
     if evaluations is not None and len(evaluations) == 1:
         (evaluations,) = evaluations
@@ -413,7 +421,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         pipe = open_purifier(
             args.purifier,
-            args.device or cuda,
+            args.device or usual_device,
             output_dir=args.output,
             precision=args.precision,
             compiled=args.compile,

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .folded_upsampling import is_folded
-from .pipeline_jcdp import MICRO_BATCH, MICRO_BATCH_ON_ACCELERATOR, JointConditionalPurificationPipeline
+from .pipeline_jcdp import JointConditionalPurificationPipeline, usual_micro_batch
 from .purification_config import PurificationConfig
 from .results import as_settings, package_versions
 from .rows import Rows
@@ -121,7 +121,8 @@ def _completed(run: dict) -> dict:
     """The run with a value for everything that was left open."""
     arithmetic, shards = dict(run["arithmetic"]), dict(run["shards"])
     if arithmetic["micro_batch_size"] is None:
-        arithmetic["micro_batch_size"] = MICRO_BATCH.get(arithmetic["device"], MICRO_BATCH_ON_ACCELERATOR)
+        side = run["sizes"]["image_size"]
+        arithmetic["micro_batch_size"] = usual_micro_batch(arithmetic["device"], side, side)
     if arithmetic["threads"] is None and arithmetic["device"] == "cpu":
         arithmetic["threads"] = default_threads()
     if shards["count"] is None and shards["rows_per_shard"] is None:

@@ -36,9 +36,11 @@ class ShardMaker:
         channels: int,
         device: torch.device,
         pool: Executor | None,
+        lane: Executor | None,
         bar: Progress,
     ):
-        self.rows, self.store, self.token, self.purify, self.pool, self.bar = rows, store, token, purify, pool, bar
+        self.rows, self.store, self.token, self.purify, self.bar = rows, store, token, purify, bar
+        self.pool, self.lane = pool, lane
         self.micro_batch_size = run["arithmetic"]["micro_batch_size"]
         self.overlap = run["sizes"]["tile_overlap"] or 0
         self.preparation = (channels, run["sizes"]["image_size"], run["sizes"]["fit"], self.overlap)
@@ -103,28 +105,31 @@ class ShardMaker:
         """Purify whole micro-batches, however many tiles the images of a piece have."""
         waiting, tiles, names, done = deque(), deque(), deque(), deque()
 
-        def purify_some():
-            count = min(self.micro_batch_size, len(tiles))
+        def take(count):
             batch = np.stack([tiles.popleft() for _ in range(count)])
-            done.extend(self.purify(batch, [names.popleft() for _ in range(count)]))
+            return None, (batch, [names.popleft() for _ in range(count)])
+
+        def micro_batches():
+            for piece, prepared in pieces:
+                before = len(tiles)
+                for image_id, image in zip(piece["id"].to_pylist(), prepared):
+                    if isinstance(image, TiledImage):
+                        tiles.extend(image.tiles)
+                        names.extend(image.names(image_id))
+                waiting.append((piece, prepared, len(tiles) - before))
+                while len(tiles) >= self.micro_batch_size:
+                    yield take(self.micro_batch_size)
+            if tiles:
+                yield take(len(tiles))
 
         def complete():
             while waiting and waiting[0][2] <= len(done):
                 piece, prepared, _ = waiting.popleft()
                 yield piece, prepared, done
 
-        for piece, prepared in pieces:
-            before = len(tiles)
-            for image_id, image in zip(piece["id"].to_pylist(), prepared):
-                if isinstance(image, TiledImage):
-                    tiles.extend(image.tiles)
-                    names.extend(image.names(image_id))
-            waiting.append((piece, prepared, len(tiles) - before))
-            while len(tiles) >= self.micro_batch_size:
-                purify_some()
+        for _, purified in in_order(self.lane, self.purify, micro_batches(), in_flight=2):
+            done.extend(purified)
             yield from complete()
-        while tiles:
-            purify_some()
         yield from complete()
 
     def kept_rows(self, table: pa.Table, refused: list[str | None], files: list[bytes]) -> pa.Table:

@@ -196,7 +196,10 @@ def micro_batches(
     else:
         pixels = channels_first(images.images).to(device)
         for batch in draws:
-            yield pixels[torch.tensor([index for index, _ in batch], device=device)]
+            rows = torch.tensor([index for index, _ in batch])
+            if device.type == "cuda":  # from memory that is not pinned the copy would wait for the step before
+                rows = rows.pin_memory()
+            yield pixels[rows.to(device, non_blocking=True)]
 
 
 def channels_first(images: np.ndarray) -> torch.Tensor:

@@ -58,7 +58,7 @@ def named_unet(name: str, *, in_channels: int = 3, sample_size: int = 32, seed: 
     if sample_size % divisor:
         raise ValueError(f"sample_size is {sample_size}, but must be a multiple of {divisor} for the UNet {name!r}.")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed a GPU, too
         return UNet2DModel(in_channels=in_channels, out_channels=in_channels, sample_size=sample_size, **UNETS[name])
 
 

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -31,16 +31,30 @@ def open_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def open_lane(device_type: str) -> Iterator[ThreadPoolExecutor | None]:
+    """
+    A thread that keeps an accelerator busy while this one prepares and stores images; None on a CPU, which gains
+    nothing by it, and where a thread of its own would have another number of threads to compute with.
+    """
+    if device_type == "cpu":
+        yield None
+        return
+    with ThreadPoolExecutor(1) as lane:
+        yield lane
+
+
 def in_order(
-    pool: ProcessPoolExecutor | None, function: Callable, items: Iterable[tuple[Any, tuple]]
+    pool: Executor | None, function: Callable, items: Iterable[tuple[Any, tuple]], in_flight: int = IN_FLIGHT
 ) -> Iterator[tuple[Any, Any]]:
     """
     Apply a function to a few items ahead of whoever asks for the results.
 
     Args:
-        pool (`ProcessPoolExecutor`, *optional*): None works at once, in this process.
+        pool (`Executor`, *optional*): None works at once, in this process.
         function (`Callable`): Of the second part of each item, as arguments.
         items: Pairs; the first part is handed through.
+        in_flight (`int`): How many are worked on or wait at most.
 
     Yields:
         `tuple`: First part of an item, and the result, in the order of the items.
@@ -53,7 +67,7 @@ def in_order(
     try:
         for label, arguments in items:
             flying.append((label, pool.submit(function, *arguments)))
-            if len(flying) >= IN_FLIGHT:
+            if len(flying) >= in_flight:
                 label, future = flying.popleft()
                 yield label, future.result()
         while flying:

@@ -55,6 +55,15 @@ def plain():
     return quiet(Pipeline(tiny_unet(), DDPMScheduler(variance_type="fixed_large")))
 
 
+@pytest.mark.parametrize(
+    ("device_type", "size", "expected"),
+    [("cpu", (32, 32), 16), ("cpu", (256, 256), 16), ("cuda", (32, 32), 256), ("cuda", (28, 28), 334),
+     ("cuda", (256, 256), 4), ("cuda", (1024, 1024), 1)],
+)  # fmt: skip
+def test_micro_batches_of_larger_images_are_smaller_on_a_gpu(device_type, size, expected):
+    assert pipeline_jcdp.usual_micro_batch(device_type, *size) == expected
+
+
 class TestRepository:
     def test_a_plain_ddpm_folder_is_a_purifier(self, ddpm_folder):
         pipe = quiet(Pipeline.from_pretrained(ddpm_folder))
@@ -475,9 +484,9 @@ class TestMethod:
 
     def test_ddim_draws_noise_for_the_start_alone(self, plain, monkeypatch):
         uses = []
-        draw = pipeline_jcdp.normal_noise
+        draw = plain.normal_noise
         monkeypatch.setattr(
-            pipeline_jcdp,
+            plain,
             "normal_noise",
             lambda *args, **options: (uses.append(options["use"]), draw(*args, **options))[1],
         )

@@ -1,5 +1,6 @@
 """A data set purified in one process: what comes out, from what sources, and what is refused."""
 
+import contextlib
 import datetime
 import io
 import json
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -20,11 +23,12 @@ from PIL import Image
 from purifying import SETTINGS, quick_pipe, read_back, same, some_images, source_folder
 from tiny import tiny_unet
 
+from jcdp_diffusers import purify as purify_module
 from jcdp_diffusers.data import load_images, open_dataset, to_uint8, write_dataset
 from jcdp_diffusers.perceptual import LPIPSModel
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
-from jcdp_diffusers.purify import main, purify_dataset, purify_to_folder
-from jcdp_diffusers.tiles import starts
+from jcdp_diffusers.purify import main, purify_dataset, purify_to_folder, steady_arithmetic
+from jcdp_diffusers.tiles import encode_all, starts
 
 
 datasets.disable_progress_bars()
@@ -80,6 +84,41 @@ def test_purifies_as_the_pipeline_does(pipe, source, expected, tmp_path):
     assert purified.features["label"].names == ["a", "b", "c"]
     assert purified.features["image"] == datasets.Image()
     assert same({row["id"]: np.asarray(row["image"]) for row in purified}, expected)
+
+
+def test_a_thread_for_the_accelerator_changes_nothing_and_runs_ahead(pipe, source, expected, tmp_path, monkeypatch):
+    """As on a GPU: the next micro-batch is under way while the images of the one before are stored."""
+    events = []
+
+    @contextlib.contextmanager
+    def lane(device_type):
+        assert device_type == "cpu"
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as thread:
+            yield thread
+
+    def noted(function, name):
+        def run(*args, **options):
+            events.append(f"{name} begins")
+            time.sleep(0.02)
+            return function(*args, **options)
+
+        return run
+
+    monkeypatch.setattr(purify_module, "open_lane", lane)
+    monkeypatch.setattr(purify_module, "purify_tiles", noted(purify_module.purify_tiles, "purify"))
+    monkeypatch.setattr("jcdp_diffusers.shard_maker.encode_all", noted(encode_all, "store"))
+    purify_to_folder(source, pipe, output_dir=tmp_path, rows_per_shard=50, micro_batch_size=16, **SETTINGS)
+    assert same(read_back(tmp_path), expected)
+    assert events.count("purify begins") == 4
+    assert events.index("store begins") > [i for i, event in enumerate(events) if event == "purify begins"][1]
+
+
+def test_cudnn_stays_on(pipe):
+    assert torch._C._get_cudnn_enabled()
+    with steady_arithmetic(pipe, None):
+        assert torch._C._get_cudnn_enabled() and torch.backends.cudnn.deterministic
+    with torch.backends.cudnn.flags(enabled=False), steady_arithmetic(pipe, None):
+        assert not torch._C._get_cudnn_enabled()  # if its owner has switched it off
 
 
 def test_grey_images(tmp_path):

@@ -49,3 +49,12 @@ def test_errors():
         named_unet("huge")
     with pytest.raises(ValueError, match="sample_size is 30, but must be a multiple of 4 for the UNet 'mini32'"):
         named_unet("mini32", sample_size=30)
+
+
+def test_the_global_generators_are_left_alone(monkeypatch):
+    """A GPU's is seeded by `torch.manual_seed`, and not put back by a fork of the CPU's."""
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds every device"))
+    before = torch.get_rng_state()
+    first, second = named_unet("tiny32", seed=3), named_unet("tiny32", seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, first.parameters(), second.parameters()))

@@ -1,11 +1,12 @@
 """Work done ahead, in order, and never too far ahead."""
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jcdp_diffusers.worker_pool import IN_FLIGHT, in_order
+from jcdp_diffusers.worker_pool import IN_FLIGHT, in_order, open_lane
 
 
 @pytest.mark.parametrize("processes", [0, 3])
@@ -36,3 +37,11 @@ def test_an_error_reaches_whoever_asks_for_the_result():
         assert next(results) == (1, 1)
         with pytest.raises(ZeroDivisionError):
             next(results)
+
+
+def test_a_lane_is_one_thread_for_an_accelerator_and_none_for_a_cpu():
+    with open_lane("cpu") as lane:
+        assert lane is None
+    with open_lane("cuda") as lane:
+        names = {lane.submit(lambda: threading.current_thread().name).result() for _ in range(5)}
+    assert len(names) == 1 and threading.current_thread().name not in names

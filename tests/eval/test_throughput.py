@@ -53,6 +53,28 @@ def test_ratios_stay_within_generous_bounds(records):
     assert all(value["share"] < 0.25 for value in values(records, "input"))
 
 
+def test_a_compiled_run_is_never_taken_for_a_plain_one():
+    about = {"unet": "tiny32", "processor": "p", "run": "float32"}
+    plain, compiled = (
+        {"what": "purifier", "value": {"images_per_second": rate}, "settings": about | extra}
+        for rate, extra in ((1.0, {}), (2.0, {"compiled": True}))
+    )
+    machine = throughput.Machine([plain, compiled], "tiny32")
+    assert machine.find("purifier", run="float32") == {"images_per_second": 1.0}
+    assert machine.find("purifier", run="float32", compiled=True) == {"images_per_second": 2.0}
+    assert throughput.Machine([compiled], "tiny32").find("purifier") == {}
+
+
+def test_the_table_leaves_out_what_no_machine_was_asked():
+    def step(mode, batch, rate):
+        settings = {"unet": "tiny32", "processor": "a GPU", "mode": mode, "kind": "bare", "batch": batch}
+        return {"what": "step", "value": {"images_per_second": rate}, "settings": settings}
+
+    table = throughput.speed_table([step("float32 channels_last", 256, 3.0)], "tiny32")
+    assert "| bare UNet, batch 256, images/s | 3.0 | n.m. |" in table
+    assert "batch 16" not in table and "compiled" not in table
+
+
 def test_an_unknown_section_is_wrong_usage(tmp_path, capsys):
     with pytest.raises(SystemExit) as usage:
         throughput.main(["speed", "--output", str(tmp_path / "records.jsonl")])
