@@ -218,7 +218,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         Purify images.
 
         A setting is the argument of this call if given, else that of `preset`, else of the repository's
-        `purification_config.json`, else the package's default (`PurificationConfig()`, preset `"unconditional"`).
+        `purification_config.json`, else the package's default, preset `"unconditional"`: T_p 100 in 25 evaluations.
 
         An image's result depends on its content, the settings, the seed and its id, not on the other images of the
         call: the networks always run on exactly `micro_batch_size` images, the last batch padded, and on a CPU on a
@@ -443,7 +443,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         inherited = base.num_inference_steps  # which a smaller T_p may not be able to have
         if isinstance(inherited, tuple):
             overrides.setdefault("num_inference_steps", tuple(min(evaluations, steps) for evaluations in inherited))
-        elif inherited is not None:
+        elif inherited is not None and isinstance(steps, Integral):  # else it is refused below
             overrides.setdefault("num_inference_steps", min(inherited, steps))
         config = dataclasses.replace(base, **overrides, trained_timesteps=trained, noise_corner=corner)
         asked = "variance_type" in overrides or isinstance(preset, PurificationConfig) and preset.variance_type

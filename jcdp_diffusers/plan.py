@@ -10,7 +10,7 @@ import torch
 from .data import LabelledImages
 from .perceptual import LPIPSModel
 from .pipeline_jcdp import JointConditionalPurificationPipeline
-from .purification_config import PRESETS, PurificationConfig
+from .purification_config import PRESETS, PurificationConfig, default_settings
 from .train import train_purifier
 from .training_config import TrainingConfig
 from .unets import ddpm_scheduler, named_unet
@@ -102,7 +102,7 @@ def purifier_to_be(
     pipe = JointConditionalPurificationPipeline(unet, ddpm_scheduler(), perceptual)
     facts = plan.training.facts_of_the_network()
     end = plan.training.timesteps(pipe.scheduler)[1]
-    pipe.purification_config = PurificationConfig(diffusion_steps=min(100, end), **facts)
+    pipe.purification_config = default_settings(end, **facts)
     return pipe
 
 

@@ -43,7 +43,7 @@ from .denoising import (
 )
 from .model_card import RECORD_NAME, write_card
 from .noise import coloured
-from .purification_config import PurificationConfig
+from .purification_config import default_settings
 from .results import LATER, package_versions
 from .trained_on import image_digests, trained_on, write_trained_on
 from .training_config import FREE_SETTINGS, TrainingConfig
@@ -426,12 +426,8 @@ class _Run:
         if self.accelerator.is_main_process:
             remove_leftovers(self.output_dir)
             DDPMPipeline(self.unet, self.scheduler).save_pretrained(self.output_dir)
-            end = self.timesteps[1]
-            PurificationConfig(
-                diffusion_steps=min(100, end),
-                trained_timesteps=self.timesteps,
-                noise_corner=self.config.noise_corner,
-            ).save_pretrained(self.output_dir)
+            facts = {"trained_timesteps": self.timesteps, "noise_corner": self.config.noise_corner}
+            default_settings(self.timesteps[1], **facts).save_pretrained(self.output_dir)
             write_trained_on(self.output_dir, self.trained_on)
             (self.output_dir / RECORD_NAME).write_text(json.dumps(self._record(), indent=2) + "\n")
             write_card(self.output_dir)

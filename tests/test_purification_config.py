@@ -1,8 +1,10 @@
+import dataclasses
 import json
 
 import pytest
 
 from jcdp_diffusers import PRESETS, PurificationConfig
+from jcdp_diffusers.purification_config import default_settings
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -35,7 +37,16 @@ def test_constants_of_the_authors_code():
     assert 2 * PRESETS["gdmp"].pixel_guidance_scale / 3072 == pytest.approx(18.68, abs=0.01)
     assert 1.0e-4 * code.final_variance_factor == pytest.approx(5.4532e-5, rel=1e-4)
     assert code.pixel_guidance_window == (11, 19) and code.perceptual_guidance_window == (0, 10)
-    assert code.evaluations_per_image == 80 and PRESETS["unconditional"].evaluations_per_image == 100
+    assert code.evaluations_per_image == 80
+
+
+def test_the_default_has_a_quarter_of_its_steps_and_fits_every_network():
+    usual = PRESETS["unconditional"]
+    assert (usual.diffusion_steps, usual.evaluations_per_image) == (100, 25)
+    assert default_settings(1000) == usual
+    assert default_settings(50) == dataclasses.replace(usual, diffusion_steps=50)
+    facts = {"trained_timesteps": (0, 10), "noise_corner": 8.0}
+    assert default_settings(10, **facts) == PurificationConfig(diffusion_steps=10, num_inference_steps=10, **facts)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from jcdp_diffusers.purification_config import PurificationConfig
+from jcdp_diffusers.purification_config import default_settings
 
 
 State = dict[str, torch.Tensor]
@@ -62,8 +62,7 @@ def main(args: argparse.Namespace) -> None:
     )
     DDPMPipeline(unet, scheduler).save_pretrained(args.output_dir)
     steps = args.num_train_timesteps
-    config = PurificationConfig(diffusion_steps=min(100, steps), trained_timesteps=(0, steps))
-    config.save_pretrained(args.output_dir)
+    default_settings(steps, trained_timesteps=(0, steps)).save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {unet.num_parameters():,} parameters")
 
 

@@ -91,7 +91,9 @@ COUNTERMEASURES = (
     purifying(
         "jcdp-code", "Joint conditional diffusion purification, as released (jiangw-0/LE_JCDP)", PRESETS["code"]
     ),
-    purifying("unconditional", "diffusion and denoising without a guide, T_p 100", PRESETS["unconditional"]),
+    purifying(
+        "unconditional", "diffusion and denoising without a guide, T_p 100, 25 evaluations", PRESETS["unconditional"]
+    ),
     purifying(
         "avatar",
         f"AVATAR (Dolatabadi, Erfani and Leckie, SaTML 2024; hmdolatabadi/AVATAR): {_SDE}",
