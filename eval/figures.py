@@ -218,10 +218,13 @@ def draw_evaluations(args: argparse.Namespace) -> None:
 
 def evaluations_per_image(settings: dict) -> int:
     """Of all rounds and draws."""
-    fields = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in settings["purification"].items()
-    }
-    return PurificationConfig(**fields).evaluations_per_image * settings.get("draws", 1)
+    return config_of(settings["purification"]).evaluations_per_image * settings.get("draws", 1)
+
+
+def config_of(purification: dict) -> PurificationConfig:
+    """Settings as records have them, in JSON, which knows lists only."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in purification.items()}
+    return PurificationConfig(**fields)
 
 
 def draw_lines(
@@ -353,8 +356,15 @@ def draw_scales(args: argparse.Namespace) -> None:
 
 
 def settings_of(measured: Measured, key: Key) -> dict:
-    """Of one cell: those of any of its seeds, which are the same."""
-    return next(iter(measured.by_seed("accuracy", key).values()))["settings"]
+    """Of one cell: those of any of its seeds, which are the same; with the variance that the pipeline takes."""
+    settings = next(iter(measured.by_seed("accuracy", key).values()))["settings"]
+    purification = settings.get("purification")
+    if not purification or purification.get("variance_type") is not None:
+        return settings
+    evaluations = config_of(purification).evaluations_per_round
+    if min(evaluations) == purification["diffusion_steps"]:
+        return settings
+    return settings | {"purification": purification | {"variance_type": "fixed_small"}}
 
 
 def accuracies_of(measured: Measured, key: Key) -> list[float]:

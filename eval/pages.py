@@ -109,7 +109,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "guides": grid_of("guides"),
         "coloured": grid_of("coloured"),
     },
-    "docs/speed.md": {"speed": lambda: speed_table(read_records(RESULTS / "throughput.jsonl"), "ddpm-cifar10")},
+    "docs/speed.md": {
+        "speed": lambda: speed_table(read_records(RESULTS / "throughput.jsonl"), "ddpm-cifar10"),
+        "evaluations": lambda: grid_table(Measured(read_records(RESULTS / "evaluations_cifar10_3k.jsonl")), "cifar10"),
+    },
 }
 
 

@@ -218,7 +218,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         Purify images.
 
         A setting is the argument of this call if given, else that of `preset`, else of the repository's
-        `purification_config.json`, else the package's default, preset `"unconditional"`: T_p 100 in 25 evaluations.
+        `purification_config.json`, else the package's default, preset `"unconditional"`: T_p 100 in 10 evaluations.
 
         An image's result depends on its content, the settings, the seed and its id, not on the other images of the
         call: the networks always run on exactly `micro_batch_size` images, the last batch padded, and on a CPU on a

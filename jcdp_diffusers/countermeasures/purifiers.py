@@ -92,7 +92,7 @@ COUNTERMEASURES = (
         "jcdp-code", "Joint conditional diffusion purification, as released (jiangw-0/LE_JCDP)", PRESETS["code"]
     ),
     purifying(
-        "unconditional", "diffusion and denoising without a guide, T_p 100, 25 evaluations", PRESETS["unconditional"]
+        "unconditional", "diffusion and denoising without a guide, T_p 100, 10 evaluations", PRESETS["unconditional"]
     ),
     purifying(
         "avatar",

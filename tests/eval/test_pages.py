@@ -13,6 +13,7 @@ from eval import pages
 from eval.benchmark import read_grid
 from eval.tables import Measured, roles_table
 from jcdp_diffusers.cli import COMMANDS
+from jcdp_diffusers.purification_config import PRESETS
 from jcdp_diffusers.results import as_settings, read_records, summarise
 
 
@@ -256,6 +257,26 @@ def test_what_is_said_of_folded_upsampling_is_on_record():
     assert f"victims get {with_it} % from LSP purified with it and {without} % without" in SPEED
     assert f"{with_it} against LSP where the other's victims get {shorter}, and {clean} on clean images" in FOUND
     assert f"instead of {clean_shorter})" in FOUND
+
+
+def test_what_is_said_of_the_default_number_of_evaluations_is_on_record():
+    found = Measured(read_records(ROOT / "results/evaluations_cifar10_3k.jsonl"))
+    text = between(SPEED, "What the default's", "On validation images")
+
+    def several(column):
+        cells = [found.accuracies("cifar10", poison, column) for poison in ("lsp", "emn", "tap")]
+        assert [len(cell) for cell in cells] == [3, 3, 3]
+        return [np.array(cell) for cell in cells], "{}, {} and {}".format(*map(mean_and_spread, cells))
+
+    hundred, in_words = several("100 evaluations")
+    assert f"where a hundred give {in_words}" in text
+    ten, in_words = several(f"{PRESETS['unconditional'].evaluations_per_image} evaluations")
+    assert f"ten evaluations give {in_words} against LSP, EMN and TAP" in text
+    # What the default rests on: it loses nothing beyond the spread of seeds.
+    for fewer, all_of_them in zip(ten, hundred):
+        assert fewer.mean() > all_of_them.mean() - max(fewer.std(ddof=1), all_of_them.std(ddof=1))
+    assert f"25 give {several('25 evaluations')[1]}" in text
+    assert f"reuse at two of three gives {several('25 evaluations, features reused twice')[1]}" in text
 
 
 def test_what_is_said_of_combinations_and_evaluations_is_on_record():
