@@ -346,16 +346,12 @@ class TestMethod:
 
     def test_a_guide_pulls_towards_the_protected_image(self, pipe):
         images = photos(4)
-        distance = lambda **scales: (
-            (pipe(images, diffusion_steps=20, seed=0, output_type="pt", **scales).images - images)
-            .square()
-            .mean()
-            .item()
-        )
+        settings = dict(diffusion_steps=20, num_inference_steps=20, seed=0, output_type="pt")
+        distance = lambda **scales: (pipe(images, **settings, **scales).images - images).square().mean().item()
         free = distance()
         assert distance(pixel_guidance_scale=50_000.0) < 0.9 * free
         perceived = lambda **scales: pipe.perceptual(
-            2 * pipe(images, diffusion_steps=20, seed=0, output_type="pt", **scales).images - 1, 2 * images - 1
+            2 * pipe(images, **settings, **scales).images - 1, 2 * images - 1
         ).mean()
         assert perceived(perceptual_guidance_scale=5000.0) < 0.95 * perceived()
 

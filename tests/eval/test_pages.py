@@ -12,6 +12,7 @@ import pytest
 from eval import pages
 from eval.benchmark import read_grid
 from eval.tables import Measured, roles_table
+from eval.throughput import Machine
 from jcdp_diffusers.cli import COMMANDS
 from jcdp_diffusers.purification_config import PRESETS
 from jcdp_diffusers.results import as_settings, read_records, summarise
@@ -231,6 +232,20 @@ def test_what_readme_says_of_speed_is_in_the_table_of_speed():
         title = "arithmetic of diffusers' network in that time, share of the convolution's peak"
         float32, bfloat16 = rows[title][column : column + 2]
         assert f", at {bfloat16} and {float32}" in said
+
+
+def test_what_is_said_of_small_networks_is_on_record():
+    records = [
+        r for r in read_records(ROOT / "results/throughput.jsonl") if r["settings"]["processor"].startswith("AMD EPYC")
+    ]
+    machine = Machine(records, "small32")
+    float32, bfloat16 = (
+        machine.step(f"{precision} channels_last", "guided", 64)["one_plus_rest"]
+        for precision in ("float32", "bfloat16")
+    )
+    assert (
+        f"takes {float32:.2f} times the bare network in float32 and {bfloat16:.2f} times in bfloat16 (EPYC)" in SPEED
+    )
 
 
 def test_what_is_said_of_folded_upsampling_is_on_record():
