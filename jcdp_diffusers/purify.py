@@ -410,9 +410,8 @@ def run(args: argparse.Namespace) -> None:
         signal.signal(signal.SIGTERM, _stop)
     usual_device = "cpu"
     if args.device is None and torch.cuda.is_available():
-        torch.cuda.set_device(
-            int(os.environ.get("LOCAL_RANK", 0))
-        )  # or each process would also take memory on the first
+        # Or each process would take memory on the first one, too.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         usual_device = f"cuda:{torch.cuda.current_device()}"
     evaluations = args.num_inference_steps
     if evaluations is not None and len(evaluations) == 1:
