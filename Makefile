@@ -33,7 +33,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: $(VENV)/ready
-	$(BIN)/python -m pytest -m long tests/test_purify_faults.py
+	$(BIN)/python -m pytest -m long tests/purify/test_faults.py
 
 test-long: $(VENV)/ready
 	$(BIN)/python -m pytest -m long

@@ -25,23 +25,23 @@ import torch
 import yaml
 
 from jcdp_diffusers import countermeasures, poisons, victims
-from jcdp_diffusers.allocation import keep_freed_memory
-from jcdp_diffusers.cells import Cell, claims_folder, describe_images, measure_cells
+from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, load_images
-from jcdp_diffusers.data_checks import ROLES, check_separation, check_sets, check_trained_on, few_of_each_class
+from jcdp_diffusers.data.checks import ROLES, check_separation, check_sets, check_trained_on, few_of_each_class
 from jcdp_diffusers.perceptual import load_perceptual
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
-from jcdp_diffusers.plan import SMOKE_PURIFICATION, Plan, plan_for, purifier_to_be, train_planned
 from jcdp_diffusers.poisons.control import shuffled
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.purification_config import PurificationConfig
+from jcdp_diffusers.purify.shards import Claims
 from jcdp_diffusers.quickstart import digits
 from jcdp_diffusers.results import as_settings
-from jcdp_diffusers.shards import Claims
-from jcdp_diffusers.training_config import TrainingConfig
-from jcdp_diffusers.unets import UNETS
+from jcdp_diffusers.train.config import TrainingConfig
+from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION, Plan, plan_for, purifier_to_be, train_planned
+from jcdp_diffusers.train.unets import UNETS
+from jcdp_diffusers.trials import Cell, claims_folder, describe_images, measure_cells
 from jcdp_diffusers.victims.supervised import RECIPES, Recipe
 
 
@@ -96,7 +96,7 @@ class Grid:
         poison_preset (`str`), poison_seed (`int`): See `poisons.settings`.
         roles (`str`): `disjoint`; or `paper`, where the test images train the purifier.
         purifier (`str`): Folder or Hub id; else one is trained on the collected images. If it does not list what it
-            was trained on (`jcdp_diffusers.trained_on`), its records have roles `unknown` and their own table.
+            was trained on (`jcdp_diffusers.train.provenance`), its records have roles `unknown` and their own table.
         unet (`str`), training (`dict`): Of the purifier that is trained, instead of what suits images and device;
             `training` holds fields of `TrainingConfig`.
         perceptual (`str`): The perceptual network that goes with a purifier trained here; see `load_perceptual`.

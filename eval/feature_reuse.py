@@ -19,13 +19,13 @@ import torch
 from diffusers import DDPMScheduler
 
 from jcdp_diffusers import JointConditionalPurificationPipeline
-from jcdp_diffusers.cells import purifier_digest
+from jcdp_diffusers.acceleration.feature_cache import FeatureReuse
+from jcdp_diffusers.acceleration.placement import PRECISIONS, place
 from jcdp_diffusers.data import load_images, to_uint8
-from jcdp_diffusers.feature_reuse import FeatureReuse
-from jcdp_diffusers.placement import PRECISIONS, place
 from jcdp_diffusers.purification_config import SAMPLERS
 from jcdp_diffusers.results import append_record
-from jcdp_diffusers.unets import UNETS, named_unet
+from jcdp_diffusers.train.unets import UNETS, named_unet
+from jcdp_diffusers.trials import purifier_digest
 
 
 @torch.no_grad()

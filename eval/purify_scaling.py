@@ -23,10 +23,10 @@ import torch
 
 from jcdp_diffusers.data import LabelledImages, open_dataset, write_dataset
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
-from jcdp_diffusers.purify import purify_to_folder
+from jcdp_diffusers.purify.dataset import purify_to_folder
+from jcdp_diffusers.purify.tiling import encode_all, prepare_all
 from jcdp_diffusers.results import append_record
-from jcdp_diffusers.tiles import encode_all, prepare_all
-from jcdp_diffusers.unets import ddpm_scheduler, named_unet
+from jcdp_diffusers.train.unets import ddpm_scheduler, named_unet
 
 
 SPEED = {"unet": "small32", "size": 32, "rows": 384, "options": {"diffusion_steps": 2, "rows_per_shard": 32}}

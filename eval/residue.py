@@ -18,12 +18,12 @@ import numpy as np
 # A script is started with its own folder alone on the path, and a package has its own name for what is beside it.
 sys.path.append(str(Path(__file__).parents[1]))
 from eval.figures import line_style, pyplot
-from jcdp_diffusers.cells import describe_images
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.poisons.protect import read_card
+from jcdp_diffusers.purify.manifest import RUN_NAME
 from jcdp_diffusers.results import append_record
-from jcdp_diffusers.run_record import RUN_NAME
+from jcdp_diffusers.trials import describe_images
 
 
 def octaves(height: int, width: int) -> tuple[np.ndarray, list[float]]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import yaml
 
-from jcdp_diffusers import cells
+from jcdp_diffusers import trials as cells
 from jcdp_diffusers.results import read_records
 
 

@@ -51,21 +51,21 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from jcdp_diffusers import GuidedDDPMScheduler, JointConditionalPurificationPipeline, LPIPSModel, PurificationConfig
-from jcdp_diffusers.allocation import keep_freed_memory
+from jcdp_diffusers.acceleration.allocation import keep_freed_memory
+from jcdp_diffusers.acceleration.folded_upsampling import fold_upsampling
+from jcdp_diffusers.acceleration.placement import compiled_normal_noise, has_bfloat16, place
+from jcdp_diffusers.acceleration.winograd import use_winograd
 from jcdp_diffusers.data import LabelledImages, load_images, to_uint8
-from jcdp_diffusers.folded_upsampling import fold_upsampling
 from jcdp_diffusers.noise import image_keys, normal_noise
 from jcdp_diffusers.pipeline_jcdp import usual_micro_batch
-from jcdp_diffusers.placement import compiled_normal_noise, has_bfloat16, place
+from jcdp_diffusers.purify.tiling import encode_all, prepare_all
 from jcdp_diffusers.results import append_record, read_records
-from jcdp_diffusers.tiles import encode_all, prepare_all
-from jcdp_diffusers.train import train_purifier
-from jcdp_diffusers.training_config import TrainingConfig
-from jcdp_diffusers.training_images import BatchLayout, micro_batches, normalize
-from jcdp_diffusers.unets import ddpm_scheduler, named_unet
+from jcdp_diffusers.train.config import TrainingConfig
+from jcdp_diffusers.train.images import BatchLayout, micro_batches, normalize
+from jcdp_diffusers.train.loop import train_purifier
+from jcdp_diffusers.train.unets import ddpm_scheduler, named_unet
 from jcdp_diffusers.victims import get as get_victim
 from jcdp_diffusers.victims.supervised import RECIPES, random_crop_flip, train_model, train_victim
-from jcdp_diffusers.winograd import use_winograd
 
 
 TIMESTEP = 15
@@ -991,7 +991,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--clock", choices=("cpu", "wall"), help="cpu on a CPU with one thread, else wall")
-    parser.add_argument("--unet", default="ddpm-cifar10", help="of jcdp_diffusers.unets")
+    parser.add_argument("--unet", default="ddpm-cifar10", help="of jcdp_diffusers.train.unets")
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="measure the compiled UNet, too")

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 
-from .allocation import keep_freed_memory
+from .acceleration.allocation import keep_freed_memory
 
 
 # Each command's room offers `add_arguments(parser)` and `run(args)`; it is imported only when its command is given, so
@@ -14,9 +14,9 @@ from .allocation import keep_freed_memory
 COMMANDS = {
     "quickstart": ("jcdp_diffusers.quickstart", "protect, purify and score real images, end to end, in minutes"),
     "poison": ("jcdp_diffusers.poisons.protect", "protect a data set with an unlearnable-examples method"),
-    "purify": ("jcdp_diffusers.purify", "turn a protected data set into a learnable one"),
+    "purify": ("jcdp_diffusers.purify.dataset", "turn a protected data set into a learnable one"),
     "score": ("jcdp_diffusers.score", "train victims on one data set and test them on another"),
-    "audit": ("jcdp_diffusers.audit", "find out whether a protection survives purification"),
+    "audit": ("jcdp_diffusers.audit.run", "find out whether a protection survives purification"),
 }
 
 

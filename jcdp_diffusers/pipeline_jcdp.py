@@ -22,14 +22,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-from .feature_reuse import FeatureReuse, check_reusable
+from .acceleration.feature_cache import FeatureReuse, check_reusable
 from .guidance import earlier_chain_noise, in_window, perceptual_gradient, pixel_gradient, strength
-from .model_card import REPOSITORY_FILES
 from .noise import coloured, content_id, image_keys, normal_noise, times_covariance
 from .perceptual import LPIPSModel
 from .purification_config import CONFIG_NAME, PRESETS, PurificationConfig
 from .scheduling_guided_ddim import GuidedDDIMScheduler
 from .scheduling_guided_ddpm import GuidedDDPMScheduler
+from .train.model_card import REPOSITORY_FILES
 
 
 Images = Image.Image | list[Image.Image] | np.ndarray | torch.Tensor

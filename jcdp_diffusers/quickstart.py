@@ -20,16 +20,15 @@ import numpy as np
 import torch
 
 from . import poisons
-from .allocation import keep_freed_memory
+from .acceleration.allocation import keep_freed_memory
 from .data import LabelledImages, check_roles, load_images, to_uint8, write_dataset
-from .dataset_card import SUMMARY_NAME
 from .noise import colour_in_words
-from .placement import open_purifier
 from .purification_config import PurificationConfig
-from .purify import purify_dataset
+from .purify.dataset import open_purifier, purify_dataset
+from .purify.dataset_card import SUMMARY_NAME
 from .results import append_record, as_settings, read_records, summarise
-from .train import TrainingConfig, train_purifier
-from .unets import ddpm_scheduler, named_unet
+from .train.loop import TrainingConfig, train_purifier
+from .train.unets import ddpm_scheduler, named_unet
 from .victims.supervised import RECIPES, train_victim
 
 

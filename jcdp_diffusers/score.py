@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import countermeasures, victims
 from .countermeasures.purifiers import check_purifier_suits
 from .data import LabelledImages, find_overlap, load_images
-from .data_checks import check_sets, check_trained_on
+from .data.checks import check_sets, check_trained_on
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .results import as_settings, code_version, package_versions
 from .victims.supervised import RECIPES, Recipe, VictimResult, train_victim

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from jcdp_diffusers.data import LabelledImages, open_dataset, write_dataset
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
-from jcdp_diffusers.purify import purify_to_folder
+from jcdp_diffusers.purify.dataset import purify_to_folder
 
 
 SIZE = 8

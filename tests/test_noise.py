@@ -5,15 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from jcdp_diffusers.noise import (
-    USES,
-    coloured,
-    content_id,
-    image_keys,
-    normal_noise,
-    philox4x32,
-    times_covariance,
-)
+from jcdp_diffusers.noise import USES, coloured, content_id, image_keys, normal_noise, philox4x32, times_covariance
 
 
 IDS = [f"image {i}" for i in range(512)]

@@ -10,7 +10,7 @@ from jcdp_diffusers import PurificationConfig
 from jcdp_diffusers.data import check_roles, load_images
 from jcdp_diffusers.quickstart import ROWS, TELLINGS, Telling, digits, guides_in_words, random_noise, run_quickstart
 from jcdp_diffusers.results import read_records
-from jcdp_diffusers.train import TrainingConfig
+from jcdp_diffusers.train.loop import TrainingConfig
 
 
 SHORT = Telling(

@@ -17,8 +17,8 @@ from diffusers import DDPMPipeline
 
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.results import append_record, read_records
-from jcdp_diffusers.train import RECORD_NAME, TrainingConfig, train_purifier
-from jcdp_diffusers.unets import UNETS, ddpm_scheduler, named_unet
+from jcdp_diffusers.train.loop import RECORD_NAME, TrainingConfig, train_purifier
+from jcdp_diffusers.train.unets import UNETS, ddpm_scheduler, named_unet
 
 
 ROOT = Path(__file__).resolve().parents[1]

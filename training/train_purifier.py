@@ -21,14 +21,14 @@ from accelerate import PartialState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import HfApi, snapshot_download
 
-from jcdp_diffusers.allocation import keep_freed_memory
+from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.data import LabelledImages, find_overlap, load_images, open_dataset
-from jcdp_diffusers.model_card import push_purifier, write_card
 from jcdp_diffusers.purification_config import CONFIG_NAME, PurificationConfig
 from jcdp_diffusers.results import read_records
-from jcdp_diffusers.train import TrainingConfig, on_cpu, train_purifier
-from jcdp_diffusers.training_images import ImageFiles, training_images, usable
-from jcdp_diffusers.unets import UNETS, ddpm_scheduler, named_unet
+from jcdp_diffusers.train.images import ImageFiles, training_images, usable
+from jcdp_diffusers.train.loop import TrainingConfig, on_cpu, train_purifier
+from jcdp_diffusers.train.model_card import push_purifier, write_card
+from jcdp_diffusers.train.unets import UNETS, ddpm_scheduler, named_unet
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

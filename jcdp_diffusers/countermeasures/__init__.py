@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from jcdp_diffusers.countermeasures.draws import Draws
-from jcdp_diffusers.data import LabelledImages
+from ..data import LabelledImages
+from .draws import Draws
 
 
 KINDS = ("dataset", "transform", "hook", "combination")

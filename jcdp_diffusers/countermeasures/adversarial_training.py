@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from jcdp_diffusers.countermeasures import Context, Countermeasure
-from jcdp_diffusers.data import LabelledImages
+from ..data import LabelledImages
+from . import Context, Countermeasure
 
 
 STEPS = 10

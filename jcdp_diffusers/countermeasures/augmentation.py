@@ -5,9 +5,9 @@ import warnings
 import torch
 from torch.nn import functional as F
 
-from jcdp_diffusers.countermeasures import Context, Countermeasure
-from jcdp_diffusers.countermeasures.randomness import drawn_from
-from jcdp_diffusers.data import LabelledImages
+from ..data import LabelledImages
+from . import Context, Countermeasure
+from .randomness import drawn_from
 
 
 class Cutout:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from jcdp_diffusers.data import LabelledImages
+from ..data import LabelledImages
 
 
 class Draws:

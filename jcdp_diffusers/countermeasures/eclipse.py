@@ -9,10 +9,10 @@ the corruption is to cover: images turn grey with probability 0.4 and get Gaussi
 import torch
 from torchvision.transforms.functional import rgb_to_grayscale
 
-from jcdp_diffusers.countermeasures import Context, Countermeasure
-from jcdp_diffusers.countermeasures.purifiers import purifying
-from jcdp_diffusers.data import LabelledImages
-from jcdp_diffusers.purification_config import PurificationConfig
+from ..data import LabelledImages
+from ..purification_config import PurificationConfig
+from . import Context, Countermeasure
+from .purifiers import purifying
 
 
 SOURCE = "ECLIPSE (Wang et al., ESORICS 2024; CGCL-codes/ECLIPSE)"

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from jcdp_diffusers.countermeasures import Context, Countermeasure
-from jcdp_diffusers.countermeasures.fast_autoaugment_policy import policy
-from jcdp_diffusers.data import LabelledImages
+from ..data import LabelledImages
+from . import Context, Countermeasure
+from .fast_autoaugment_policy import policy
 
 
 # Of each operation the value at level 0 and at level 1.

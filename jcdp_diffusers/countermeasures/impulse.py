@@ -12,7 +12,7 @@ neighbour 1.2 % of the pixels of CIFAR-10's training images are replaced, and 97
 import numpy as np
 from scipy.ndimage import median_filter
 
-from jcdp_diffusers.countermeasures import Countermeasure
+from . import Countermeasure
 
 
 SOURCE = "Impulse detector ROAD (Garnett et al., IEEE TIP 2005), then the median of 3x3 pixels"

@@ -10,7 +10,7 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
-from jcdp_diffusers.countermeasures import Countermeasure
+from . import Countermeasure
 
 
 SOURCE = "Image shortcut squeezing (Liu, Zhao and Larson, ICML 2023; liuzrcc/ImageShortcutSqueezing)"

@@ -17,8 +17,8 @@ import itertools
 import torch
 from torch.nn import functional as F
 
-from jcdp_diffusers.countermeasures import Context, Countermeasure
-from jcdp_diffusers.data import LabelledImages
+from ..data import LabelledImages
+from . import Context, Countermeasure
 
 
 EPOCHS = 20

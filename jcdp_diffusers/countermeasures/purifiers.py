@@ -8,14 +8,13 @@ Both integrate the reverse SDE by Euler's method in steps of 1/1000, whose noise
 import tempfile
 from pathlib import Path
 
-from jcdp_diffusers.countermeasures import Context, Countermeasure
-from jcdp_diffusers.data import LabelledImages, load_images
-from jcdp_diffusers.data_checks import check_purifier
-from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
-from jcdp_diffusers.placement import open_purifier
-from jcdp_diffusers.purification_config import PRESETS, PurificationConfig
-from jcdp_diffusers.purify import purify_to_folder
-from jcdp_diffusers.results import as_settings
+from ..data import LabelledImages, load_images
+from ..data.checks import check_purifier
+from ..pipeline_jcdp import JointConditionalPurificationPipeline
+from ..purification_config import PRESETS, PurificationConfig
+from ..purify.dataset import open_purifier, purify_to_folder
+from ..results import as_settings
+from . import Context, Countermeasure
 
 
 def purifying(name: str, source: str, config: PurificationConfig) -> Countermeasure:

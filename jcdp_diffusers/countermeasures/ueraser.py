@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from jcdp_diffusers.countermeasures import Context, Countermeasure
-from jcdp_diffusers.countermeasures.randomness import drawn_from
-from jcdp_diffusers.data import LabelledImages
+from ..data import LabelledImages
+from . import Context, Countermeasure
+from .randomness import drawn_from
 
 
 SOURCE = "UEraser, adversarial augmentation (Qin et al., 2023; lafeat/ueraser)"

@@ -4,10 +4,10 @@ An image is uint8 of shape (height, width, channels) here. Floats exist between 
 :func:`to_uint8`, which rounds once. Ids travel with the images, so that shuffles and filters cannot misalign anything.
 """
 
+from .decoding import MAX_PIXELS, ImageRejected, decode_image
 from .labelled import LabelledImages, to_uint8
 from .names import choose_split, split_of
 from .parquet import parquet_files
-from .pictures import MAX_PIXELS, ImageRejected, decode_image
 from .roles import FEW, check_roles, find_overlap
 from .sources import load_images, open_dataset
 from .writing import write_dataset

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from .decoding import one_line
 from .labelled import LabelledImages, check_image_array
 from .names import name_of
-from .pictures import one_line
 
 
 def arrays_of(source: Any, split: str | None) -> LabelledImages | None:

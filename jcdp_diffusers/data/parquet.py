@@ -12,8 +12,8 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from .columns import ROW_ID, image_columns, stored_images, undecoded
+from .decoding import one_line
 from .names import METADATA_FILES, choose_split, is_visible, name_of, natural_key, no_rows, split_of
-from .pictures import one_line
 
 
 def parquet_files(source: Path) -> list[Path]:

@@ -22,11 +22,11 @@ from .columns import (
     with_row_ids,
     with_string_ids,
 )
+from .decoding import ImageRejected, decode_image, one_line
 from .image_folder import open_image_folder
 from .labelled import LabelledImages
 from .names import choose_split, name_of, no_rows
 from .parquet import open_parquet, parquet_files
-from .pictures import ImageRejected, decode_image, one_line
 from .writing import encoded
 
 

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from jcdp_diffusers.poisons import surrogate
-from jcdp_diffusers.poisons.progress import Progress
+from . import surrogate
+from .progress import Progress
 
 
 SOURCE = "Huang et al., Unlearnable Examples: Making Personal Data Unexploitable, ICLR 2021, and its released program"

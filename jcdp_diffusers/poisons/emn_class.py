@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from jcdp_diffusers.poisons import emn, surrogate
-from jcdp_diffusers.poisons.progress import Progress
+from . import emn, surrogate
+from .progress import Progress
 
 
 SOURCE = "Huang et al., Unlearnable Examples: Making Personal Data Unexploitable, ICLR 2021, and its released program"

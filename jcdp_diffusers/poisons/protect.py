@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import yaml
 
-from jcdp_diffusers import poisons
-from jcdp_diffusers.data import LabelledImages, load_images, open_dataset, write_dataset
-from jcdp_diffusers.poisons.published import read_perturbation
-from jcdp_diffusers.results import package_versions
+from .. import poisons
+from ..data import LabelledImages, load_images, open_dataset, write_dataset
+from ..results import package_versions
+from .published import read_perturbation
 
 
 CARD = "README.md"

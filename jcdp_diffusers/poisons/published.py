@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jcdp_diffusers.data import LabelledImages, load_images
-from jcdp_diffusers.poisons import apply_perturbation, measured_norms
+from ..data import LabelledImages, load_images
+from . import apply_perturbation, measured_norms
 
 
 SUFFIXES = (".pt", ".pth", ".npy", ".npz", ".safetensors")

@@ -7,7 +7,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
-from jcdp_diffusers import victims
+from .. import victims
 
 
 def build(

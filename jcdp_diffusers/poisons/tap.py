@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from jcdp_diffusers.poisons import surrogate
-from jcdp_diffusers.poisons.progress import Progress
-from jcdp_diffusers.victims.supervised import Recipe, train_model
+from ..victims.supervised import Recipe, train_model
+from . import surrogate
+from .progress import Progress
 
 
 SOURCE = "Fowl et al., Adversarial Examples Make Strong Poisons, NeurIPS 2021, and its released program"

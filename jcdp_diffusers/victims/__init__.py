@@ -12,11 +12,11 @@ from torch import nn
 
 # Name -> module and function. Modules are imported on demand, because some of them need heavy libraries.
 _BUILDERS = {
-    "resnet18": ("jcdp_diffusers.victims.resnet", "resnet18"),
-    "vgg16": ("jcdp_diffusers.victims.transfer", "vgg16"),
-    "densenet121": ("jcdp_diffusers.victims.transfer", "densenet121"),
-    "mobilenet_v2": ("jcdp_diffusers.victims.transfer", "mobilenet_v2"),
-    "vit": ("jcdp_diffusers.victims.transfer", "vit"),
+    "resnet18": ("jcdp_diffusers.victims.networks.resnet", "resnet18"),
+    "vgg16": ("jcdp_diffusers.victims.networks.transfer", "vgg16"),
+    "densenet121": ("jcdp_diffusers.victims.networks.transfer", "densenet121"),
+    "mobilenet_v2": ("jcdp_diffusers.victims.networks.transfer", "mobilenet_v2"),
+    "vit": ("jcdp_diffusers.victims.networks.transfer", "vit"),
 }
 
 NAMES = tuple(_BUILDERS)

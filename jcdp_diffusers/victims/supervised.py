@@ -48,9 +48,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from jcdp_diffusers import victims
-from jcdp_diffusers.data import LabelledImages
-from jcdp_diffusers.placement import has_bfloat16
+from .. import victims
+from ..acceleration.placement import has_bfloat16
+from ..data import LabelledImages
 
 
 SCHEDULES = ("steps", "cosine", "one_cycle")

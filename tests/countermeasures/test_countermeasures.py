@@ -11,13 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from tiny import tiny_unet
 
-from jcdp_diffusers import (
-    JointConditionalPurificationPipeline,
-    PurificationConfig,
-    countermeasures,
-    poisons,
-    victims,
-)
+from jcdp_diffusers import JointConditionalPurificationPipeline, PurificationConfig, countermeasures, poisons, victims
 from jcdp_diffusers.countermeasures import KINDS, Context
 from jcdp_diffusers.victims.supervised import HOOK_METHODS, Recipe, train_victim
 

@@ -7,8 +7,8 @@ from diffusers import DDPMScheduler
 from tiny import tiny_unet
 
 from jcdp_diffusers import PRESETS, JointConditionalPurificationPipeline, PurificationConfig, countermeasures
+from jcdp_diffusers.acceleration.placement import place
 from jcdp_diffusers.data import to_uint8
-from jcdp_diffusers.placement import place
 
 
 SHORT = PurificationConfig(diffusion_steps=4, num_inference_steps=2)

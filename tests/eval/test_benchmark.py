@@ -18,7 +18,7 @@ from eval import benchmark, figures, tables
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
-from jcdp_diffusers.trained_on import image_digests, write_trained_on
+from jcdp_diffusers.train.provenance import image_digests, write_trained_on
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ PURIFIES = ("jcdp", "unconditional", "avatar")
 
 
 def records(poison, column, values, *, seconds=(0.0, 10.0), images=10_000, details=(), device="cpu", **settings):
-    """Of seeds 0 and on, as `jcdp_diffusers.cells` and `eval.benchmark` write them."""
+    """Of seeds 0 and on, as `jcdp_diffusers.trials` and `eval.benchmark` write them."""
     settings = (
         {
             "cell": "x",

@@ -179,7 +179,7 @@ def test_ddim_single_state_of_another_shape(tmp_path):
 
 def test_ddim_layout_is_that_of_ddpm_cifar10():
     """The paper's network has one form, whether it is converted or made by name."""
-    from jcdp_diffusers.unets import named_unet
+    from jcdp_diffusers.train.unets import named_unet
 
     with torch.device("meta"):
         network = DDIMNetwork(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from jcdp_diffusers.victims.resnet import resnet18
+from jcdp_diffusers.victims.networks.resnet import resnet18
 
 
 def parameter_count(model):

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from jcdp_diffusers.data import LabelledImages
-from jcdp_diffusers.victims.resnet import resnet18
+from jcdp_diffusers.victims.networks.resnet import resnet18
 from jcdp_diffusers.victims.supervised import (
     RECIPES,
     Recipe,

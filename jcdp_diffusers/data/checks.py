@@ -1,0 +1,354 @@
+"""
+What an audit looks at before it computes anything: do the sets fit together, and what gives the protection away?
+
+Whatever would make a figure meaningless is refused in one sentence; whatever a reader should know is counted.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..pipeline_jcdp import JointConditionalPurificationPipeline
+from ..poisons import measured_norms
+from ..train.provenance import image_digests, trained_on
+from . import LabelledImages, check_roles, find_overlap
+
+
+ROLES = ("disjoint", "paper")
+# A linear model on more pixels than this takes long and tells no more.
+SHORTCUT_IMAGES = 5000
+SHORTCUT_VALUES = 2**25
+
+
+def check_sets(sets: Mapping[str, LabelledImages], unlabelled: Mapping[str, LabelledImages]) -> None:
+    """
+    Refuse sets that no victim could be trained and tested on together.
+
+    Args:
+        sets (`dict`): By role, the first of them leading; they need labels, and the same classes.
+        unlabelled (`dict`): Further sets by role, whose images must have the same shape.
+
+    Raises:
+        ValueError: In one sentence that names the role and what is wrong with it.
+    """
+    first, leading = next(iter(sets.items()))
+    for role, data in (*sets.items(), *unlabelled.items()):
+        if data.images.shape[1:] != leading.images.shape[1:]:
+            raise ValueError(
+                f"{first} has images of {_shape(leading)} and {role} of {_shape(data)} (height, width, channels), but "
+                "all must have one shape: image_size and channels bring them to it."
+            )
+    for role, data in sets.items():
+        if data.labels is None:
+            raise ValueError(f"{role} has no labels, but every image of it needs one.")
+    named = {role: data.class_names for role, data in sets.items() if data.class_names is not None}
+    for role, names in named.items():
+        other, theirs = next(iter(named.items()))
+        if names != theirs:
+            raise ValueError(
+                f"{other} and {role} must name the same classes in the same order, but "
+                f"{_difference(other, theirs, role, names)}."
+            )
+    names = next(iter(named.values()), None)
+    if names is None:
+        names = tuple(str(label) for label in range(int(max(data.labels.max() for data in sets.values())) + 1))
+    for role, data in sets.items():
+        if data.labels.max() >= len(names):
+            raise ValueError(
+                f"{role} has label {data.labels.max()}, but there are names for {len(names)} classes only."
+            )
+        empty = [name for name, count in zip(names, np.bincount(data.labels, minlength=len(names))) if count == 0]
+        if empty:
+            raise ValueError(
+                f"{role} has no image of class {_few(empty)}, but every one of the {len(names)} classes needs some."
+            )
+
+
+def check_separation(
+    protected: LabelledImages,
+    collected: LabelledImages | None,
+    test: LabelledImages,
+    clean: LabelledImages | None,
+    *,
+    roles: str = "disjoint",
+    budget: float = 16 / 255,
+) -> dict[str, int]:
+    """
+    Refuse roles that are not what they are said to be.
+
+    A purifier that has seen clean originals of protected images proves nothing, and neither does a victim that has
+    seen test images.
+
+    Args:
+        protected, collected, test, clean (`LabelledImages`): By role; `collected` is None where a purifier was given
+            without the images that trained it, `clean` holds the originals of the protected images.
+        roles (`str`): `"disjoint"`, or `"paper"` for a purifier that has been trained on the test images.
+        budget (`float`): See `data.check_roles`.
+
+    Returns:
+        `dict`: `collected_in_test`, how many collected images are test images; 0 unless `roles` is `"paper"`.
+
+    Raises:
+        ValueError: In one sentence that names the two roles and the first pair of images.
+    """
+    if roles not in ROLES:
+        raise ValueError(f"roles is {roles!r}, but must be one of {ROLES}.")
+    if clean is not None:
+        for role, other in (("collected", collected), ("test", test)):
+            # The protection may change more than the budget says, or so many values that nearness sees nothing (CUDA);
+            # its clean original is found all the same.
+            pairs = np.empty((0, 2), np.int64) if other is None else find_overlap(clean, other, budget=budget)
+            _refuse(pairs, clean, other, f"{role} has {{}} images that are clean originals of protected ones")
+    if collected is None:
+        _refuse(find_overlap(protected, test, budget=budget), protected, test, _within("test", budget))
+        return {"collected_in_test": 0}
+    if roles == "disjoint":
+        check_roles(protected, collected, test, budget=budget)
+        return {"collected_in_test": 0}
+    for role, other in (("collected", collected), ("test", test)):
+        _refuse(find_overlap(protected, other, budget=budget), protected, other, _within(role, budget))
+    shared = len(np.unique(find_overlap(collected, test)[:, 0]))
+    if shared == 0:
+        raise ValueError(
+            "roles is 'paper', but collected and test have no image in common: 'disjoint' is what these sets are."
+        )
+    return {"collected_in_test": shared}
+
+
+def match_originals(clean: LabelledImages, protected: LabelledImages) -> LabelledImages:
+    """
+    The clean original of each protected image, by id, in the order of the protected ones.
+
+    Raises:
+        ValueError: If one is missing, or has another label or shape.
+    """
+    rows = {id_: row for row, id_ in enumerate(clean.ids)}
+    missing = [id_ for id_ in protected.ids if id_ not in rows]
+    if missing:
+        raise ValueError(
+            f"clean lacks the originals of {len(missing)} of {len(protected)} protected images, the first "
+            f"{missing[0]!r}, but each must be there under the protected image's id."
+        )
+    clean = clean.subset([rows[id_] for id_ in protected.ids])
+    if clean.images.shape != protected.images.shape:
+        raise ValueError(
+            f"clean has images of {_shape(clean)} and protected of {_shape(protected)} (height, width, channels), but "
+            "originals have the shape of what was made from them."
+        )
+    if clean.labels is not None and protected.labels is not None:
+        differing = np.flatnonzero(clean.labels != protected.labels)
+        if len(differing):
+            row = differing[0]
+            raise ValueError(
+                f"clean and protected label {len(differing)} images differently, the first {protected.ids[row]!r} as "
+                f"{clean.labels[row]} and {protected.labels[row]}, but an original has its image's label."
+            )
+    return clean
+
+
+def check_purifier(pipe: JointConditionalPurificationPipeline, images: LabelledImages) -> None:
+    """
+    Refuse a purifier made for other images.
+
+    Raises:
+        ValueError: If it takes another size or number of channels.
+    """
+    height, width, channels = images.images.shape[1:]
+    size = pipe.unet.config.sample_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if pipe.unet.config.in_channels != channels:
+        raise ValueError(
+            f"purifier takes images of {pipe.unet.config.in_channels} channels, but these have {channels}: channels "
+            "says how images are read."
+        )
+    if size != (height, width):
+        raise ValueError(
+            f"purifier was trained on {size[0]}x{size[1]} pixels, but these images have {height}x{width}: image_size "
+            "brings them to its size."
+        )
+
+
+def check_trained_on(purifier: str | os.PathLike, sets: Mapping[str, LabelledImages], *, roles: str) -> int | None:
+    """
+    Refuse a purifier that was trained on images which it must not have seen.
+
+    Args:
+        purifier (`str` or `os.PathLike`): Folder or Hub id.
+        sets (`dict`): By role; of them only `test` may have been seen, and must have been, where `roles` is `"paper"`.
+        roles (`str`): One of `ROLES`.
+
+    Returns:
+        `int`: How many images trained it; None if its repository does not list them (`trained_on.json`).
+
+    Raises:
+        ValueError: In one sentence that names the role and the first image.
+    """
+    listed = trained_on(purifier)
+    if listed is None:
+        return None
+    for role, data in sets.items():
+        seen = [id_ for id_, digest in zip(data.ids, image_digests(data.images)) if digest in listed]
+        if roles == "paper" and role == "test":
+            if not seen:
+                raise ValueError(
+                    f"roles is 'paper', but purifier {str(purifier)!r} was trained on none of the test images: "
+                    "'disjoint' is what these sets are."
+                )
+        elif seen:
+            raise ValueError(
+                f"purifier {str(purifier)!r} was trained on {len(seen)} of the {len(data)} {role} images, the first "
+                f"{seen[0]!r}, but must have seen none of them."
+            )
+    return len(listed)
+
+
+def few_of_each_class(data: LabelledImages, count: int) -> LabelledImages:
+    """About `count` images, the first of each class and the same number of each, in their order; for smoke runs."""
+    each = -(-count // len(np.unique(data.labels)))
+    rows = np.concatenate([np.flatnonzero(data.labels == label)[:each] for label in np.unique(data.labels)])
+    return data.subset(np.sort(rows))
+
+
+def describe_set(data: LabelledImages) -> dict:
+    """
+    Number, shape, balance and duplicates of a set.
+
+    Returns:
+        `dict`: `images`; `shape`, (height, width, channels); `images_per_class`, by name (None without labels);
+        `duplicates`, images whose pixels another image before them has; `contradictions`, those of them that have
+        another label.
+    """
+    per_class = None
+    if data.labels is not None:
+        counts = np.bincount(data.labels, minlength=len(data.class_names or ()))
+        names = data.class_names or tuple(str(label) for label in range(len(counts)))
+        per_class = dict(zip(names, counts.tolist()))
+    labels = [None] * len(data) if data.labels is None else data.labels.tolist()
+    seen: dict[bytes, int | None] = {}
+    found = Counter()
+    for image, label in zip(data.images, labels):
+        pixels = image.tobytes()
+        if pixels in seen:
+            found["duplicates"] += 1
+            found["contradictions"] += seen[pixels] != label
+        seen.setdefault(pixels, label)
+    return {
+        "images": len(data),
+        "shape": list(data.images.shape[1:]),
+        "images_per_class": per_class,
+        "duplicates": found["duplicates"],
+        "contradictions": found["contradictions"],
+    }
+
+
+def describe_noise(clean: LabelledImages, protected: LabelledImages) -> dict:
+    """Sizes of the protection after rounding: `measured_norms`, and `share_changed` of all images."""
+    changed = (clean.images != protected.images).any(axis=(1, 2, 3))
+    return measured_norms(clean.images, protected.images) | {"share_changed": float(changed.mean())}
+
+
+def shortcut_test(
+    protected: LabelledImages, test: LabelledImages, clean: LabelledImages | None = None, *, seed: int = 0
+) -> dict:
+    """
+    How much better a linear model does on held-out images of its own set than on clean test images.
+
+    Availability poisons work as shortcuts: patterns that even a linear model reads (Yu et al., KDD 2022). It is fitted
+    to 4/5 of the protected images and tested on the other 1/5, which it has not seen but which carry the same
+    protection, and on the test images, which carry none. Honest images give about the same figure twice.
+
+    Args:
+        protected, test, clean (`LabelledImages`): Labelled; the same is done with the clean originals where there are
+            any.
+        seed (`int`): Of the choice of images.
+
+    Returns:
+        `dict`: `protected` and, where given, `clean`, each with `fitted`, `held_out` and `test` accuracies in [0, 1];
+        `images`, how many were used; `gap`, held-out minus test accuracy of the protected set; `found`, whether the
+        gap is larger than 0.1 and than three standard deviations of chance; `exchanged`, whether that is so of the
+        clean originals and not of the protected images.
+    """
+    count = min(len(protected), SHORTCUT_IMAGES, max(50, SHORTCUT_VALUES // protected.images[0].size))
+    rows = np.random.default_rng(seed).permutation(len(protected))[:count]
+    fitted, held_out = rows[: len(rows) * 4 // 5], rows[len(rows) * 4 // 5 :]
+    test_rows = np.random.default_rng(seed).permutation(len(test))[:count]
+    result: dict = {"images": count}
+    for name, data in (("protected", protected), ("clean", clean)):
+        if data is not None:
+            result[name] = _linear_accuracies(data, fitted, held_out, test.subset(test_rows))
+    gap, found = _gap(result["protected"], len(held_out), len(test_rows))
+    exchanged = clean is not None and not found and _gap(result["clean"], len(held_out), len(test_rows))[1]
+    return result | {"gap": gap, "found": found, "exchanged": exchanged}
+
+
+def _gap(figures: Mapping[str, float], *counts: int) -> tuple[float, bool]:
+    """Held-out minus test accuracy, of so many images each, and whether that is a shortcut rather than chance."""
+    gap = figures["held_out"] - figures["test"]
+    shares = (figures["held_out"], figures["test"])
+    deviation = np.sqrt(sum(max(share * (1 - share), 1e-3) / n for share, n in zip(shares, counts)))
+    return gap, bool(gap > max(0.1, 3 * deviation))
+
+
+def _linear_accuracies(data: LabelledImages, fitted, held_out, test: LabelledImages) -> dict[str, float]:
+    from sklearn.linear_model import LogisticRegression
+
+    centre = data.images[fitted].mean(axis=0, dtype=np.float64)
+    scale = data.images[fitted].std(dtype=np.float64) or 1.0
+
+    def pixels(images: np.ndarray) -> np.ndarray:
+        return ((images - centre) / scale).reshape(len(images), -1).astype(np.float32)
+
+    # Stopped early rather than converged: a shortcut is what is learned first.
+    model = LogisticRegression(C=0.01, max_iter=50, tol=1e-3)
+    model = _fit_quietly(model, pixels(data.images[fitted]), data.labels[fitted])
+    return {
+        "fitted": float(model.score(pixels(data.images[fitted]), data.labels[fitted])),
+        "held_out": float(model.score(pixels(data.images[held_out]), data.labels[held_out])),
+        "test": float(model.score(pixels(test.images), test.labels)),
+    }
+
+
+def _fit_quietly(model, pixels: np.ndarray, labels: np.ndarray):
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(pixels, labels)
+
+
+def _within(role: str, budget: float) -> str:
+    return f"protected has {{}} images that are {role} ones (same id, same pixels or within {255 * budget:.0f}/255)"
+
+
+def _refuse(pairs: np.ndarray, one: LabelledImages, other: LabelledImages | None, sentence: str) -> None:
+    if len(pairs):
+        first, second = pairs[0]
+        raise ValueError(
+            f"{sentence.format(len(np.unique(pairs[:, 0])))}, the first {one.ids[first]!r} and {other.ids[second]!r}, "
+            "but the roles must not overlap (data.find_overlap lists the rows)."
+        )
+
+
+def _difference(one: str, names: tuple[str, ...], other: str, others: tuple[str, ...]) -> str:
+    """What tells two lists of classes apart."""
+    alone = {
+        one: [name for name in names if name not in others],
+        other: [name for name in others if name not in names],
+    }
+    if said := [f"only {role} has {_few(missing)}" for role, missing in alone.items() if missing]:
+        return " and ".join(said)
+    turn = next(turn for turn, pair in enumerate(zip(names, others)) if pair[0] != pair[1])
+    return f"number {turn} is {names[turn]!r} in {one} and {others[turn]!r} in {other}"
+
+
+def _shape(data: LabelledImages) -> str:
+    return "x".join(map(str, data.images.shape[1:]))
+
+
+def _few(names) -> str:
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,180 @@
+"""
+What decides the pixels of a purified data set, written once as `run.json`; who goes on must agree with it.
+
+Some settings belong to the run rather than to whoever works on it: the micro-batch size and, on a CPU, the number of
+threads change the last bits of a convolution. A worker that does not ask for others takes them from the record, so
+that a run begun on one machine goes on with the same bits on another one of its kind.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from ..acceleration.folded_upsampling import is_folded
+from ..acceleration.winograd import uses_winograd
+from ..pipeline_jcdp import JointConditionalPurificationPipeline, usual_micro_batch
+from ..purification_config import PurificationConfig
+from ..results import as_settings, package_versions
+from .reader import Rows
+from .shards import create_once
+
+
+RUN_NAME = "run.json"
+SHARD_IN_MICRO_BATCHES = 8  # rows of a shard by default: what a kill costs, against rows that pad the last micro-batch
+PACKAGES_OF_PIXELS = ("jcdp-diffusers", "torch", "diffusers", "numpy", "pillow")
+# Settings that the first worker of a run fixes, and others take over unless they ask for something else.
+TAKEN_OVER = (
+    ("sizes", "fit"),
+    ("sizes", "tile_overlap"),
+    ("arithmetic", "micro_batch_size"),
+    ("arithmetic", "threads"),
+    ("shards", "rows_per_shard"),
+    ("shards", "count"),
+)
+# On record for people only.
+INFORMATION = (("purifier", "name"), ("purifier", "revision"), ("source", "name"), ("begun",), ("machine",))
+
+
+def describe_run(
+    pipe: JointConditionalPurificationPipeline,
+    config: PurificationConfig,
+    rows: Rows,
+    *,
+    seed: int,
+    image_size: int,
+    fit: str | None,
+    overlap: int,
+    micro_batch_size: int | None,
+    threads: int | None,
+    shards: int | None,
+    rows_per_shard: int | None,
+) -> dict:
+    """A run as asked for: None where it is left to the record, or to `settle_run` if there is none."""
+    device = pipe._execution_device
+    compiled = pipe.unet._compiled_call_impl is not None
+    return {
+        # First, because another type of the weights is another content, too, and the sentence should name the cause.
+        "arithmetic": {
+            "device": device.type,
+            "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+            "micro_batch_size": micro_batch_size,
+            "threads": threads if device.type == "cpu" else None,
+            "channels_last": pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last),
+            "tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
+            **({"compiled": True} if compiled else {}),
+            **({"folded_upsampling": True} if is_folded(pipe.unet) else {}),
+            **({"winograd": True} if uses_winograd(pipe.unet) else {}),
+        },
+        "purifier": {**_name_and_revision(pipe), "content": content_of(pipe, config)},
+        "settings": as_settings(config),
+        "seed": seed,
+        "source": {"name": _public(rows.name), "split": rows.split, "rows": rows.length, "content": rows.fingerprint},
+        "sizes": {"image_size": image_size, "fit": fit, "tile_overlap": overlap if fit == "tile" else None},
+        "shards": {"count": shards, "rows_per_shard": rows_per_shard},
+        "packages": package_versions(),
+    }
+
+
+def settle_run(output_dir: Path, run: dict) -> dict:
+    """
+    Begin a run, or join the one that the folder holds.
+
+    Args:
+        output_dir (`Path`): Where `run.json` is, or will be.
+        run (`dict`): From `describe_run`.
+
+    Returns:
+        `dict`: The run as recorded.
+
+    Raises:
+        ValueError: The folder's run differs in something that changes what is written; the sentence names it.
+    """
+    path = output_dir / RUN_NAME
+    if not path.exists():
+        begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        create_once(path, json.dumps(_completed(run) | {"begun": begun, "machine": platform.platform()}, indent=2))
+    recorded = json.loads(path.read_text())
+    wanted = json.loads(json.dumps(run))  # tuples are lists in JSON
+    for group, name in TAKEN_OVER:
+        if wanted[group][name] is None:
+            wanted[group][name] = recorded.get(group, {}).get(name)
+    for packages in (wanted["packages"], recorded["packages"]):
+        for name in set(packages) - set(PACKAGES_OF_PIXELS):
+            del packages[name]
+    asked, present = _flat(wanted), _flat(recorded)
+    for key in {**asked, **present}:
+        if key not in INFORMATION and asked.get(key) != present.get(key):
+            raise ValueError(
+                f"output_dir {os.fspath(output_dir)!r} holds a run whose {' '.join(key)} is {present.get(key)!r}, but "
+                f"{asked.get(key)!r} is wanted now: go on with what it was begun with, or choose another output_dir."
+            )
+    return json.loads(path.read_text())
+
+
+def _completed(run: dict) -> dict:
+    """The run with a value for everything that was left open."""
+    arithmetic, shards = dict(run["arithmetic"]), dict(run["shards"])
+    if arithmetic["micro_batch_size"] is None:
+        side = run["sizes"]["image_size"]
+        arithmetic["micro_batch_size"] = usual_micro_batch(arithmetic["device"], side, side)
+    if arithmetic["threads"] is None and arithmetic["device"] == "cpu":
+        arithmetic["threads"] = default_threads()
+    if shards["count"] is None and shards["rows_per_shard"] is None:
+        shards["rows_per_shard"] = SHARD_IN_MICRO_BATCHES * arithmetic["micro_batch_size"]
+    return run | {"arithmetic": arithmetic, "shards": shards}
+
+
+def default_threads() -> int:
+    """
+    The largest power of two of threads that each of this machine's workers can have.
+
+    torchrun tells every process to use one thread unless OMP_NUM_THREADS is set; here, the cores are shared out.
+    """
+    threads = torch.get_num_threads()
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
+    return 1 << (threads.bit_length() - 1)
+
+
+def content_of(pipe: JointConditionalPurificationPipeline, config: PurificationConfig) -> str:
+    """Digest of every weight and of the configurations that a purification with these settings uses."""
+    state = hashlib.blake2b(digest_size=16)
+    parts = {"unet": pipe.unet, "scheduler": pipe.scheduler}
+    if config.perceptual_guidance_scale > 0:
+        parts["perceptual"] = pipe.perceptual
+    for part, component in parts.items():
+        settings = {name: value for name, value in sorted(component.config.items()) if not name.startswith("_")}
+        state.update(f"{part} {json.dumps(settings, sort_keys=True, default=str)}\n".encode())
+        if isinstance(component, torch.nn.Module):
+            for name, tensor in sorted(component.state_dict().items()):
+                state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def _name_and_revision(pipe: JointConditionalPurificationPipeline) -> dict:
+    name = pipe.config.get("_name_or_path")
+    if not name or Path(name).exists():
+        return {"name": _public(name) if name else None, "revision": None}
+    # The weights were loaded from the cache's folder of one commit, whichever revision was asked for.
+    commit = re.search(r"snapshots/([0-9a-f]{40})", Path(pipe.unet.config.get("_name_or_path", "")).as_posix())
+    return {"name": name, "revision": commit[1] if commit else None}
+
+
+def _public(name: str) -> str:
+    """A repository's id as it is; of a path, which may tell more than its owner wants to publish, the last part."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def _flat(value: dict, prefix: tuple[str, ...] = ()) -> dict:
+    flat = {}
+    for name, entry in value.items():
+        flat |= _flat(entry, (*prefix, name)) if isinstance(entry, dict) else {(*prefix, name): entry}
+    return flat

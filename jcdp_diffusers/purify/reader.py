@@ -1,0 +1,165 @@
+"""The rows of a source of any length as Arrow tables, from any row on, without holding more than a few of them."""
+
+import hashlib
+import itertools
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..data import choose_split, open_dataset, parquet_files, split_of
+from .shards import digest
+
+
+ROWS_AT_ONCE = 128
+SAMPLED_ROWS = 1024  # of a data set, for its fingerprint
+SAMPLED_FROM_STREAM = 64
+HASHED_WHOLE = 2**30  # bytes of Parquet that a second or two suffice to read; of more, only the footers are hashed
+
+
+@dataclass
+class Rows:
+    """
+    Args:
+        name: of the source, for people.
+        split: which part of it.
+        features: of its columns, `id` and `image` (encoded) among them.
+        length: number of rows; None for a stream.
+        fingerprint: changes when the rows do, but not with the place where they lie.
+        from_row: tables from a row on, to the end.
+    """
+
+    name: str
+    split: str
+    features: datasets.Features
+    length: int | None
+    fingerprint: str
+    from_row: Callable[[int], Iterator[pa.Table]]
+    _at: int | None = field(default=None, init=False)
+    _tables: Iterator[pa.Table] = field(default_factory=lambda: iter(()), init=False)
+    _rest: pa.Table | None = field(default=None, init=False)
+
+    def read(self, start: int, stop: int) -> Iterator[pa.Table]:
+        """Rows from `start` to `stop` (exclusive) or the end; reading on from where the last call stopped is free."""
+        if self._at != start:
+            self._tables, self._rest, self._at = self.from_row(start), None, start
+        while self._at < stop:
+            table = self._rest if self._rest is not None else next(self._tables, None)
+            if table is None:
+                return
+            wanted = stop - self._at
+            self._rest = table[wanted:] if len(table) > wanted else None
+            table = table[:wanted]
+            self._at += len(table)
+            yield table
+
+
+def open_rows(
+    source: Any,
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    id_column: str | None = None,
+    streaming: bool = False,
+) -> Rows:
+    """
+    Open what `open_dataset` opens, with the same columns and ids.
+
+    Parquet files on disk are read where they lie, without a copy in the cache. Other sources go through the cache of
+    `datasets` and memory-mapped Arrow files, or with `streaming` (and for an `IterableDataset`) through nothing.
+    """
+    columns = {"image_column": image_column, "label_column": label_column, "id_column": id_column}
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
+    if isinstance(source, (str, os.PathLike)) and Path(source).exists() and parquet_files(Path(source)):
+        return _parquet_rows(Path(source), split, columns)
+    dataset = open_dataset(source, split=split, streaming=streaming, **columns)
+    split = re.match(r"[\w.]+", split or str(dataset.split or "train"))[0]  # "train" of "train[:100]"
+    if isinstance(dataset, datasets.IterableDataset):
+        stream = dataset.with_format("arrow")
+
+        def from_row(row):
+            return stream.skip(row).iter(batch_size=ROWS_AT_ONCE)
+
+        sample = list(itertools.islice(stream.iter(batch_size=SAMPLED_FROM_STREAM), 1))
+        return Rows(name, split, dataset.features, None, _fingerprint(None, dataset.features, sample), from_row)
+    arrow, length = dataset.with_format("arrow"), len(dataset)
+
+    def from_row(row):
+        return (arrow[start : start + ROWS_AT_ONCE] for start in range(row, length, ROWS_AT_ONCE))
+
+    rows = np.unique(np.linspace(0, length - 1, SAMPLED_ROWS).round().astype(int))
+    sample = (arrow[part.tolist()] for part in np.array_split(rows, -(-len(rows) // ROWS_AT_ONCE)))
+    return Rows(name, split, dataset.features, length, _fingerprint(length, dataset.features, sample), from_row)
+
+
+def _parquet_rows(source: Path, split: str | None, columns: dict) -> Rows:
+    features = open_dataset(source, split=split, streaming=True, **columns).features  # and all of its checks
+    files = parquet_files(source)
+    split = choose_split({split_of(file): None for file in files}, split, source)
+    files = [file for file in files if split_of(file) == split]
+    ends = list(itertools.accumulate(pq.read_metadata(file).num_rows for file in files))
+    numbered = columns["id_column"] is None and "id" not in pq.read_schema(files[0]).names
+
+    def from_row(row):
+        for index in range(bisect_right(ends, row), len(files)):
+            first = ends[index - 1] if index else 0
+            for table in _tables_of_file(files[index], row - first):
+                table = open_dataset(datasets.Dataset(datasets.table.InMemoryTable(table)), split=split, **columns)
+                table = table.with_format("arrow")[:]
+                if numbered:
+                    ids = pa.array([f"{split}/{number}" for number in range(row, row + len(table))])
+                    table = table.set_column(table.column_names.index("id"), "id", ids)
+                yield table
+                row += len(table)
+
+    state = hashlib.blake2b(digest_size=16)
+    whole = sum(file.stat().st_size for file in files) <= HASHED_WHOLE
+    for file in files:
+        state.update(f"{file.name} {file.stat().st_size} {digest(file) if whole else _footer_digest(file)}\n".encode())
+    return Rows(os.fspath(source), split, features, ends[-1], state.hexdigest(), from_row)
+
+
+def _tables_of_file(file: Path, row: int) -> Iterator[pa.Table]:
+    with pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as parquet:
+        counts = [parquet.metadata.row_group(index).num_rows for index in range(parquet.metadata.num_row_groups)]
+        ends = list(itertools.accumulate(counts))
+        group = bisect_right(ends, row)
+        skip = row - (ends[group - 1] if group else 0)
+        for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=range(group, len(counts))):
+            if skip < len(batch):
+                yield pa.Table.from_batches([batch[skip:]], schema=parquet.schema_arrow)
+            skip = max(0, skip - len(batch))
+
+
+def _footer_digest(file: Path) -> str:
+    """Of a Parquet file's footer, which holds the size and the statistics of every column of every row group."""
+    with open(file, "rb") as stream:
+        stream.seek(-8, os.SEEK_END)
+        stream.seek(-8 - int.from_bytes(stream.read(4), "little"), os.SEEK_END)
+        return hashlib.blake2b(stream.read(), digest_size=16).hexdigest()
+
+
+def _fingerprint(length: int | None, features: datasets.Features, sample) -> str:
+    state = hashlib.blake2b(f"{length} {sorted(features.items())}".encode(), digest_size=16)
+    for table in sample:
+        state.update(repr(table.drop_columns(["image"]).to_pylist()).encode())
+        for value in table["image"].to_pylist():
+            state.update(_stored_bytes(value))
+    return state.hexdigest()
+
+
+def _stored_bytes(value: dict | None) -> bytes:
+    if value is None:
+        return b"null"
+    if value["bytes"] is None and value["path"] is not None and Path(value["path"]).is_file():
+        return Path(value["path"]).read_bytes()
+    return value["bytes"] or b""

@@ -1,0 +1,93 @@
+"""Processes that decode and encode images while the accelerator works on others."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+
+IN_FLIGHT = 32  # pieces of work at most, so that memory does not depend on the length of the source
+
+
+@contextlib.contextmanager
+def open_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
+    """A pool, or None for 0 processes; what is still waiting on leaving is dropped."""
+    if processes == 0:
+        yield None
+        return
+    # A fork of this process would copy the threads of torch in whatever state they are; this server has none.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jcdp_diffusers.purify.tiling"])
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_live_as_long_as_parent)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def open_lane(device_type: str) -> Iterator[ThreadPoolExecutor | None]:
+    """
+    A thread that keeps an accelerator busy while this one prepares and stores images; None on a CPU, which gains
+    nothing by it, and where a thread of its own would have another number of threads to compute with.
+    """
+    if device_type == "cpu":
+        yield None
+        return
+    with ThreadPoolExecutor(1) as lane:
+        yield lane
+
+
+def in_order(
+    pool: Executor | None, function: Callable, items: Iterable[tuple[Any, tuple]], in_flight: int = IN_FLIGHT
+) -> Iterator[tuple[Any, Any]]:
+    """
+    Apply a function to a few items ahead of whoever asks for the results.
+
+    Args:
+        pool (`Executor`, *optional*): None works at once, in this process.
+        function (`Callable`): Of the second part of each item, as arguments.
+        items: Pairs; the first part is handed through.
+        in_flight (`int`): How many are worked on or wait at most.
+
+    Yields:
+        `tuple`: First part of an item, and the result, in the order of the items.
+    """
+    if pool is None:
+        for label, arguments in items:
+            yield label, function(*arguments)
+        return
+    flying = deque()
+    try:
+        for label, arguments in items:
+            flying.append((label, pool.submit(function, *arguments)))
+            if len(flying) >= in_flight:
+                label, future = flying.popleft()
+                yield label, future.result()
+        while flying:
+            label, future = flying.popleft()
+            yield label, future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "num_workers processes decode and encode images, and one of them was killed (is memory short?): give the "
+            "same command again, with fewer of them."
+        ) from error
+    finally:
+        for _, future in flying:
+            future.cancel()
+
+
+def _live_as_long_as_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

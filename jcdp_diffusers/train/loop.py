@@ -1,0 +1,487 @@
+"""
+Training of a purifier: an unconditional DDPM on raw images, on any number of processes.
+
+The order of the images, their noise, timesteps, flips and crops are a pure function of (seed, step, position in the
+total batch), never the state of a random stream. So a run that was killed goes on to the same weights, and two
+processes of batch 8 see the same total batch as one process of batch 16. Labels are never read.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from ..data import LabelledImages
+from ..noise import coloured
+from ..purification_config import default_settings
+from ..results import LATER, package_versions
+from .checkpoints import PROGRESS_NAME, find_checkpoint, list_checkpoints, remove_leftovers, save_checkpoint
+from .config import FREE_SETTINGS, TrainingConfig
+from .denoising import (
+    PREDICTION_TYPES,
+    denoising_grid,
+    denoising_target,
+    held_out_losses,
+    min_snr_weights,
+    random_generator,
+    sample_grid,
+    sample_timesteps,
+)
+from .images import BatchLayout, ImageFiles, micro_batches, normalize
+from .model_card import RECORD_NAME, write_card
+from .provenance import image_digests, trained_on, write_trained_on
+
+
+def train_purifier(
+    images: LabelledImages | ImageFiles,
+    *,
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    output_dir: str | os.PathLike,
+    config: TrainingConfig,
+    validation_images: LabelledImages | None = None,
+    base_model: str | None = None,
+    data_description: dict | None = None,
+    progress: bool = True,
+) -> Path:
+    """
+    Train a network to denoise raw images, and write it as a plain DDPM repository.
+
+    Called alike on each process of `torchrun` or `accelerate launch`.
+
+    Args:
+        images (`LabelledImages` or `ImageFiles`): In memory, or decoded as needed. Labels are not read.
+        unet (`UNet2DModel`): Trained in place; holds the averaged weights at the end.
+        scheduler (`DDPMScheduler`): The forward process; its configuration goes into the repository unchanged.
+        output_dir (`str` or `os.PathLike`): The repository: weights, scheduler, `purification_config.json`,
+            `training_record.json`, the card `README.md` and, where all images that the network ever saw are known,
+            `trained_on.json`; beside them `checkpoint-<step>` and `grids`.
+        validation_images (`LabelledImages`, *optional*): Held out, for the denoising loss and the grids.
+        base_model (`str`, *optional*): Hub id or folder that the network came from, for record and card.
+        data_description (`dict`, *optional*): Where the images came from, for record and card: `source`, `split`,
+            `hub_id` (if it is one), `resolution`, and whatever else decides what the network saw.
+        progress (`bool`, defaults to `True`): Show a bar with loss, images per second and remaining time.
+
+    Returns:
+        `Path`: `output_dir`.
+
+    Raises:
+        ValueError: If images, network, scheduler, folder and settings do not fit together, in one sentence.
+        FloatingPointError: If the loss is no finite number any more.
+    """
+    timesteps = config.timesteps(scheduler)
+    _check(images, unet, scheduler)
+    output_dir = Path(output_dir)
+    # A second run in one process may want another precision than the first, which this singleton would refuse.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        cpu=on_cpu(config.cpu),
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+    if config.report_to is not None and not accelerator.log_with:
+        raise ValueError(f"report_to is {config.report_to!r}, which is not installed: pip install {config.report_to}.")
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        run = _Run(accelerator, images, unet, scheduler, output_dir, config, timesteps, validation_images)
+        run.describe(base_model, data_description)
+        run.train(progress)
+        run.finish()
+    return output_dir
+
+
+def on_cpu(wanted: bool) -> bool:
+    """What to give Accelerate as `cpu`: unless it is told so, processes started on a machine without an accelerator
+    do not find each other, and each trains alone."""
+    return wanted or not torch.accelerator.is_available()
+
+
+def _shape(images: LabelledImages | ImageFiles) -> tuple[int, int, int]:
+    """Height, width and channels."""
+    if isinstance(images, ImageFiles):
+        return images.resolution, images.resolution, images.channels
+    return images.images.shape[1:]
+
+
+def _check(images, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
+    height, width, channels = _shape(images)
+    if len(images) == 0:
+        raise ValueError("images is empty, but must hold at least one image.")
+    divisor = 2 ** (len(unet.config.block_out_channels) - 1)
+    if height % divisor or width % divisor:
+        raise ValueError(f"images are {height}x{width}, but the network takes multiples of {divisor} only.")
+    if channels != unet.config.in_channels:
+        raise ValueError(f"images have {channels} channels, but the network takes {unet.config.in_channels}.")
+    if unet.config.out_channels != unet.config.in_channels:
+        raise ValueError(
+            f"unet gives {unet.config.out_channels} channels for {unet.config.in_channels}, but must give as many as "
+            "it takes: a learned variance cannot be trained."
+        )
+    if unet.class_embedding is not None:
+        raise ValueError("unet is conditioned on classes, but must be unconditional: labels are never read.")
+    if scheduler.config.prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"prediction_type is {scheduler.config.prediction_type!r}, but must be one of {PREDICTION_TYPES}."
+        )
+
+
+class _Run:
+    """One training run: what `train_purifier` would otherwise hand from function to function."""
+
+    def __init__(self, accelerator, images, unet, scheduler, output_dir, config, timesteps, validation_images):
+        self.accelerator, self.images, self.unet, self.config = accelerator, images, unet, config
+        self.output_dir, self.timesteps, self.validation_images = output_dir, timesteps, validation_images
+        # Without its notes: diffusers counts arguments given by position among the defaults, and would drop them here.
+        self.scheduler = DDPMScheduler.from_config(_public(scheduler.config))
+        self.layout = BatchLayout(
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.train_batch_size,
+            config.gradient_accumulation_steps,
+        )
+        height, width, _ = _shape(images)
+        unet.register_to_config(sample_size=height if height == width else (height, width))
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet.float().to(accelerator.device, memory_format=torch.channels_last).train()
+        optimizer = torch.optim.AdamW(
+            unet.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        # Not prepared: Accelerate would step a prepared schedule once per process. This one counts optimiser steps.
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+        self.ema = EMAModel(
+            unet.parameters(),
+            decay=config.ema_max_decay,
+            use_ema_warmup=True,
+            inv_gamma=config.ema_inv_gamma,
+            power=config.ema_power,
+            foreach=True,
+        )
+        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
+        accelerator.register_for_checkpointing(self.lr_scheduler, self.ema)
+        accelerator.register_save_state_pre_hook(self._save_weights)
+        accelerator.register_load_state_pre_hook(self._load_weights)
+        self.step, self.seconds = 0, 0.0
+        self.history: list[dict] = []
+        self.validation: list[dict] = []
+
+    # Without the prefix of DistributedDataParallel, so that a run can go on with another number of processes.
+    def _save_weights(self, models, weights, folder):
+        if self.accelerator.is_main_process:
+            state = {name: tensor.contiguous() for name, tensor in self.unet.state_dict().items()}
+            save_file(state, os.path.join(folder, "unet.safetensors"))
+        weights.clear()
+
+    def _load_weights(self, models, folder):
+        self.unet.load_state_dict(load_file(os.path.join(folder, "unet.safetensors")))
+        models.clear()
+
+    def describe(self, base_model: str | None, data_description: dict | None) -> None:
+        """Collect what the record says about the run, and what a continuation must share with it."""
+        config = dataclasses.asdict(self.config)
+        config["report_to"] = getattr(self.config.report_to, "name", self.config.report_to)
+        self.settings = config
+        free = FREE_SETTINGS | ({"max_train_steps"} if self.config.lr_scheduler.startswith("constant") else set())
+        self.identity = {name: value for name, value in config.items() if name not in free}
+        self.identity["trained_timesteps"] = list(self.timesteps)
+        self.identity["total_batch_size"] = self.layout.total
+        self.identity["images"] = _fingerprint(self.images)
+        self.identity["unet"] = _public(self.unet.config)
+        self.identity["scheduler"] = _public(self.scheduler.config)
+        self.base_model_on_hub = base_model is not None and not Path(base_model).exists()
+        # The record is published: no paths of one's own.
+        self.base_model = base_model if self.base_model_on_hub or base_model is None else Path(base_model).name
+        self.data = {"num_images": len(self.images), **(data_description or {})}
+        if self.validation_images is not None:
+            self.data["num_validation_images"] = len(self.validation_images)
+        before = frozenset() if base_model is None else trained_on(base_model)
+        # Of squares cut anew at each visit there is no list.
+        known = before is not None and isinstance(self.images, LabelledImages)
+        self.trained_on = before.union(image_digests(self.images.images)) if known else None
+
+    def train(self, progress: bool) -> None:
+        config, accelerator = self.config, self.accelerator
+        self._resume()
+        if config.report_to is not None:
+            accelerator.init_trackers("train_purifier", config={k: str(v) for k, v in self.settings.items()})
+        bar = tqdm(
+            total=config.max_train_steps,
+            initial=self.step,
+            unit="step",
+            desc="train",
+            disable=not (progress and accelerator.is_main_process),
+        )
+        draws = self.layout.draws(config.seed, len(self.images), self.step, config.max_train_steps)
+        batches = micro_batches(self.images, draws, accelerator.device, config.dataloader_num_workers)
+        running_loss = torch.zeros((), device=accelerator.device)
+        if self.step == 0:
+            self._validate()
+        self.first_step, self.start = self.step, time.perf_counter()
+        self.seconds_before = self.seconds
+        while self.step < config.max_train_steps:
+            loss, norm = self._optimizer_step(batches)
+            self.step += 1
+            running_loss += loss
+            bar.update()
+            last = self.step == config.max_train_steps
+            saving = config.checkpointing_steps is not None and (last or self.step % config.checkpointing_steps == 0)
+            if last or saving or self.step % config.logging_steps == 0:
+                self._log(running_loss, norm, bar)
+                running_loss.zero_()
+            if last or self.step % config.validation_steps == 0:
+                self._validate()
+            if saving:
+                self._checkpoint()
+        bar.close()
+
+    def _optimizer_step(self, batches: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step over this process's share of the total batch; returns its mean loss and the gradient's norm."""
+        config, accelerator, layout = self.config, self.accelerator, self.layout
+        generator = random_generator(config.seed, "step", self.step, device=accelerator.device)
+        timesteps = sample_timesteps(config.timestep_sampling, layout.total, *self.timesteps, generator)
+        flips = torch.rand(layout.total, generator=generator, device=accelerator.device) < 0.5
+        height, width, channels = _shape(self.images)
+        shape = (layout.total, channels, height, width)
+        noise = torch.randn(shape, generator=generator, device=accelerator.device)
+        noise = coloured(noise, config.noise_corner)
+        mean_loss = torch.zeros((), device=accelerator.device)
+        for micro in range(config.gradient_accumulation_steps):
+            here = layout.positions(micro)
+            clean = normalize(next(batches))
+            if config.random_flip:
+                clean = torch.where(flips[here].view(-1, 1, 1, 1), clean.flip(3), clean)
+            # Dropout, too, is a function of the step, so it needs no saved state.
+            torch.manual_seed(random_generator(config.seed, "dropout", self.step, micro, layout.rank).initial_seed())
+            with accelerator.accumulate(self.model):
+                loss = self._loss(clean, noise[here], timesteps[here])
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            mean_loss += loss.detach() / config.gradient_accumulation_steps
+        self.learning_rate = self.lr_scheduler.get_last_lr()[0]
+        self.lr_scheduler.step()
+        self.ema.step(self.unet.parameters())
+        return mean_loss, norm
+
+    def _loss(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        noised = self.scheduler.add_noise(clean, noise, timesteps)
+        prediction = self.model(noised, timesteps).sample.float()
+        target = denoising_target(self.scheduler, clean, noise, timesteps)
+        losses = F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3))
+        if self.config.snr_gamma is not None:
+            losses = losses * min_snr_weights(self.scheduler, timesteps, self.config.snr_gamma)
+        return losses.mean()
+
+    def _log(self, running_loss: torch.Tensor, norm: torch.Tensor, bar: tqdm) -> None:
+        self._clock()
+        since = self.step - (self.history[-1]["step"] if self.history else 0)
+        loss = (self.accelerator.reduce(running_loss, "mean") / since).item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.step}: lower learning_rate, which is {self.config.learning_rate}."
+            )
+        rate = self.layout.total * (self.step - self.first_step) / (self.seconds - self.seconds_before)
+        entry = {
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": self.learning_rate,
+            "gradient_norm": float(norm),
+        }
+        self.history.append(entry)
+        bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{rate:.0f}"}, refresh=False)
+        self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=self.step)
+
+    def _clock(self) -> None:
+        self.seconds = self.seconds_before + time.perf_counter() - self.start
+
+    def _validate(self) -> None:
+        """Held-out loss and grids of the averaged weights; the weights in training come back unchanged."""
+        if self.validation_images is None:
+            return
+        accelerator, config = self.accelerator, self.config
+        held_out = self.validation_images.images
+        where = (
+            config.timesteps(self.scheduler, "validation_timesteps") if config.validation_timesteps else self.timesteps
+        )
+        if self.step > 0:
+            self.ema.store(self.unet.parameters())
+            self.ema.copy_to(self.unet.parameters())
+        share = slice(accelerator.process_index, None, accelerator.num_processes)
+        noise = {"seed": config.seed, "noise_corner": config.noise_corner}
+        losses = held_out_losses(self.unet, self.scheduler, held_out, timesteps=where, chunks=share, **noise)
+        total = accelerator.reduce(losses.sum(), "sum")
+        self.validation.append({"step": self.step, "loss": total.item() / len(held_out), "timesteps": list(where)})
+        accelerator.log({"held_out_loss": self.validation[-1]["loss"]}, step=self.step)
+        if accelerator.is_main_process and config.num_grid_images:
+            shown = held_out[: config.num_grid_images]
+            # Of a long range the part that a purifier may visit: beyond it, little of an image can be seen.
+            first, end = self.timesteps
+            visited = (first, max(first + 1, min(end, round(0.15 * self.scheduler.config.num_train_timesteps))))
+            picture = denoising_grid(self.unet, self.scheduler, shown, timesteps=visited, **noise)
+            self._show("denoising", picture)
+            if self.timesteps == (0, self.scheduler.config.num_train_timesteps):
+                shape = (len(shown), shown.shape[3], *shown.shape[1:3])
+                self._show("samples", sample_grid(self.unet, self.scheduler, shape, **noise))
+        if self.step > 0:
+            self.ema.restore(self.unet.parameters())
+
+    def _show(self, name: str, picture: np.ndarray) -> None:
+        folder = self.output_dir / "grids"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / f"{name}-{self.step:07d}.png")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: picture[None]}, step=self.step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: [picture]}, step=self.step)
+
+    def _checkpoint(self) -> None:
+        self._clock()
+        save_checkpoint(
+            self.output_dir,
+            self.step,
+            self.accelerator.save_state,
+            {
+                "step": self.step,
+                "seconds": self.seconds,
+                "identity": self.identity,
+                "history": self.history,
+                "validation": self.validation,
+            },
+            is_main_process=self.accelerator.is_main_process,
+            wait_for_everyone=self.accelerator.wait_for_everyone,
+            total_limit=self.config.checkpoints_total_limit,
+        )
+
+    def _resume(self) -> None:
+        wanted = self.config.resume_from_checkpoint
+        if wanted is None and (found := list_checkpoints(self.output_dir)):
+            raise ValueError(
+                f"output_dir is {str(self.output_dir)!r}, which holds {found[-1].name} of an earlier run: give "
+                "resume_from_checkpoint='latest' to go on with it, or another folder."
+            )
+        checkpoint = None if wanted is None else find_checkpoint(self.output_dir, wanted)
+        if checkpoint is None:
+            if (self.output_dir / RECORD_NAME).exists():
+                raise ValueError(
+                    f"output_dir is {str(self.output_dir)!r}, which holds a finished purifier ({RECORD_NAME}) and no "
+                    "checkpoint to go on from, but must be another folder: it would be replaced."
+                )
+            return
+        saved = json.loads((checkpoint / PROGRESS_NAME).read_text())
+        identity = json.loads(json.dumps(self.identity))
+        before = {name: value for name, value in LATER.items() if name in identity} | saved["identity"]
+        for name, value in before.items():
+            if identity[name] != value:
+                raise ValueError(f"{name} is {identity[name]!r}, but {checkpoint} was trained with {value!r}.")
+        if saved["step"] > self.config.max_train_steps:
+            raise ValueError(
+                f"max_train_steps is {self.config.max_train_steps}, but {checkpoint.name} has {saved['step']} already."
+            )
+        self.accelerator.load_state(str(checkpoint))
+        # Its count of micro-batches is of the accumulation that the checkpoint had; a step of ours begins here.
+        self.accelerator.step = 0
+        self.ema.to(self.accelerator.device)
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.history, self.validation = saved["history"], saved["validation"]
+
+    def finish(self) -> None:
+        """Put the averaged weights into the network and write the repository."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.ema.copy_to(self.unet.parameters())
+        self.unet.to(memory_format=torch.contiguous_format).eval()
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.output_dir)
+            DDPMPipeline(self.unet, self.scheduler).save_pretrained(self.output_dir)
+            facts = {"trained_timesteps": self.timesteps, "noise_corner": self.config.noise_corner}
+            default_settings(self.timesteps[1], **facts).save_pretrained(self.output_dir)
+            write_trained_on(self.output_dir, self.trained_on)
+            (self.output_dir / RECORD_NAME).write_text(json.dumps(self._record(), indent=2) + "\n")
+            write_card(self.output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _record(self) -> dict:
+        return {
+            "base_model": self.base_model,
+            "base_model_on_hub": self.base_model_on_hub,
+            "data": self.data,
+            "steps": self.step,
+            "total_batch_size": self.layout.total,
+            "processes": self.layout.world,
+            "trained_timesteps": list(self.timesteps),
+            "num_train_timesteps": self.scheduler.config.num_train_timesteps,
+            "parameters": self.unet.num_parameters(),
+            "settings": self.settings,
+            "ema": ema_horizon(self.ema, self.step),
+            "seconds": round(self.seconds, 1),
+            "images_per_second": round(self.step * self.layout.total / self.seconds, 1),
+            "device": self._device(),
+            "packages": package_versions(),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "history": self.history,
+            "validation": self.validation,
+        }
+
+    def _device(self) -> str:
+        device = self.accelerator.device
+        return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def ema_horizon(ema: EMAModel, steps: int) -> dict:
+    """
+    How far back the averaged weights reach after a number of steps.
+
+    Returns:
+        `dict`: `weight_of_start`, the share of the weights as they were after the first step; `mean_age`, in steps.
+    """
+    share, age = 1.0, 0.0
+    for step in range(2, steps + 1):
+        decay = ema.get_decay(step)
+        share, age = share * decay, decay * (age + 1)
+    return {"weight_of_start": share, "mean_age": age}
+
+
+def _public(config: dict) -> dict:
+    """A diffusers configuration without its own notes, such as the version that wrote it."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _fingerprint(images: LabelledImages | ImageFiles) -> str:
+    """What tells one collection from another: every pixel if they are in memory, else the files and their form."""
+    if isinstance(images, ImageFiles):
+        form = f"{images.channels}x{images.resolution}x{images.resolution}, {images.center_crop=}"
+        return f"{len(images)} images, {form}, {images.fingerprint()}"
+    return hashlib.blake2b(np.ascontiguousarray(images.images), digest_size=16).hexdigest()

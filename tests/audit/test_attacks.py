@@ -1,0 +1,60 @@
+"""What an audit tries beside its own purification, by name."""
+
+import pytest
+
+from jcdp_diffusers.audit.attacks import attack, in_seconds
+from jcdp_diffusers.purification_config import PRESETS, PurificationConfig
+
+
+AUDITS = PurificationConfig(diffusion_steps=40, num_inference_steps=4, num_rounds=2)
+
+
+def test_a_countermeasure_by_its_name():
+    one = attack("jpeg-10")
+    assert one.name == one.measure.name == "jpeg-10"
+    assert not one.takes_purified and not one.purifies_as_the_audit
+    assert one.as_done(AUDITS, smoke=False) is one.measure
+
+
+def test_purified_in_front_takes_the_purified_images():
+    one = attack("purified+corruption")
+    assert one.takes_purified and not one.purifies_as_the_audit
+    assert one.measure.name == "corruption" and not one.measure.needs_purifier
+
+
+def test_purified_behind_others_purifies_what_they_leave_as_the_audit_does():
+    one = attack("impulse-filter+purified+corruption")
+    assert one.purifies_as_the_audit and not one.takes_purified
+    assert [part.name for part in one.measure.parts] == ["impulse-filter", "unconditional", "corruption"]
+    done = one.as_done(AUDITS, smoke=False)
+    assert [part.name for part in done.parts] == ["impulse-filter", "purified", "corruption"]
+    assert done.parts[1].settings["diffusion_steps"] == 40
+
+
+def test_another_purification_keeps_its_settings_except_in_a_smoke_run():
+    one = attack("avatar")
+    assert one.as_done(AUDITS, smoke=False) is one.measure
+    assert one.measure.settings["diffusion_steps"] == 100
+    assert one.as_done(AUDITS, smoke=True).parts[0].settings["diffusion_steps"] == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("purified", "that is a row of every audit"),
+        ("purified+purified", "images are purified once"),
+        ("purified+avatar", "images are purified once"),
+        ("avatar+purified", "images are purified once"),
+        ("purified+no-such", "no-such"),
+    ],
+)
+def test_names_that_are_no_attack(name, said):
+    with pytest.raises(ValueError, match=said):
+        attack(name)
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), AUDITS, PurificationConfig(diffusion_steps=3)])
+def test_a_smoke_run_purifies_with_few_steps_and_never_more_than_asked(config):
+    quick = in_seconds(config)
+    assert quick.evaluations_per_image <= 2
+    assert quick.diffusion_steps == min(20, config.diffusion_steps)

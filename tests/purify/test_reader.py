@@ -1,0 +1,86 @@
+"""Rows of any source, from any row on."""
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from purifying import some_images, source_folder
+
+from jcdp_diffusers.data import open_dataset, write_dataset
+from jcdp_diffusers.purify.reader import ROWS_AT_ONCE, open_rows
+
+
+datasets.disable_progress_bars()
+COUNT = 3 * ROWS_AT_ONCE + 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return source_folder(tmp_path_factory.mktemp("source"), COUNT)
+
+
+@pytest.fixture(params=["folder", "dataset", "stream"])
+def rows(request, folder):
+    return open_rows(
+        folder if request.param == "folder" else open_dataset(folder, streaming=request.param == "stream")
+    )
+
+
+def ids(tables) -> list[str]:
+    tables = list(tables)
+    assert all(0 < len(table) <= ROWS_AT_ONCE for table in tables)
+    return [name for table in tables for name in table["id"].to_pylist()]
+
+
+def test_any_range_in_any_order(rows):
+    every = list(some_images(COUNT).ids)
+    assert rows.length in (COUNT, None) and rows.split == "train"
+    for start, stop in ((0, 10), (10, 200), (200, COUNT), (7, 8), (150, 151), (COUNT - 1, COUNT), (0, COUNT)):
+        assert ids(rows.read(start, stop)) == every[start:stop]
+    assert ids(rows.read(COUNT - 3, COUNT + 50)) == every[-3:]
+    assert ids(rows.read(COUNT + 50, COUNT + 60)) == []
+
+
+def test_parquet_rows_are_numbered_through_all_files_and_row_groups(tmp_path):
+    for part, count in enumerate((5, 300, 1, 44)):
+        values = {"img": [b"x"] * count, "number": list(range(count))}
+        pq.write_table(pa.table(values), tmp_path / f"test-{part}.parquet", row_group_size=37)
+    rows = open_rows(tmp_path)
+    assert (rows.length, rows.split, list(rows.features)) == (350, "test", ["id", "image", "number"])
+    for start, stop in ((0, 350), (304, 307), (299, 301), (349, 350)):
+        tables = list(rows.read(start, stop))
+        assert ids(tables) == [f"test/{row}" for row in range(start, stop)]
+        first = tables[0]["number"][0].as_py()
+        assert first == (start if start < 5 else start - 5 if start < 305 else start - 306)
+
+
+def test_of_several_splits_the_one_asked_for(tmp_path):
+    write_dataset(tmp_path, some_images(4), split="train")
+    write_dataset(tmp_path, some_images(6), split="test")
+    assert open_rows(tmp_path, split="test").length == 6
+    with pytest.raises(ValueError, match="has several splits and split is None; .* are accepted"):
+        open_rows(tmp_path)
+
+
+def test_a_fingerprint_follows_the_rows_not_their_place(folder, tmp_path):
+    same = source_folder(tmp_path / "elsewhere", COUNT)
+    other = source_folder(tmp_path / "other", COUNT, seed=1)
+    assert open_rows(same).fingerprint == open_rows(folder).fingerprint != open_rows(other).fingerprint
+    images = some_images(30)
+    changed = images.images.copy()
+    changed[17, 0, 0, 0] ^= 1
+    prints = {open_rows(data).fingerprint for data in (images, images.with_images(changed), images.subset(range(29)))}
+    assert len(prints) == 3
+    relabelled = (images.images, np.roll(images.labels, 1))
+    assert open_rows(relabelled).fingerprint != open_rows((images.images, images.labels)).fingerprint
+
+
+def test_a_fingerprint_of_an_image_folder_reads_the_files(tmp_path):
+    prints = []
+    for place, level in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / place).mkdir()
+        Image.new("RGB", (8, 8), (level,) * 3).save(tmp_path / place / "0.png")
+        prints.append(open_rows(tmp_path / place).fingerprint)
+    assert prints[0] == prints[1] != prints[2]

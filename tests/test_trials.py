@@ -1,0 +1,219 @@
+"""Cells of a comparison: named by content, measured once, shared out, taken up after a crash."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from purifying import quick_pipe
+
+from jcdp_diffusers import trials as module
+from jcdp_diffusers.data import LabelledImages
+from jcdp_diffusers.purification_config import PurificationConfig
+from jcdp_diffusers.purify.shards import Claims
+from jcdp_diffusers.results import read_records
+from jcdp_diffusers.trials import (
+    Cell,
+    cell_name,
+    claims_folder,
+    measure_cells,
+    missing_cells,
+    purifier_digest,
+    results_by_cell,
+)
+from jcdp_diffusers.victims.supervised import RECIPES
+
+
+QUICK = dataclasses.replace(RECIPES["smoke"], epochs=1, max_steps_per_epoch=2, batch_size=8)
+SLOW = dataclasses.replace(QUICK, name="slow", epochs=2000)
+
+
+def images(count: int, seed: int) -> LabelledImages:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    return LabelledImages(pixels, np.arange(count) % 2, tuple(f"{seed}-{row}" for row in range(count)))
+
+
+TRAIN, TEST = images(24, 0), images(10, 1)
+
+
+def cell(seed: int = 0, **changes) -> Cell:
+    return Cell(**{"train": TRAIN, "test": TEST, "recipe": QUICK, "seed": seed, **changes})
+
+
+def accuracies(records) -> list[dict]:
+    return [record for record in read_records(records) if record["what"] == "accuracy"]
+
+
+def test_a_cell_is_named_by_the_content_of_all_that_decides_it():
+    same = LabelledImages(TRAIN.images.copy(), TRAIN.labels.copy(), tuple(f"x{row}" for row in range(24)))
+    assert cell().name == cell(train=same).name  # whatever the images are called
+    touched = TRAIN.images.copy()
+    touched[5, 3, 3, 0] ^= 1
+    others = [
+        cell(seed=1),
+        cell(train=TRAIN.with_images(touched)),
+        cell(train=dataclasses.replace(TRAIN, labels=1 - TRAIN.labels)),
+        cell(test=images(10, 2)),
+        cell(recipe=dataclasses.replace(QUICK, learning_rate=0.05)),
+        cell(width=4),
+        cell(victim="vgg16"),
+        cell(countermeasure="gray"),
+        cell(about={"poison": "lsp"}),
+    ]
+    assert len({other.name for other in (cell(), *others)}) == 1 + len(others)
+    assert cell(width=QUICK.width).name == cell().name  # the recipe's own
+    told = {"grid": "other", "poison_seconds": 3.0, "poison_norms": {"linf": 8}, "collected": "elsewhere"}
+    assert cell(about=told).name == cell().name  # neither what a comparison is called nor what nobody uses
+
+
+def test_a_setting_that_came_later_renames_no_cell_at_the_value_that_was_meant():
+    purifying = lambda **settings: cell(countermeasure="unconditional", purification=PurificationConfig(**settings))
+    assert "noise_corner" not in str(purifying().settings)
+    assert purifying(noise_corner=0.0).name == purifying().name != purifying(noise_corner=8.0).name
+    assert purifying(noise_corner=8.0).settings["purification"]["noise_corner"] == 8.0
+    # A cell of CIFAR-10 as it was named before there was such a setting.
+    (record,) = (
+        record
+        for record in read_records(Path(__file__).parents[1] / "results/leak_cifar10_mini.jsonl")
+        if record["what"] == "accuracy" and record["seed"] == 0 and record["settings"]["purification"]
+    )
+    assert cell_name(record["settings"], 0) == record["settings"]["cell"]
+
+
+def test_the_colour_of_a_purifiers_noise_is_on_record_and_in_the_name(tmp_path):
+    found = []
+    for name, corner in (("plain", None), ("white", 0.0), ("red", 3.0), ("redder", 8.0)):
+        (tmp_path / name / "unet").mkdir(parents=True)  # the same weights: none
+        if corner is not None:
+            PurificationConfig(noise_corner=corner).save_pretrained(tmp_path / name)
+        found.append(cell(countermeasure="unconditional", purifier=str(tmp_path / name)))
+    assert [one.settings.get("noise_corner") for one in found] == [None, None, 3.0, 8.0]
+    assert found[0].name == found[1].name and len({one.name for one in found}) == 3
+    assert len({purifier_digest(one.purifier) for one in found}) == 3
+
+
+def test_the_collected_images_decide_where_a_purifier_is_used():
+    names = {
+        cell(countermeasure="unconditional", purifier="owner/name", about={"collected": name}).name
+        for name in ("here", "elsewhere")
+    }
+    assert len(names) == 2
+
+
+def test_a_purifier_in_a_folder_is_known_by_its_weights(tmp_path):
+    for name, weights in (("one", b"weights"), ("copy", b"weights"), ("other", b"Weights")):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "unet/model.safetensors").write_bytes(weights)
+    one, copy, other = (purifier_digest(str(tmp_path / name)) for name in ("one", "copy", "other"))
+    assert one == copy != other and purifier_digest("owner/name") == "owner/name"
+
+
+def test_cells_that_differ_while_training_share_what_is_purified(tmp_path):
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    how = dict(
+        purifier=str(tmp_path / "purifier"),
+        purification=PurificationConfig(diffusion_steps=2, num_inference_steps=2),
+        work_dir=tmp_path / "prepared",
+    )
+    shared = [cell(countermeasure=name, **how) for name in ("unconditional", "unconditional+corruption")]
+    other = cell(countermeasure="unconditional", **how | {"train": TEST})
+    drawn = cell(countermeasure="unconditional", draws=2, **how)
+    assert drawn.name != shared[0].name
+    measure_cells([*shared, other, drawn], tmp_path / "records.jsonl", progress=False)
+    assert len(list((tmp_path / "prepared").iterdir())) == 2
+    done = [record["value"] for record in read_records(tmp_path / "records.jsonl") if record["what"] == "victim"]
+    assert done[0]["prepare_seconds"] == done[1]["prepare_seconds"] > 0
+    assert done[3]["prepare_seconds"] > done[0]["prepare_seconds"]  # two draws, one of them the others'
+    again = tmp_path / "again.jsonl"
+    measure_cells(shared[:1], again, progress=False)
+    assert (
+        list(results_by_cell(again, what="victim").values())[0]["value"]["prepare_seconds"]
+        == done[0]["prepare_seconds"]
+    )
+
+
+def test_only_what_is_missing_is_measured(tmp_path):
+    records = tmp_path / "records.jsonl"
+    wanted = [cell(0, about={"row": "a"}), cell(1, about={"row": "a"})]
+    measure_cells(wanted, records, progress=False)
+    found = accuracies(records)
+    assert [record["seed"] for record in found] == [0, 1] and missing_cells(wanted, records) == []
+    details = results_by_cell(records, what="victim")[wanted[0].name]["value"]
+    assert np.sum(details["confusion"]) == 10 and len(details["history"]) == 1 and details["threads"] == 1
+    before = records.read_text()
+    wanted.append(cell(0, countermeasure="gray"))
+    measure_cells(wanted, records, progress=False)
+    assert records.read_text().startswith(before) and len(accuracies(records)) == 3
+    # A line cut off between a cell's two records: the cell is measured again, the same.
+    lines = records.read_text().splitlines()
+    records.write_text("\n".join(lines[:3]) + "\n")
+    measure_cells(wanted[:2], records, progress=False)
+    assert [record["value"] for record in accuracies(records)] == [record["value"] for record in found]
+
+
+def test_what_is_measured_does_not_depend_on_the_number_of_processes(tmp_path):
+    wanted = [cell(seed) for seed in range(3)]
+    values = []
+    for processes in (1, 2):
+        records = tmp_path / f"{processes}.jsonl"
+        measure_cells(wanted, records, processes=processes, progress=False)
+        values.append({record["seed"]: record["value"] for record in accuracies(records)})
+    assert values[0] == values[1] and len(values[0]) == 3
+
+
+def test_a_cell_that_another_process_has_claimed_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ATTEMPTS_SECONDS", 0.05)
+    records = tmp_path / "records.jsonl"
+    first, second = cell(0), cell(1)
+    claims_folder(records).mkdir(parents=True)
+    with Claims(claims_folder(records)) as claims:
+        assert claims.take(first.name)
+        worker = threading.Thread(target=measure_cells, args=([first, second], records), kwargs={"progress": False})
+        worker.start()
+        while not records.exists() or len(accuracies(records)) < 1:
+            time.sleep(0.05)
+        assert [record["seed"] for record in accuracies(records)] == [1] and worker.is_alive()
+        claims.release(first.name)
+        worker.join(60)
+    assert sorted(record["seed"] for record in accuracies(records)) == [0, 1]
+
+
+def test_a_cell_whose_process_was_killed_is_taken_over(tmp_path):
+    """The slow cell is claimed, its process dies by SIGKILL, and its claim does not hold anybody up."""
+    records = tmp_path / "records.jsonl"
+    spawn = multiprocessing.get_context("spawn")
+    slow = cell(0, recipe=SLOW)
+    worker = spawn.Process(target=measure_cells, args=([slow], records), kwargs={"progress": False})
+    worker.start()
+    claim = claims_folder(records) / slow.name
+    while not claim.exists():
+        assert worker.is_alive()
+        time.sleep(0.05)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    assert claim.exists() and not records.exists()
+    with Claims(claims_folder(records)) as claims:
+        assert claims.take(slow.name)
+
+
+def test_an_error_ends_the_command_and_frees_the_cell(tmp_path):
+    records = tmp_path / "records.jsonl"
+    about = {"poison": "lsp", "column": "plain"}
+    bad = cell(0, test=LabelledImages(TEST.images, TEST.labels * 0, TEST.ids), about=about)
+    with pytest.raises(RuntimeError, match="^lsp plain seed 0: train has images of class 1, but test has none"):
+        measure_cells([bad], records, progress=False)
+    assert list(claims_folder(records).iterdir()) == []
+    with pytest.raises(ValueError, match="processes is 0, but must be at least 1"):
+        measure_cells([bad], records, processes=0)
+
+
+@pytest.mark.long
+def test_an_error_in_a_process_of_its_own_is_the_commands_error(tmp_path):
+    bad = LabelledImages(TEST.images, TEST.labels * 0, TEST.ids)
+    with pytest.raises(RuntimeError, match="^none seed [01]: train has images of class 1, but test has none"):
+        measure_cells([cell(0, test=bad), cell(1, test=bad)], tmp_path / "r.jsonl", processes=2, progress=False)
