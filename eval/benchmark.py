@@ -30,6 +30,8 @@ from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.data.checks import ROLES, check_separation, check_sets, check_trained_on, few_of_each_class
+from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
+from jcdp_diffusers.devices import available_cores
 from jcdp_diffusers.perceptual import load_perceptual
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.poisons.control import shuffled
@@ -420,8 +422,8 @@ def _protect(clean, entry: str, grid: Grid, output_dir: Path, claims: Claims, de
     protected = clean.with_images(data.images)
     if entry.endswith(CONTROL):
         noise = shuffled(protected.tensor() - clean.tensor(), seed=grid.poison_seed)
-        protected = clean.with_images(poisons.apply_perturbation(clean.images, noise))
-        return protected, facts | {"poison_norms": poisons.measured_norms(clean.images, protected.images)}
+        protected = clean.with_images(apply_perturbation(clean.images, noise))
+        return protected, facts | {"poison_norms": measured_norms(clean.images, protected.images)}
     return protected, facts | {"poison_norms": card["measured"], "poison_seconds": card["seconds"]}
 
 
@@ -512,7 +514,7 @@ def main() -> None:
     keep_freed_memory()
     rank, world, place = leave_group()
     device = args.device or (f"cuda:{place}" if torch.cuda.is_available() else "cpu")
-    processes = args.processes or max(1, len(os.sched_getaffinity(0)) // world)
+    processes = args.processes or max(1, available_cores() // world)
     with ends_in_one_sentence("benchmark"):
         grid = read_grid(args.grid, protocol=args.protocol, roles=args.roles, seeds=args.seeds)
         cells = run_grid(

@@ -53,9 +53,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from jcdp_diffusers import GuidedDDPMScheduler, JointConditionalPurificationPipeline, LPIPSModel, PurificationConfig
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.acceleration.folded_upsampling import fold_upsampling
-from jcdp_diffusers.acceleration.placement import compiled_normal_noise, has_bfloat16, place
+from jcdp_diffusers.acceleration.placement import compiled_normal_noise, place
 from jcdp_diffusers.acceleration.winograd import use_winograd
 from jcdp_diffusers.data import LabelledImages, load_images, to_uint8
+from jcdp_diffusers.devices import has_bfloat16
 from jcdp_diffusers.noise import image_keys, normal_noise
 from jcdp_diffusers.pipeline_jcdp import usual_micro_batch
 from jcdp_diffusers.purify.tiling import encode_all, prepare_all

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +21,8 @@ import torch
 from . import poisons
 from .acceleration.allocation import keep_freed_memory
 from .data import LabelledImages, check_roles, load_images, to_uint8, write_dataset
+from .data.perturbations import apply_perturbation, measured_norms
+from .devices import available_cores
 from .noise import colour_in_words
 from .purification_config import PurificationConfig
 from .purify.dataset import open_purifier, purify_dataset
@@ -190,10 +191,10 @@ def run_quickstart(
     clean, collected, test = digits(story.sizes) if data is None else cifar10(data, story.sizes)
     start = time.perf_counter()
     perturbation = poisons.get("lsp")(clean.tensor(), torch.from_numpy(clean.labels), seed=seed)
-    protected = clean.with_images(poisons.apply_perturbation(clean.images, perturbation))
+    protected = clean.with_images(apply_perturbation(clean.images, perturbation))
     noise = random_noise(clean.images, protected.images, seed)
-    noisy = clean.with_images(poisons.apply_perturbation(clean.images, noise))
-    norms = poisons.measured_norms(clean.images, protected.images)
+    noisy = clean.with_images(apply_perturbation(clean.images, noise))
+    norms = measured_norms(clean.images, protected.images)
     check_roles(protected, collected, test)
     for role, images in {"clean": clean, "protected": protected, "collected": collected, "test": test}.items():
         write_dataset(output_dir / role, images, split="test" if role == "test" else "train")
@@ -306,7 +307,7 @@ def train_victims(work: list[tuple], device: str) -> Iterator[dict]:
     if device != "cpu" or not work:
         yield from map(one_victim, work)
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     spawn = multiprocessing.get_context("spawn")  # a forked copy of torch's thread pools may hang
     with ProcessPoolExecutor(min(len(work), cores), spawn, initializer=keep_freed_memory) as pool:
         yield from pool.map(one_victim, work)

@@ -24,6 +24,7 @@ from . import countermeasures, victims
 from .countermeasures.purifiers import check_purifier_suits
 from .data import LabelledImages, find_overlap, load_images
 from .data.checks import check_sets, check_trained_on
+from .devices import device_in_words
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .results import as_settings, code_version, package_versions
 from .victims.supervised import RECIPES, Recipe, VictimResult, train_victim
@@ -260,7 +261,7 @@ def _summary(request: dict, runs: list[dict], names: list[str], device: str | to
         "runs": runs,
         "prepare_seconds": runs[0]["prepare_seconds"],
         "train_seconds": sum(run["seconds"] for run in runs),
-        "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
+        "device": device_in_words(device),
         "packages": package_versions(),
         "commit": code_version(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from . import countermeasures
 from .acceleration.allocation import keep_freed_memory
 from .data import LabelledImages
+from .devices import device_in_words
 from .purification_config import PurificationConfig
 from .purify.manifest import RUN_NAME
 from .purify.shards import Claims
@@ -214,7 +215,7 @@ def measure_cell(cell: Cell, records: Path, device: torch.device) -> float:
         "seed": cell.seed,
         "protocol": cell.recipe.name,
         "settings": cell.settings,
-        "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
+        "device": device_in_words(device),
         "seconds": round(result.seconds, 2),
     }
     details = {

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..devices import has_bfloat16
 from ..noise import normal_noise
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from .folded_upsampling import fold_upsampling
@@ -19,14 +20,6 @@ from .winograd import use_winograd
 
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-
-
-def has_bfloat16(device: torch.device | str) -> bool:
-    """Whether a device computes in bfloat16 rather than imitates it, which would be slower than float32."""
-    device = torch.device(device)
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def compiled_normal_noise() -> Callable[..., torch.Tensor]:

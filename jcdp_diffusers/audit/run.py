@@ -37,6 +37,7 @@ from ..data.checks import (
     match_originals,
     shortcut_test,
 )
+from ..devices import available_cores
 from ..perceptual import LPIPSModel, load_perceptual
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PRESETS, PurificationConfig
@@ -209,7 +210,7 @@ def audit(
     cells = _cells(sets, tried, used, recipe, seeds, victim, width, roles, output_dir / "attacks")
     order = [cells[row][turn] for turn in range(len(seeds)) for row in cells]
     say(f"Victims: {len(order)} of {recipe.epochs} epochs")
-    processes = len(os.sched_getaffinity(0)) if processes is None else processes
+    processes = available_cores() if processes is None else processes
     measure_cells(order, records, device=device, processes=processes)
 
     # 6. The report

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 
 import torch
 
+from ..devices import seeded
+
 
 @contextmanager
 def drawn_from(generator: torch.Generator) -> Iterator[None]:
     """Seeds torch's global state from `generator` and puts it back afterwards."""
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
-    with torch.random.fork_rng(devices=[generator.device] if generator.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, generator.device):
         yield

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
-from ..poisons import measured_norms
 from ..train.provenance import image_digests, trained_on
 from . import LabelledImages, check_roles, find_overlap
+from .perturbations import measured_norms
 
 
 ROLES = ("disjoint", "paper")

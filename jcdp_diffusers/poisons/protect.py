@@ -20,6 +20,7 @@ import yaml
 
 from .. import poisons
 from ..data import LabelledImages, load_images, open_dataset, write_dataset
+from ..data.perturbations import apply_perturbation, measured_norms
 from ..results import package_versions
 from .published import read_perturbation
 
@@ -226,11 +227,11 @@ def _write(
     facts: dict[str, Any],
     start: float,
 ) -> LabelledImages:
-    protected = data.with_images(poisons.apply_perturbation(data.images, perturbation))
+    protected = data.with_images(apply_perturbation(data.images, perturbation))
     write_dataset(output_dir, protected, split=split, columns=columns)
     facts |= {
         "split": split,
-        "measured": poisons.measured_norms(data.images, protected.images),
+        "measured": measured_norms(data.images, protected.images),
         "seconds": round(time.monotonic() - start, 1),
         "packages": package_versions(),
     }

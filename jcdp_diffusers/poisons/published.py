@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..data import LabelledImages, load_images
-from . import apply_perturbation, measured_norms
+from ..data.perturbations import apply_perturbation, measured_norms
 
 
 SUFFIXES = (".pt", ".pth", ".npy", ".npz", ".safetensors")

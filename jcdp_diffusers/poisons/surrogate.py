@@ -8,14 +8,14 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from .. import victims
+from ..devices import seeded
 
 
 def build(
     name: str, width: int, images: torch.Tensor, labels: torch.Tensor, seed: int, device: torch.device
 ) -> nn.Module:
     """A surrogate with weights drawn from `seed`: one of our own victims, for the classes of `labels`, on `device`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         model = victims.get(name)(int(labels.max()) + 1, in_channels=images.shape[1], width=width)
     return model.to(device=device, memory_format=torch.channels_last)
 
@@ -94,6 +94,5 @@ class CropFlip:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         seed = int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             return self.transform(images)

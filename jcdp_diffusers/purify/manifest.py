@@ -18,6 +18,7 @@ import torch
 
 from ..acceleration.folded_upsampling import is_folded
 from ..acceleration.winograd import uses_winograd
+from ..devices import available_cores
 from ..pipeline_jcdp import JointConditionalPurificationPipeline, usual_micro_batch
 from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions
@@ -138,7 +139,7 @@ def default_threads() -> int:
     """
     threads = torch.get_num_threads()
     if "LOCAL_WORLD_SIZE" in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = available_cores()
         threads = max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
     return 1 << (threads.bit_length() - 1)
 

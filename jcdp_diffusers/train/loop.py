@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..data import LabelledImages
+from ..devices import device_in_words
 from ..noise import coloured
 from ..purification_config import default_settings
 from ..results import LATER, package_versions
@@ -456,8 +457,7 @@ class _Run:
         }
 
     def _device(self) -> str:
-        device = self.accelerator.device
-        return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+        return device_in_words(self.accelerator.device)
 
 
 def ema_horizon(ema: EMAModel, steps: int) -> dict:

@@ -1,7 +1,8 @@
 """UNets by name: the paper's CIFAR-10 network, and three small ones that a CPU trains in minutes."""
 
-import torch
 from diffusers import DDPMScheduler, UNet2DModel
+
+from ..devices import seeded
 
 
 # What the original DDPM (Ho et al., 2020) and the authors' network share and diffusers' defaults do not: sine before
@@ -57,8 +58,7 @@ def named_unet(name: str, *, in_channels: int = 3, sample_size: int = 32, seed: 
     divisor = 2 ** (len(UNETS[name]["block_out_channels"]) - 1)
     if sample_size % divisor:
         raise ValueError(f"sample_size is {sample_size}, but must be a multiple of {divisor} for the UNet {name!r}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed a GPU, too
+    with seeded(seed):
         return UNet2DModel(in_channels=in_channels, out_channels=in_channels, sample_size=sample_size, **UNETS[name])
 
 

@@ -49,8 +49,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import victims
-from ..acceleration.placement import has_bfloat16
 from ..data import LabelledImages
+from ..devices import has_bfloat16, seeded
 
 
 SCHEDULES = ("steps", "cosine", "one_cycle")
@@ -509,11 +509,7 @@ def _autocast(wanted: bool, device: torch.device) -> torch.autocast:
 def _reproducible(seed: int, device: torch.device) -> Iterator[None]:
     """Equal seeds, equal bits: seeds torch's global state, for libraries that take no generator, and restores it."""
     deterministic = torch.backends.cudnn.deterministic
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+    with seeded(seed, device):
         torch.backends.cudnn.deterministic = True
         try:
             yield

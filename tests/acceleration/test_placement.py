@@ -9,7 +9,8 @@ from purifying import quick_pipe, read_back, same, source_folder
 from tiny import tiny_unet
 
 from jcdp_diffusers import JointConditionalPurificationPipeline, LPIPSModel
-from jcdp_diffusers.acceleration.placement import compiled_normal_noise, has_bfloat16, place
+from jcdp_diffusers.acceleration.placement import compiled_normal_noise, place
+from jcdp_diffusers.devices import has_bfloat16
 from jcdp_diffusers.noise import image_keys, normal_noise
 from jcdp_diffusers.purify.__main__ import main
 from jcdp_diffusers.purify.dataset import open_purifier

@@ -16,8 +16,9 @@ from jcdp_diffusers import countermeasures
 from jcdp_diffusers.audit.run import audit
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
+from jcdp_diffusers.data.perturbations import apply_perturbation
 from jcdp_diffusers.perceptual import LPIPSModel
-from jcdp_diffusers.poisons import apply_perturbation, get
+from jcdp_diffusers.poisons import get
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
 from jcdp_diffusers.train.default_purifier import plan_for

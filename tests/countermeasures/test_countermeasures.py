@@ -13,6 +13,7 @@ from tiny import tiny_unet
 
 from jcdp_diffusers import JointConditionalPurificationPipeline, PurificationConfig, countermeasures, poisons, victims
 from jcdp_diffusers.countermeasures import KINDS, Context
+from jcdp_diffusers.data.perturbations import apply_perturbation
 from jcdp_diffusers.victims.supervised import HOOK_METHODS, Recipe, train_victim
 
 
@@ -53,7 +54,7 @@ def test_every_name_of_every_family_is_registered():
 def test_trains_a_victim_of_any_data_by_name(name, prepare, train, test):
     """Composition: every countermeasure, the same two lines; and nothing but the victim changes."""
     perturbation = poisons.get("lsp")(train.tensor(), torch.from_numpy(train.labels))
-    train = train.with_images(poisons.apply_perturbation(train.images, perturbation))
+    train = train.with_images(apply_perturbation(train.images, perturbation))
     before = train.images.copy(), test.images.copy(), torch.get_rng_state()
     prepared = prepare(name, train)
     result = train_victim(prepared.data, test, recipe=QUICK, hooks=prepared.hooks)

@@ -7,6 +7,7 @@ from scipy.ndimage import median_filter
 
 from jcdp_diffusers import countermeasures, poisons
 from jcdp_diffusers.countermeasures.impulse import THRESHOLD, rank_ordered_difference, replace_impulses
+from jcdp_diffusers.data.perturbations import apply_perturbation
 
 
 def filtered(data):
@@ -61,7 +62,7 @@ def test_one_pixel_is_found_wherever_it_is(place, photos):
 def test_most_of_a_one_pixel_shortcut_goes(photos):
     clean = np.concatenate([np.rot90(photos.images, turns, axes=(1, 2)) for turns in range(4)])
     tensor = torch.from_numpy(clean.copy()).permute(0, 3, 1, 2).float() / 255
-    protected = poisons.apply_perturbation(clean, poisons.get("ops")(tensor, torch.arange(32) % 4, seed=0))
+    protected = apply_perturbation(clean, poisons.get("ops")(tensor, torch.arange(32) % 4, seed=0))
     left = np.abs(np.stack([replace_impulses(image) for image in protected]).astype(int) - clean).max(axis=3)
     hit = np.abs(protected.astype(int) - clean).max(axis=3) > 100
     assert hit.sum() >= 16

@@ -4,6 +4,7 @@ import torch
 from sklearn.datasets import make_classification
 
 from jcdp_diffusers import poisons
+from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
 
 
 def test_is_the_published_construction_value_by_value():
@@ -36,7 +37,7 @@ def test_both_norms_can_be_had_by_name(preset, norm):
     perturbation = poisons.get("lsp")(images, torch.arange(10), preset=preset)
     assert perturbation.flatten(1).norm(dim=1).numpy() == pytest.approx(norm, rel=1e-4)
     clean = np.full((10, 32, 32, 3), 128, dtype=np.uint8)
-    measured = poisons.measured_norms(clean, poisons.apply_perturbation(clean, perturbation))
+    measured = measured_norms(clean, apply_perturbation(clean, perturbation))
     assert measured["l2_mean"] == pytest.approx(norm, rel=0.03)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from jcdp_diffusers import poisons
+from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
 from jcdp_diffusers.poisons.control import shuffled
 
 
@@ -26,13 +27,13 @@ def perturbation(name, data):
 
 def test_changes_every_image(perturbation, data):
     assert perturbation.shape == data.tensor().shape and perturbation.dtype == torch.float32
-    poisoned = poisons.apply_perturbation(data.images, perturbation)
+    poisoned = apply_perturbation(data.images, perturbation)
     assert (poisoned != data.images).any(axis=(1, 2, 3)).all()
 
 
 def test_keeps_its_budget_after_rounding(name, perturbation, data):
-    poisoned = poisons.apply_perturbation(data.images, perturbation)
-    measured = poisons.measured_norms(data.images, poisoned)
+    poisoned = apply_perturbation(data.images, perturbation)
+    measured = measured_norms(data.images, poisoned)
     promised = poisons.budget(name, "smoke", tuple(perturbation.shape[1:]))
     assert measured["linf"] <= promised.get("linf", 255)
     # Rounding moves a value by half a level at most.
@@ -112,15 +113,15 @@ def test_wrong_input_is_refused(images, labels, change, sentence):
 def test_perturbation_is_added_clipped_and_rounded_once():
     images = np.array([0, 3, 250, 100], dtype=np.uint8).reshape(1, 2, 2, 1)
     perturbation = torch.tensor([-8.0, -8.0, 8.0, 7.6]).reshape(1, 1, 2, 2) / 255
-    poisoned = poisons.apply_perturbation(images, perturbation)
+    poisoned = apply_perturbation(images, perturbation)
     assert poisoned.dtype == np.uint8 and poisoned.ravel().tolist() == [0, 0, 255, 108]
 
 
 def test_perturbation_must_fit_the_images(data):
     with pytest.raises(ValueError, match=r"perturbation has shape \(40, 16, 16, 3\), but the images need \(40, 3, 16"):
-        poisons.apply_perturbation(data.images, np.zeros((40, 16, 16, 3)))
+        apply_perturbation(data.images, np.zeros((40, 16, 16, 3)))
     with pytest.raises(ValueError, match="images has dtype float64, but uint8 is needed"):
-        poisons.apply_perturbation(data.images / 255, np.zeros((40, 3, 16, 16)))
+        apply_perturbation(data.images / 255, np.zeros((40, 3, 16, 16)))
 
 
 def test_norms_are_those_of_the_bytes():
@@ -128,12 +129,12 @@ def test_norms_are_those_of_the_bytes():
     poisoned = clean.copy()
     poisoned[0, 0, 0] = [3, 4, 0]
     poisoned[1, 0] = 255
-    norms = poisons.measured_norms(clean, poisoned)
+    norms = measured_norms(clean, poisoned)
     assert norms["linf"] == 255 and norms["l0_max"] == 2 and norms["l0_mean"] == 1.5
     assert norms["l2_max"] == pytest.approx(np.sqrt(6))
     assert norms["l2_mean"] == pytest.approx((5 / 255 + np.sqrt(6)) / 2)
     with pytest.raises(ValueError, match=r"poisoned has shape \(1, 2, 2, 3\), but the clean images have"):
-        poisons.measured_norms(clean, poisoned[:1])
+        measured_norms(clean, poisoned[:1])
 
 
 def test_control_has_the_norms_of_the_poison_and_nothing_else(perturbation):
@@ -194,6 +195,6 @@ def test_a_ninth_poison_is_one_file_and_one_line(data, tmp_path, monkeypatch):
     monkeypatch.setitem(poisons._FILES, "stripes", "stripes")
 
     perturbation = poisons.get("stripes")(data.tensor(), torch.from_numpy(data.labels))
-    poisoned = poisons.apply_perturbation(data.images, perturbation)
-    assert poisons.measured_norms(data.images, poisoned)["linf"] == 8
+    poisoned = apply_perturbation(data.images, perturbation)
+    assert measured_norms(data.images, poisoned)["linf"] == 8
     assert poisons.budget("stripes", "smoke", (3, 16, 16)) == {"linf": 8.0}

@@ -9,6 +9,7 @@ import torch
 
 from jcdp_diffusers import poisons
 from jcdp_diffusers.data import load_images, write_dataset
+from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
 from jcdp_diffusers.poisons import protect
 from jcdp_diffusers.poisons.progress import Progress
 
@@ -32,7 +33,7 @@ def source(tmp_path, data):
 def test_noise_stays_with_its_image_through_shuffles_and_filters(name, data, tmp_path):
     """Poison, write, read, shuffle and filter by ids and labels, join with the clean images: the difference is the noise."""
     perturbation = poisons.get(name)(data.tensor(), torch.from_numpy(data.labels), preset="smoke")
-    expected = dict(zip(data.ids, poisons.apply_perturbation(data.images, perturbation), strict=True))
+    expected = dict(zip(data.ids, apply_perturbation(data.images, perturbation), strict=True))
     protect.protect_dataset(data, tmp_path, method=name, preset="smoke")
 
     rows = datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
@@ -55,7 +56,7 @@ def test_command_writes_one_split_and_leaves_the_others_alone(source, data, tmp_
     assert protected.ids == data.ids and protected.class_names == data.class_names
     np.testing.assert_array_equal(protected.labels, data.labels)
     perturbation = poisons.get("lsp")(data.tensor(), torch.from_numpy(data.labels), seed=4)
-    np.testing.assert_array_equal(protected.images, poisons.apply_perturbation(data.images, perturbation))
+    np.testing.assert_array_equal(protected.images, apply_perturbation(data.images, perturbation))
     rows = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["camera"][:4] == ["c0", "c1", "c2", "c0"]
     assert "40 protected images in" in capsys.readouterr().out
@@ -68,7 +69,7 @@ def test_card_says_what_was_done(source, data, tmp_path):
     assert (card["method"], card["preset"], card["seed"], card["images"]) == ("emn-class", "smoke", 0, 40)
     assert card["settings"]["epsilon"] == 8.0 and card["settings"]["max_rounds"] == 2
     assert card["promised"] == {"linf": 8.0} and "Huang" in card["reference"]
-    assert card["measured"] == poisons.measured_norms(data.images, load_images(output).images)
+    assert card["measured"] == measured_norms(data.images, load_images(output).images)
     text = (output / "README.md").read_text()
     assert (
         "| `step` | 4.0 (published: 0.8) |" in text
@@ -108,7 +109,7 @@ def test_command_goes_on_where_it_was_cut_off(source, data, tmp_path, monkeypatc
     monkeypatch.setattr(Progress, "save", save)
     command(*options)
     whole = poisons.get("tap")(data.tensor(), torch.from_numpy(data.labels), preset="smoke")
-    np.testing.assert_array_equal(load_images(output).images, poisons.apply_perturbation(data.images, whole))
+    np.testing.assert_array_equal(load_images(output).images, apply_perturbation(data.images, whole))
     assert not (output / ".poison-state").exists()
 
 
@@ -118,7 +119,7 @@ def test_published_file_is_added_and_what_it_is_is_stated(source, data, tmp_path
     output = tmp_path / "protected"
     options = ("--dataset", source, "--split", "train", "--output", output)
     command("--perturbation", tmp_path / "noise.npy", "--linf", 8, *options)
-    expected = poisons.apply_perturbation(data.images, noise[data.labels] / 255.0)
+    expected = apply_perturbation(data.images, noise[data.labels] / 255.0)
     np.testing.assert_array_equal(load_images(output).images, expected)
     assert "kind: class-wise; holds: perturbations in 1/255, values from -8 to 8 (int8); norms: linf 8/255" in (
         capsys.readouterr().out

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from jcdp_diffusers import poisons
+from jcdp_diffusers.data.perturbations import apply_perturbation
 from jcdp_diffusers.poisons.published import read_perturbation
 
 
@@ -19,7 +20,7 @@ def delta(data):
 
 @pytest.fixture(scope="module")
 def poisoned(data, delta):
-    return poisons.apply_perturbation(data.images, delta / 255.0)
+    return apply_perturbation(data.images, delta / 255.0)
 
 
 def write(path, array):
@@ -62,7 +63,7 @@ def test_every_file_format_is_read(suffix, tmp_path, data, delta):
 def test_every_range_and_layout_is_recognised(stored, words, tmp_path, data, delta, poisoned):
     path = write(tmp_path / "noise.npy", stored(delta, poisoned))
     perturbation, recognised = read_perturbation(path, data, budget={"linf": 8})
-    np.testing.assert_array_equal(poisons.apply_perturbation(data.images, perturbation), poisoned)
+    np.testing.assert_array_equal(apply_perturbation(data.images, perturbation), poisoned)
     assert recognised["kind"] == "sample-wise"
     assert re.search(words, recognised["holds"])
 
@@ -89,7 +90,7 @@ def test_folder_of_numbered_images_is_read_in_their_order(tmp_path, data, poison
     for row, image in enumerate(poisoned):
         Image.fromarray(image).save(tmp_path / f"{row}.png")
     perturbation, recognised = read_perturbation(tmp_path, data, budget={"linf": 8})
-    np.testing.assert_array_equal(poisons.apply_perturbation(data.images, perturbation), poisoned)
+    np.testing.assert_array_equal(apply_perturbation(data.images, perturbation), poisoned)
     assert "poisoned images 0 to 255" in recognised["holds"]
 
 

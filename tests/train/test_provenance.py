@@ -100,7 +100,7 @@ import sys
 sys.path.insert(0, "tests")
 from train.test_loop import IMAGES, train
 from jcdp_diffusers.train.model_card import push_purifier
-from jcdp_diffusers.trained_on import image_digests, trained_on
+from jcdp_diffusers.train.provenance import image_digests, trained_on
 
 push_purifier(train(sys.argv[1], max_train_steps=1), "tester/purifier")
 assert trained_on("tester/purifier") == set(image_digests(IMAGES.images))

@@ -1,0 +1,61 @@
+"""Facts about devices that victims, poisons and purifiers share: instructions, names, cores, threads, random state."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+
+def default_device() -> str:
+    """`"cuda"` where a GPU can be used, else `"cpu"`: the default of every command's `--device`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_bfloat16(device: torch.device | str) -> bool:
+    """Whether a device computes in bfloat16 rather than imitates it, which would be slower than float32."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def device_in_words(device: torch.device | str) -> str:
+    """What records say of a device, for example `"cpu"` or `"cuda (NVIDIA H100)"`."""
+    device = torch.device(device)
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def available_cores() -> int:
+    """Processors that this process may use; all of the machine's where the system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@contextlib.contextmanager
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Compute with this many threads of the CPU inside the block; None changes nothing."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """
+    Torch's global random state is seeded inside the block and as it was before after it.
+
+    Args:
+        seed (`int`): Of the CPU's generator, and of the device's.
+        device (`torch.device` or `str`): Whose generator is seeded too; other devices' are not touched.
+    """
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
