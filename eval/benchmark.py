@@ -30,6 +30,7 @@ from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.data.checks import ROLES, check_separation, check_sets, check_trained_on, few_of_each_class
+from jcdp_diffusers.data.examples import digits
 from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
 from jcdp_diffusers.devices import available_cores
 from jcdp_diffusers.perceptual import load_perceptual
@@ -38,7 +39,6 @@ from jcdp_diffusers.poisons.control import shuffled
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.purify.shards import Claims
-from jcdp_diffusers.quickstart import digits
 from jcdp_diffusers.results import as_settings
 from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION, Plan, plan_for, purifier_to_be, train_planned

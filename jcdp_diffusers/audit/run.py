@@ -35,7 +35,6 @@ from ..data.checks import (
     describe_set,
     few_of_each_class,
     match_originals,
-    shortcut_test,
 )
 from ..devices import available_cores
 from ..perceptual import LPIPSModel, load_perceptual
@@ -50,6 +49,7 @@ from ..trials import Cell, describe_images, measure_cells, purifier_digest, resu
 from ..victims.supervised import RECIPES, Recipe
 from .attacks import PURIFIED, Attack, attack, in_seconds
 from .report import write_report
+from .shortcut import shortcut_test
 from .verdict import limits, verdict
 
 
