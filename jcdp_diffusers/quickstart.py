@@ -218,7 +218,7 @@ def run_quickstart(
     since = time.perf_counter()
     work = [(sets[cell["row"]], test, story.recipe, victim_seed, device) for cell, victim_seed in cells]
     for (cell, victim_seed), result in zip(cells, train_victims(work, device)):
-        for what in ("accuracy", "peak_accuracy", "train_accuracy"):
+        for what in ("accuracy", "best_accuracy", "train_accuracy"):
             note(records, what, result[what], cell, device, story.recipe, victim_seed, result["seconds"])
         # Victims run side by side: what counts is how much later this one was done than the one before.
         now = time.perf_counter()
@@ -282,7 +282,7 @@ def one_victim(work: tuple) -> dict:
     if device == "cpu":
         torch.set_num_threads(1)
     result = train_victim(training_set, test, recipe=recipe, seed=seed, device=device)
-    return {name: getattr(result, name) for name in ("accuracy", "peak_accuracy", "train_accuracy", "seconds")}
+    return {name: getattr(result, name) for name in ("accuracy", "best_accuracy", "train_accuracy", "seconds")}
 
 
 def finished(records: Path, what: str, settings: dict, seed: int | None = None) -> bool:
