@@ -7,8 +7,8 @@ How often `jcdp detect` is right: false alarms on clean sets, and what it finds 
     python eval/studies/detection.py table --output results/detection.jsonl
 
 `clean` divides a labelled data set at random into a suspicious and a collected half, again and again. `poisons`
-protects a fraction of one half. Each repetition is a record, and is skipped when it is on record already. About 15 seconds per
-repetition of 5,000 images on one core.
+protects a fraction of one half. Each repetition is a record, and is skipped when it is on record already. About 15
+seconds per repetition of 5,000 images on one core.
 """
 
 import argparse
