@@ -10,9 +10,11 @@ same command goes on with the tasks that are missing, and no engine needs to rem
     engines.run(tasks, open_worker=open_worker, engine="ray", address="auto")            # on a running Ray cluster
 """
 
+import atexit
 import contextlib
 import datetime
 import fcntl
+import functools
 import json
 import logging
 import math
@@ -428,6 +430,7 @@ class _RayCrew:
             if not isinstance(error.cause, (*FAILURES, ImportError)):
                 raise
             if task is None:
+                self.ray.kill(actor)  # its place is free for another
                 self.cannot_open(error.cause)
                 return None
             self.tally.failed(task, error.cause)
@@ -486,6 +489,7 @@ def live_as_long_as_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@functools.cache
 def _rank_state():
     """
     Accelerate's state of this process. It talks over gloo whatever the device is: ranks exchange a few sentences and
@@ -493,7 +497,9 @@ def _rank_state():
     """
     from accelerate import PartialState
 
-    return PartialState(cpu=True, timeout=_WAIT_FOR_OTHERS)
+    state = PartialState(cpu=True, timeout=_WAIT_FOR_OTHERS)
+    atexit.register(state.destroy_process_group)  # else its threads end the process with SIGABRT now and then
+    return state
 
 
 def _sentence(error: BaseException) -> str:
