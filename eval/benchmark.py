@@ -44,7 +44,7 @@ from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION, Plan, plan_for, purifier_to_be, train_planned
 from jcdp_diffusers.train.unets import UNETS
 from jcdp_diffusers.trials import Cell, claims_folder, describe_images, measure_cells
-from jcdp_diffusers.victims.supervised import RECIPES, Recipe
+from jcdp_diffusers.victims import RECIPES, Recipe
 
 
 DIGITS = (900, 500, 397)

@@ -50,7 +50,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from jcdp_diffusers import GuidedDDPMScheduler, JointConditionalPurificationPipeline, LPIPSModel, PurificationConfig
+from jcdp_diffusers import (
+    GuidedDDPMScheduler,
+    JointConditionalPurificationPipeline,
+    LPIPSModel,
+    PurificationConfig,
+    victims,
+)
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.acceleration.folded_upsampling import fold_upsampling
 from jcdp_diffusers.acceleration.placement import compiled_normal_noise, place
@@ -65,8 +71,7 @@ from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.images import BatchLayout, micro_batches, normalize
 from jcdp_diffusers.train.loop import train_purifier
 from jcdp_diffusers.train.unets import ddpm_scheduler, named_unet
-from jcdp_diffusers.victims import get as get_victim
-from jcdp_diffusers.victims.supervised import RECIPES, random_crop_flip, train_model, train_victim
+from jcdp_diffusers.victims import RECIPES, random_crop_flip, train_model, train_victim
 
 
 TIMESTEP = 15
@@ -638,11 +643,11 @@ def measure_victim(bench: Bench) -> None:
     labels = torch.from_numpy(images.labels)
 
     def ours():
-        network = get_victim("resnet18")(10, width=width)
+        network = victims.get("resnet18")(10, width=width)
         return network, lambda: train_model(network, pixels, labels, recipe=recipe, device=bench.device)
 
     def plain():
-        network = get_victim("resnet18")(10, width=width)
+        network = victims.get("resnet18")(10, width=width)
         return network, lambda: plain_classifier(network, pixels, labels, bench.device, recipe)
 
     settings = {"victim": "resnet18", "width": width, "recipe": recipe.name}

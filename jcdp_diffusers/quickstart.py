@@ -30,7 +30,7 @@ from .purify.dataset_card import SUMMARY_NAME
 from .results import append_record, as_settings, read_records, summarise
 from .train.loop import TrainingConfig, train_purifier
 from .train.unets import ddpm_scheduler, named_unet
-from .victims.supervised import RECIPES, train_victim
+from .victims import RECIPES, train_victim
 
 
 ROWS = {
@@ -319,7 +319,12 @@ def one_victim(work: tuple) -> dict:
     if device == "cpu":
         torch.set_num_threads(1)
     result = train_victim(training_set, test, recipe=recipe, seed=seed, device=device)
-    return {name: getattr(result, name) for name in ("accuracy", "peak_accuracy", "train_accuracy", "seconds")}
+    return {
+        "accuracy": result.accuracy,
+        "peak_accuracy": result.best_accuracy,
+        "train_accuracy": result.train_accuracy,
+        "seconds": result.seconds,
+    }
 
 
 def finished(records: Path, what: str, settings: dict, seed: int | None = None) -> bool:

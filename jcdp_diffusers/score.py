@@ -27,7 +27,7 @@ from .data.checks import check_sets, check_trained_on
 from .devices import device_in_words
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .results import as_settings, code_version, package_versions
-from .victims.supervised import RECIPES, Recipe, VictimResult, train_victim
+from .victims import RECIPES, Recipe, VictimResult, train_victim
 
 
 FIGURES = ("accuracy", "peak_accuracy", "train_accuracy")
@@ -234,7 +234,9 @@ def _write(path: Path, value: dict) -> None:
 def _run(result: VictimResult, seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
-        **{name: getattr(result, name) for name in FIGURES},
+        "accuracy": result.accuracy,
+        "peak_accuracy": result.best_accuracy,
+        "train_accuracy": result.train_accuracy,
         "per_class_accuracy": result.per_class_accuracy.tolist(),
         "confusion": result.confusion.tolist(),
         "history": list(result.history),

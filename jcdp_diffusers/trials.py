@@ -31,7 +31,7 @@ from .purification_config import PurificationConfig
 from .purify.manifest import RUN_NAME
 from .purify.shards import Claims
 from .results import append_record, as_settings, read_records
-from .victims.supervised import Recipe, train_victim
+from .victims import Recipe, train_victim
 
 
 # Countermeasures are prepared once for all victims, as the papers do it.
@@ -219,7 +219,7 @@ def measure_cell(cell: Cell, records: Path, device: torch.device) -> float:
         "seconds": round(result.seconds, 2),
     }
     details = {
-        "peak_accuracy": result.peak_accuracy,
+        "peak_accuracy": result.best_accuracy,
         "train_accuracy": result.train_accuracy,
         "per_class_accuracy": [None if np.isnan(share) else round(share, 4) for share in result.per_class_accuracy],
         "confusion": result.confusion.tolist(),

@@ -47,7 +47,7 @@ from ..results import append_record, as_settings, package_versions, read_records
 from ..train.default_purifier import Plan, plan_for, purifier_to_be, train_planned
 from ..train.model_card import RECORD_NAME
 from ..trials import Cell, describe_images, measure_cells, purifier_digest, results_by_cell
-from ..victims.supervised import RECIPES, Recipe
+from ..victims import RECIPES, Recipe
 from .attacks import PURIFIED, Attack, attack, in_seconds
 from .report import write_report
 from .verdict import limits, verdict
@@ -129,7 +129,7 @@ def audit(
             `purified+corruption`, `impulse-filter+purified+corruption`.
         seeds (`int` or `Sequence[int]`): Victims per row, with seeds 0, 1, ..., or the seeds themselves.
         seed (`int`): Of the purifier and the purification.
-        victim, width: As for `victims.supervised.train_victim`.
+        victim, width: As for `victims.train_victim`.
         preset (`str` or `PurificationConfig`, *optional*): How to purify; by default what the purifier's repository
             says, or the plan.
         plan (`Plan`, *optional*): The purifier to train where none is given; chosen by size of the images and device
