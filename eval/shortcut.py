@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from jcdp_diffusers import poisons
+from jcdp_diffusers.audit.shortcut import shortcut_test
 from jcdp_diffusers.data import load_images
-from jcdp_diffusers.data.checks import shortcut_test
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.results import append_record, read_records
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from .acceleration.allocation import keep_freed_memory
+from .engines import FAILURES
 
 
 # Each command's room offers `add_arguments(parser)` and `run(args)`; it is imported only when its command is given, so
@@ -18,10 +19,6 @@ COMMANDS = {
     "score": ("jcdp_diffusers.score", "train victims on one data set and test them on another"),
     "audit": ("jcdp_diffusers.audit.run", "find out whether a protection survives purification"),
 }
-
-
-# What a user, a file or a machine can cause; anything else is a defect of ours and keeps its traceback.
-FAILURES = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError)
 
 
 def sentence(command: str, error: Exception) -> str:

@@ -20,7 +20,8 @@ import torch
 
 from . import poisons
 from .acceleration.allocation import keep_freed_memory
-from .data import LabelledImages, check_roles, load_images, to_uint8, write_dataset
+from .data import LabelledImages, check_roles, load_images, write_dataset
+from .data.examples import cifar10, digits
 from .data.perturbations import apply_perturbation, measured_norms
 from .devices import available_cores
 from .noise import colour_in_words
@@ -106,44 +107,6 @@ TELLINGS = {
         recipe="mini",
     ),
 }
-
-
-def digits(sizes: tuple[int, int, int]) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
-    """
-    The digits of scikit-learn (1,797 images of 8x8, 17 grey levels) as 32x32 colour images, split into the three
-    roles.
-
-    They are drawn at grey levels 0.3 to 0.7, because a third of a full-contrast digit is black or white and clipping
-    would eat the poison there. The split is by id, in a fixed random order.
-    """
-    from sklearn.datasets import load_digits
-
-    source = load_digits()
-    grey = torch.from_numpy(source.images).float()[:, None] / 16
-    grey = torch.nn.functional.interpolate(grey, size=(32, 32), mode="bicubic", antialias=True).clamp(0, 1)
-    images = to_uint8((0.3 + 0.4 * grey).expand(-1, 3, -1, -1))
-    everything = LabelledImages(
-        images=images,
-        labels=source.target.astype(np.int64),
-        ids=tuple(f"digit-{row:04d}" for row in range(len(images))),
-        class_names=tuple(str(digit) for digit in range(10)),
-    )
-    order = np.random.default_rng(0).permutation(len(everything))
-    ends = np.cumsum((0, *sizes))
-    return tuple(everything.subset(order[a:b]) for a, b in zip(ends, ends[1:]))
-
-
-def cifar10(folder: str | Path, sizes: tuple[int, int, int]) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
-    """CIFAR-10 from a folder with the splits `train` and `test`: protected and collected from the former, in order."""
-    train, test = load_images(folder, split="train"), load_images(folder, split="test")
-    if len(train) < sizes[0] + sizes[1] or len(test) < sizes[2]:
-        raise ValueError(
-            f"data is {str(folder)!r} with {len(train)} training and {len(test)} test images, but at least "
-            f"{sizes[0] + sizes[1]} and {sizes[2]} are needed."
-        )
-    rows = np.arange(len(train))
-    protected, collected = rows[: sizes[0]], rows[sizes[0] : sizes[0] + sizes[1]]
-    return train.subset(protected), train.subset(collected), test.subset(np.arange(sizes[2]))
 
 
 def random_noise(clean: np.ndarray, protected: np.ndarray, seed: int) -> torch.Tensor:
@@ -255,7 +218,7 @@ def run_quickstart(
     since = time.perf_counter()
     work = [(sets[cell["row"]], test, story.recipe, victim_seed, device) for cell, victim_seed in cells]
     for (cell, victim_seed), result in zip(cells, train_victims(work, device)):
-        for what in ("accuracy", "peak_accuracy", "train_accuracy"):
+        for what in ("accuracy", "best_accuracy", "train_accuracy"):
             note(records, what, result[what], cell, device, story.recipe, victim_seed, result["seconds"])
         # Victims run side by side: what counts is how much later this one was done than the one before.
         now = time.perf_counter()
@@ -319,12 +282,7 @@ def one_victim(work: tuple) -> dict:
     if device == "cpu":
         torch.set_num_threads(1)
     result = train_victim(training_set, test, recipe=recipe, seed=seed, device=device)
-    return {
-        "accuracy": result.accuracy,
-        "peak_accuracy": result.best_accuracy,
-        "train_accuracy": result.train_accuracy,
-        "seconds": result.seconds,
-    }
+    return {name: getattr(result, name) for name in ("accuracy", "best_accuracy", "train_accuracy", "seconds")}
 
 
 def finished(records: Path, what: str, settings: dict, seed: int | None = None) -> bool:

@@ -35,7 +35,6 @@ from ..data.checks import (
     describe_set,
     few_of_each_class,
     match_originals,
-    shortcut_test,
 )
 from ..devices import available_cores
 from ..perceptual import LPIPSModel, load_perceptual
@@ -46,10 +45,11 @@ from ..purify.dataset_card import SUMMARY_NAME
 from ..results import append_record, as_settings, package_versions, read_records
 from ..train.default_purifier import Plan, plan_for, purifier_to_be, train_planned
 from ..train.model_card import RECORD_NAME
-from ..trials import Cell, describe_images, measure_cells, purifier_digest, results_by_cell
+from ..trials import Trial, describe_images, measure, purifier_digest, results_by_trial
 from ..victims import RECIPES, Recipe
 from .attacks import PURIFIED, Attack, attack, in_seconds
 from .report import write_report
+from .shortcut import shortcut_test
 from .verdict import limits, verdict
 
 
@@ -207,15 +207,15 @@ def audit(
     sets["purified"] = _purify(sets["protected"], used, output_dir / "purified", seed)
 
     # 5. Victims
-    cells = _cells(sets, tried, used, recipe, seeds, victim, width, roles, output_dir / "attacks")
-    order = [cells[row][turn] for turn in range(len(seeds)) for row in cells]
+    trials = _trials(sets, tried, used, recipe, seeds, victim, width, roles, output_dir / "attacks")
+    order = [trials[row][turn] for turn in range(len(seeds)) for row in trials]
     say(f"Victims: {len(order)} of {recipe.epochs} epochs")
     processes = available_cores() if processes is None else processes
-    measure_cells(order, records, device=device, processes=processes)
+    measure(order, records, device=device, processes=processes)
 
     # 6. The report
-    rows = _rows(cells, records, sets, output_dir / "purified")
-    report = _report(rows, sets, data, used, tried, cells["protected"][0].settings, seeds, roles)
+    rows = _rows(trials, records, sets, output_dir / "purified")
+    report = _report(rows, sets, data, used, tried, trials["protected"][0].settings, seeds, roles)
     report["command"] = command or "jcdp_diffusers.audit.audit(...) with the settings above"
     report = json.loads(json.dumps(report))
     write_report(output_dir, report, sets)
@@ -399,7 +399,7 @@ def _purify(protected: LabelledImages, used: _Purifier, folder: Path, seed: int)
     return protected.with_images(purified.images)
 
 
-def _cells(
+def _trials(
     sets: Mapping[str, LabelledImages],
     tried: Sequence[Attack],
     used: _Purifier,
@@ -409,7 +409,7 @@ def _cells(
     width: int | None,
     roles: str,
     work_dir: Path,
-) -> dict[str, list[Cell]]:
+) -> dict[str, list[Trial]]:
     """The victims by row, one for each seed."""
     rows = {row: (sets[row], "none", None) for row in ("clean", "protected", "purified") if row in sets}
     for one in tried:
@@ -421,7 +421,7 @@ def _cells(
     purification = {"purifier": purifier_digest(used.name), "purification": as_settings(used.config)}
     return {
         row: [
-            Cell(
+            Trial(
                 images,
                 sets["test"],
                 recipe,
@@ -441,29 +441,29 @@ def _cells(
 
 
 def _rows(
-    cells: Mapping[str, list[Cell]], records: Path, sets: Mapping[str, LabelledImages], purified: Path
+    trials: Mapping[str, list[Trial]], records: Path, sets: Mapping[str, LabelledImages], purified: Path
 ) -> list[dict]:
     """Title and figures of each row; what works on the purified images has their seconds among its own."""
     seconds = _read(purified / SUMMARY_NAME)["seconds_of_work"]
-    rows = [{"row": row, "title": TITLES.get(row, row)} | _results(own, records) for row, own in cells.items()]
+    rows = [{"row": row, "title": TITLES.get(row, row)} | _results(own, records) for row, own in trials.items()]
     for entry in rows:
-        entry["prepare_seconds"] += seconds if cells[entry["row"]][0].train is sets["purified"] else 0
+        entry["prepare_seconds"] += seconds if trials[entry["row"]][0].train is sets["purified"] else 0
     return rows
 
 
-def _results(cells: list[Cell], records: Path) -> dict:
+def _results(trials: list[Trial], records: Path) -> dict:
     """Figures of one row over its seeds, from the records."""
-    accuracy, details = (results_by_cell(records, what=what) for what in ("accuracy", "victim"))
-    own = [details[cell.name]["value"] for cell in cells]
+    accuracy, details = (results_by_trial(records, what=what) for what in ("accuracy", "victim"))
+    own = [details[trial.name]["value"] for trial in trials]
     return {
-        "accuracy": _spread([accuracy[cell.name]["value"] for cell in cells]),
-        "peak_accuracy": _spread([entry["peak_accuracy"] for entry in own]),
+        "accuracy": _spread([accuracy[trial.name]["value"] for trial in trials]),
+        "best_accuracy": _spread([entry["best_accuracy"] for entry in own]),
         "train_accuracy": _spread([entry["train_accuracy"] for entry in own]),
         "per_class_accuracy": np.mean([entry["per_class_accuracy"] for entry in own], axis=0).round(4).tolist(),
         "curves": [[epoch["test_accuracy"] for epoch in entry["history"]] for entry in own],
         "train_seconds": statistics.fmean(entry["train_seconds"] for entry in own),
         "prepare_seconds": max(entry["prepare_seconds"] for entry in own),
-        "device": accuracy[cells[0].name]["device"],
+        "device": accuracy[trials[0].name]["device"],
         "threads": own[0]["threads"],
     }
 

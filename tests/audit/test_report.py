@@ -34,7 +34,7 @@ def row(name: str, title: str, values: list[float], prepare: float = 0.0) -> dic
         "row": name,
         "title": title,
         "accuracy": spread,
-        "peak_accuracy": spread,
+        "best_accuracy": spread,
         "train_accuracy": {"mean": 0.99, "std": 0.0, "values": [0.99] * len(values)},
         "per_class_accuracy": [spread["mean"]] * 4,
         "curves": curves,
