@@ -23,10 +23,11 @@ from tqdm import tqdm
 from . import countermeasures, victims
 from .countermeasures.purifiers import check_purifier_suits
 from .data import LabelledImages, find_overlap, load_images
-from .data.checks import check_sets, check_trained_on
+from .data.checks import check_sets
 from .devices import device_in_words
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .results import as_settings, code_version, package_versions
+from .train.provenance import check_trained_on
 from .victims import RECIPES, Recipe, VictimResult, train_victim
 
 
