@@ -13,8 +13,8 @@ from pathlib import Path
 
 
 sys.path.append(str(Path(__file__).parents[1]))
+from eval.speed_tables import speed_table
 from eval.tables import NOT_MEASURED, POISONS, Measured, grid_table, markdown_table, poison_table, spread
-from eval.throughput import speed_table
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.quickstart import ROWS
 from jcdp_diffusers.results import read_records, summarise

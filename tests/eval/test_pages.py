@@ -11,8 +11,8 @@ import pytest
 
 from eval import pages
 from eval.benchmark import read_grid
+from eval.speed_tables import Machine
 from eval.tables import Measured, roles_table
-from eval.throughput import Machine
 from jcdp_diffusers.cli import COMMANDS
 from jcdp_diffusers.purification_config import PRESETS
 from jcdp_diffusers.results import as_settings, read_records, summarise
