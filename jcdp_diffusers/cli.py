@@ -16,7 +16,7 @@ COMMANDS = {
     "poison": ("jcdp_diffusers.poisons.protect", "protect a data set with an unlearnable-examples method"),
     "purify": ("jcdp_diffusers.purify.dataset", "turn a protected data set into a learnable one"),
     "score": ("jcdp_diffusers.score", "train victims on one data set and test them on another"),
-    "audit": ("jcdp_diffusers.audit.run", "find out whether a protection survives purification"),
+    "audit": ("jcdp_diffusers.audit.command", "find out whether a protection survives purification"),
 }
 
 
