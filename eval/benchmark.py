@@ -3,9 +3,9 @@ A grid of poisons, countermeasures, victims and seeds from one small file.
 
     python eval/benchmark.py GRID.yaml --output DIR
 
-Every cell is a victim and a record, named by the content of all that decides it. So the command can be stopped at any
+Every trial is a victim and a record, named by the content of all that decides it. So the command can be stopped at any
 time and given again, measures only what is missing when the grid grows, and can be given in several shells, under
-`accelerate launch` or `torchrun`: the processes share the cells. `eval/README.md` shows a grid file.
+`accelerate launch` or `torchrun`: the processes share the trials. `eval/README.md` shows a grid file.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, load_images
-from jcdp_diffusers.data.checks import ROLES, check_separation, check_sets, check_trained_on, few_of_each_class
+from jcdp_diffusers.data.checks import ROLES, check_separation, check_sets, few_of_each_class
 from jcdp_diffusers.data.examples import digits
 from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
 from jcdp_diffusers.devices import available_cores
@@ -42,8 +42,9 @@ from jcdp_diffusers.purify.shards import Claims
 from jcdp_diffusers.results import as_settings
 from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION, Plan, plan_for, purifier_to_be, train_planned
+from jcdp_diffusers.train.provenance import check_trained_on
 from jcdp_diffusers.train.unets import UNETS
-from jcdp_diffusers.trials import Cell, claims_folder, describe_images, measure_cells
+from jcdp_diffusers.trials import Trial, claims_folder, describe_images, measure
 from jcdp_diffusers.victims.supervised import RECIPES, Recipe
 
 
@@ -62,7 +63,7 @@ class Column:
     Args:
         countermeasure (`str`): A name of `countermeasures`, or several joined by `+`.
         purification (`PurificationConfig`, *optional*): Replaces the countermeasure's own settings.
-        draws (`int`): See `Cell`.
+        draws (`int`): See `Trial`.
         collected (`int`, *optional*): How many of the collected images train the purifier; all by default.
     """
 
@@ -90,7 +91,7 @@ class Grid:
         poisons (`list`): Of `poisons.NAMES`; `none` for clean images; or a poison's name with `-control`, for noise of
             the same size that means nothing (`poisons.control`).
         countermeasures (`list`): Names of `countermeasures`, or dicts of `use` (a name), `as` (what the column is
-            called), `draws` (see `Cell`), `collected` (how many of the collected images train this column's purifier,
+            called), `draws` (see `Trial`), `collected` (how many of the collected images train this column's purifier,
             from the first) and fields of `PurificationConfig` that replace the countermeasure's own.
         protocol (`str`): The victims' recipe.
         recipe (`dict`): Fields that replace the protocol's.
@@ -272,7 +273,7 @@ def run_grid(
     processes: int = 1,
     progress: bool = True,
     say: Callable[[str], None] = print,
-) -> list[Cell]:
+) -> list[Trial]:
     """
     Measure what is missing of a grid.
 
@@ -280,11 +281,11 @@ def run_grid(
         grid (`Grid`): What to measure.
         output_dir (`str` or `Path`): Gets `records.jsonl`; protected and purified images and the purifier are kept
             beside it.
-        device, processes, progress: See `cells.measure_cells`.
+        device, processes, progress: See `trials.measure`.
         say (`Callable`): Where a line about each stage goes.
 
     Returns:
-        `list[Cell]`: All cells of the grid, each of them on record.
+        `list[Trial]`: All trials of the grid, each of them on record.
     """
     output_dir, device = Path(output_dir), torch.device(device)
     perceptual = None if grid.perceptual is None else load_perceptual(grid.perceptual)
@@ -308,7 +309,7 @@ def run_grid(
         own = {"protected": clean, "test": test}
         if check_trained_on(grid.purifier, own, roles=roles) is None:
             roles = UNKNOWN
-            say(f"{grid.purifier} does not list the images that trained it: its cells get the roles {roles!r}.")
+            say(f"{grid.purifier} does not list the images that trained it: its trials get the roles {roles!r}.")
     say(f"{grid.name}: {len(clean)} images to protect, {len(collected)} collected, {len(test)} for the test")
 
     with Claims(claims_folder(records)) as claims:
@@ -322,7 +323,7 @@ def run_grid(
         purifiers = _purifiers(columns, collected, grid, perceptual, output_dir, claims, device, say)
 
     facts = {"grid": grid.name, "dataset": data_name, "collected": _collected_name(grid, data_name), **grid.about}
-    cells = []
+    trials = []
     for seed in grid.seeds:  # a whole table of one seed comes before the second seed
         for victim in grid.victims:
             for poison, (images, poison_facts) in protected.items():
@@ -332,8 +333,8 @@ def run_grid(
                         about |= {"roles": roles}
                     if column.collected is not None:
                         about |= {"collected_count": column.collected}
-                    cells.append(
-                        Cell(
+                    trials.append(
+                        Trial(
                             images,
                             test,
                             grid.full_recipe,
@@ -348,8 +349,8 @@ def run_grid(
                             about=about,
                         )
                     )
-    measure_cells(cells, records, device=device, processes=processes, progress=progress)
-    return cells
+    measure(trials, records, device=device, processes=processes, progress=progress)
+    return trials
 
 
 def load_roles(grid: Grid) -> tuple[str, LabelledImages, LabelledImages, LabelledImages]:
@@ -481,7 +482,7 @@ def leave_group() -> tuple[int, int, int]:
     """
     Make a process that `accelerate launch` or `torchrun` started work by itself.
 
-    They share cells by their names in the file of records, and a purifier is trained by one of them, the same however
+    They share trials by their names in the file of records, and a purifier is trained by one of them, the same however
     many there are. Were they a group, that one would wait for the others to train with it.
 
     Returns:
@@ -517,7 +518,7 @@ def main() -> None:
     processes = args.processes or max(1, available_cores() // world)
     with ends_in_one_sentence("benchmark"):
         grid = read_grid(args.grid, protocol=args.protocol, roles=args.roles, seeds=args.seeds)
-        cells = run_grid(
+        trials = run_grid(
             grid,
             args.output,
             device=device,
@@ -526,7 +527,7 @@ def main() -> None:
             say=print if rank == 0 else lambda line: None,
         )
     if rank == 0:
-        print(f"{len(cells)} cells on record: {tables_command(grid, args.output)}")
+        print(f"{len(trials)} trials on record: {tables_command(grid, args.output)}")
 
 
 if __name__ == "__main__":

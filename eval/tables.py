@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import yaml
 
-from jcdp_diffusers import trials as cells
+from jcdp_diffusers import trials
 from jcdp_diffusers.results import read_records
 
 
@@ -86,8 +86,8 @@ COLUMNS = {
     "bridgepure-0.5k": "BridgePure-0.5K",
     "bridgepure-4k": "BridgePure-4K",
 }
-PROVENANCE = ("cell", *cells.PROVENANCE)  # where a figure is from, not what it is of
-OF_THE_PURIFIER = ("collected", "purifier_origin", "purifier_steps")  # a grid says them of all of its cells
+PROVENANCE = ("trial", *trials.PROVENANCE)  # where a figure is from, not what it is of
+OF_THE_PURIFIER = ("collected", "purifier_origin", "purifier_steps")  # a grid says them of all of its trials
 BASELINES = {"at-8": "of adversarial training's", "ueraser": "of UEraser's"}
 
 

@@ -1,4 +1,4 @@
-"""`jcdp quickstart | poison | purify | score | audit`: parse, call, print."""
+"""`jcdp quickstart | poison | purify | score | audit | detect`: parse, call, print."""
 
 import argparse
 import contextlib
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from .acceleration.allocation import keep_freed_memory
+from .engines import FAILURES
 
 
 # Each command's room offers `add_arguments(parser)` and `run(args)`; it is imported only when its command is given, so
@@ -16,12 +17,9 @@ COMMANDS = {
     "poison": ("jcdp_diffusers.poisons.protect", "protect a data set with an unlearnable-examples method"),
     "purify": ("jcdp_diffusers.purify.dataset", "turn a protected data set into a learnable one"),
     "score": ("jcdp_diffusers.score", "train victims on one data set and test them on another"),
+    "detect": ("jcdp_diffusers.detect", "find out whether a set of images carries a protection"),
     "audit": ("jcdp_diffusers.audit.command", "find out whether a protection survives purification"),
 }
-
-
-# What a user, a file or a machine can cause; anything else is a defect of ours and keeps its traceback.
-FAILURES = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError)
 
 
 def sentence(command: str, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""One record per measured cell, appended to a JSON Lines file.
+"""One record per measurement, appended to a JSON Lines file.
 
 Tables, plots and model cards are generated from these records and from nothing else.
 """
@@ -69,7 +69,7 @@ def append_record(
     device: str,
     seconds: float,
 ) -> dict:
-    """Append one measured cell to a JSON Lines file and return the record as it was written.
+    """Append one measurement to a JSON Lines file and return the record as it was written.
 
     Any number of processes may append to one file: each record is one write under a lock. A last line that a crash
     cut short makes way for the next record.
@@ -157,7 +157,7 @@ def summarise(records: Iterable[Mapping], by: Sequence[str] = ("what", "protocol
     """Mean and spread over seeds, one row per group, in the order in which the groups first appear.
 
     Of several records that agree in the group, the seed and the settings, the last counts: it is a repetition of the
-    same cell. Records of one group and seed with different settings are refused: their mean would mean nothing.
+    same measurement. Records of one group and seed with different settings are refused: their mean would mean nothing.
 
     Args:
         by: fields of a record that name a group; "settings.width" is one setting.

@@ -23,14 +23,15 @@ from tqdm import tqdm
 from . import countermeasures, victims
 from .countermeasures.purifiers import check_purifier_suits
 from .data import LabelledImages, find_overlap, load_images
-from .data.checks import check_sets, check_trained_on
+from .data.checks import check_sets
 from .devices import device_in_words
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .results import as_settings, code_version, package_versions
+from .train.provenance import check_trained_on
 from .victims.supervised import RECIPES, Recipe, VictimResult, train_victim
 
 
-FIGURES = ("accuracy", "peak_accuracy", "train_accuracy")
+FIGURES = ("accuracy", "best_accuracy", "train_accuracy")
 
 
 def score(
@@ -75,7 +76,7 @@ def score(
         progress: whether to show a bar.
 
     Returns:
-        What `output` holds: `request`, everything that decides the figures; `accuracy`, `peak_accuracy` and
+        What `output` holds: `request`, everything that decides the figures; `accuracy`, `best_accuracy` and
         `train_accuracy`, each with `mean`, `std` (over seeds, None for one) and `values`; `per_class_accuracy`, mean
         over seeds by class; `confusion`, test images of class row called class column, summed over seeds; `runs`, one
         entry per seed with its own figures, confusion, history and seconds; `prepare_seconds`, what the countermeasure
@@ -364,7 +365,7 @@ def run(args: argparse.Namespace) -> None:
 
 def sentence(result: dict[str, Any]) -> str:
     """The figure in words."""
-    accuracy, peak, request = result["accuracy"], result["peak_accuracy"], result["request"]
+    accuracy, peak, request = result["accuracy"], result["best_accuracy"], result["request"]
     count = len(accuracy["values"])
     victims_said = "1 victim" if count == 1 else f"{count} victims"
     spread = "" if accuracy["std"] is None else f" (standard deviation {100 * accuracy['std']:.1f})"

@@ -1,8 +1,8 @@
 """
-Cells of a comparison: one victim each, measured once, kept as records, shared out among any number of processes.
+Trials of a comparison: one victim each, measured once, kept as records, shared out among any number of processes.
 
-A cell is named by the content of everything that decides its figure, so a comparison that is given again, or was cut
-off, or grew, measures only what is missing. Processes that work on one file of records claim their cells beside it.
+A trial is named by the content of everything that decides its figure, so a comparison that is given again, or was cut
+off, or grew, measures only what is missing. Processes that work on one file of records claim their trials beside it.
 """
 
 import dataclasses
@@ -38,11 +38,11 @@ from .victims.supervised import Recipe, train_victim
 PREPARATION_SEED = 0
 # Facts that a record keeps and that decide nothing: what a comparison is called, what a poison took and measures.
 PROVENANCE = ("grid", "poison_seconds", "poison_norms")
-ATTEMPTS_SECONDS = 1.0  # between looks at cells that other processes have claimed
+ATTEMPTS_SECONDS = 1.0  # between looks at trials that other processes have claimed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cell:
+class Trial:
     """
     One victim: what it is trained on, how, and what is done against the protection.
 
@@ -57,7 +57,7 @@ class Cell:
         purification (`PurificationConfig` or `str`, *optional*): Replaces the countermeasure's own settings.
         draws (`int`): Purifications of each image, of which the victim sees one per epoch in turn.
         work_dir (`Path`, *optional*): Where purified images are kept, so that the victims of all seeds share them.
-        about (`dict`): What the images are, for the record: poison, roles and the like. Part of the cell's name, but
+        about (`dict`): What the images are, for the record: poison, roles and the like. Part of the trial's name, but
             for `PROVENANCE`.
     """
 
@@ -76,8 +76,8 @@ class Cell:
 
     @functools.cached_property
     def settings(self) -> dict:
-        """Everything that decides the figure but the seed, in JSON's types, and `cell`, its name."""
-        measure = countermeasures.get(self.countermeasure)
+        """Everything that decides the figure but the seed, in JSON's types, and `trial`, its name."""
+        countermeasure = countermeasures.get(self.countermeasure)
         purification = self.purification
         if isinstance(purification, PurificationConfig):
             purification = as_settings(purification)
@@ -85,35 +85,35 @@ class Cell:
             "victim": self.victim,
             "width": self.recipe.width if self.width is None else self.width,
             "recipe": dataclasses.asdict(self.recipe.for_images(len(self.train))),
-            "countermeasure": measure.name,
-            "countermeasure_settings": dict(measure.settings),
+            "countermeasure": countermeasure.name,
+            "countermeasure_settings": dict(countermeasure.settings),
             "train": describe_images(self.train),
             "test": describe_images(self.test),
         }
-        if measure.needs_purifier:
+        if countermeasure.needs_purifier:
             settings |= {"purifier": self.purifier and purifier_digest(self.purifier), "purification": purification}
             if self.purifier and (corner := _noise_corner(self.purifier)):
                 settings["noise_corner"] = corner
         if self.draws > 1:
             settings["draws"] = self.draws
         settings = json.loads(json.dumps(settings))
-        return settings | {"cell": cell_name(settings, self.seed)}
+        return settings | {"trial": trial_name(settings, self.seed)}
 
     @property
     def name(self) -> str:
         """32 hexadecimal digits."""
-        return self.settings["cell"]
+        return self.settings["trial"]
 
 
-def cell_name(settings: Mapping[str, Any], seed: int) -> str:
+def trial_name(settings: Mapping[str, Any], seed: int) -> str:
     """32 hexadecimal digits from all that decides a figure, images that nobody uses and `PROVENANCE` excepted."""
-    nothing = (*PROVENANCE, "cell") + (() if "purifier" in settings else ("collected",))
+    nothing = (*PROVENANCE, "trial") + (() if "purifier" in settings else ("collected",))
     deciding = {name: value for name, value in settings.items() if name not in nothing}
     return _hash(json.dumps([deciding, seed], sort_keys=True).encode())
 
 
-def measure_cells(
-    cells: Sequence[Cell],
+def measure(
+    trials: Sequence[Trial],
     records: str | os.PathLike,
     *,
     device: str | torch.device = "cpu",
@@ -127,15 +127,15 @@ def measure_cells(
     the number of threads.
 
     Args:
-        cells (`Sequence[Cell]`): In the order in which they are begun.
-        records (`str` or `os.PathLike`): JSON Lines file. A cell adds two: `victim`, with peak and training accuracy,
+        trials (`Sequence[Trial]`): In the order in which they are begun.
+        records (`str` or `os.PathLike`): JSON Lines file. A trial adds two: `victim`, with peak and training accuracy,
             accuracy per class, confusion, learning curve and seconds; then `accuracy`, which says that it is done.
         device (`str` or `torch.device`): Where networks run.
         processes (`int`): On a CPU, how many victims at a time.
         progress (`bool`): Show a bar.
 
     Raises:
-        RuntimeError: If a cell fails; the sentence begins with its row or poison, column and seed.
+        RuntimeError: If a trial fails; the sentence begins with its row or poison, column and seed.
     """
     records, device = Path(records), torch.device(device)
     if processes < 1:
@@ -143,68 +143,68 @@ def measure_cells(
     claims_folder(records).mkdir(parents=True, exist_ok=True)
     with (
         Claims(claims_folder(records)) as claims,
-        tqdm(total=len(cells), unit="victim", desc="victims", disable=not progress) as bar,
+        tqdm(total=len(trials), unit="victim", desc="victims", disable=not progress) as bar,
     ):
-        while missing := missing_cells(cells, records):
-            bar.update(len(cells) - len(missing) - bar.n)
+        while missing := missing_trials(trials, records):
+            bar.update(len(trials) - len(missing) - bar.n)
             if device.type == "cpu" and processes > 1:
                 begun = _in_a_pool(missing, records, processes, bar)
             else:
                 begun = 0
-                for cell in missing:
-                    if (measured := _measure_claimed(cell, records, device, claims)) is not None:
+                for trial in missing:
+                    if (measured := _measure_claimed(trial, records, device, claims)) is not None:
                         begun += 1
-                        _tell(bar, cell, measured)
+                        _tell(bar, trial, measured)
             if not begun:
                 time.sleep(ATTEMPTS_SECONDS)
-        bar.update(len(cells) - bar.n)
+        bar.update(len(trials) - bar.n)
 
 
 def claims_folder(records: Path) -> Path:
-    """Where processes that write into a file of records claim their cells."""
-    return records.with_name(f".{records.name}.claims") / "cells"
+    """Where processes that write into a file of records claim their trials."""
+    return records.with_name(f".{records.name}.claims") / "trials"
 
 
-def missing_cells(cells: Iterable[Cell], records: str | os.PathLike) -> list[Cell]:
+def missing_trials(trials: Iterable[Trial], records: str | os.PathLike) -> list[Trial]:
     """Those without an accuracy on record."""
-    done = results_by_cell(records, what="accuracy")
-    return [cell for cell in cells if cell.name not in done]
+    done = results_by_trial(records, what="accuracy")
+    return [trial for trial in trials if trial.name not in done]
 
 
-def results_by_cell(records: str | os.PathLike, *, what: str) -> dict[str, dict]:
-    """The last record of each cell, by its name."""
+def results_by_trial(records: str | os.PathLike, *, what: str) -> dict[str, dict]:
+    """The last record of each trial, by its name."""
     if not Path(records).exists():
         return {}
     found = (record for record in read_records(records) if record["what"] == what)
-    return {record["settings"]["cell"]: record for record in found if "cell" in record["settings"]}
+    return {record["settings"]["trial"]: record for record in found if "trial" in record["settings"]}
 
 
-def measure_cell(cell: Cell, records: Path, device: torch.device) -> float:
+def measure_trial(trial: Trial, records: Path, device: torch.device) -> float:
     """Train one victim, append its records, and return its accuracy."""
-    measure = countermeasures.get(cell.countermeasure)
-    num_classes = _num_classes(cell)
-    work_dir = None if cell.work_dir is None else cell.work_dir / _preparation(cell)
+    countermeasure = countermeasures.get(trial.countermeasure)
+    num_classes = _num_classes(trial)
+    work_dir = None if trial.work_dir is None else trial.work_dir / _preparation(trial)
     threads = torch.get_num_threads()
     try:
         if device.type == "cpu":
             torch.set_num_threads(1)
-        prepared = measure.prepare(
-            cell.train,
+        prepared = countermeasure.prepare(
+            trial.train,
             seed=PREPARATION_SEED,
             device=device,
             num_classes=num_classes,
-            purifier=cell.purifier,
-            purification=cell.purification,
+            purifier=trial.purifier,
+            purification=trial.purification,
             checkpoint_dir=work_dir,
-            draws=cell.draws,
+            draws=trial.draws,
         )
         result = train_victim(
             prepared.data,
-            cell.test,
-            victim=cell.victim,
-            width=cell.width,
-            recipe=cell.recipe,
-            seed=cell.seed,
+            trial.test,
+            victim=trial.victim,
+            width=trial.width,
+            recipe=trial.recipe,
+            seed=trial.seed,
             device=device,
             num_classes=num_classes,
             hooks=prepared.hooks,
@@ -212,20 +212,20 @@ def measure_cell(cell: Cell, records: Path, device: torch.device) -> float:
     finally:
         torch.set_num_threads(threads)
     common = {
-        "seed": cell.seed,
-        "protocol": cell.recipe.name,
-        "settings": cell.settings,
+        "seed": trial.seed,
+        "protocol": trial.recipe.name,
+        "settings": trial.settings,
         "device": device_in_words(device),
         "seconds": round(result.seconds, 2),
     }
     details = {
-        "peak_accuracy": result.peak_accuracy,
+        "best_accuracy": result.best_accuracy,
         "train_accuracy": result.train_accuracy,
         "per_class_accuracy": [None if np.isnan(share) else round(share, 4) for share in result.per_class_accuracy],
         "confusion": result.confusion.tolist(),
         "history": [{name: round(value, 5) for name, value in entry.items()} for entry in result.history],
         "train_seconds": round(result.seconds, 2),
-        "prepare_seconds": round(_seconds_of_work(work_dir, cell.draws, prepared.seconds), 2),
+        "prepare_seconds": round(_seconds_of_work(work_dir, trial.draws, prepared.seconds), 2),
         "precision": result.settings["precision"],
         "threads": result.settings["threads"],
         "purified_in": _precision_of_purification(work_dir),
@@ -266,25 +266,25 @@ def _noise_corner(purifier: str) -> float:
     return 0.0 if config is None else config.noise_corner
 
 
-def _measure_claimed(cell: Cell, records: Path, device: torch.device, claims: Claims) -> float | None:
-    """The accuracy, or None if another process has claimed or finished the cell."""
-    if not claims.take(cell.name):
+def _measure_claimed(trial: Trial, records: Path, device: torch.device, claims: Claims) -> float | None:
+    """The accuracy, or None if another process has claimed or finished the trial."""
+    if not claims.take(trial.name):
         return None
     try:
-        return measure_cell(cell, records, device) if missing_cells([cell], records) else None
+        return measure_trial(trial, records, device) if missing_trials([trial], records) else None
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
-        raise RuntimeError(f"{_title(cell)}: {error}") from error
+        raise RuntimeError(f"{_title(trial)}: {error}") from error
     finally:
-        claims.release(cell.name)
+        claims.release(trial.name)
 
 
-def _in_a_pool(cells: Sequence[Cell], records: Path, processes: int, bar: tqdm) -> int:
-    """Measure cells in processes of their own; how many of them this command measured."""
+def _in_a_pool(trials: Sequence[Trial], records: Path, processes: int, bar: tqdm) -> int:
+    """Measure trials in processes of their own; how many of them this command measured."""
     spawn = multiprocessing.get_context("spawn")  # a forked copy of torch's thread pools may hang
     begun = 0
-    pool = ProcessPoolExecutor(min(processes, len(cells)), spawn, initializer=_begin_process)
+    pool = ProcessPoolExecutor(min(processes, len(trials)), spawn, initializer=_begin_process)
     try:
-        futures = {pool.submit(_measure_in_a_process, cell, records): cell for cell in cells}
+        futures = {pool.submit(_measure_in_a_process, trial, records): trial for trial in trials}
         for future in as_completed(futures):
             if (measured := future.result()) is not None:
                 begun += 1
@@ -294,9 +294,9 @@ def _in_a_pool(cells: Sequence[Cell], records: Path, processes: int, bar: tqdm) 
     return begun
 
 
-def _measure_in_a_process(cell: Cell, records: Path) -> float | None:
+def _measure_in_a_process(trial: Trial, records: Path) -> float | None:
     with Claims(claims_folder(records)) as claims:
-        return _measure_claimed(cell, records, torch.device("cpu"), claims)
+        return _measure_claimed(trial, records, torch.device("cpu"), claims)
 
 
 def _begin_process() -> None:
@@ -311,30 +311,32 @@ def _begin_process() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _tell(bar: tqdm, cell: Cell, accuracy: float) -> None:
-    bar.set_postfix_str(f"{_title(cell)}: {accuracy:.1%}")
+def _tell(bar: tqdm, trial: Trial, accuracy: float) -> None:
+    bar.set_postfix_str(f"{_title(trial)}: {accuracy:.1%}")
     bar.update()
 
 
-def _title(cell: Cell) -> str:
-    """A cell's row or poison, column and seed, as people know them."""
-    row = cell.about.get("row") or cell.about.get("poison")
-    return " ".join(filter(None, (row, cell.about.get("column", cell.countermeasure), f"seed {cell.seed}")))
+def _title(trial: Trial) -> str:
+    """A trial's row or poison, column and seed, as people know them."""
+    row = trial.about.get("row") or trial.about.get("poison")
+    return " ".join(filter(None, (row, trial.about.get("column", trial.countermeasure), f"seed {trial.seed}")))
 
 
-def _num_classes(cell: Cell) -> int:
-    names = cell.train.class_names or cell.test.class_names
-    return len(names) if names else int(max(cell.train.labels.max(), cell.test.labels.max())) + 1
+def _num_classes(trial: Trial) -> int:
+    names = trial.train.class_names or trial.test.class_names
+    return len(names) if names else int(max(trial.train.labels.max(), trial.test.labels.max())) + 1
 
 
-def _preparation(cell: Cell) -> str:
+def _preparation(trial: Trial) -> str:
     """
-    Name of the folder for what a countermeasure does before training, which has nothing to do with the victim: cells
+    Name of the folder for what a countermeasure does before training, which has nothing to do with the victim: trials
     that differ only in what is done while training, or in the number of draws, share it.
     """
-    measure = countermeasures.get(cell.countermeasure)
-    before = [[part.name, dict(part.settings)] for part in measure.parts or (measure,) if part.kind != "hook"]
-    deciding = [cell.settings["train"], before, cell.settings.get("purifier"), cell.settings.get("purification")]
+    countermeasure = countermeasures.get(trial.countermeasure)
+    before = [
+        [part.name, dict(part.settings)] for part in countermeasure.parts or (countermeasure,) if part.kind != "hook"
+    ]
+    deciding = [trial.settings["train"], before, trial.settings.get("purifier"), trial.settings.get("purification")]
     return _hash(json.dumps(deciding, sort_keys=True).encode())
 
 

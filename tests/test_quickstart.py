@@ -172,7 +172,7 @@ def test_each_victim_gets_the_images_of_its_row(told, tmp_path, monkeypatch):
         for training_set, test, *_ in work:
             assert test.ids == digits(SHORT.sizes)[2].ids
             distance = np.abs(training_set.images - clean).mean()
-            yield dict(accuracy=distance, peak_accuracy=0.0, train_accuracy=0.0, seconds=0.0)
+            yield dict(accuracy=distance, best_accuracy=0.0, train_accuracy=0.0, seconds=0.0)
 
     monkeypatch.setattr("jcdp_diffusers.quickstart.train_victims", measure)
     report = run_quickstart(tmp_path / "again", telling=SHORT, say=lambda line: None)

@@ -67,7 +67,7 @@ def arguments(folders, *more):
 
 def test_figures_are_those_of_victims_trained_alone(result, train, test):
     alone = [train_victim(train, test, recipe=QUICK, seed=seed) for seed in range(3)]
-    for name in ("accuracy", "peak_accuracy", "train_accuracy"):
+    for name in ("accuracy", "best_accuracy", "train_accuracy"):
         values = [getattr(victim, name) for victim in alone]
         assert result[name]["values"] == values
         assert result[name]["mean"] == pytest.approx(np.mean(values))

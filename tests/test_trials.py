@@ -1,4 +1,4 @@
-"""Cells of a comparison: named by content, measured once, shared out, taken up after a crash."""
+"""Trials of a comparison: named by content, measured once, shared out, taken up after a crash."""
 
 import dataclasses
 import multiprocessing
@@ -18,13 +18,13 @@ from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.purify.shards import Claims
 from jcdp_diffusers.results import read_records
 from jcdp_diffusers.trials import (
-    Cell,
-    cell_name,
+    Trial,
     claims_folder,
-    measure_cells,
-    missing_cells,
+    measure,
+    missing_trials,
     purifier_digest,
-    results_by_cell,
+    results_by_trial,
+    trial_name,
 )
 from jcdp_diffusers.victims.supervised import RECIPES
 
@@ -41,8 +41,8 @@ def images(count: int, seed: int) -> LabelledImages:
 TRAIN, TEST = images(24, 0), images(10, 1)
 
 
-def cell(seed: int = 0, **changes) -> Cell:
-    return Cell(**{"train": TRAIN, "test": TEST, "recipe": QUICK, "seed": seed, **changes})
+def trial(seed: int = 0, **changes) -> Trial:
+    return Trial(**{"train": TRAIN, "test": TEST, "recipe": QUICK, "seed": seed, **changes})
 
 
 def accuracies(records) -> list[dict]:
@@ -51,38 +51,38 @@ def accuracies(records) -> list[dict]:
 
 def test_a_cell_is_named_by_the_content_of_all_that_decides_it():
     same = LabelledImages(TRAIN.images.copy(), TRAIN.labels.copy(), tuple(f"x{row}" for row in range(24)))
-    assert cell().name == cell(train=same).name  # whatever the images are called
+    assert trial().name == trial(train=same).name  # whatever the images are called
     touched = TRAIN.images.copy()
     touched[5, 3, 3, 0] ^= 1
     others = [
-        cell(seed=1),
-        cell(train=TRAIN.with_images(touched)),
-        cell(train=dataclasses.replace(TRAIN, labels=1 - TRAIN.labels)),
-        cell(test=images(10, 2)),
-        cell(recipe=dataclasses.replace(QUICK, learning_rate=0.05)),
-        cell(width=4),
-        cell(victim="vgg16"),
-        cell(countermeasure="gray"),
-        cell(about={"poison": "lsp"}),
+        trial(seed=1),
+        trial(train=TRAIN.with_images(touched)),
+        trial(train=dataclasses.replace(TRAIN, labels=1 - TRAIN.labels)),
+        trial(test=images(10, 2)),
+        trial(recipe=dataclasses.replace(QUICK, learning_rate=0.05)),
+        trial(width=4),
+        trial(victim="vgg16"),
+        trial(countermeasure="gray"),
+        trial(about={"poison": "lsp"}),
     ]
-    assert len({other.name for other in (cell(), *others)}) == 1 + len(others)
-    assert cell(width=QUICK.width).name == cell().name  # the recipe's own
+    assert len({other.name for other in (trial(), *others)}) == 1 + len(others)
+    assert trial(width=QUICK.width).name == trial().name  # the recipe's own
     told = {"grid": "other", "poison_seconds": 3.0, "poison_norms": {"linf": 8}, "collected": "elsewhere"}
-    assert cell(about=told).name == cell().name  # neither what a comparison is called nor what nobody uses
+    assert trial(about=told).name == trial().name  # neither what a comparison is called nor what nobody uses
 
 
 def test_a_setting_that_came_later_renames_no_cell_at_the_value_that_was_meant():
-    purifying = lambda **settings: cell(countermeasure="unconditional", purification=PurificationConfig(**settings))
+    purifying = lambda **settings: trial(countermeasure="unconditional", purification=PurificationConfig(**settings))
     assert "noise_corner" not in str(purifying().settings)
     assert purifying(noise_corner=0.0).name == purifying().name != purifying(noise_corner=8.0).name
     assert purifying(noise_corner=8.0).settings["purification"]["noise_corner"] == 8.0
-    # A cell of CIFAR-10 as it was named before there was such a setting.
+    # A trial of CIFAR-10 as it was named before there was such a setting.
     (record,) = (
         record
         for record in read_records(Path(__file__).parents[1] / "results/leak_cifar10_mini.jsonl")
         if record["what"] == "accuracy" and record["seed"] == 0 and record["settings"]["purification"]
     )
-    assert cell_name(record["settings"], 0) == record["settings"]["cell"]
+    assert trial_name(record["settings"], 0) == record["settings"]["trial"]
 
 
 def test_the_colour_of_a_purifiers_noise_is_on_record_and_in_the_name(tmp_path):
@@ -91,7 +91,7 @@ def test_the_colour_of_a_purifiers_noise_is_on_record_and_in_the_name(tmp_path):
         (tmp_path / name / "unet").mkdir(parents=True)  # the same weights: none
         if corner is not None:
             PurificationConfig(noise_corner=corner).save_pretrained(tmp_path / name)
-        found.append(cell(countermeasure="unconditional", purifier=str(tmp_path / name)))
+        found.append(trial(countermeasure="unconditional", purifier=str(tmp_path / name)))
     assert [one.settings.get("noise_corner") for one in found] == [None, None, 3.0, 8.0]
     assert found[0].name == found[1].name and len({one.name for one in found}) == 3
     assert len({purifier_digest(one.purifier) for one in found}) == 3
@@ -99,7 +99,7 @@ def test_the_colour_of_a_purifiers_noise_is_on_record_and_in_the_name(tmp_path):
 
 def test_the_collected_images_decide_where_a_purifier_is_used():
     names = {
-        cell(countermeasure="unconditional", purifier="owner/name", about={"collected": name}).name
+        trial(countermeasure="unconditional", purifier="owner/name", about={"collected": name}).name
         for name in ("here", "elsewhere")
     }
     assert len(names) == 2
@@ -120,48 +120,48 @@ def test_cells_that_differ_while_training_share_what_is_purified(tmp_path):
         purification=PurificationConfig(diffusion_steps=2, num_inference_steps=2),
         work_dir=tmp_path / "prepared",
     )
-    shared = [cell(countermeasure=name, **how) for name in ("unconditional", "unconditional+corruption")]
-    other = cell(countermeasure="unconditional", **how | {"train": TEST})
-    drawn = cell(countermeasure="unconditional", draws=2, **how)
+    shared = [trial(countermeasure=name, **how) for name in ("unconditional", "unconditional+corruption")]
+    other = trial(countermeasure="unconditional", **how | {"train": TEST})
+    drawn = trial(countermeasure="unconditional", draws=2, **how)
     assert drawn.name != shared[0].name
-    measure_cells([*shared, other, drawn], tmp_path / "records.jsonl", progress=False)
+    measure([*shared, other, drawn], tmp_path / "records.jsonl", progress=False)
     assert len(list((tmp_path / "prepared").iterdir())) == 2
     done = [record["value"] for record in read_records(tmp_path / "records.jsonl") if record["what"] == "victim"]
     assert done[0]["prepare_seconds"] == done[1]["prepare_seconds"] > 0
     assert done[3]["prepare_seconds"] > done[0]["prepare_seconds"]  # two draws, one of them the others'
     again = tmp_path / "again.jsonl"
-    measure_cells(shared[:1], again, progress=False)
+    measure(shared[:1], again, progress=False)
     assert (
-        list(results_by_cell(again, what="victim").values())[0]["value"]["prepare_seconds"]
+        list(results_by_trial(again, what="victim").values())[0]["value"]["prepare_seconds"]
         == done[0]["prepare_seconds"]
     )
 
 
 def test_only_what_is_missing_is_measured(tmp_path):
     records = tmp_path / "records.jsonl"
-    wanted = [cell(0, about={"row": "a"}), cell(1, about={"row": "a"})]
-    measure_cells(wanted, records, progress=False)
+    wanted = [trial(0, about={"row": "a"}), trial(1, about={"row": "a"})]
+    measure(wanted, records, progress=False)
     found = accuracies(records)
-    assert [record["seed"] for record in found] == [0, 1] and missing_cells(wanted, records) == []
-    details = results_by_cell(records, what="victim")[wanted[0].name]["value"]
+    assert [record["seed"] for record in found] == [0, 1] and missing_trials(wanted, records) == []
+    details = results_by_trial(records, what="victim")[wanted[0].name]["value"]
     assert np.sum(details["confusion"]) == 10 and len(details["history"]) == 1 and details["threads"] == 1
     before = records.read_text()
-    wanted.append(cell(0, countermeasure="gray"))
-    measure_cells(wanted, records, progress=False)
+    wanted.append(trial(0, countermeasure="gray"))
+    measure(wanted, records, progress=False)
     assert records.read_text().startswith(before) and len(accuracies(records)) == 3
-    # A line cut off between a cell's two records: the cell is measured again, the same.
+    # A line cut off between a trial's two records: the trial is measured again, the same.
     lines = records.read_text().splitlines()
     records.write_text("\n".join(lines[:3]) + "\n")
-    measure_cells(wanted[:2], records, progress=False)
+    measure(wanted[:2], records, progress=False)
     assert [record["value"] for record in accuracies(records)] == [record["value"] for record in found]
 
 
 def test_what_is_measured_does_not_depend_on_the_number_of_processes(tmp_path):
-    wanted = [cell(seed) for seed in range(3)]
+    wanted = [trial(seed) for seed in range(3)]
     values = []
     for processes in (1, 2):
         records = tmp_path / f"{processes}.jsonl"
-        measure_cells(wanted, records, processes=processes, progress=False)
+        measure(wanted, records, processes=processes, progress=False)
         values.append({record["seed"]: record["value"] for record in accuracies(records)})
     assert values[0] == values[1] and len(values[0]) == 3
 
@@ -169,11 +169,11 @@ def test_what_is_measured_does_not_depend_on_the_number_of_processes(tmp_path):
 def test_a_cell_that_another_process_has_claimed_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ATTEMPTS_SECONDS", 0.05)
     records = tmp_path / "records.jsonl"
-    first, second = cell(0), cell(1)
+    first, second = trial(0), trial(1)
     claims_folder(records).mkdir(parents=True)
     with Claims(claims_folder(records)) as claims:
         assert claims.take(first.name)
-        worker = threading.Thread(target=measure_cells, args=([first, second], records), kwargs={"progress": False})
+        worker = threading.Thread(target=measure, args=([first, second], records), kwargs={"progress": False})
         worker.start()
         while not records.exists() or len(accuracies(records)) < 1:
             time.sleep(0.05)
@@ -184,11 +184,11 @@ def test_a_cell_that_another_process_has_claimed_is_waited_for(tmp_path, monkeyp
 
 
 def test_a_cell_whose_process_was_killed_is_taken_over(tmp_path):
-    """The slow cell is claimed, its process dies by SIGKILL, and its claim does not hold anybody up."""
+    """The slow trial is claimed, its process dies by SIGKILL, and its claim does not hold anybody up."""
     records = tmp_path / "records.jsonl"
     spawn = multiprocessing.get_context("spawn")
-    slow = cell(0, recipe=SLOW)
-    worker = spawn.Process(target=measure_cells, args=([slow], records), kwargs={"progress": False})
+    slow = trial(0, recipe=SLOW)
+    worker = spawn.Process(target=measure, args=([slow], records), kwargs={"progress": False})
     worker.start()
     claim = claims_folder(records) / slow.name
     while not claim.exists():
@@ -204,16 +204,16 @@ def test_a_cell_whose_process_was_killed_is_taken_over(tmp_path):
 def test_an_error_ends_the_command_and_frees_the_cell(tmp_path):
     records = tmp_path / "records.jsonl"
     about = {"poison": "lsp", "column": "plain"}
-    bad = cell(0, test=LabelledImages(TEST.images, TEST.labels * 0, TEST.ids), about=about)
+    bad = trial(0, test=LabelledImages(TEST.images, TEST.labels * 0, TEST.ids), about=about)
     with pytest.raises(RuntimeError, match="^lsp plain seed 0: train has images of class 1, but test has none"):
-        measure_cells([bad], records, progress=False)
+        measure([bad], records, progress=False)
     assert list(claims_folder(records).iterdir()) == []
     with pytest.raises(ValueError, match="processes is 0, but must be at least 1"):
-        measure_cells([bad], records, processes=0)
+        measure([bad], records, processes=0)
 
 
 @pytest.mark.long
 def test_an_error_in_a_process_of_its_own_is_the_commands_error(tmp_path):
     bad = LabelledImages(TEST.images, TEST.labels * 0, TEST.ids)
     with pytest.raises(RuntimeError, match="^none seed [01]: train has images of class 1, but test has none"):
-        measure_cells([cell(0, test=bad), cell(1, test=bad)], tmp_path / "r.jsonl", processes=2, progress=False)
+        measure([trial(0, test=bad), trial(1, test=bad)], tmp_path / "r.jsonl", processes=2, progress=False)

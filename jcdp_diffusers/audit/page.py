@@ -183,7 +183,7 @@ def _result_row(row: dict, entry: dict, colour: str) -> str:
     return (
         f'<tr data-row="{_escape(row["row"])}"><td>{_escape(row["title"])}</td><td class="n"><b>{row["test"]}</b></td>'
         f'<td class="n">{row["std"]}</td><td class="bar"><div class="track">{bar}</div></td>'
-        f'<td class="n wide">{row["peak"]}</td><td class="n wide">{row["train"]}</td>'
+        f'<td class="n wide">{row["best"]}</td><td class="n wide">{row["train"]}</td>'
         f'<td class="wide note">{_escape(row["before"])}</td><td class="n wide">{row["seconds"]}</td></tr>'
     )
 

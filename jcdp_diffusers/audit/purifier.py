@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..countermeasures.purifiers import check_purifier
 from ..data import LabelledImages, load_images
-from ..data.checks import check_purifier, check_trained_on
 from ..perceptual import LPIPSModel, load_perceptual
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PurificationConfig
@@ -18,6 +18,7 @@ from ..purify.dataset import open_purifier, purify_dataset
 from ..results import append_record, as_settings, read_records
 from ..train.default_purifier import Plan, plan_for, purifier_to_be, train_planned
 from ..train.model_card import RECORD_NAME
+from ..train.provenance import check_trained_on
 from ..trials import describe_images
 from .attacks import in_seconds
 from .sets import labelled

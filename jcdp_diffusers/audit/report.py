@@ -40,7 +40,7 @@ def markdown(report: dict, caption: str) -> str:
         caption (`str`): What `pictures/images.png` shows.
     """
     head = ("victims", "test accuracy", "std", "each seed", "best epoch", "training accuracy", "before", "training")
-    names = ("title", "test", "std", "values", "peak", "train", "before", "seconds")
+    names = ("title", "test", "std", "values", "best", "train", "before", "seconds")
     table = [[_text(row[name]) for name in names] for row in results_table(report)]
     lines = [
         "# Audit of a protected data set",

@@ -12,7 +12,7 @@ from ..data.perturbations import apply_perturbation
 from ..poisons.control import shuffled
 from ..purify.dataset_card import SUMMARY_NAME
 from ..results import as_settings
-from ..trials import Cell, describe_images, purifier_digest, results_by_cell
+from ..trials import Trial, describe_images, purifier_digest, results_by_trial
 from .purifier import AuditPurifier
 from .settings import AuditSettings
 
@@ -33,7 +33,7 @@ def control_images(clean: LabelledImages, protected: LabelledImages, seed: int) 
 
 def trials_of(
     sets: Mapping[str, LabelledImages], used: AuditPurifier, asked: AuditSettings, work_dir: Path
-) -> dict[str, list[Cell]]:
+) -> dict[str, list[Trial]]:
     """
     The trials by row, one for each seed.
 
@@ -53,7 +53,7 @@ def trials_of(
     purification = {"purifier": purifier_digest(used.name), "purification": as_settings(used.config)}
     return {
         row: [
-            Cell(
+            Trial(
                 images,
                 sets["test"],
                 asked.recipe,
@@ -73,7 +73,7 @@ def trials_of(
 
 
 def figures(
-    trials: Mapping[str, list[Cell]], records: Path, purified: LabelledImages, purified_dir: Path
+    trials: Mapping[str, list[Trial]], records: Path, purified: LabelledImages, purified_dir: Path
 ) -> list[dict]:
     """
     Title and figures of each row, from the records.
@@ -91,13 +91,13 @@ def figures(
     return rows
 
 
-def _figures(trials: list[Cell], records: Path) -> dict:
+def _figures(trials: list[Trial], records: Path) -> dict:
     """Figures of one row over its seeds."""
-    accuracy, details = (results_by_cell(records, what=what) for what in ("accuracy", "victim"))
+    accuracy, details = (results_by_trial(records, what=what) for what in ("accuracy", "victim"))
     own = [details[trial.name]["value"] for trial in trials]
     return {
         "accuracy": _spread([accuracy[trial.name]["value"] for trial in trials]),
-        "peak_accuracy": _spread([entry["peak_accuracy"] for entry in own]),
+        "best_accuracy": _spread([entry["best_accuracy"] for entry in own]),
         "train_accuracy": _spread([entry["train_accuracy"] for entry in own]),
         "per_class_accuracy": np.mean([entry["per_class_accuracy"] for entry in own], axis=0).round(4).tolist(),
         "curves": [[epoch["test_accuracy"] for epoch in entry["history"]] for entry in own],

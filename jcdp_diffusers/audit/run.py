@@ -23,7 +23,7 @@ from ..devices import available_cores
 from ..outputs import check_output_folder, public_name, write_atomically
 from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions
-from ..trials import describe_images, measure_cells, purifier_digest
+from ..trials import describe_images, measure, purifier_digest
 from .limits import limits
 from .purifier import AuditPurifier, choose_purifier, purify, trained
 from .report import write_report
@@ -72,7 +72,7 @@ def audit(
         test: Clean labelled images of the same classes, none of which is protected.
         collected: Unprotected images like the protected ones, without need of labels, that train the purifier. May be
             left out where a purifier is given; what that was trained on is looked up in its repository
-            (`data.checks.check_trained_on`), or unknown and among the report's limits.
+            (`train.provenance.check_trained_on`), or unknown and among the report's limits.
         purifier (`str` or `os.PathLike`, *optional*): Folder or Hub id; trained on `collected` if not given.
         clean (*optional*): The originals of the protected images, under the same ids. Without them nobody can say how
             much the protection takes away.
@@ -163,7 +163,7 @@ def carry_out(
     trials = trials_of(sets, used, asked, output_dir / "attacks")
     order = [trial for turn in zip(*trials.values()) for trial in turn]
     say(f"Victims: {len(order)} of {asked.recipe.epochs} epochs")
-    measure_cells(order, records, device=device, processes=processes)
+    measure(order, records, device=device, processes=processes)
 
     # 5. The report
     rows = figures(trials, records, sets["purified"], output_dir / "purified")
@@ -246,7 +246,7 @@ def _report(
     recipe, test, trains = settings["recipe"], sets["test"], used.plan is not None
     accuracies = {entry["row"]: entry["accuracy"]["values"] for entry in rows}
     judged = verdict(accuracies, TITLES, test_images=len(test), smoke=recipe["smoke"])
-    measures = {one.name: one.as_done(used.config, smoke=recipe["smoke"]) for one in asked.tried}
+    tried = {one.name: one.as_done(used.config, smoke=recipe["smoke"]) for one in asked.tried}
     said = limits(
         judged["status"],
         victim=settings["victim"],
@@ -274,8 +274,8 @@ def _report(
             "recipe": recipe,
         },
         "attacks": {
-            name: {"source": measure.source, "cost": measure.cost, "settings": dict(measure.settings)}
-            for name, measure in measures.items()
+            name: {"source": one.source, "cost": one.cost, "settings": dict(one.settings)}
+            for name, one in tried.items()
         },
         "limits": said,
         "command": command,

@@ -42,7 +42,7 @@ def results_table(report: dict) -> list[dict]:
                 "test": f"{100 * accuracy['mean']:.1f} %",
                 "std": "-" if accuracy["std"] is None else f"{100 * accuracy['std']:.1f}",
                 "values": ", ".join(f"{100 * value:.1f}" for value in accuracy["values"]),
-                "peak": f"{100 * entry['peak_accuracy']['mean']:.1f} %",
+                "best": f"{100 * entry['best_accuracy']['mean']:.1f} %",
                 "train": f"{100 * entry['train_accuracy']['mean']:.1f} %",
                 "fraction": accuracy["mean"],
                 "before": before,

@@ -56,6 +56,20 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def num_classes(self) -> int:
+        """
+        Number of classes: that of the names where there are names, else the largest label plus 1.
+
+        Raises:
+            ValueError: If there are neither names nor labels.
+        """
+        if self.class_names is not None:
+            return len(self.class_names)
+        if self.labels is None:
+            raise ValueError("labels is None, but must be given where class_names is None to tell the classes.")
+        return int(self.labels.max()) + 1
+
     def subset(self, indices: Sequence[int] | np.ndarray) -> "LabelledImages":
         """The rows at `indices` (integers, or a boolean mask of length N), in that order, ids and labels with them."""
         indices = np.asarray(indices)

@@ -5,7 +5,7 @@ of EMN, ISS, LSP, AVATAR and APBench do, and a perturbation of 8/255 means the s
 it. Test images are never altered.
 
 Two figures describe a victim and are never mixed: `accuracy` is the test accuracy after the last epoch, which is what
-we report; `peak_accuracy` is the highest test accuracy after any epoch, which several papers report, and which nobody
+we report; `best_accuracy` is the highest test accuracy after any epoch, which several papers report, and which nobody
 can reach without choosing the epoch by the test labels.
 
 **Countermeasures while training** are hooks: plain objects with one or more of these methods, called in the order
@@ -167,7 +167,7 @@ class VictimResult:
 
     Args:
         accuracy: test accuracy after the last epoch.
-        peak_accuracy: highest test accuracy after any epoch.
+        best_accuracy: highest test accuracy after any epoch.
         train_accuracy: accuracy on the training images as given, without augmentation, after the last epoch.
         per_class_accuracy: float64 (num_classes,), test accuracy after the last epoch, NaN for a class without images.
         confusion: int64 (num_classes, num_classes), test images of class row that were called class column.
@@ -179,7 +179,7 @@ class VictimResult:
     """
 
     accuracy: float
-    peak_accuracy: float
+    best_accuracy: float
     train_accuracy: float
     per_class_accuracy: np.ndarray
     confusion: np.ndarray
@@ -261,7 +261,7 @@ def train_victim(
     )
     return VictimResult(
         accuracy=history[-1]["test_accuracy"],
-        peak_accuracy=max(entry["test_accuracy"] for entry in history),
+        best_accuracy=max(entry["test_accuracy"] for entry in history),
         train_accuracy=train_accuracy,
         per_class_accuracy=_per_class(confusion),
         confusion=confusion,

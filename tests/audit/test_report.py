@@ -30,7 +30,7 @@ def row(name: str, title: str, values: list[float], prepare: float = 0.0) -> dic
         "row": name,
         "title": title,
         "accuracy": spread,
-        "peak_accuracy": spread,
+        "best_accuracy": spread,
         "train_accuracy": {"mean": 0.99, "std": 0.0, "values": [0.99] * len(values)},
         "per_class_accuracy": [spread["mean"]] * 4,
         "curves": curves,
@@ -200,7 +200,7 @@ def test_page_and_markdown_say_the_same_as_the_figures(written):
     assert json.loads((written / "report.json").read_text()) == REPORT
     assert "26&nbsp;% → 71&nbsp;% by purification, clean 76&nbsp;%" in page and REPORT["verdict"]["sentence"] in text
     for shown in results_table(REPORT):
-        for name in ("title", "test", "std", "peak", "train", "seconds"):
+        for name in ("title", "test", "std", "best", "train", "seconds"):
             assert shown[name] in page and shown[name] in text
     for said in (
         *REPORT["limits"],

@@ -23,7 +23,7 @@ from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
 from jcdp_diffusers.train.default_purifier import plan_for
 from jcdp_diffusers.train.provenance import image_digests, write_trained_on
-from jcdp_diffusers.trials import results_by_cell
+from jcdp_diffusers.trials import results_by_trial
 
 
 def digits(rows) -> LabelledImages:
@@ -104,8 +104,8 @@ def test_an_attack_on_the_purified_images_counts_purification(audited):
     assert report["attacks"]["eclipse"]["settings"]["eclipse-purifier"]["num_inference_steps"] == 2
     assert "2 UNet evaluations per image" in report["attacks"]["eclipse"]["cost"]
     assert any("where its authors train one of few images" in limit for limit in report["limits"])
-    cells = results_by_cell(audited / "records.jsonl", what="accuracy").values()
-    trained_on = {cell["settings"]["row"]: cell["settings"]["train"]["content"] for cell in cells}
+    found = results_by_trial(audited / "records.jsonl", what="accuracy").values()
+    trained_on = {trial["settings"]["row"]: trial["settings"]["train"]["content"] for trial in found}
     assert trained_on["purified+corruption"] == trained_on["purified"] != trained_on["eclipse"]
     assert "| trained on purified images, with corruption |" in (audited / "report.md").read_text()
 
@@ -120,10 +120,10 @@ def test_an_attack_may_come_before_purification(audited):
         **{name: value for name, value in report["purification"].items() if name != "evaluations_per_image"}
     )
     assert "this audit's purification" in report["attacks"][row]["source"]
-    cells = results_by_cell(audited / "records.jsonl", what="accuracy").values()
-    (cell,) = (cell["settings"] for cell in cells if cell["settings"]["row"] == row)
-    assert cell["countermeasure"] == "impulse-filter+unconditional+corruption"
-    assert PurificationConfig(**cell["purification"]) == PurificationConfig(**settings["purified"])
+    found = results_by_trial(audited / "records.jsonl", what="accuracy").values()
+    (trial,) = (trial["settings"] for trial in found if trial["settings"]["row"] == row)
+    assert trial["countermeasure"] == "impulse-filter+unconditional+corruption"
+    assert PurificationConfig(**trial["purification"]) == PurificationConfig(**settings["purified"])
     page = (audited / "report.md").read_text()
     assert f"| protected images, with {row} |" in page
     (line,) = (line for line in page.splitlines() if line.startswith(f"| protected images, with {row} |"))
@@ -132,7 +132,7 @@ def test_an_attack_may_come_before_purification(audited):
 
 def test_every_figure_of_the_report_is_on_record(audited):
     report = json.loads((audited / "report.json").read_text())
-    records = results_by_cell(audited / "records.jsonl", what="accuracy").values()
+    records = results_by_trial(audited / "records.jsonl", what="accuracy").values()
     on_record = {(record["settings"]["row"], record["seed"]): record["value"] for record in records}
     shown = {(row["row"], 0): row["accuracy"]["values"][0] for row in report["rows"]}
     assert on_record == shown
@@ -315,7 +315,7 @@ def test_roles_of_the_paper_are_marked_everywhere(folders, tmp_path):
     assert report["roles"] == "paper" and report["data"]["separation"]["collected_in_test"] == 150
     for name in ("report.md", "report.html"):
         assert "Roles as in the paper: the purifier has seen the test images." in (output / name).read_text()
-    records = results_by_cell(output / "records.jsonl", what="accuracy").values()
+    records = results_by_trial(output / "records.jsonl", what="accuracy").values()
     assert {record["settings"]["roles"] for record in records} == {"paper"}
 
 

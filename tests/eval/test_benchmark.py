@@ -298,13 +298,13 @@ def test_processes_of_a_launcher_share_the_cells_and_one_trains_the_purifier(sou
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Training a purifier on") <= 1 and done.stdout.count("6 cells on record") == 1
+    assert done.stdout.count("Training a purifier on") <= 1 and done.stdout.count("6 trials on record") == 1
     records = [r for r in read_records(tmp_path / "out/records.jsonl") if r["what"] == "accuracy"]
-    assert len(records) == len({record["settings"]["cell"] for record in records}) == 6
+    assert len(records) == len({record["settings"]["trial"] for record in records}) == 6
     (purifier,) = (tmp_path / "out").glob("purifier-*")
     trained = json.loads((purifier / "training_record.json").read_text())
     assert trained["processes"] == 1
-    command = shlex.split(done.stdout.partition("6 cells on record: ")[2])
+    command = shlex.split(done.stdout.partition("6 trials on record: ")[2])
     shown = subprocess.run([sys.executable, *command[1:]], env=environment, capture_output=True, text=True)
     assert "Smoke run: no figure means anything" in shown.stdout, shown.stderr[-3000:]
 

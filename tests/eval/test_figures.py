@@ -20,7 +20,7 @@ def records(poison, column, values, *, steps=None, epochs=3, **settings):
     """Of seeds 0 and on; purified if `steps`, T_p, is given."""
     settings = (
         {
-            "cell": "x",
+            "trial": "x",
             "dataset": "cifar10",
             "collected": "cifar10",
             "poison": poison,

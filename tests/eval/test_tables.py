@@ -18,7 +18,7 @@ def records(poison, column, values, *, seconds=(0.0, 10.0), images=10_000, detai
     """Of seeds 0 and on, as `jcdp_diffusers.trials` and `eval.benchmark` write them."""
     settings = (
         {
-            "cell": "x",
+            "trial": "x",
             "grid": "mini",
             "dataset": "cifar10",
             "collected": "cifar10",
@@ -234,7 +234,7 @@ def test_a_poison_of_another_preset_has_rows_and_columns_of_its_own():
 
 
 def test_a_cell_that_was_measured_twice_counts_once():
-    again = records("lsp", "none", [0.3], cell="y", grid="again", poison_seconds=7.0)
+    again = records("lsp", "none", [0.3], trial="y", grid="again", poison_seconds=7.0)
     measured = Measured([*records("lsp", "none", [0.2]), *again])
     assert measured.accuracies("cifar10", "lsp", "none") == [30.0]
 

@@ -73,7 +73,7 @@ def test_result_describes_itself(result, train, test):
     accuracies = [entry["test_accuracy"] for entry in result.history]
     assert [entry["epoch"] for entry in result.history] == [1, 2]
     assert result.accuracy == accuracies[-1]
-    assert result.peak_accuracy == max(accuracies)
+    assert result.best_accuracy == max(accuracies)
     assert result.confusion.sum() == len(test)
     assert result.confusion.sum(axis=1).tolist() == np.bincount(test.labels).tolist()
     assert result.accuracy == pytest.approx(np.trace(result.confusion) / len(test))
@@ -103,8 +103,8 @@ def test_peak_and_last_epoch_are_two_figures(train, test):
 
     recipe = dataclasses.replace(RECIPES["digits"], epochs=5, schedule="cosine", bfloat16=False, width=8)
     result = train_victim(train, test, recipe=dataclasses.replace(recipe, batch_size=10), hooks=[Spoiler()])
-    assert result.peak_accuracy == max(entry["test_accuracy"] for entry in result.history)
-    assert result.accuracy == result.history[-1]["test_accuracy"] < result.peak_accuracy
+    assert result.best_accuracy == max(entry["test_accuracy"] for entry in result.history)
+    assert result.accuracy == result.history[-1]["test_accuracy"] < result.best_accuracy
 
 
 def test_smoke_is_short_and_says_so(test):
