@@ -46,9 +46,9 @@ def trials_of(
     rows = {row: (sets[row], "none", None) for row in TITLES if row in sets}
     for one in asked.tried:
         # In a smoke run every attack that purifies does so in seconds.
-        replaced = one.measure.needs_purifier and (asked.recipe.smoke or one.purifies_as_the_audit)
+        replaced = one.countermeasure.needs_purifier and (asked.recipe.smoke or one.purifies_as_the_audit)
         images = sets["purified" if one.takes_purified else "protected"]
-        rows[one.name] = (images, one.measure.name, used.config if replaced else None)
+        rows[one.name] = (images, one.countermeasure.name, used.config if replaced else None)
     facts = {"audit": describe_images(sets["protected"])["content"], "roles": asked.roles}
     purification = {"purifier": purifier_digest(used.name), "purification": as_settings(used.config)}
     return {
