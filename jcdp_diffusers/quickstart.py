@@ -27,7 +27,7 @@ from .purification_config import PurificationConfig
 from .results import as_settings
 from .train.config import TrainingConfig
 from .train.default_purifier import Plan
-from .victims.supervised import RECIPES
+from .victims import RECIPES
 
 
 # What an output folder was begun for.

@@ -7,7 +7,7 @@ from pathlib import Path
 from .. import countermeasures, victims
 from ..data.checks import ROLES
 from ..outputs import check_output_folder, public_name
-from ..victims.supervised import RECIPES
+from ..victims import RECIPES
 from .attacks import PURIFIED
 from .run import BEGUN_NAME, OWN_NAMES, audit
 

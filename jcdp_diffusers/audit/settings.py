@@ -9,7 +9,7 @@ from .. import victims
 from ..data.checks import ROLES
 from ..purification_config import PRESETS, PurificationConfig
 from ..train.default_purifier import Plan
-from ..victims.supervised import RECIPES, Recipe
+from ..victims import RECIPES, Recipe
 from .attacks import Attack, attack
 
 

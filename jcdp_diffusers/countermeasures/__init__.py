@@ -5,7 +5,7 @@ A countermeasure is one of three kinds, each a function with one signature:
 * `"dataset"`, data set to data set, before training: `function(data, context) -> LabelledImages`;
 * `"transform"`, a per-image transform at load: `function(image) -> image`, uint8 (H, W, C), without chance;
 * `"hook"`, a hook around the training step: `function(data, context) -> hook`, the hook being what
-  `victims.supervised` describes.
+  `victims.training` describes.
 
 `get(name).prepare(train)` hides the difference, so that any countermeasure goes with any poison and victim by name:
 
@@ -61,7 +61,7 @@ _FILES = {
     "at-4": "adversarial_training",
     "at-8": "adversarial_training",
 }
-# Files whose hooks replace the loss, which only one hook may (`victims.supervised`).
+# Files whose hooks replace the loss, which only one hook may (`victims.training`).
 _REPLACING_LOSS = ("ueraser", "adversarial_training")
 # Of stored images in training: one makes floating-point numbers of them, the other needs their bytes.
 _FLOATS, _8_BIT = "orthogonal-projection", "fast-autoaugment"
