@@ -45,7 +45,7 @@ from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION, Plan, plan
 from jcdp_diffusers.train.provenance import check_trained_on
 from jcdp_diffusers.train.unets import UNETS
 from jcdp_diffusers.trials import Trial, claims_folder, describe_images, measure
-from jcdp_diffusers.victims.supervised import RECIPES, Recipe
+from jcdp_diffusers.victims import RECIPES, Recipe
 
 
 DIGITS = (900, 500, 397)

@@ -72,8 +72,8 @@ from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.images import BatchLayout, micro_batches, normalize
 from jcdp_diffusers.train.loop import train_purifier
 from jcdp_diffusers.train.unets import ddpm_scheduler, named_unet
+from jcdp_diffusers.victims import RECIPES, random_crop_flip, train_model, train_victim
 from jcdp_diffusers.victims import get as get_victim
-from jcdp_diffusers.victims.supervised import RECIPES, random_crop_flip, train_model, train_victim
 
 
 # ------------------------------------------------------------------------------------------------------------ sections

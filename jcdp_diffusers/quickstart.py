@@ -31,7 +31,7 @@ from .purify.dataset_card import SUMMARY_NAME
 from .results import append_record, as_settings, read_records, summarise
 from .train.loop import TrainingConfig, train_purifier
 from .train.unets import ddpm_scheduler, named_unet
-from .victims.supervised import RECIPES, train_victim
+from .victims import RECIPES, train_victim
 
 
 ROWS = {

@@ -46,7 +46,7 @@ from ..train.default_purifier import Plan, plan_for, purifier_to_be, train_plann
 from ..train.model_card import RECORD_NAME
 from ..train.provenance import check_trained_on
 from ..trials import Trial, describe_images, measure, purifier_digest, results_by_trial
-from ..victims.supervised import RECIPES, Recipe
+from ..victims import RECIPES, Recipe
 from .attacks import PURIFIED, Attack, attack, in_seconds
 from .report import write_report
 from .shortcut import shortcut_test
@@ -129,7 +129,7 @@ def audit(
             `purified+corruption`, `impulse-filter+purified+corruption`.
         seeds (`int` or `Sequence[int]`): Victims per row, with seeds 0, 1, ..., or the seeds themselves.
         seed (`int`): Of the purifier and the purification.
-        victim, width: As for `victims.supervised.train_victim`.
+        victim, width: As for `victims.train_victim`.
         preset (`str` or `PurificationConfig`, *optional*): How to purify; by default what the purifier's repository
             says, or the plan.
         plan (`Plan`, *optional*): The purifier to train where none is given; chosen by size of the images and device

@@ -6,7 +6,7 @@ A countermeasure is one of three kinds, each a function with one signature:
 * `"dataset"`, data set to data set, before training: `function(data, context) -> LabelledImages`;
 * `"transform"`, a per-image transform at load: `function(image) -> image`, uint8 (H, W, C), without chance;
 * `"hook"`, a hook around the training step: `function(data, context) -> hook`, the hook being what
-  `victims.supervised` describes.
+  `victims.training` describes.
 
 `get(name).prepare(train)` hides the difference, so that any countermeasure goes with any poison and victim by name:
 

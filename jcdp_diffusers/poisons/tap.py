@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..victims.supervised import Recipe, train_model
+from ..victims import Recipe, train_model
 from . import Poison, surrogate
 from .checkpoint import Checkpoint
 

@@ -15,7 +15,7 @@ from tiny import tiny_unet
 from jcdp_diffusers import JointConditionalPurificationPipeline, PurificationConfig, countermeasures, poisons, victims
 from jcdp_diffusers.countermeasures import FORMS, KINDS, LEARNING, Context
 from jcdp_diffusers.data.perturbations import apply_perturbation
-from jcdp_diffusers.victims.supervised import HOOK_METHODS, Recipe, train_victim
+from jcdp_diffusers.victims import HOOK_METHODS, Recipe, train_victim
 
 
 QUICK = Recipe("quick", epochs=2, batch_size=32, learning_rate=0.05, width=2, max_steps_per_epoch=2)
