@@ -1,12 +1,14 @@
 """DDPM's reverse step with a shifted mean: the one idea that JCDP adds to diffusers' scheduler."""
 
 import functools
+import inspect
 
 import torch
 
 # `SchedulerMixin` is unused here, but diffusers looks the base class up in the module of a saved scheduler and
 # refuses to load a folder whose scheduler module does not have that name.
 from diffusers import DDPMScheduler, SchedulerMixin  # noqa: F401
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -113,3 +115,29 @@ class GuidedDDPMScheduler(DDPMScheduler):
         if self.config.clip_sample:
             return original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return original
+
+
+def guided(scheduler) -> GuidedDDPMScheduler:
+    """
+    The scheduler of a DDPM, or another one over the same noise schedule, as one that can be guided.
+
+    diffusers counts as such those that can take each other's place: DDIM's, PNDM's, DPM-Solver's and others.
+    """
+    names = {kind.name for kind in KarrasDiffusionSchedulers}
+    if type(scheduler).__name__ not in names or not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"scheduler is a {type(scheduler).__name__}, but must have the noise schedule of a DDPM, as a "
+            "DDPMScheduler or a DDIMScheduler has."
+        )
+    known = inspect.signature(DDPMScheduler.__init__).parameters
+    return GuidedDDPMScheduler.from_config({k: v for k, v in settings_of(scheduler).items() if k in known})
+
+
+def settings_of(scheduler: DDPMScheduler) -> dict:
+    """
+    A scheduler's configuration without diffusers' own entries.
+
+    One of those lists the values that were left at their defaults, positional arguments among them by mistake, and
+    `from_config` resets what it lists: `DDPMScheduler(50)` would come back with 1,000 timesteps.
+    """
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}

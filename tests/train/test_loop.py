@@ -585,7 +585,9 @@ UNPICKLED_BY_ACCELERATE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["unet.safetensors", "optimizer.safetensors", "ema.safetensors", "states.json", "progress.json"])
+@pytest.mark.parametrize(
+    "name", ["unet.safetensors", "optimizer.safetensors", "ema.safetensors", "states.json", "progress.json"]
+)
 def test_a_checkpoint_runs_no_code_of_whoever_made_it(name, tmp_path):
     settings = dict(checkpointing_steps=2, max_train_steps=2)
     train(tmp_path / "out", **settings)
