@@ -31,11 +31,11 @@ from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.data.checks import ROLES, check_separation, check_sets, few_of_each_class
 from jcdp_diffusers.data.examples import digits
-from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
+from jcdp_diffusers.data.perturbations import measured_norms
 from jcdp_diffusers.devices import available_cores
 from jcdp_diffusers.perceptual import load_perceptual
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
-from jcdp_diffusers.poisons.control import shuffled
+from jcdp_diffusers.poisons import control
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.purify.shards import Claims
@@ -45,14 +45,13 @@ from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION, Plan, plan
 from jcdp_diffusers.train.provenance import check_trained_on
 from jcdp_diffusers.train.unets import UNETS
 from jcdp_diffusers.trials import Trial, claims_folder, describe_images, measure
-from jcdp_diffusers.victims.supervised import RECIPES, Recipe
+from jcdp_diffusers.victims import RECIPES, Recipe
 
 
 DIGITS = (900, 500, 397)
 SMOKE_IMAGES = 200
 DATA_ROLES = ("protected", "collected", "test")
 UNKNOWN = "unknown"  # the roles of records whose purifier may have seen any image
-CONTROL = "-control"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +132,10 @@ class Grid:
             if type(seed) is not int:
                 raise ValueError(f"seeds has {seed!r}, but its entries must be whole numbers.")
         for entry in self.poisons:
-            if entry != "none" and str(entry).removesuffix(CONTROL) not in poisons.NAMES:
+            if entry != "none" and str(entry).removesuffix(control.SUFFIX) not in poisons.NAMES:
                 raise ValueError(
                     f"poisons has {entry!r}, but accepted are none, {', '.join(poisons.NAMES)}, and these with "
-                    f"{CONTROL} behind them."
+                    f"{control.SUFFIX} behind them."
                 )
         for column in self.countermeasures:
             words = column if isinstance(column, dict) else {"use": column}
@@ -412,7 +411,7 @@ def _once(claims: Claims, name: str, is_done: Callable[[], bool], do: Callable[[
 
 def _protect(clean, entry: str, grid: Grid, output_dir: Path, claims: Claims, device) -> tuple[LabelledImages, dict]:
     """The protected images, made once and kept, and what their card says; or the control made from them."""
-    name = entry.removesuffix(CONTROL)
+    name = entry.removesuffix(control.SUFFIX)
     preset = "smoke" if grid.full_recipe.smoke else grid.poison_preset
     folder = output_dir / "poisons" / f"{name}-{preset}-{grid.poison_seed}-{describe_images(clean)['content'][:8]}"
     options = {"method": name, "preset": preset, "seed": grid.poison_seed, "device": device, "source": None}
@@ -421,9 +420,8 @@ def _protect(clean, entry: str, grid: Grid, output_dir: Path, claims: Claims, de
     card = read_card(folder)
     facts = {"poison_preset": preset, "poison_seed": grid.poison_seed, "poison_settings": card["settings"]}
     protected = clean.with_images(data.images)
-    if entry.endswith(CONTROL):
-        noise = shuffled(protected.tensor() - clean.tensor(), seed=grid.poison_seed)
-        protected = clean.with_images(apply_perturbation(clean.images, noise))
+    if entry.endswith(control.SUFFIX):
+        protected = control.norm_matched(clean, protected, seed=grid.poison_seed)
         return protected, facts | {"poison_norms": measured_norms(clean.images, protected.images)}
     return protected, facts | {"poison_norms": card["measured"], "poison_seconds": card["seconds"]}
 

@@ -28,7 +28,7 @@ from .devices import device_in_words
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .results import as_settings, code_version, package_versions
 from .train.provenance import check_trained_on
-from .victims.supervised import RECIPES, Recipe, VictimResult, train_victim
+from .victims import RECIPES, Recipe, VictimResult, train_victim
 
 
 FIGURES = ("accuracy", "best_accuracy", "train_accuracy")

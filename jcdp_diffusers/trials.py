@@ -31,7 +31,7 @@ from .purification_config import PurificationConfig
 from .purify.manifest import RUN_NAME
 from .purify.shards import Claims
 from .results import append_record, as_settings, read_records
-from .victims.supervised import Recipe, train_victim
+from .victims import Recipe, train_victim
 
 
 # Countermeasures are prepared once for all victims, as the papers do it.

@@ -20,7 +20,7 @@ from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, write_dataset
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.score import check_pair, score
-from jcdp_diffusers.victims.supervised import Recipe, predict, train_victim
+from jcdp_diffusers.victims import Recipe, predict, train_victim
 
 
 QUICK = Recipe("quick", epochs=2, batch_size=32, learning_rate=0.05, schedule="one_cycle", width=2)
@@ -255,7 +255,7 @@ def test_a_purifier_that_does_not_suit_is_refused_before_any_work(train, test, t
     "options, message",
     [
         ({"protocol": "slow"}, "protocol is 'slow', but accepted are bridgepure, iss, emn"),
-        ({"victim": "lenet"}, "victim 'lenet' is unknown"),
+        ({"victim": "lenet"}, "victim is 'lenet'"),
         ({"countermeasure": "prayer"}, "countermeasure is 'prayer', but accepted are none"),
         ({"countermeasure": "gdmp"}, "purifier is None, but countermeasure 'gdmp' needs one"),
         ({"seeds": 0}, "seeds is 0, but at least one victim"),

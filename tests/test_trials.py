@@ -26,7 +26,7 @@ from jcdp_diffusers.trials import (
     results_by_trial,
     trial_name,
 )
-from jcdp_diffusers.victims.supervised import RECIPES
+from jcdp_diffusers.victims import RECIPES
 
 
 QUICK = dataclasses.replace(RECIPES["smoke"], epochs=1, max_steps_per_epoch=2, batch_size=8)
