@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 from eval.speed_tables import speed_table
+from eval.studies import detection
 from eval.tables import NOT_MEASURED, POISONS, Measured, grid_table, markdown_table, poison_table, spread
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.results import read_records, summarise
@@ -117,6 +118,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "victims": table_by(lambda record: record["settings"]["victim"], "victims", "victim"),
         "guides": grid_of("guides"),
         "coloured": grid_of("coloured"),
+    },
+    "docs/detection.md": {
+        "false alarms": lambda: detection.false_alarm_table(read_records(RESULTS / "detection.jsonl")),
+        "detection": lambda: detection.table(read_records(RESULTS / "detection.jsonl")),
     },
     "docs/speed.md": {
         "speed": lambda: speed_table(read_records(RESULTS / "throughput.jsonl"), "ddpm-cifar10"),
