@@ -838,3 +838,15 @@ def test_guides_that_could_never_act_are_refused(plain):
     ):
         config = PurificationConfig(diffusion_steps=5, pixel_guidance_scale=1.0, pixel_guidance_window=(200, 300))
         plain(photos(1), preset=config)
+
+
+def test_the_example_of_the_docstring_runs(ddpm_folder, tmp_path, monkeypatch):
+    assert pipeline_jcdp.EXAMPLE_DOC_STRING in Pipeline.__call__.__doc__
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (48, 40), (200, 30, 90)).save("protected.png")
+    lines = [line.strip() for line in pipeline_jcdp.EXAMPLE_DOC_STRING.splitlines()]
+    code = "\n".join(line.removeprefix(">>> ") for line in lines if line.startswith(">>>"))
+    assert "google/ddpm-cifar10-32" in code
+    found = {}
+    exec(code.replace("google/ddpm-cifar10-32", str(ddpm_folder)), found)
+    assert Image.open("purified.png").size == (32, 32) and found["closer"].size == (32, 32)
