@@ -67,6 +67,8 @@ _FILES = {
     "ueraser-max": "ueraser",
     "at-4": "adversarial_training",
     "at-8": "adversarial_training",
+    "rsk": "convolution",
+    "coin": "convolution",
 }
 # Several that a paper takes together; "none" is plain training.
 _COMBINATIONS = {"none": "", "eclipse": "eclipse-purifier+corruption"}
