@@ -54,6 +54,8 @@ _FILES = {
     "diffpure": "purifiers",
     "diffpure-l2": "purifiers",
     "gdmp": "purifiers",
+    "d-vae": "d_vae",
+    "d-vae-small": "d_vae",
     "eclipse-purifier": "eclipse",
     "corruption": "eclipse",
     "orthogonal-projection": "orthogonal_projection",

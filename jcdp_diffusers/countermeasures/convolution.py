@@ -1,8 +1,9 @@
 """
 Against poisons that blur every class with a kernel of its own (CUDA): random sharpening, and a random warp.
 
-* `rsk`, random sharpening kernels with a frequency filter (aseriesof-tubes/RSK): whenever an image is loaded, before crop and flip, it is convolved with a random kernel that sharpens, and only the lowest frequencies of
-  its cosine transform are kept. The centre of the 3x3 kernel is drawn around 2.5, each of its four neighbours around
+* `rsk`, random sharpening kernels with a frequency filter (aseriesof-tubes/RSK): whenever an image is loaded, before
+  crop and flip, it is convolved with a random kernel that sharpens, and only the lowest frequencies of its cosine
+  transform are kept. The centre of the 3x3 kernel is drawn around 2.5, each of its four neighbours around
   (1 - centre) / 4, all with a standard deviation of 0.1. Ours: the border is repeated before the convolution, so that
   an image keeps its size; the authors' loses a pixel on each side.
 * `coin` (Li et al., AAAI 2025; wxldragon/COIN): after crop and flip, every pixel takes the colour at a random place
