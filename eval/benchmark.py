@@ -292,7 +292,7 @@ def run_grid(
     records = output_dir / "records.jsonl"
     claims_folder(records).mkdir(parents=True, exist_ok=True)
     data_name, clean, collected, test = load_roles(grid)
-    check_sets({"protected": clean, "test": test}, {"collected": collected})
+    clean, test, collected = check_sets({"protected": clean, "test": test}, {"collected": collected}).values()
     check_separation(clean, collected, test, None, roles=grid.roles)
     columns = grid.columns()
     for column in columns.values():

@@ -90,7 +90,7 @@ def score(
     victims.get(victim)
     measure = countermeasures.get(countermeasure or "none")
     measure.require(purifier)
-    names = check_pair(train, test, overlap_budget)
+    train, test, names = check_pair(train, test, overlap_budget)
     if measure.needs_purifier:
         given = isinstance(purifier, JointConditionalPurificationPipeline)
         pipe = purifier if given else JointConditionalPurificationPipeline.from_pretrained(purifier)
@@ -160,7 +160,9 @@ def score(
     return kept.finish(_summary(request, kept.runs, names, device))
 
 
-def check_pair(train: LabelledImages, test: LabelledImages, overlap_budget: float | None = 16 / 255) -> list[str]:
+def check_pair(
+    train: LabelledImages, test: LabelledImages, overlap_budget: float | None = 16 / 255
+) -> tuple[LabelledImages, LabelledImages, list[str]]:
     """Makes sure, before any costly work, that a victim can learn from one set and be tested on the other.
 
     Args:
@@ -168,12 +170,13 @@ def check_pair(train: LabelledImages, test: LabelledImages, overlap_budget: floa
         overlap_budget: see `score`.
 
     Returns:
-        The names of the classes; their numbers where neither set has names.
+        The two sets with their labels in one space, and the names of the classes; their numbers where neither set has
+        names.
 
     Raises:
         ValueError: in one sentence that names the set, the class or the images concerned.
     """
-    check_sets({"train": train, "test": test}, {})
+    train, test = check_sets({"train": train, "test": test}, {}).values()
     if overlap_budget is not None:
         pairs = find_overlap(train, test, budget=overlap_budget)
         if len(pairs):
@@ -183,8 +186,7 @@ def check_pair(train: LabelledImages, test: LabelledImages, overlap_budget: floa
                 f"{255 * overlap_budget:.0f}/255), the first {train.ids[first]!r} and {test.ids[second]!r}; a test "
                 "image must not be trained on."
             )
-    names = train.class_names or test.class_names
-    return list(names) if names else [str(label) for label in range(int(train.labels.max()) + 1)]
+    return train, test, list(train.class_names or map(str, range(train.num_classes)))
 
 
 class _Kept:
