@@ -218,8 +218,7 @@ def test_a_guide_that_needs_a_network_is_refused_before_anything_is_trained(fold
     asked = command(folders, tmp_path / "out", "--countermeasures", "jcdp")
     asked[asked.index("smoke")] = "digits"
     assert main(asked) == 1
-    assert "needs 'lpips-alex', but the pipeline has no network" in (said := capsys.readouterr().err)
-    assert "give --perceptual alex to jcdp purify or to an audit that trains its purifier" in said
+    assert "--perceptual is None, but must be 'lpips-alex'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(command(folders, tmp_path / "out", "--perceptual", "nowhere")) == 1
     assert "perceptual is 'nowhere', but must be one of alex, vgg, squeeze, a folder" in capsys.readouterr().err
