@@ -29,7 +29,7 @@ from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, load_images
-from jcdp_diffusers.data.checks import ROLES, check_separation, check_sets, check_trained_on, few_of_each_class
+from jcdp_diffusers.data.checks import ROLES, check_separation, check_sets, few_of_each_class
 from jcdp_diffusers.data.examples import digits
 from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
 from jcdp_diffusers.devices import available_cores
@@ -42,6 +42,7 @@ from jcdp_diffusers.purify.shards import Claims
 from jcdp_diffusers.results import as_settings
 from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION, Plan, plan_for, purifier_to_be, train_planned
+from jcdp_diffusers.train.provenance import check_trained_on
 from jcdp_diffusers.train.unets import UNETS
 from jcdp_diffusers.trials import Trial, claims_folder, describe_images, measure
 from jcdp_diffusers.victims import RECIPES, Recipe

@@ -1,4 +1,4 @@
-"""`jcdp quickstart | poison | purify | score | audit`: parse, call, print."""
+"""`jcdp quickstart | poison | purify | score | audit | detect`: parse, call, print."""
 
 import argparse
 import contextlib
@@ -17,6 +17,7 @@ COMMANDS = {
     "poison": ("jcdp_diffusers.poisons.protect", "protect a data set with an unlearnable-examples method"),
     "purify": ("jcdp_diffusers.purify.dataset", "turn a protected data set into a learnable one"),
     "score": ("jcdp_diffusers.score", "train victims on one data set and test them on another"),
+    "detect": ("jcdp_diffusers.detect", "find out whether a set of images carries a protection"),
     "audit": ("jcdp_diffusers.audit.run", "find out whether a protection survives purification"),
 }
 

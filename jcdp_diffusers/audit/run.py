@@ -24,13 +24,12 @@ import numpy as np
 import torch
 
 from .. import countermeasures, victims
+from ..countermeasures.purifiers import check_purifier
 from ..data import LabelledImages, load_images
 from ..data.checks import (
     ROLES,
-    check_purifier,
     check_separation,
     check_sets,
-    check_trained_on,
     describe_noise,
     describe_set,
     few_of_each_class,
@@ -45,6 +44,7 @@ from ..purify.dataset_card import SUMMARY_NAME
 from ..results import append_record, as_settings, package_versions, read_records
 from ..train.default_purifier import Plan, plan_for, purifier_to_be, train_planned
 from ..train.model_card import RECORD_NAME
+from ..train.provenance import check_trained_on
 from ..trials import Trial, describe_images, measure, purifier_digest, results_by_trial
 from ..victims import RECIPES, Recipe
 from .attacks import PURIFIED, Attack, attack, in_seconds
@@ -111,7 +111,7 @@ def audit(
         test: Clean labelled images of the same classes, none of which is protected.
         collected: Unprotected images like the protected ones, without need of labels, that train the purifier. May be
             left out where a purifier is given; what that was trained on is looked up in its repository
-            (`data_checks.check_trained_on`), or unknown and among the report's limits.
+            (`train.provenance.check_trained_on`), or unknown and among the report's limits.
         clean (*optional*): The originals of the protected images, under the same ids. Without them nobody can say how
             much the protection takes away.
         purifier (`str` or `os.PathLike`, *optional*): Folder or Hub id; trained on `collected` if not given.

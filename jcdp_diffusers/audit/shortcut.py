@@ -16,6 +16,7 @@ from ..data import LabelledImages
 # A linear model on more pixels than this takes long and tells no more.
 SHORTCUT_IMAGES = 5000
 SHORTCUT_VALUES = 2**25
+PIXEL_MODELS = ("linear", "two-layer")
 
 
 def shortcut_test(
@@ -47,12 +48,12 @@ def shortcut_test(
     for name, data in (("protected", protected), ("clean", clean)):
         if data is not None:
             result[name] = _linear_accuracies(data, fitted, held_out, test.subset(test_rows))
-    gap, found = _gap(result["protected"], len(held_out), len(test_rows))
-    exchanged = clean is not None and not found and _gap(result["clean"], len(held_out), len(test_rows))[1]
+    gap, found = gap_of(result["protected"], len(held_out), len(test_rows))
+    exchanged = clean is not None and not found and gap_of(result["clean"], len(held_out), len(test_rows))[1]
     return result | {"gap": gap, "found": found, "exchanged": exchanged}
 
 
-def _gap(figures: Mapping[str, float], *counts: int) -> tuple[float, bool]:
+def gap_of(figures: Mapping[str, float], *counts: int) -> tuple[float, bool]:
     """Held-out minus test accuracy, of so many images each, and whether that is a shortcut rather than chance."""
     gap = figures["held_out"] - figures["test"]
     shares = (figures["held_out"], figures["test"])
@@ -61,22 +62,59 @@ def _gap(figures: Mapping[str, float], *counts: int) -> tuple[float, bool]:
 
 
 def _linear_accuracies(data: LabelledImages, fitted, held_out, test: LabelledImages) -> dict[str, float]:
-    from sklearn.linear_model import LogisticRegression
-
-    centre = data.images[fitted].mean(axis=0, dtype=np.float64)
-    scale = data.images[fitted].std(dtype=np.float64) or 1.0
-
-    def pixels(images: np.ndarray) -> np.ndarray:
-        return ((images - centre) / scale).reshape(len(images), -1).astype(np.float32)
-
-    # Stopped early rather than converged: a shortcut is what is learned first.
-    model = LogisticRegression(C=0.01, max_iter=50, tol=1e-3)
-    model = _fit_quietly(model, pixels(data.images[fitted]), data.labels[fitted])
+    model = PixelModel("linear").fit(data.subset(fitted))
     return {
-        "fitted": float(model.score(pixels(data.images[fitted]), data.labels[fitted])),
-        "held_out": float(model.score(pixels(data.images[held_out]), data.labels[held_out])),
-        "test": float(model.score(pixels(test.images), test.labels)),
+        "fitted": model.accuracy(data.subset(fitted)),
+        "held_out": model.accuracy(data.subset(held_out)),
+        "test": model.accuracy(test),
     }
+
+
+class PixelModel:
+    """
+    A small classifier of raw pixels, which reads shortcuts and little else.
+
+    Args:
+        kind (`str`): One of `PIXEL_MODELS`: `"linear"`, multinomial logistic regression; or `"two-layer"`, a network
+            with 64 hidden units, which also reads what no linear model can.
+        seed (`int`): Of the network's weights and batches.
+    """
+
+    def __init__(self, kind: str, *, seed: int = 0):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.neural_network import MLPClassifier
+
+        # Stopped early rather than converged: a shortcut is what is learned first.
+        if kind == "linear":
+            self._model = LogisticRegression(C=0.01, max_iter=50, tol=1e-3)
+        elif kind == "two-layer":
+            self._model = MLPClassifier((64,), batch_size=64, max_iter=20, random_state=seed)
+        else:
+            raise ValueError(f"kind is {kind!r}, but must be one of {PIXEL_MODELS}.")
+
+    def fit(self, data: LabelledImages) -> "PixelModel":
+        """Learn from labelled images; returns itself."""
+        self._centre = data.images.mean(axis=0, dtype=np.float64)
+        self._scale = data.images.std(dtype=np.float64) or 1.0
+        self._model = _fit_quietly(self._model, self._pixels(data), data.labels)
+        return self
+
+    def accuracy(self, data: LabelledImages) -> float:
+        """Share of labelled images that it calls by their label, in [0, 1]."""
+        return float(self._model.score(self._pixels(data), data.labels))
+
+    def probability_of_label(self, data: LabelledImages) -> np.ndarray:
+        """float64 (N,), what probability it gives to each image's own label; 0 for labels that it has not seen."""
+        probabilities = self._model.predict_proba(self._pixels(data))
+        column = {label: column for column, label in enumerate(self._model.classes_)}
+        return np.array([row[column[y]] if y in column else 0.0 for row, y in zip(probabilities, data.labels)])
+
+    def is_right(self, data: LabelledImages) -> np.ndarray:
+        """bool (N,), which images it calls by their label."""
+        return self._model.predict(self._pixels(data)) == data.labels
+
+    def _pixels(self, data: LabelledImages) -> np.ndarray:
+        return ((data.images - self._centre) / self._scale).reshape(len(data), -1).astype(np.float32)
 
 
 def _fit_quietly(model, pixels: np.ndarray, labels: np.ndarray):

@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 from ..data import LabelledImages, load_images
-from ..data.checks import check_purifier
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PRESETS, PurificationConfig
 from ..purify.dataset import open_purifier, purify_to_folder
@@ -53,6 +52,28 @@ def purify(
     if purified.ids != data.ids:
         raise ValueError(f"checkpoint_dir {str(folder)!r} holds other ids than these images: give another folder.")
     return data.with_images(purified.images)
+
+
+def check_purifier(pipe: JointConditionalPurificationPipeline, images: LabelledImages) -> None:
+    """
+    Refuse a purifier made for other images.
+
+    Raises:
+        ValueError: If it takes another size or number of channels.
+    """
+    height, width, channels = images.images.shape[1:]
+    size = pipe.unet.config.sample_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if pipe.unet.config.in_channels != channels:
+        raise ValueError(
+            f"purifier takes images of {pipe.unet.config.in_channels} channels, but these have {channels}: channels "
+            "says how images are read."
+        )
+    if size != (height, width):
+        raise ValueError(
+            f"purifier was trained on {size[0]}x{size[1]} pixels, but these images have {height}x{width}: image_size "
+            "brings them to its size."
+        )
 
 
 def check_purifier_suits(

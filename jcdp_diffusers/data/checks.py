@@ -4,14 +4,11 @@ What an audit looks at before it computes anything: do the sets fit together, an
 Whatever would make a figure meaningless is refused in one sentence; whatever a reader should know is counted.
 """
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 
-from ..pipeline_jcdp import JointConditionalPurificationPipeline
-from ..train.provenance import image_digests, trained_on
 from . import LabelledImages, check_roles, find_overlap
 from .perturbations import measured_norms
 
@@ -143,62 +140,6 @@ def match_originals(clean: LabelledImages, protected: LabelledImages) -> Labelle
                 f"{clean.labels[row]} and {protected.labels[row]}, but an original has its image's label."
             )
     return clean
-
-
-def check_purifier(pipe: JointConditionalPurificationPipeline, images: LabelledImages) -> None:
-    """
-    Refuse a purifier made for other images.
-
-    Raises:
-        ValueError: If it takes another size or number of channels.
-    """
-    height, width, channels = images.images.shape[1:]
-    size = pipe.unet.config.sample_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if pipe.unet.config.in_channels != channels:
-        raise ValueError(
-            f"purifier takes images of {pipe.unet.config.in_channels} channels, but these have {channels}: channels "
-            "says how images are read."
-        )
-    if size != (height, width):
-        raise ValueError(
-            f"purifier was trained on {size[0]}x{size[1]} pixels, but these images have {height}x{width}: image_size "
-            "brings them to its size."
-        )
-
-
-def check_trained_on(purifier: str | os.PathLike, sets: Mapping[str, LabelledImages], *, roles: str) -> int | None:
-    """
-    Refuse a purifier that was trained on images which it must not have seen.
-
-    Args:
-        purifier (`str` or `os.PathLike`): Folder or Hub id.
-        sets (`dict`): By role; of them only `test` may have been seen, and must have been, where `roles` is `"paper"`.
-        roles (`str`): One of `ROLES`.
-
-    Returns:
-        `int`: How many images trained it; None if its repository does not list them (`trained_on.json`).
-
-    Raises:
-        ValueError: In one sentence that names the role and the first image.
-    """
-    listed = trained_on(purifier)
-    if listed is None:
-        return None
-    for role, data in sets.items():
-        seen = [id_ for id_, digest in zip(data.ids, image_digests(data.images)) if digest in listed]
-        if roles == "paper" and role == "test":
-            if not seen:
-                raise ValueError(
-                    f"roles is 'paper', but purifier {str(purifier)!r} was trained on none of the test images: "
-                    "'disjoint' is what these sets are."
-                )
-        elif seen:
-            raise ValueError(
-                f"purifier {str(purifier)!r} was trained on {len(seen)} of the {len(data)} {role} images, the first "
-                f"{seen[0]!r}, but must have seen none of them."
-            )
-    return len(listed)
 
 
 def few_of_each_class(data: LabelledImages, count: int) -> LabelledImages:

@@ -8,12 +8,14 @@ of the protected ones. Whoever holds an image can look it up; nobody can get an 
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from ..data import LabelledImages
 
 
 TRAINED_ON_NAME = "trained_on.json"
@@ -68,6 +70,40 @@ def trained_on(purifier: str | os.PathLike) -> frozenset[str] | None:
         return None
     listed = json.loads(path.read_text())
     return frozenset(listed["images"]) if listed["weights"] == _weights_digest(folder) else None
+
+
+def check_trained_on(purifier: str | os.PathLike, sets: Mapping[str, LabelledImages], *, roles: str) -> int | None:
+    """
+    Refuse a purifier that was trained on images which it must not have seen.
+
+    Args:
+        purifier (`str` or `os.PathLike`): Folder or Hub id.
+        sets (`dict`): By role; of them only `test` may have been seen, and must have been, where `roles` is `"paper"`.
+        roles (`str`): One of `data.checks.ROLES`.
+
+    Returns:
+        `int`: How many images trained it; None if its repository does not list them (`trained_on.json`).
+
+    Raises:
+        ValueError: In one sentence that names the role and the first image.
+    """
+    listed = trained_on(purifier)
+    if listed is None:
+        return None
+    for role, data in sets.items():
+        seen = [id_ for id_, digest in zip(data.ids, image_digests(data.images)) if digest in listed]
+        if roles == "paper" and role == "test":
+            if not seen:
+                raise ValueError(
+                    f"roles is 'paper', but purifier {str(purifier)!r} was trained on none of the test images: "
+                    "'disjoint' is what these sets are."
+                )
+        elif seen:
+            raise ValueError(
+                f"purifier {str(purifier)!r} was trained on {len(seen)} of the {len(data)} {role} images, the first "
+                f"{seen[0]!r}, but must have seen none of them."
+            )
+    return len(listed)
 
 
 def _weights_digest(folder: Path) -> str:

@@ -8,6 +8,7 @@ from tiny import tiny_unet
 
 from jcdp_diffusers import PRESETS, JointConditionalPurificationPipeline, PurificationConfig, countermeasures
 from jcdp_diffusers.acceleration.placement import place
+from jcdp_diffusers.countermeasures.purifiers import check_purifier
 from jcdp_diffusers.data import to_uint8
 
 
@@ -100,3 +101,12 @@ def test_settings_are_the_methods(name, expected):
 def test_guides_without_their_network_are_refused(few, pipe):
     with pytest.raises(ValueError, match="perceptual_guidance_scale is .* and needs 'lpips-alex'"):
         countermeasures.get("jcdp").prepare(few, purifier=pipe)
+
+
+def test_a_purifier_of_other_images_is_refused(few, pipe):
+    check_purifier(pipe, few)
+    larger = few.with_images(few.images.repeat(2, axis=1).repeat(2, axis=2))
+    with pytest.raises(ValueError, match="purifier was trained on 16x16 pixels.*32x32"):
+        check_purifier(pipe, larger)
+    with pytest.raises(ValueError, match="purifier takes images of 3 channels.*these have 1"):
+        check_purifier(pipe, few.with_images(few.images[..., :1]))

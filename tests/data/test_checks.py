@@ -4,11 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from purifying import quick_pipe
 
 from jcdp_diffusers.data import LabelledImages
 from jcdp_diffusers.data.checks import (
-    check_purifier,
     check_separation,
     check_sets,
     describe_noise,
@@ -144,15 +142,6 @@ def test_originals_are_matched_by_id(roles):
         match_originals(dataclasses.replace(clean, labels=(clean.labels + 1) % 3), protected)
     with pytest.raises(ValueError, match="clean has images of 16x16x3 and protected of 8x8x3"):
         match_originals(dataclasses.replace(images(30, 0, size=16), ids=clean.ids), protected)
-
-
-def test_purifiers_for_other_images():
-    pipe = quick_pipe()
-    check_purifier(pipe, images(3, 0))
-    with pytest.raises(ValueError, match="purifier was trained on 8x8 pixels, but these images have 16x16"):
-        check_purifier(pipe, images(3, 0, size=16))
-    with pytest.raises(ValueError, match="purifier takes images of 3 channels, but these have 1"):
-        check_purifier(pipe, images(3, 0, channels=1))
 
 
 def test_counts(roles):

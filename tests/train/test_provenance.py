@@ -13,10 +13,9 @@ from train.test_loop import HELD_OUT, IMAGES, make_images, train
 
 from jcdp_diffusers import JointConditionalPurificationPipeline
 from jcdp_diffusers.data import open_dataset
-from jcdp_diffusers.data.checks import check_trained_on
 from jcdp_diffusers.train.images import ImageFiles
 from jcdp_diffusers.train.loop import TrainingConfig, train_purifier
-from jcdp_diffusers.train.provenance import image_digests, trained_on, write_trained_on
+from jcdp_diffusers.train.provenance import check_trained_on, image_digests, trained_on, write_trained_on
 
 
 def fine_tuned(folder, base, images):
@@ -100,7 +99,7 @@ import sys
 sys.path.insert(0, "tests")
 from train.test_loop import IMAGES, train
 from jcdp_diffusers.train.model_card import push_purifier
-from jcdp_diffusers.train.provenance import image_digests, trained_on
+from jcdp_diffusers.train.provenance import check_trained_on, image_digests, trained_on
 
 push_purifier(train(sys.argv[1], max_train_steps=1), "tester/purifier")
 assert trained_on("tester/purifier") == set(image_digests(IMAGES.images))

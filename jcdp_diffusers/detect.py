@@ -1,0 +1,271 @@
+"""
+`jcdp detect`: does a set of images carry a protection? No clean originals are needed.
+
+    jcdp detect --dataset DIR --collected DIR [--output FILE.json]
+
+There are two kinds of evidence. Availability poisons are shortcuts: a model of raw pixels that was fitted to a part of
+the set reads them in the rest of it, and not in images that were collected elsewhere (Yu et al., KDD 2022; Zhu et al.,
+*Detection and Defense of Unlearnable Examples*, AAAI 2024). And a protection that is added to images adds its power to
+their spectrum (`spectrum.describe_difference`), which needs no labels.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .audit.shortcut import PIXEL_MODELS, SHORTCUT_IMAGES, SHORTCUT_VALUES, PixelModel, gap_of
+from .data import LabelledImages, find_overlap, load_images
+from .results import package_versions
+from .spectrum import describe_difference
+
+
+FOLDS = 5
+LEAST_IMAGES = 50  # of each set: with fewer, chance explains any gap
+# An image is named when its label is more probable than that of all but this share of the reference images.
+FALSE_ALARMS = 0.01
+NAMED = 20  # images in the report
+# Without a reference, held-out images of an honest set rarely reach this (Zhu et al.'s bound).
+BOUND_WITHOUT_REFERENCE = 0.7
+
+
+def detect(
+    dataset: LabelledImages,
+    collected: LabelledImages | None = None,
+    purified: LabelledImages | None = None,
+    *,
+    seed: int = 0,
+    permutations: int = 999,
+) -> dict[str, Any]:
+    """
+    Whether a set carries a protection, and which of its images and classes do.
+
+    Args:
+        dataset (`LabelledImages`): The suspicious set. Labels are needed for the shortcut, not for the spectrum.
+        collected (`LabelledImages`, *optional*): Other images of the same kind, unprotected. With labels of the same
+            classes they are the reference of the shortcut; with or without, that of the spectrum.
+        purified (`LabelledImages`, *optional*): The set's own purified copy, joined by id, as the shortcut's reference
+            where collected images have no labels.
+        seed (`int`): Of divisions and models.
+        permutations (`int`): Of the spectrum's test.
+
+    Returns:
+        `dict`: `protected` (True, False, or None where nothing can be said), `sentence`, `images` and `shortcut`: for
+        each of `PIXEL_MODELS` the accuracies `held_out` (of images of the set that the model has not seen) and
+        `reference`, their `gap` and whether a shortcut is `found`; `classes`, the same gap by class of the linear
+        model; `carriers`, how many images are more probable than nearly all of the reference, and the first of their
+        ids; and `spectrum`, what `spectrum.describe_difference` says. Parts without their reference are None.
+
+    Raises:
+        ValueError: If a set is too small, has one class only, or does not fit the other.
+    """
+    _check(dataset, collected, purified)
+    found: dict[str, Any] = {"images": len(dataset), "shortcut": None, "spectrum": None}
+    if dataset.labels is not None:
+        reference = purified if collected is None or collected.labels is None else collected
+        found["shortcut"] = _shortcut(dataset, reference, seed)
+    if collected is not None:
+        spectrum = describe_difference(dataset.images, collected.images, permutations=permutations, seed=seed)
+        estimate = spectrum.pop("spectrum")
+        found["spectrum"] = spectrum | {
+            "frequencies": estimate.frequencies.tolist(),
+            "power": estimate.power.round(4).tolist(),
+            "error": estimate.error.round(4).tolist(),
+        }
+    return found | _conclusion(found)
+
+
+def _check(dataset: LabelledImages, collected: LabelledImages | None, purified: LabelledImages | None) -> None:
+    if dataset.labels is None and collected is None:
+        raise ValueError(
+            "dataset has no labels and collected is None, but one of the two is needed: the shortcut is read from "
+            "labels, the spectrum is compared with that of collected images."
+        )
+    for name, data in (("dataset", dataset), ("collected", collected), ("purified", purified)):
+        if data is None:
+            continue
+        if len(data) < LEAST_IMAGES:
+            raise ValueError(f"{name} has {len(data)} images, but at least {LEAST_IMAGES} are needed.")
+        if data.images.shape[1:] != dataset.images.shape[1:]:
+            raise ValueError(
+                f"{name} has images of shape {data.images.shape[1:]}, but dataset has {dataset.images.shape[1:]}: "
+                "image_size and channels bring them to one shape."
+            )
+    if dataset.labels is not None and len(np.unique(dataset.labels)) < 2:
+        raise ValueError("dataset has images of one class only, but at least two are needed to read a shortcut.")
+    if purified is not None and set(purified.ids) != set(dataset.ids):
+        raise ValueError("purified has other ids than dataset, but it must be its purified copy.")
+    if collected is not None:
+        if len(pairs := find_overlap(dataset, collected)):
+            first, second = pairs[0]
+            raise ValueError(
+                f"collected has {len(np.unique(pairs[:, 1]))} images of dataset, the first {collected.ids[second]!r} "
+                f"(in dataset {dataset.ids[first]!r}), but it must hold other images."
+            )
+        names = dataset.class_names, collected.class_names
+        if collected.labels is not None and None not in names and names[0] != names[1]:
+            raise ValueError(
+                f"collected has the classes {names[1]}, but dataset has {names[0]}: they must be the same."
+            )
+
+
+def _shortcut(dataset: LabelledImages, reference: LabelledImages | None, seed: int) -> dict[str, Any]:
+    """Models fitted to four fifths of the set, on the last fifth and on the reference; each fifth is the last once."""
+    limit = max(LEAST_IMAGES, min(SHORTCUT_IMAGES, SHORTCUT_VALUES // dataset.images[0].size))
+    rows = np.random.default_rng(seed).permutation(len(dataset))[:limit]
+    data = dataset.subset(rows)
+    folds = np.arange(len(data)) % FOLDS
+    is_copy = reference is not None and set(reference.ids) == set(dataset.ids)  # purified: the same images
+    if is_copy:
+        place = {id_: row for row, id_ in enumerate(reference.ids)}
+        reference = reference.subset([place[id_] for id_ in data.ids])
+    elif reference is not None:
+        reference = reference.subset(np.random.default_rng(seed).permutation(len(reference))[:limit])
+    result: dict[str, Any] = {"images": len(data), "reference": None if reference is None else len(reference)}
+    for kind in PIXEL_MODELS:
+        here, there = [], []
+        for fold in range(FOLDS):
+            model = PixelModel(kind, seed=seed).fit(data.subset(folds != fold))
+            here.append(_read(model, data.subset(folds == fold)))
+            if reference is not None:
+                there.append(_read(model, reference.subset(folds == fold) if is_copy else reference))
+        here = {name: np.concatenate([part[name] for part in here]) for name in here[0]}
+        result[kind] = {"held_out": float(here["right"].mean())}
+        if reference is None:
+            continue
+        there = {name: np.concatenate([part[name] for part in there]) for name in there[0]}
+        figures = {"held_out": result[kind]["held_out"], "test": float(there["right"].mean())}
+        gap, is_found = gap_of(figures, len(data), len(reference))
+        result[kind] |= {"reference": figures["test"], "gap": gap, "found": is_found}
+        if kind == "linear":
+            result["classes"] = _by_class(dataset, here, there)
+            result["carriers"] = _carriers(here, there)
+    return result
+
+
+def _read(model: PixelModel, data: LabelledImages) -> dict[str, np.ndarray]:
+    return {
+        "right": model.is_right(data),
+        "probability": model.probability_of_label(data),
+        "label": data.labels,
+        "id": np.array(data.ids, dtype=object),
+    }
+
+
+def _by_class(dataset: LabelledImages, here: dict[str, np.ndarray], there: dict[str, np.ndarray]) -> dict[str, float]:
+    """Held-out minus reference accuracy of each class that both have."""
+    gaps = {}
+    for label in np.intersect1d(here["label"], there["label"]):
+        name = str(label) if dataset.class_names is None else dataset.class_names[label]
+        mine, theirs = (part["right"][part["label"] == label].mean() for part in (here, there))
+        gaps[name] = round(float(mine - theirs), 4)
+    return gaps
+
+
+def _carriers(here: dict[str, np.ndarray], there: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Images whose label is more probable than that of 99 % of the reference images, the most probable first."""
+    threshold = float(np.quantile(there["probability"], 1 - FALSE_ALARMS))
+    above = here["probability"] > threshold
+    order = np.argsort(-here["probability"], kind="stable")
+    return {
+        "share": round(float(above.mean()), 4),
+        "expected_by_chance": FALSE_ALARMS,
+        "threshold": round(threshold, 4),
+        "first": here["id"][order[: min(NAMED, int(above.sum()))]].tolist(),
+    }
+
+
+def _conclusion(found: dict[str, Any]) -> dict[str, Any]:
+    """Whether the set is protected, and why, in one sentence."""
+    reasons = [*_shortcut_reasons(found["shortcut"]), *_spectrum_reasons(found["spectrum"])]
+    if reasons:
+        return {"protected": True, "sentence": f"The set is protected: {'; '.join(reasons)}."}
+    referenced = found["shortcut"] is not None and found["shortcut"]["reference"] is not None
+    if not referenced and found["spectrum"] is None:
+        best = max(found["shortcut"][kind]["held_out"] for kind in PIXEL_MODELS)
+        if best > BOUND_WITHOUT_REFERENCE:
+            sentence = (
+                f"The set is suspicious: pixels alone give {best:.0%} of the labels of images that the model has not "
+                "seen. Collected images would show whether honest images do the same."
+            )
+        else:
+            sentence = (
+                f"Nothing can be said without collected images: pixels alone give {best:.0%} of the labels, which "
+                "both an honest set and a weak protection allow."
+            )
+        return {"protected": None, "sentence": sentence}
+    looked_at = [
+        name for name, there in (("labels", referenced), ("spectrum", found["spectrum"] is not None)) if there
+    ]
+    sentence = f"No protection was found by the {' and the '.join(looked_at)}."
+    if found["spectrum"] is not None and (finding := found["spectrum"]["finding"]) != "none":
+        cause = {
+            "filtered": "the images of the set have less fine detail, as after a JPEG save or a blur",
+            "other kind": "the images of the two sets differ in contrast or content",
+        }[finding]
+        sentence = f"{sentence[:-1]}, but {cause}, which could hide a weak one."
+    return {"protected": False, "sentence": sentence}
+
+
+def _shortcut_reasons(shortcut: dict[str, Any] | None) -> list[str]:
+    if shortcut is None or shortcut["reference"] is None:
+        return []
+    return [
+        f"a {kind} model of pixels is right about {shortcut[kind]['held_out']:.0%} of images that it has not seen, "
+        f"but about {shortcut[kind]['reference']:.0%} of the reference images"
+        for kind in PIXEL_MODELS
+        if shortcut[kind]["found"]
+    ]
+
+
+def _spectrum_reasons(spectrum: dict[str, Any] | None) -> list[str]:
+    if spectrum is None or spectrum["finding"] != "noise":
+        return []
+    axis, frequency = spectrum["excess_at"]
+    return [
+        f"its images have {1 + spectrum['excess']:.1f} times the power of collected ones at {frequency} cycles per "
+        f"image (colour axis {axis + 1})"
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `jcdp detect`."""
+    parser.add_argument("--dataset", required=True, help="suspicious images: Hub id, folder or file")
+    parser.add_argument("--split", help="of --dataset, needed where there are several")
+    parser.add_argument("--collected", help="other, unprotected images of the same kind; labels make them worth more")
+    parser.add_argument("--collected_split")
+    parser.add_argument("--purified", help="the purified copy of --dataset, where collected images have no labels")
+    parser.add_argument("--image_column")
+    parser.add_argument("--label_column")
+    parser.add_argument("--image_size", type=int, help="side in pixels to which all images are brought")
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="JSON file for the result")
+
+
+def run(args: argparse.Namespace) -> None:
+    """`jcdp detect`, from parsed options to a sentence."""
+    sets = {}
+    for role, split in (("dataset", args.split), ("collected", args.collected_split), ("purified", None)):
+        if (source := getattr(args, role)) is not None:
+            columns = (
+                {"image_column": args.image_column, "label_column": args.label_column} if role == "dataset" else {}
+            )
+            sets[role] = load_images(
+                source, split=split, image_size=args.image_size, channels=args.channels, **columns
+            )
+    found = detect(sets["dataset"], sets.get("collected"), sets.get("purified"), seed=args.seed)
+    if args.output is not None:
+        path = Path(args.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found | {"packages": package_versions()}, indent=2) + "\n")
+    print(found["sentence"])
+    if found["protected"] and found["shortcut"] is not None and "carriers" in found["shortcut"]:
+        carriers, classes = found["shortcut"]["carriers"], found["shortcut"]["classes"]
+        print(
+            f"Images that a linear model gives away: {carriers['share']:.0%}, by chance {FALSE_ALARMS:.0%}; first: "
+            f"{', '.join(map(repr, carriers['first'][:3]))}."
+        )
+        print("Gap by class, in points: " + ", ".join(f"{name} {100 * gap:.0f}" for name, gap in classes.items()))

@@ -1,0 +1,130 @@
+"""What `jcdp detect` says of sets whose protection is known."""
+
+import json
+
+import numpy as np
+import pytest
+from test_spectrum import natural
+
+from jcdp_diffusers.cli import main
+from jcdp_diffusers.data import LabelledImages, write_dataset
+from jcdp_diffusers.detect import detect
+
+
+CLASSES = 4
+
+
+def make(count: int, seed: int, *, prefix: str = "", contrast: float = 18.0) -> LabelledImages:
+    """Images like photographs, 16x16, whose brightness says a little about their label."""
+    labels = np.arange(count) % CLASSES
+    images = natural(count, seed, size=16, contrast=contrast).astype(float) + 4 * labels[:, None, None, None]
+    return LabelledImages(
+        images=np.rint(images).clip(0, 255).astype(np.uint8),
+        labels=labels,
+        ids=tuple(f"{prefix}{seed}-{row}" for row in range(count)),
+        class_names=("ant", "bee", "cat", "dog"),
+    )
+
+
+def protect(data: LabelledImages, rows, strength: float = 8.0) -> LabelledImages:
+    """Patches of one pattern per class on some images."""
+    draw = np.random.default_rng(7)
+    patterns = np.kron(draw.choice([-strength, strength], (CLASSES, 4, 4, 3)), np.ones((1, 4, 4, 1)))
+    images = data.images.astype(float)
+    images[rows] += patterns[data.labels[rows]]
+    return data.with_images(np.rint(images).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def clean() -> LabelledImages:
+    return make(600, 0)
+
+
+@pytest.fixture(scope="module")
+def collected() -> LabelledImages:
+    return make(600, 1)
+
+
+def test_an_honest_set_is_not_called_protected(clean, collected):
+    found = detect(clean, collected, permutations=99)
+    assert found["protected"] is False
+    assert not found["shortcut"]["linear"]["found"] and not found["shortcut"]["two-layer"]["found"]
+    assert found["spectrum"]["finding"] == "none"
+    assert found["shortcut"]["carriers"]["share"] < 0.05
+
+
+def test_a_shortcut_is_found_and_its_carriers_are_named(clean, collected):
+    rows = np.flatnonzero(np.arange(600) % 10 < 4)  # all classes
+    found = detect(protect(clean, rows), collected, permutations=99)
+    assert found["protected"] is True and found["shortcut"]["linear"]["found"]
+    protected = {clean.ids[row] for row in rows}
+    first = found["shortcut"]["carriers"]["first"]
+    assert len(first) == 20 and sum(id_ in protected for id_ in first) >= 18
+
+
+def test_the_protected_class_has_the_largest_gap(clean, collected):
+    rows = np.flatnonzero(clean.labels == 2)
+    gaps = detect(protect(clean, rows), collected, permutations=99)["shortcut"]["classes"]
+    assert max(gaps, key=gaps.get) == "cat" and set(gaps) == {"ant", "bee", "cat", "dog"}
+
+
+def test_without_labels_the_spectrum_remains(clean, collected):
+    without = LabelledImages(protect(clean, slice(None), 6.0).images, None, clean.ids)
+    found = detect(without, collected, permutations=199)
+    assert found["protected"] is True and found["shortcut"] is None and found["spectrum"]["finding"] == "noise"
+    honest = LabelledImages(clean.images, None, clean.ids)
+    assert detect(honest, collected, permutations=199)["protected"] is False
+
+
+def test_without_a_reference_nothing_is_claimed(clean):
+    assert detect(clean)["protected"] is None
+    found = detect(protect(clean, slice(None)))
+    assert found["protected"] is None and found["shortcut"]["linear"]["held_out"] > 0.7
+
+
+def test_its_own_purified_copy_is_a_reference(clean):
+    protected = protect(clean, slice(None))
+    order = np.random.default_rng(0).permutation(600)
+    found = detect(protected, purified=clean.subset(order))  # an ideal purifier, its rows in another order
+    assert found["protected"] is True and found["shortcut"]["linear"]["reference"] < 0.6
+    assert detect(clean, purified=clean)["protected"] is False
+
+
+def test_sets_that_differ_in_contrast_are_not_called_protected(clean):
+    louder = make(600, 3, contrast=22.0)
+    found = detect(clean, LabelledImages(louder.images, None, louder.ids), permutations=199)
+    assert found["protected"] is False and found["spectrum"]["finding"] == "other kind"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param(lambda d, c: (d.subset(range(20)), c), ("dataset", "20"), id="few images"),
+        pytest.param(lambda d, c: (d, c.subset(range(9))), ("collected", "9"), id="few collected"),
+        pytest.param(lambda d, c: (d.subset(d.labels == 1), c), ("dataset", "one class"), id="one class"),
+        pytest.param(lambda d, c: (d, d), ("collected", "600"), id="the same images"),
+        pytest.param(lambda d, c: (d, c.with_images(c.images[:, :8])), ("collected", "8"), id="another size"),
+        pytest.param(
+            lambda d, c: (LabelledImages(d.images, None, d.ids), None), ("labels", "collected"), id="nothing"
+        ),
+        pytest.param(
+            lambda d, c: (d, LabelledImages(c.images, c.labels, c.ids, ("a", "b", "c", "d"))),
+            ("collected", "'a'"),
+            id="other classes",
+        ),
+    ],
+)
+def test_sets_that_say_nothing_are_refused(change, words, clean, collected):
+    with pytest.raises(ValueError) as error:
+        detect(*change(clean, collected))
+    assert all(word in str(error.value) for word in words)
+
+
+def test_the_command_writes_what_it_says(clean, collected, tmp_path, capsys):
+    write_dataset(tmp_path / "suspicious", protect(clean, slice(None)), split="train")
+    write_dataset(tmp_path / "collected", collected, split="train")
+    options = ["--dataset", str(tmp_path / "suspicious"), "--collected", str(tmp_path / "collected")]
+    assert main(["detect", *options, "--output", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["protected"] is True
+    assert found["sentence"] in capsys.readouterr().out
