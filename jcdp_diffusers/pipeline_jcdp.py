@@ -17,19 +17,19 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DMode
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from .acceleration.feature_cache import FeatureReuse, check_reusable
 from .guidance import earlier_chain_noise, in_window, perceptual_gradient, pixel_gradient, strength
+from .hub import create_repository, push_purifier
 from .noise import coloured, content_id, image_keys, normal_noise, times_covariance
 from .perceptual import LPIPSModel
 from .purification_config import CONFIG_NAME, PRESETS, PurificationConfig
 from .scheduling_guided_ddim import GuidedDDIMScheduler
 from .scheduling_guided_ddpm import GuidedDDPMScheduler
-from .train.model_card import REPOSITORY_FILES
 
 
 Images = Image.Image | list[Image.Image] | np.ndarray | torch.Tensor
@@ -161,6 +161,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             commit_message, private, create_pr, token: As in `huggingface_hub`.
             kwargs: Passed to `DDPMPipeline.save_pretrained`: `safe_serialization`, `variant`, `max_shard_size`.
         """
+        if push_to_hub:  # whoever may not push learns it first
+            repo_id = create_repository(repo_id or Path(save_directory).name, private=private, token=token)
         scheduler = DDPMScheduler.from_config(settings_of(self.scheduler))
         DDPMPipeline(self.unet, scheduler).save_pretrained(save_directory, **kwargs)
         if self.purification_config is not None:
@@ -172,15 +174,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         elif (Path(save_directory) / "perceptual").is_dir():  # of a purifier that was saved here before
             shutil.rmtree(Path(save_directory) / "perceptual")
         if push_to_hub:
-            api = HfApi(token=token)
-            repo_id = api.create_repo(repo_id or Path(save_directory).name, private=private, exist_ok=True).repo_id
-            api.upload_folder(
-                repo_id=repo_id,
-                folder_path=save_directory,
-                allow_patterns=list(REPOSITORY_FILES),  # a training folder holds checkpoints, too
-                commit_message=commit_message,
-                create_pr=create_pr,
-            )
+            push_purifier(save_directory, repo_id, commit_message=commit_message, create_pr=create_pr, token=token)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """Push the purifier in one commit; `kwargs` as for `save_pretrained`."""

@@ -19,15 +19,16 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.data import LabelledImages, find_overlap, load_images, open_dataset
+from jcdp_diffusers.hub import create_repository, push_purifier
 from jcdp_diffusers.purification_config import CONFIG_NAME, PurificationConfig
 from jcdp_diffusers.results import read_records
 from jcdp_diffusers.train.images import ImageFiles, training_images, usable
 from jcdp_diffusers.train.loop import TrainingConfig, on_cpu, train_purifier
-from jcdp_diffusers.train.model_card import push_purifier, write_card
+from jcdp_diffusers.train.model_card import write_card
 from jcdp_diffusers.train.unets import UNETS, ddpm_scheduler, named_unet
 
 
@@ -90,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     repo_id = args.hub_model_id or args.output_dir.resolve().name
     if args.push_to_hub and state.is_main_process:
         # Whoever may not push learns it before the training rather than after.
-        repo_id = HfApi().create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        repo_id = create_repository(repo_id, private=args.hub_private_repo or None)
 
     with state.main_process_first():  # the others find what the first has put into the cache
         unet, scheduler = load_model(args)

@@ -27,10 +27,10 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import HfApi
 
 from ..acceleration.placement import PRECISIONS, place
 from ..data import ImageRejected, decode_image
+from ..hub import push_dataset
 from ..perceptual import load_perceptual
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PRESETS, PurificationConfig
@@ -38,7 +38,7 @@ from .dataset_card import SUMMARY_NAME, dataset_card, summarise_shards
 from .manifest import RUN_NAME, describe_run, settle_run
 from .progress import Progress
 from .reader import Rows, open_rows
-from .shards import CLAIM_TIMEOUT, STATE, Claims, ShardStore, ShardTakenOver, write_atomically
+from .shards import CLAIM_TIMEOUT, Claims, ShardStore, ShardTakenOver, write_atomically
 from .tiling import FITS
 from .worker import ShardMaker, purify_tiles
 from .worker_pool import open_lane, open_pool
@@ -298,16 +298,7 @@ def finish(store: ShardStore, rows: Rows, run: dict, push_to_hub: str | None) ->
     store.remove_leftovers()
     write_atomically(store.output_dir / SUMMARY_NAME, json.dumps(summary, indent=2))
     if push_to_hub is not None:
-        api = HfApi()
-        repo_id = api.create_repo(push_to_hub, repo_type="dataset", exist_ok=True).repo_id
-        api.upload_folder(
-            repo_id=repo_id,
-            repo_type="dataset",
-            folder_path=store.output_dir,
-            # Images that were refused are the source's own, and may be anything.
-            ignore_patterns=[f"{STATE}/*", "rejected/*", ".*"],
-            commit_message="Upload purified data set",
-        )
+        push_dataset(store.output_dir, push_to_hub)
 
 
 @contextlib.contextmanager

@@ -1,30 +1,16 @@
-"""A purifier's model card, made from records alone, and its way to the Hub."""
+"""A purifier's model card, made from records alone."""
 
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
 # A link to model_card.md at the top of the repository, which documents its variables.
 TEMPLATE = Path(__file__).with_name("model_card.md")
 RECORD_NAME = "training_record.json"
-
-# All that a purifier's repository consists of; not checkpoints (which hold optimiser states), grids and logs.
-REPOSITORY_FILES = (
-    "README.md",
-    "model_index.json",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model*.safetensors",
-    "unet/diffusion_pytorch_model*.safetensors.index.json",
-    "scheduler/scheduler_config.json",
-    "purification_config.json",
-    "training_record.json",
-    "trained_on.json",
-    "perceptual/*",
-)
 
 
 def purifier_card(
@@ -102,26 +88,3 @@ def write_card(
     card = purifier_card(record, repo_id=repo_id or folder.resolve().name, license=license, results=results)
     card.save(folder / "README.md")
     return folder / "README.md"
-
-
-def push_purifier(folder: str | os.PathLike, repo_id: str, *, private: bool | None = None) -> str:
-    """
-    Push a purifier's repository in one commit: weights, configurations, record and card, and nothing else.
-
-    Args:
-        folder (`str` or `os.PathLike`): What `train_purifier` wrote, with its card.
-        repo_id (`str`): Name on the Hub, with or without a namespace; made if needed.
-        private (`bool`, *optional*): For a repository that is made now; None is the namespace's default.
-
-    Returns:
-        `str`: URL of the commit.
-    """
-    api = HfApi()
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=str(folder),
-        allow_patterns=list(REPOSITORY_FILES),
-        commit_message="Upload purifier",
-    )
-    return commit.commit_url

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from jcdp_diffusers.hub import PURIFIER_FILES
 from jcdp_diffusers.train import model_card
-from jcdp_diffusers.train.model_card import REPOSITORY_FILES, purifier_card, write_card
+from jcdp_diffusers.train.model_card import purifier_card, write_card
 
 
 RECORD = {
@@ -154,4 +155,4 @@ def test_files_of_a_repository_leave_out_checkpoints():
         "a.txt",
     ]
     for path in pushed + kept:
-        assert any(fnmatch(path, pattern) for pattern in REPOSITORY_FILES) == (path in pushed), path
+        assert any(fnmatch(path, pattern) for pattern in PURIFIER_FILES) == (path in pushed), path

@@ -98,7 +98,7 @@ def test_the_list_goes_to_the_hub_and_is_read_there(tmp_path):
 import sys
 sys.path.insert(0, "tests")
 from train.test_loop import IMAGES, train
-from jcdp_diffusers.train.model_card import push_purifier
+from jcdp_diffusers.hub import push_purifier
 from jcdp_diffusers.train.provenance import check_trained_on, image_digests, trained_on
 
 push_purifier(train(sys.argv[1], max_train_steps=1), "tester/purifier")

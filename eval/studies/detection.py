@@ -1,0 +1,154 @@
+"""
+How often `jcdp detect` is right: false alarms on clean sets, and what it finds by poison and by protected fraction.
+
+    python eval/studies/detection.py clean --dataset DIR --name cifar10 --output results/detection.jsonl
+    python eval/studies/detection.py poisons --dataset DIR --name cifar10 --cache DIR --output results/detection.jsonl
+    python eval/studies/detection.py digits --output results/detection.jsonl
+    python eval/studies/detection.py table --output results/detection.jsonl
+
+`clean` divides a labelled data set at random into a suspicious and a collected half, again and again. `poisons`
+protects a fraction of one half. Each repetition is a record, and is skipped when it is on record already. About 15
+seconds per repetition of 5,000 images on one core.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+sys.path.append(str(Path(__file__).parents[2]))
+from eval.tables import markdown_table  # noqa: E402
+from jcdp_diffusers import poisons  # noqa: E402
+from jcdp_diffusers.cli import ends_in_one_sentence  # noqa: E402
+from jcdp_diffusers.data import LabelledImages, load_images  # noqa: E402
+from jcdp_diffusers.data.examples import digits  # noqa: E402
+from jcdp_diffusers.detect import detect  # noqa: E402
+from jcdp_diffusers.poisons.protect import protect_dataset  # noqa: E402
+from jcdp_diffusers.results import append_record, read_records  # noqa: E402
+
+
+FRACTIONS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def halves(data: LabelledImages, count: int, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """Two disjoint random parts of `count` images each."""
+    rows = np.random.default_rng(seed).permutation(len(data))[: 2 * count]
+    if len(rows) < 2 * count:
+        raise ValueError(f"images is {count}, but the data set has {len(data)} images, and two such parts are needed.")
+    return data.subset(rows[:count]), data.subset(rows[count:])
+
+
+def measure(output: str, settings: dict, seed: int, suspicious: LabelledImages, collected: LabelledImages) -> None:
+    """One record, unless it is there."""
+    known = read_records(output) if Path(output).exists() else []
+    if any(record["settings"] == settings and record["seed"] == seed for record in known):
+        return
+    start = time.perf_counter()
+    found = detect(suspicious, collected, seed=seed)
+    value = {
+        "protected": found["protected"],
+        "linear": found["shortcut"]["linear"],
+        "two-layer": found["shortcut"]["two-layer"],
+        "carriers": found["shortcut"]["carriers"]["share"],
+        "spectrum": {
+            name: found["spectrum"][name] for name in ("finding", "p_value", "largest_z", "excess", "deficit")
+        },
+    }
+    append_record(
+        output,
+        what="detection",
+        value=value,
+        seed=seed,
+        protocol="detect",
+        settings=settings,
+        device="cpu",
+        seconds=round(time.perf_counter() - start, 2),
+    )
+    print(f"{settings} {seed}: {value['protected']}, {value['spectrum']['finding']}", flush=True)
+
+
+def clean(args: argparse.Namespace, data: LabelledImages) -> None:
+    """False alarms: nothing is protected."""
+    for seed in range(args.repetitions):
+        settings = {"dataset": args.name, "images": args.images, "poison": "none", "fraction": 0.0}
+        measure(args.output, settings, seed, *halves(data, args.images, seed))
+
+
+def poisoned(args: argparse.Namespace, data: LabelledImages) -> None:
+    """Each poison on each fraction of the suspicious half; which images are protected depends on the seed."""
+    suspicious, collected = halves(data, args.images, 0)
+    for name in args.poisons:
+        folder = Path(args.cache) / f"{args.name}-{name}-{args.preset}-{args.images}"
+        protected = protect_dataset(suspicious, folder, method=name, preset=args.preset, seed=0, progress=True)
+        for fraction in FRACTIONS:
+            settings = {
+                "dataset": args.name,
+                "images": args.images,
+                "poison": name,
+                "poison_preset": args.preset,
+                "fraction": fraction,
+            }
+            for seed in range(args.repetitions):
+                rows = np.random.default_rng(seed).permutation(args.images)[: round(fraction * args.images)]
+                images = suspicious.images.copy()
+                images[rows] = protected.images[rows]
+                measure(args.output, settings, seed, suspicious.with_images(images), collected)
+
+
+def table(output: str) -> str:
+    """Shares of repetitions in which a protection was found, by labels and by spectrum."""
+    groups: dict[tuple, list[dict]] = {}
+    for record in read_records(output):
+        settings = record["settings"]
+        key = (settings["dataset"], settings["images"], settings["poison"], settings["fraction"])
+        groups.setdefault(key, []).append(record["value"])
+    rows = []
+    for (dataset, images, poison, fraction), values in groups.items():
+        by_labels = [value["linear"]["found"] or value["two-layer"]["found"] for value in values]
+        by_spectrum = [value["spectrum"]["finding"] == "noise" for value in values]
+        called = [value["protected"] for value in values]
+        shares = (f"{sum(found)} of {len(values)}" for found in (by_labels, by_spectrum, called))
+        rows.append([dataset, str(images), poison, f"{100 * fraction:g} %", *shares])
+    head = [
+        "data set",
+        "images",
+        "poison",
+        "protected fraction",
+        "found by labels",
+        "by the spectrum",
+        "called protected",
+    ]
+    return markdown_table(head, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
+    parser.add_argument("question", choices=("clean", "poisons", "digits", "table"))
+    parser.add_argument("--output", required=True, help="JSON Lines file of records")
+    parser.add_argument("--dataset", help="labelled data set; its split train is divided")
+    parser.add_argument("--name", help="what records call the data set")
+    parser.add_argument("--images", type=int, default=5000, help="of each of the two parts")
+    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--poisons", nargs="+", choices=poisons.NAMES, default=poisons.NAMES)
+    parser.add_argument("--preset", default="cpu")
+    parser.add_argument("--cache", help="folder in which protected sets are kept")
+    args = parser.parse_args()
+    with ends_in_one_sentence("detection"):
+        if args.question == "table":
+            print(table(args.output))
+        elif args.question == "digits":
+            args.name, everything = "digits", digits((1795, 1, 1))[0]
+            args.images = min(args.images, len(everything) // 2)
+            clean(args, everything)
+        else:
+            if args.dataset is None or args.name is None:
+                raise ValueError(f"--dataset is {args.dataset} and --name is {args.name}, but both are needed.")
+            data = load_images(args.dataset, split="train")
+            (clean if args.question == "clean" else poisoned)(args, data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""To the Hub, one commit a folder: a purifier's repository, or a purified data set."""
+
+import os
+
+from huggingface_hub import HfApi
+
+
+# All that a purifier's repository consists of; not checkpoints (which hold optimiser states), grids and logs.
+PURIFIER_FILES = (
+    "README.md",
+    "model_index.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model*.safetensors",
+    "unet/diffusion_pytorch_model*.safetensors.index.json",
+    "scheduler/scheduler_config.json",
+    "purification_config.json",
+    "training_record.json",
+    "trained_on.json",
+    "perceptual/*",
+)
+# Images that were refused are the source's own, and may be anything; what is hidden is the state of the work.
+NOT_OF_A_DATASET = ("rejected/*", ".*")
+
+
+def push_purifier(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    commit_message: str = "Upload purifier",
+    create_pr: bool = False,
+    token: str | None = None,
+) -> str:
+    """
+    Push a purifier's repository: weights, configurations, records and card, and nothing else of the folder.
+
+    Args:
+        folder (`str` or `os.PathLike`): What `save_pretrained` of the pipeline or `train_purifier` wrote.
+        repo_id (`str`): Name on the Hub, with or without a namespace; made if needed.
+        private (`bool`, *optional*): For a repository that is made now; None is the namespace's default.
+        commit_message (`str`, defaults to `"Upload purifier"`): Of the one commit.
+        create_pr (`bool`, defaults to `False`): Open a pull request instead of committing to the main branch.
+        token (`str`, *optional*): Of the Hub; None is the one that `hf auth login` saved.
+
+    Returns:
+        `str`: URL of the commit.
+    """
+    return _upload(
+        folder,
+        repo_id,
+        "model",
+        private,
+        token,
+        allow_patterns=list(PURIFIER_FILES),
+        commit_message=commit_message,
+        create_pr=create_pr,
+    )
+
+
+def push_dataset(
+    folder: str | os.PathLike, repo_id: str, *, private: bool | None = None, token: str | None = None
+) -> str:
+    """
+    Push a purified data set: all that the folder holds but rejected images and hidden files.
+
+    Args:
+        folder (`str` or `os.PathLike`): What `purify_dataset` wrote, finished.
+        repo_id, private, token: As for [`push_purifier`].
+
+    Returns:
+        `str`: URL of the commit.
+    """
+    return _upload(
+        folder,
+        repo_id,
+        "dataset",
+        private,
+        token,
+        ignore_patterns=list(NOT_OF_A_DATASET),
+        commit_message="Upload purified data set",
+    )
+
+
+def create_repository(repo_id: str, *, repo_type: str = "model", private: bool | None = None, token=None) -> str:
+    """
+    Make a repository unless it is there: whoever may not push learns it before the work.
+
+    Args:
+        repo_id, private, token: As for [`push_purifier`].
+        repo_type (`str`, defaults to `"model"`): Or `"dataset"`.
+
+    Returns:
+        `str`: The repository's name with its namespace.
+    """
+    return HfApi(token=token).create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+
+
+def _upload(folder, repo_id, repo_type, private, token, **options) -> str:
+    repo_id = create_repository(repo_id, repo_type=repo_type, private=private, token=token)
+    options |= {"repo_id": repo_id, "repo_type": repo_type, "folder_path": os.fspath(folder)}
+    return HfApi(token=token).upload_folder(**options).commit_url
