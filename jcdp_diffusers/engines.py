@@ -6,7 +6,7 @@ same command goes on with the tasks that are missing, and no engine needs to rem
 
     engines.run(tasks, open_worker=open_worker)                                          # here, one after another
     engines.run(tasks, open_worker=open_worker, processes=8)                             # here, in eight processes
-    torchrun --nproc_per_node 8 command                                             # here, on eight ranks of a launcher
+    torchrun --nproc_per_node 8 command                                                  # on eight ranks, in turn
     engines.run(tasks, open_worker=open_worker, engine="ray", address="auto")            # on a running Ray cluster
 """
 

@@ -144,8 +144,9 @@ def measure(
         records (`str` or `os.PathLike`): JSON Lines file. A trial adds two: `victim`, with best and training accuracy,
             accuracy per class, confusion, learning curve and seconds; then `accuracy`, which says that it is done.
         device (`str` or `torch.device`): Where networks run.
-        processes (`int`, *optional*): Victims at a time on the CPU of this machine; None for one per processor. On
-            Ray, victims at a time on the cluster; None for as many as it has room for.
+        processes (`int`, *optional*): Victims at a time on this machine, each on a GPU of its own where there are
+            several; None for one per processor on a CPU, and one on a GPU. On Ray, victims at a time on the cluster;
+            None for as many as it has room for.
         engine (`str`), address (`str`, *optional*): See `engines.run`. The ranks of a launcher take turns.
         progress (`bool`): Show a bar.
 
@@ -154,20 +155,17 @@ def measure(
         RuntimeError: If a trial fails; the sentence begins with its row or poison, column and seed.
     """
     records, device = Path(records), torch.device(device)
-    if processes is not None and processes < 1:
-        raise ValueError(f"processes is {processes}, but must be at least 1.")
     rank, world = engines.ranks()
-    if engine == "local":
-        alone = world > 1 or device.type != "cpu"  # each rank, and each GPU, has one victim at a time
-        processes = 1 if alone else processes or available_cores()
+    if engine == "local" and processes is None:
+        processes = available_cores() if device.type == "cpu" and world == 1 else 1
     tasks = [_Task(trial, records, device) for trial in trials]
     records.parent.mkdir(parents=True, exist_ok=True)
-    # Rank 0 holds the lock for all ranks.
-    lock = engines.folder_lock(records.with_name(f".{records.name}.lock")) if rank == 0 else contextlib.nullcontext()
+    lock = engines.folder_lock(records.with_name(f".{records.name}.lock"))
     with (
-        lock,
+        contextlib.ExitStack() as stack,
         tqdm(total=len(tasks), unit="victim", desc="victims", disable=not progress or rank > 0) as bar,
     ):
+        engines.first_rank_decides(lambda: stack.enter_context(lock))
         bar.update(len(tasks) - sum(not task.is_done() for task in tasks))
         engines.run(
             tasks,
@@ -275,8 +273,10 @@ def _digest_of_pipeline(pipe: JointConditionalPurificationPipeline) -> str:
         for name, tensor in {} if part is None else sorted(part.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    configs = [dict(part.config) for part in (pipe.unet, pipe.scheduler)]
-    digest.update(json.dumps(configs, sort_keys=True, default=str).encode())
+    for part in (pipe.unet, pipe.scheduler):
+        # What begins with an underscore says where the part is from.
+        config = {name: value for name, value in part.config.items() if not name.startswith("_")}
+        digest.update(json.dumps(plain(config, "config"), sort_keys=True).encode())
     digest.update(f"noise_corner {_noise_corner(pipe)}".encode())
     return digest.hexdigest()
 

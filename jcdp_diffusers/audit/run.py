@@ -35,7 +35,6 @@ from ..data.checks import (
     few_of_each_class,
     match_originals,
 )
-from ..devices import available_cores
 from ..perceptual import LPIPSModel, load_perceptual
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PRESETS, PurificationConfig
@@ -210,7 +209,6 @@ def audit(
     trials = _trials(sets, tried, used, recipe, seeds, victim, width, roles, output_dir / "attacks")
     order = [trials[row][turn] for turn in range(len(seeds)) for row in trials]
     say(f"Victims: {len(order)} of {recipe.epochs} epochs")
-    processes = available_cores() if processes is None else processes
     measure(order, records, device=device, processes=processes)
 
     # 6. The report
