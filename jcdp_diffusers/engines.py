@@ -10,12 +10,17 @@ same command goes on with the tasks that are missing, and no engine needs to rem
     engines.run(tasks, open_worker=open_worker, engine="ray", address="auto")            # on a running Ray cluster
 """
 
+import atexit
 import contextlib
 import datetime
 import fcntl
+import functools
 import json
+import logging
+import math
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,6 +28,8 @@ import socket
 import sys
 import tempfile
 import threading
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -40,6 +47,8 @@ ENGINES = ("local", "ray")
 # What a user, a file or a machine can cause; anything else is a defect of ours and keeps its traceback.
 FAILURES = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError)
 GIVE_UP_AFTER = 8  # tasks that fail one after another: a full disk fails them all
+_LOSSES_OF_A_TASK = 10  # workers that may die at one task on Ray, before it is the task that is to blame
+_SECONDS_BETWEEN_LOOKS = 1.0  # at the nodes of a Ray cluster
 _WAIT_FOR_OTHERS = datetime.timedelta(days=60)  # a rank may wait for the longest task of another one
 
 _inside_task = False
@@ -110,7 +119,7 @@ def run(
     own = [tasks[index] for index in missing[rank::world]]
     tally = _Tally(len(missing), on_done)
     if engine == "ray":
-        raise NotImplementedError
+        _run_on_ray(own, open_worker, address, processes, {"num_cpus": threads, "num_gpus": gpus}, tally)
     elif world > 1:
         _run_on_ranks(own, open_worker, tally)
     elif (processes or 1) > 1:
@@ -340,6 +349,152 @@ def _take_gpu(number: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % count]
 
 
+class _RayWorker:
+    """The actor: a worker that is opened once and kept. Ray shows it the GPUs that it has been given."""
+
+    def open(self, open_worker: Callable[[], Any]) -> int:
+        keep_freed_memory()
+        self.worker = open_worker()
+        return os.getpid()
+
+    def run(self, task: Task, again: bool) -> Any:
+        # Whoever had it before may have died between the end of the task and the answer.
+        return None if again and task.is_done() else _run_task(task, self.worker)
+
+
+def _run_on_ray(
+    tasks: list[Task],
+    open_worker: Callable[[], Any],
+    address: str | None,
+    actors: int | None,
+    room: dict[str, float],
+    tally: _Tally,
+) -> None:
+    """Run tasks on a cluster that is running already, or on one that is started here and ends with the tasks."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError(
+            "engine is 'ray', but must be 'local' without Ray: pip install 'jcdp-diffusers[ray]'."
+        ) from error
+    from .devices import available_cores
+
+    if not tasks:
+        return
+    joined = ray.is_initialized()
+    if not joined:
+        options = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None and "RAY_ADDRESS" not in os.environ:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            options |= {"address": "local", "num_cpus": max(available_cores(), math.ceil(room["num_cpus"]))}
+            options |= {"include_dashboard": False}
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            if place := re.fullmatch(r"(.+):(\d+)", options["address"] or ""):  # Ray itself would try for minutes
+                socket.create_connection((place[1], int(place[2])), timeout=10).close()
+            ray.init(**options)
+        except OSError as error:
+            raise ValueError(f"address is {address!r}, but must be that of a running Ray cluster.") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has set one of its own
+    crew = _RayCrew(ray, open_worker, actors, room, tally)
+    try:
+        crew.run(tasks)
+    finally:
+        crew.end()
+        if not joined:
+            ray.shutdown()
+
+
+class _RayCrew:
+    """
+    The actors of one call, and what each of them is at. An actor has one task at a time; when it dies, the task goes
+    to the next one that is free, and a new actor is asked for, which starts wherever the cluster has room.
+    """
+
+    def __init__(self, ray, open_worker: Callable[[], Any], actors: int | None, room: dict[str, float], tally: _Tally):
+        self.ray, self.actors, self.room, self.tally = ray, actors, room, tally
+        self.open_worker = ray.put(open_worker)
+        self.kind = ray.remote(_RayWorker).options(max_restarts=0, **room)
+        self.at: dict = {}  # of each answer that is awaited: the actor, and its task or None while it opens
+        self.idle: list = []
+        self.said_no_room = False
+        self.not_opened = 0  # actors that could not open the worker, and are not replaced
+        self.losses: Counter = Counter()  # actors that died, by the name of their task; "" while they opened
+
+    def run(self, tasks: list[Task]) -> None:
+        waiting, looked = deque(tasks), -math.inf
+        while left := len(waiting) + sum(task is not None for _, task in self.at.values()):
+            if time.monotonic() - looked > _SECONDS_BETWEEN_LOOKS:
+                looked, wanted = time.monotonic(), max(1, (self.actors or self.places()) - self.not_opened)
+            while len(self.at) + len(self.idle) < min(wanted, left):
+                actor = self.kind.remote()
+                self.at[actor.open.remote(self.open_worker)] = (actor, None)
+            while waiting and self.idle:
+                actor, task = self.idle.pop(), waiting.popleft()
+                self.at[actor.run.remote(task, self.losses[task.name] > 0)] = (actor, task)
+            answers, _ = self.ray.wait(list(self.at), timeout=_SECONDS_BETWEEN_LOOKS)
+            for answer in answers:
+                actor, task = self.at.pop(answer)
+                if (again := self.hear(answer, actor, task)) is not None:
+                    waiting.appendleft(again)
+
+    def hear(self, answer, actor, task: Task | None) -> Task | None:
+        """Take an actor's answer; the task, if it has to be done by another one."""
+        try:
+            result = self.ray.get(answer)
+        except self.ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, (*FAILURES, ImportError)):
+                raise
+            if task is None:
+                self.ray.kill(actor)  # its place is free for another
+                self.cannot_open(error.cause)
+                return None
+            self.tally.failed(task, error.cause)
+        except self.ray.exceptions.RayError as error:  # the actor has died, or its node
+            name = "" if task is None else task.name
+            self.losses[name] += 1
+            if self.losses[name] < _LOSSES_OF_A_TASK:
+                return task
+            died = RuntimeError(
+                f"{_LOSSES_OF_A_TASK} workers died at {name or 'opening'} (is memory short?), the last with: "
+                f"{_sentence(error)[:300]}"
+            )
+            if task is None:
+                raise died from error
+            self.tally.failed(task, died)
+            return None
+        else:
+            if task is not None:
+                self.tally.done(task, result)
+        self.losses[""] = 0
+        self.idle.append(actor)
+        return None
+
+    def cannot_open(self, error: Exception) -> None:
+        self.not_opened += 1
+        if not self.at and not self.idle:
+            raise RuntimeError(_sentence(error)) from error
+        say(f"a worker could not be opened: {_sentence(error)}")
+
+    def places(self) -> int:
+        """How many actors the nodes that are there have room for."""
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        wanted = {"CPU": self.room["num_cpus"], "GPU": self.room["num_gpus"]}
+        places = sum(
+            min(int(node.get(kind, 0) / amount) for kind, amount in wanted.items() if amount > 0) for node in nodes
+        )
+        if places == 0 and not self.said_no_room:
+            self.said_no_room = True
+            say(f"no node of the Ray cluster has {wanted['CPU']} CPUs and {wanted['GPU']} GPUs: waiting for one")
+        return places
+
+    def end(self) -> None:
+        """Free the places that the actors have; they are not asked, because a task leaves nothing half done."""
+        for actor in [actor for actor, _ in self.at.values()] + self.idle:
+            self.ray.kill(actor)
+
+
 def live_as_long_as_parent() -> None:
     """End this process when the one that started it ends, in whatever way."""
     parent = multiprocessing.parent_process().sentinel
@@ -351,6 +506,7 @@ def live_as_long_as_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@functools.cache
 def _rank_state():
     """
     Accelerate's state of this process. It talks over gloo whatever the device is: ranks exchange a few sentences and
@@ -358,7 +514,9 @@ def _rank_state():
     """
     from accelerate import PartialState
 
-    return PartialState(cpu=True, timeout=_WAIT_FOR_OTHERS)
+    state = PartialState(cpu=True, timeout=_WAIT_FOR_OTHERS)
+    atexit.register(state.destroy_process_group)  # else its threads end the process with SIGABRT now and then
+    return state
 
 
 def _sentence(error: BaseException) -> str:

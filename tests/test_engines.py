@@ -159,3 +159,60 @@ def test_a_lock_names_its_holder_and_is_free_when_the_holder_is_killed(tmp_path)
         with engines.folder_lock(lock):
             assert json.loads(lock.read_text())["pid"] == os.getpid()
     assert lock.read_text() == ""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of two nodes of this machine, with one processor each; and the driver's own, without any."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the workers, which import the tasks
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
+def test_ray_survives_a_lost_node_a_killed_worker_and_a_task_that_fails(cluster, tmp_path, capsys):
+    """In the middle of 30 tasks one of two nodes goes; another one dies with its worker, and one fails."""
+    other = cluster.add_node(num_cpus=1)
+    ends = {5: "error", 8: "killed"}
+    tasks = [Square(tmp_path, number, ends.get(number, ""), seconds=0.1) for number in range(30)]
+    done = {}
+
+    def on_done(task, result):
+        done[task.number] = result
+        if len(done) == 10:
+            cluster.remove_node(other, allow_graceful=False)
+
+    with pytest.raises(
+        RuntimeError, match=r"^number is 5, but must be another. \(1 of 30 tasks failed, square-5 first"
+    ):
+        engines.run(
+            tasks,
+            open_worker=partial(open_worker, tmp_path),
+            engine="ray",
+            address=cluster.address,
+            on_done=on_done,
+        )
+    assert squares(tmp_path) == {number: number**2 for number in range(30) if number != 5}
+    assert sorted(done) == [number for number in range(30) if number != 5]
+    log = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert len({pid for _, pid, *_ in log}) >= 2 and all(pid == words[-1] for _, pid, *words in log)
+    assert (
+        len((tmp_path / "opened").read_text().split()) <= 4
+    )  # two, one in place of the killed, one asked for in vain
+    assert "square-5 failed: number is 5, but must be another." in capsys.readouterr().err
+
+
+def test_ray_workers_that_cannot_open_are_a_sentence(cluster, tmp_path):
+    with pytest.raises(RuntimeError, match="^purifier is 'nowhere', but must be a folder.$"):
+        engines.run(tasks_in(tmp_path), open_worker=cannot_open, engine="ray", address=cluster.address)
+
+
+def test_ray_at_an_address_where_there_is_none(tmp_path):
+    with pytest.raises(ValueError, match="address is 'localhost:1', but must be that of a running Ray cluster"):
+        engines.run(tasks_in(tmp_path), open_worker=cannot_open, engine="ray", address="localhost:1")
