@@ -39,7 +39,7 @@ PACKAGES = (
 )
 
 # Settings that came after the first records, and what was meant by those that do not have them.
-LATER = {"noise_corner": 0.0, "draws": 1, "method": "supervised"}
+LATER = {"noise_corner": 0.0}
 
 
 def as_settings(config: Any) -> dict:

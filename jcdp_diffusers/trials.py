@@ -37,6 +37,8 @@ from .victims import Recipe, VictimResult, train_victim
 PREPARATION_SEED = 0
 # Facts that a record keeps and that decide nothing: what a comparison is called, what a poison took and measures.
 PROVENANCE = ("grid", "poison_seconds", "poison_norms")
+# Fields of a trial that came after the first records: left out at the value that was meant before, as in `results`.
+LATER = {"draws": 1, "method": "supervised"}
 FIGURES = ("accuracy", "best_accuracy", "train_accuracy")
 
 
@@ -87,12 +89,10 @@ class Trial:
             purification = as_settings(purification)
         settings = dict(self.about) | {
             "victim": self.victim,
-            "method": self.method,
             "width": self.recipe.width if self.width is None else self.width,
             "recipe": dataclasses.asdict(self.recipe.for_images(len(self.train))),
             "countermeasure": countermeasure.name,
-            "countermeasure_settings": dict(countermeasure.settings),
-            "draws": self.draws,
+            "countermeasure_settings": deciding_settings(countermeasure, purification),
             "train": describe_images(self.train),
             "test": describe_images(self.test),
         }
@@ -101,6 +101,7 @@ class Trial:
             if self.purifier is not None:
                 settings["purifier"] = purifier_digest(self.purifier)
                 settings["noise_corner"] = _noise_corner(self.purifier)
+        settings |= {name: getattr(self, name) for name, before in LATER.items() if getattr(self, name) != before}
         settings = without_later(plain(settings, "settings"))
         return settings | {"trial": trial_name(settings, self.seed)}
 
@@ -121,6 +122,15 @@ def trial_name(settings: Mapping[str, Any], seed: int) -> str:
     nothing = (*PROVENANCE, "trial") + (() if "purifier" in settings else ("collected",))
     deciding = {name: value for name, value in settings.items() if name not in nothing}
     return _hash([deciding, seed])
+
+
+def deciding_settings(countermeasure: countermeasures.Countermeasure, purification: Any) -> dict:
+    """A countermeasure's settings, without those of purifying parts where `purification` replaces them."""
+    if purification is None:
+        return dict(countermeasure.settings)
+    if not countermeasure.parts:
+        return {}
+    return {part.name: {} if part.needs_purifier else dict(part.settings) for part in countermeasure.parts}
 
 
 def measure(

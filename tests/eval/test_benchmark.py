@@ -294,7 +294,7 @@ def test_a_purifier_of_another_size_is_refused(source, tmp_path):
 
 def test_ranks_of_a_launcher_share_the_trials_and_one_trains_the_purifier(source, tmp_path):
     """Were they a group, the one that trains would wait for the other for ever."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     grid = grid_file(tmp_path, source, seeds=[0])
     asked = [*launcher, benchmark.__file__, str(grid), "--output", str(tmp_path / "out"), "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
@@ -407,6 +407,11 @@ def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
         for path, grid in grids:
             if grid.name == settings["grid"] and settings["poison"] in grid.poisons:
                 grid = dataclasses.replace(grid, protocol=record["protocol"], seeds=[record["seed"]])
+                if (
+                    record["protocol"] == "fast"
+                ):  # a search of batch size and learning rate, which eval/README.md names
+                    searched = {name: settings["recipe"][name] for name in ("batch_size", "learning_rate")}
+                    grid = dataclasses.replace(grid, recipe=grid.recipe | searched)
                 protected = {settings["poison"]: (given, poison)}
                 purifiers = dict.fromkeys(grid.columns(), "purifier")
                 told = grid.data["name"], protected, test, purifiers, settings.get("roles"), Path("prepared")
