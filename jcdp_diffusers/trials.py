@@ -167,7 +167,7 @@ def measure(
     records, device = Path(records), torch.device(device)
     rank, world = engines.ranks()
     if engine == "local" and processes is None:
-        processes = available_cores() if device.type == "cpu" and world == 1 else 1
+        processes = min(available_cores(), max(1, len(trials))) if device.type == "cpu" and world == 1 else 1
     tasks = [_Task(trial, records, device) for trial in trials]
     records.parent.mkdir(parents=True, exist_ok=True)
     lock = engines.folder_lock(records.with_name(f".{records.name}.lock"))
