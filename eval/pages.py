@@ -1,8 +1,11 @@
 """
-The tables of README.md and docs/, written again from the records in results/.
+The tables and figures of README.md and docs/, written again from the records in results/.
 
-    python eval/pages.py            # replaces what stands between <!-- name --> and <!-- /name -->
+    python eval/pages.py            # replaces what stands between the marks
     python eval/pages.py --check    # changes nothing; fails if a page does not say what the records say
+
+A table stands between `<!-- name -->` and `<!-- /name -->` (`PAGES`). A figure in a sentence stands between
+`<!-- n:KEY -->` and `<!-- /n -->` (`FIGURES`).
 """
 
 import argparse
@@ -13,8 +16,8 @@ from pathlib import Path
 
 
 sys.path.append(str(Path(__file__).parents[1]))
+from eval.speed_tables import speed_table
 from eval.tables import NOT_MEASURED, POISONS, Measured, grid_table, markdown_table, poison_table, spread
-from eval.throughput import speed_table
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.quickstart import ROWS
 from jcdp_diffusers.results import read_records, summarise
@@ -43,7 +46,7 @@ def measured(name: str) -> Measured:
     return Measured(read_records(RESULTS / f"{name}_cifar10_mini.jsonl"))
 
 
-def story_table() -> str:
+def mini_table() -> str:
     """What `make cifar10-mini` shows."""
     records = read_records(RESULTS / "cifar10_mini/records.jsonl")
     records = [r for r in records if r["what"] in ("accuracy", "train_accuracy")]
@@ -100,7 +103,7 @@ def recipe_in_words(record: dict) -> str:
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"story": story_table, "headline": headline_table},
+    "README.md": {"cifar10-mini": mini_table, "headline": headline_table},
     "docs/results.md": {
         "poisons": lambda: poison_table(measured("poisons"), "cifar10"),
         "countermeasures": grid_of("countermeasures"),
@@ -116,12 +119,41 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 }
 
 
+def mini_accuracy(row: str) -> float:
+    """Mean test accuracy in points of what `make cifar10-mini` measured in a row."""
+    records = read_records(RESULTS / "cifar10_mini/records.jsonl")
+    means = {
+        found["settings.row"]: found["mean"]
+        for found in summarise([r for r in records if r["what"] == "accuracy"], by=("settings.row",))
+    }
+    return 100 * means[row]
+
+
+def speed_entry(row: str, column: str) -> str:
+    """An entry of the table of docs/speed.md, by the beginnings of its row's and its column's title."""
+    lines = [line.strip("| ").split(" | ") for line in PAGES["docs/speed.md"]["speed"]().splitlines() if " | " in line]
+    place = next(place for place, title in enumerate(lines[0]) if title.startswith(column))
+    return next(line for line in lines if line[0].startswith(row))[place]
+
+
+# What sentences quote, by key.
+FIGURES: dict[str, Callable[[], str]] = {
+    "mini.lost": lambda: f"{mini_accuracy('clean') - mini_accuracy('protected'):.1f}",
+    "mini.regained": lambda: f"{mini_accuracy('purified') - mini_accuracy('protected'):.1f}",
+    "speed.guided_step": lambda: speed_entry(
+        "step with both guides / bare UNet, batch 64", "AMD EPYC, AVX-512 BF16: f"
+    ),
+    "speed.authors": lambda: speed_entry("the same, times the authors' loop", "AMD EPYC, AVX-512 BF16: f"),
+}
+FIGURE = re.compile(r"(<!-- n:([\w.-]+) -->).*?(<!-- /n -->)", re.DOTALL)
+
+
 def written(page: str) -> str:
     """
-    A page's text with its tables as the records have them.
+    A page's text with its tables and figures as the records have them.
 
     Raises:
-        ValueError: If the page lacks the place of a table.
+        ValueError: If the page lacks the place of a table, or asks for a figure that nobody knows.
     """
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, table in PAGES[page].items():
@@ -129,7 +161,13 @@ def written(page: str) -> str:
         if not place.search(text):
             raise ValueError(f"{page} has no <!-- {name} --> ... <!-- /{name} -->, where a table belongs.")
         text = place.sub(lambda found, table=table: found[1] + table() + "\n" + found[2], text)
-    return text
+
+    def figure(found: re.Match) -> str:
+        if found[2] not in FIGURES:
+            raise ValueError(f"{page} asks for the figure {found[2]!r}, but it must be one of {tuple(FIGURES)}.")
+        return found[1] + FIGURES[found[2]]() + found[3]
+
+    return FIGURE.sub(figure, text)
 
 
 def main() -> None:

@@ -26,7 +26,6 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..data import LabelledImages
@@ -34,7 +33,16 @@ from ..devices import device_in_words
 from ..noise import coloured
 from ..purification_config import default_settings
 from ..results import LATER, package_versions
-from .checkpoints import PROGRESS_NAME, find_checkpoint, list_checkpoints, remove_leftovers, save_checkpoint
+from .checkpoints import (
+    PROGRESS_NAME,
+    find_checkpoint,
+    list_checkpoints,
+    load_states,
+    read_json,
+    remove_leftovers,
+    save_checkpoint,
+    save_states,
+)
 from .config import FREE_SETTINGS, TrainingConfig
 from .denoising import (
     PREDICTION_TYPES,
@@ -188,23 +196,9 @@ class _Run:
             foreach=True,
         )
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
-        accelerator.register_for_checkpointing(self.lr_scheduler, self.ema)
-        accelerator.register_save_state_pre_hook(self._save_weights)
-        accelerator.register_load_state_pre_hook(self._load_weights)
         self.step, self.seconds = 0, 0.0
         self.history: list[dict] = []
         self.validation: list[dict] = []
-
-    # Without the prefix of DistributedDataParallel, so that a run can go on with another number of processes.
-    def _save_weights(self, models, weights, folder):
-        if self.accelerator.is_main_process:
-            state = {name: tensor.contiguous() for name, tensor in self.unet.state_dict().items()}
-            save_file(state, os.path.join(folder, "unet.safetensors"))
-        weights.clear()
-
-    def _load_weights(self, models, folder):
-        self.unet.load_state_dict(load_file(os.path.join(folder, "unet.safetensors")))
-        models.clear()
 
     def describe(self, base_model: str | None, data_description: dict | None) -> None:
         """Collect what the record says about the run, and what a continuation must share with it."""
@@ -367,12 +361,25 @@ class _Run:
             elif tracker.name == "wandb":
                 tracker.log_images({name: [picture]}, step=self.step)
 
+    def _save_states(self, folder: Path) -> None:
+        others = {"lr_scheduler": self.lr_scheduler.state_dict()}
+        if self.accelerator.scaler is not None:  # of float16
+            others["scaler"] = self.accelerator.scaler.state_dict()
+        save_states(folder, self.unet, self.optimizer, others, self.ema)
+
+    def _load_states(self, folder: Path) -> None:
+        others = load_states(folder, self.unet, self.optimizer, self.ema)
+        self.lr_scheduler.load_state_dict(others["lr_scheduler"])
+        if self.accelerator.scaler is not None and "scaler" in others:
+            self.accelerator.scaler.load_state_dict(others["scaler"])
+        self.ema.to(self.accelerator.device)
+
     def _checkpoint(self) -> None:
         self._clock()
         save_checkpoint(
             self.output_dir,
             self.step,
-            self.accelerator.save_state,
+            self._save_states,
             {
                 "step": self.step,
                 "seconds": self.seconds,
@@ -400,7 +407,7 @@ class _Run:
                     "checkpoint to go on from, but must be another folder: it would be replaced."
                 )
             return
-        saved = json.loads((checkpoint / PROGRESS_NAME).read_text())
+        saved = read_json(checkpoint / PROGRESS_NAME)
         identity = json.loads(json.dumps(self.identity))
         before = {name: value for name, value in LATER.items() if name in identity} | saved["identity"]
         for name, value in before.items():
@@ -410,10 +417,7 @@ class _Run:
             raise ValueError(
                 f"max_train_steps is {self.config.max_train_steps}, but {checkpoint.name} has {saved['step']} already."
             )
-        self.accelerator.load_state(str(checkpoint))
-        # Its count of micro-batches is of the accumulation that the checkpoint had; a step of ours begins here.
-        self.accelerator.step = 0
-        self.ema.to(self.accelerator.device)
+        self._load_states(checkpoint)
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.history, self.validation = saved["history"], saved["validation"]
 

@@ -1,7 +1,9 @@
 import dataclasses
 import json
 import math
+import pickle
 import re
+import zipfile
 from importlib import metadata
 
 import numpy as np
@@ -563,3 +565,61 @@ def test_every_setting_has_an_option_with_help():
     )
     helps = {action.dest: action.help for action in parser._actions}
     assert all(len(helps[field.name]) > 8 for field in dataclasses.fields(TrainingConfig))
+
+
+# ------------------------------------------------------------------------------------------------- damaged or planted
+class _Planted:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+# What Accelerate reads where it resumes, beside our own names.
+UNPICKLED_BY_ACCELERATE = (
+    "optimizer.bin", "scheduler.bin", "scaler.pt", "sampler.bin", "random_states_0.pkl", "pytorch_model.bin",
+    "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "dl_state_dict.bin",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["unet.safetensors", "optimizer.safetensors", "ema.safetensors", "states.json", "progress.json"]
+)
+def test_a_checkpoint_runs_no_code_of_whoever_made_it(name, tmp_path):
+    settings = dict(checkpointing_steps=2, max_train_steps=2)
+    train(tmp_path / "out", **settings)
+    checkpoint, evidence = tmp_path / "out" / "checkpoint-2", tmp_path / "evidence"
+    with zipfile.ZipFile(tmp_path / "torch", "w") as archive:  # as torch.save packs it
+        archive.writestr("archive/data.pkl", pickle.dumps(_Planted(evidence)))
+        archive.writestr("archive/version", "3")
+    for other in UNPICKLED_BY_ACCELERATE:
+        (checkpoint / other).write_bytes(pickle.dumps(_Planted(evidence)))
+    again = settings | dict(max_train_steps=3, resume_from_checkpoint="latest")
+    for planted in (pickle.dumps(_Planted(evidence)), (tmp_path / "torch").read_bytes()):
+        (checkpoint / name).write_bytes(planted)
+        with pytest.raises(ValueError, match=re.escape(name)):
+            train(tmp_path / "out", **again)
+    assert not evidence.exists()
+    pickle.loads(pickle.dumps(_Planted(evidence)))
+    assert evidence.exists()  # it would have been seen
+
+
+def test_a_checkpoint_with_pickles_of_the_old_form_is_refused(tmp_path):
+    train(tmp_path, checkpointing_steps=2, max_train_steps=2)
+    (tmp_path / "checkpoint-2" / "optimizer.safetensors").rename(tmp_path / "checkpoint-2" / "optimizer.bin")
+    with pytest.raises(ValueError, match="resume_from_checkpoint is 'checkpoint-2'.*optimizer.safetensors"):
+        train(tmp_path, checkpointing_steps=2, max_train_steps=3, resume_from_checkpoint="latest")
+
+
+def test_damaged_files_of_a_checkpoint_are_named(tmp_path):
+    train(tmp_path, checkpointing_steps=2, max_train_steps=2)
+    checkpoint = tmp_path / "checkpoint-2"
+    for name in ("ema.safetensors", "unet.safetensors", "progress.json"):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=re.escape(name)):
+            train(tmp_path, checkpointing_steps=2, max_train_steps=3, resume_from_checkpoint="latest")
+        (checkpoint / name).write_bytes(whole)

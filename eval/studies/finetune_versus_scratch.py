@@ -1,7 +1,7 @@
 """
 Does a purifier start better from another domain's network, and from fewer timesteps? One command, on a CPU.
 
-    python training/finetune_versus_scratch.py --source ../shared/data/cifar100 --target ../shared/data/cifar10
+    python eval/studies/finetune_versus_scratch.py --source ../shared/data/cifar100 --target ../shared/data/cifar10
 
 A network is trained on the source; then, for equally many steps on the target, four more: from scratch and from the
 source's network, each on every timestep and on the first ones only. The denoising loss of the averaged weights on
@@ -21,7 +21,7 @@ from jcdp_diffusers.train.loop import RECORD_NAME, TrainingConfig, train_purifie
 from jcdp_diffusers.train.unets import UNETS, ddpm_scheduler, named_unet
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WHAT = "held-out denoising loss"
 SOURCE = "the source itself"
 ARMS = {
@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune_versus_scratch"))
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "finetune_versus_scratch.jsonl")
-    parser.add_argument("--plot", type=Path, default=ROOT / "training" / "finetune_versus_scratch.png")
+    parser.add_argument("--plot", type=Path, default=ROOT / "results" / "figures" / "finetune_versus_scratch.png")
     return parser.parse_args()
 
 

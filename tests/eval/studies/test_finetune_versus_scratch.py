@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval.studies import finetune_versus_scratch
 from jcdp_diffusers.results import read_records
-from training import finetune_versus_scratch
 
 
 def test_every_arm_is_recorded_and_plotted(tmp_path, monkeypatch):

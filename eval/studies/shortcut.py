@@ -1,6 +1,6 @@
 """What the audit's shortcut test sees: a linear model on each poison, on part of a data set.
 
-    python eval/shortcut.py --dataset DIR --cache DIR --output results/shortcut_cifar10.jsonl
+    python eval/studies/shortcut.py --dataset DIR --cache DIR --output results/shortcut_cifar10.jsonl
 
 Every poison is a record, and is skipped when it is on record already. Seconds each, once the poisons are in the cache.
 """

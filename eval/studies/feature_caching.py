@@ -1,7 +1,7 @@
 """What reuse of deep features saves and what it does to pixels.
 
-    python eval/feature_reuse.py speed --output results/feature_reuse.jsonl
-    python eval/feature_reuse.py pixels --purifier DIR --dataset DIR --output results/feature_reuse.jsonl
+    python eval/studies/feature_caching.py speed --output results/feature_reuse.jsonl
+    python eval/studies/feature_caching.py pixels --purifier DIR --dataset DIR --output results/feature_reuse.jsonl
 
 `speed`: seconds of one thread per image, of whole and of reused evaluations in turn. `pixels`: how far images that are
 purified with reuse lie from those without, in levels of 255, and from each other those of two seeds, as a yardstick.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import residue
+from eval.studies import residue
 from jcdp_diffusers.data import LabelledImages, write_dataset
 from jcdp_diffusers.poisons.protect import protect_dataset
 from jcdp_diffusers.results import read_records

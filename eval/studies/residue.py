@@ -1,6 +1,6 @@
 """What purification leaves of a poison and what it takes from the images, by spatial frequency.
 
-    python eval/residue.py --clean DIR --protected DIR --purified "T_p 30"=DIR "T_p 100"=DIR \
+    python eval/studies/residue.py --clean DIR --protected DIR --purified "T_p 30"=DIR "T_p 100"=DIR \
         --output residue.jsonl --picture residue.png
 
 Each purified set is a record, with one figure per octave of spatial frequency.
@@ -16,7 +16,7 @@ import numpy as np
 
 
 # A script is started with its own folder alone on the path, and a package has its own name for what is beside it.
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2]))
 from eval.figures import line_style, pyplot
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.data import LabelledImages, load_images

@@ -6,7 +6,7 @@ import pytest
 import torch
 from purifying import source_folder
 
-from eval import feature_reuse
+from eval.studies import feature_caching
 from jcdp_diffusers.results import read_records
 
 
@@ -18,7 +18,7 @@ def records(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, words), "--output", str(tmp_path / "records.jsonl")])
         threads = torch.get_num_threads()
         try:
-            feature_reuse.main()
+            feature_caching.main()
         finally:
             torch.set_num_threads(threads)
         return read_records(tmp_path / "records.jsonl")

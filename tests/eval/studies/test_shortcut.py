@@ -5,7 +5,7 @@ import sys
 import numpy as np
 from sklearn.datasets import load_digits
 
-from eval import shortcut
+from eval.studies import shortcut
 from jcdp_diffusers.data import LabelledImages, write_dataset
 from jcdp_diffusers.results import read_records
 
