@@ -29,7 +29,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from eval.grid_file import CONTROL, DATA_ROLES, Grid, read_grid, typed
+from eval.grid_file import DATA_ROLES, Grid, read_grid, typed
 from jcdp_diffusers import countermeasures, engines
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.cli import ends_in_one_sentence
@@ -37,11 +37,11 @@ from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.data.checks import check_separation, check_sets, few_of_each_class
 from jcdp_diffusers.data.examples import digits
-from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
+from jcdp_diffusers.data.perturbations import measured_norms
 from jcdp_diffusers.devices import default_device
 from jcdp_diffusers.perceptual import LPIPSModel, load_perceptual
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
-from jcdp_diffusers.poisons.control import shuffled
+from jcdp_diffusers.poisons import control
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.results import as_settings
 from jcdp_diffusers.train.config import TrainingConfig
@@ -235,7 +235,7 @@ def _protect(
     clean: LabelledImages, entry: str, grid: Grid, output_dir: Path, device: torch.device
 ) -> tuple[LabelledImages, dict]:
     """The protected images, made once and kept, and what their card says; or the control made from them."""
-    name = entry.removesuffix(CONTROL)
+    name = entry.removesuffix(control.SUFFIX)
     preset = "smoke" if grid.full_recipe.smoke else grid.poison_preset
     folder = output_dir / "poisons" / f"{name}-{preset}-{grid.poison_seed}-{describe_images(clean)['content'][:8]}"
     options = {"method": name, "preset": preset, "seed": grid.poison_seed, "device": device, "source": None}
@@ -243,9 +243,8 @@ def _protect(
     card = read_card(folder)
     facts = {"poison_preset": preset, "poison_seed": grid.poison_seed, "poison_settings": card["settings"]}
     protected = clean.with_images(data.images)
-    if entry.endswith(CONTROL):
-        noise = shuffled(protected.tensor() - clean.tensor(), seed=grid.poison_seed)
-        protected = clean.with_images(apply_perturbation(clean.images, noise))
+    if entry.endswith(control.SUFFIX):
+        protected = control.norm_matched(clean, protected, seed=grid.poison_seed)
         return protected, facts | {"poison_norms": measured_norms(clean.images, protected.images)}
     return protected, facts | {"poison_norms": card["measured"], "poison_seconds": card["seconds"]}
 

@@ -16,6 +16,7 @@ import yaml
 from jcdp_diffusers import countermeasures, poisons, victims
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.data.checks import ROLES
+from jcdp_diffusers.poisons import control
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION
@@ -24,7 +25,6 @@ from jcdp_diffusers.victims import RECIPES, Recipe
 
 
 DATA_ROLES = ("protected", "collected", "test")
-CONTROL = "-control"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +105,10 @@ class Grid:
             if type(seed) is not int:
                 raise ValueError(f"seeds has {seed!r}, but its entries must be whole numbers.")
         for entry in self.poisons:
-            if entry != "none" and str(entry).removesuffix(CONTROL) not in poisons.NAMES:
+            if entry != "none" and str(entry).removesuffix(control.SUFFIX) not in poisons.NAMES:
                 raise ValueError(
                     f"poisons has {entry!r}, but accepted are none, {', '.join(poisons.NAMES)}, and these with "
-                    f"{CONTROL} behind them."
+                    f"{control.SUFFIX} behind them."
                 )
         for column in self.countermeasures:
             words = column if isinstance(column, dict) else {"use": column}

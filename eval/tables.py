@@ -20,6 +20,9 @@ from typing import NamedTuple
 import yaml
 
 from jcdp_diffusers import trials
+from jcdp_diffusers.poisons import NAMES as POISON_NAMES
+from jcdp_diffusers.poisons import get as get_poison
+from jcdp_diffusers.poisons.control import SUFFIX as CONTROL
 from jcdp_diffusers.results import read_records
 
 
@@ -31,17 +34,7 @@ ROLES_SAID = {
     "unknown": "**Nobody knows whether the purifier has seen protected or test images: it does not list its own.**",
 }
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
-POISONS = {
-    "emn": "EMN",
-    "emn-class": "EMN(C)",
-    "remn": "REMN",
-    "lsp": "LSP",
-    "tap": "TAP",
-    "ops": "OPS",
-    "ar": "AR",
-    "cuda": "CUDA",
-}
-CONTROL = "-control"  # eval/benchmark.py
+POISONS = {name: get_poison(name).title for name in POISON_NAMES}
 # In the order of tables: before training, while training, purification by others, ours.
 COLUMNS = {
     "none": "vanilla",
@@ -144,9 +137,15 @@ class Measured:
         return [key for key, by_what in self._cells.items() if by_what["accuracy"] and key.dataset == dataset]
 
     def poisons(self, dataset: str) -> list[tuple[str, str | None]]:
-        """Those that were measured, each with its preset, without controls, clean images first."""
-        found = dict.fromkeys((key.poison, key.poison_preset) for key in self.keys(dataset))
-        return [pair for name in ("none", *POISONS) for pair in found if pair[0] == name]
+        """
+        Those that were measured, each with its preset, without controls: clean images first, then in the order of
+        the registry, then poisons that are on record but not in the registry.
+        """
+        found = dict.fromkeys(
+            (key.poison, key.poison_preset) for key in self.keys(dataset) if not key.poison.endswith(CONTROL)
+        )
+        known = [pair for name in ("none", *POISONS) for pair in found if pair[0] == name]
+        return [*known, *(pair for pair in found if pair not in known)]
 
     def poison_title(self, dataset: str, poison: str, preset: str | None) -> str:
         """With the preset where it is not the only one."""

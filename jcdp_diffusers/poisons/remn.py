@@ -1,4 +1,5 @@
-"""REMN (also REM): error-minimising noise that holds against adversarial training.
+"""
+REMN (also REM): error-minimising noise that holds against adversarial training.
 
 The noise lowers the loss that is left after an adversary of a smaller radius has raised it, under random crops and
 mirroring; the surrogate is trained on adversarial versions of the perturbed images meanwhile. At every step the
@@ -18,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from . import surrogate
-from .progress import Progress
+from . import Poison, surrogate
+from .checkpoint import Checkpoint
 
 
 SOURCE = (
@@ -29,16 +30,24 @@ SOURCE = (
 
 @dataclass(frozen=True)
 class REMNSettings:
-    """Numbers of REMN.
+    """
+    Numbers of REMN.
 
-    Attributes:
-        epsilon: bound of every value of the noise, in 1/255. step: length of a step of the descent, in 1/255. steps:
-        steps of the descent, from a uniformly random start. samples: augmentations over which the gradient of a step
-        is summed. adversary_epsilon, adversary_step, adversary_steps: the adversary's bound, length and number of
-        steps, in 1/255. crop_padding: of the augmentation. model_steps: training steps of the surrogate. batch_size:
-        images of a step. learning_rate, momentum, weight_decay: of the surrogate's SGD. decay_every: training steps
-        after which the learning rate falls to a tenth, again and again. surrogate: a victim's name. width: its
-        width. bfloat16: whether the surrogate runs in mixed precision.
+    Args:
+        epsilon (`float`): Bound of every value of the noise, in 1/255.
+        step (`float`): Length of a step of the descent, in 1/255.
+        steps (`int`): Steps of the descent, from a uniformly random start.
+        samples (`int`): Augmentations over which the gradient of a step is summed.
+        adversary_epsilon, adversary_step (`float`), adversary_steps (`int`): Bound, length of a step and number of
+            steps of the adversary, which starts at random within its bound; the former two in 1/255.
+        crop_padding (`int`): Of the augmentation, in pixels.
+        model_steps (`int`): Training steps of the surrogate.
+        batch_size (`int`): Images of a step.
+        learning_rate, momentum, weight_decay (`float`): Of the surrogate's SGD.
+        decay_every (`int`): Training steps after which the learning rate falls to a tenth, again and again.
+        surrogate (`str`): A victim's name.
+        width (`int`): Its width.
+        bfloat16 (`bool`): Whether the surrogate runs in mixed precision.
     """
 
     epsilon: float = 8.0
@@ -99,6 +108,7 @@ PRESETS = {
 
 
 def budget(settings: REMNSettings, shape: tuple[int, int, int]) -> dict[str, float]:
+    """See [`Poison`]."""
     return {"linf": settings.epsilon}
 
 
@@ -112,8 +122,8 @@ def perturb(
     checkpoint_dir: Path | None,
     progress: bool,
 ) -> torch.Tensor:
-    """See `jcdp_diffusers.poisons.get`."""
-    kept = Progress(checkpoint_dir, "remn", settings, seed, images, labels)
+    """See [`Poison`]."""
+    kept = Checkpoint(checkpoint_dir, "remn", settings, seed, images, labels)
     model = surrogate.build(settings.surrogate, settings.width, images, labels, seed, device)
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -225,3 +235,6 @@ def _train_step(
 
 def _uniform(images: torch.Tensor, epsilon: float, draw: torch.Generator) -> torch.Tensor:
     return epsilon * (2 * torch.rand(images.shape, generator=draw, device=images.device) - 1)
+
+
+POISONS = (Poison("remn", "REMN", SOURCE, PRESETS, budget, perturb, surrogate="supervised"),)

@@ -21,7 +21,8 @@ def build(
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """The same function as `model` in eval mode, for gradients with respect to images alone.
+    """
+    The same function as `model` in eval mode, for gradients with respect to images alone.
 
     Batch normalisation is folded into the convolutions before it, which makes a pass about 1.6 times faster on a CPU
     and changes it by rounding only. The copy does not follow when `model` is trained on.
@@ -45,17 +46,18 @@ def image_gradient(
     bfloat16: bool,
     augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of the summed cross-entropy with respect to images.
+    """
+    Gradient of the summed cross-entropy with respect to images.
 
     Args:
-        model: from images `(B, C, H, W)` in [0, 1] to logits.
-        images: where the gradient is taken.
-        labels: int64 `(B,)`.
-        bfloat16: whether the network runs in bfloat16.
-        augment: differentiable, applied before the network.
+        model (`nn.Module`): From images `(B, C, H, W)` in [0, 1] to logits.
+        images (`torch.Tensor`): Where the gradient is taken.
+        labels (`torch.Tensor`): int64 `(B,)`.
+        bfloat16 (`bool`): Whether the network runs in bfloat16.
+        augment (`Callable`, *optional*): Differentiable, applied before the network.
 
     Returns:
-        The gradient `(B, C, H, W)` and the losses `(B,)`.
+        `tuple[torch.Tensor, torch.Tensor]`: The gradient `(B, C, H, W)` and the losses `(B,)`.
     """
     images = images.detach().requires_grad_()
     seen = images if augment is None else augment(images)
@@ -72,15 +74,16 @@ def sign_step(delta: torch.Tensor, gradient: torch.Tensor, step: float, epsilon:
 
 
 class CropFlip:
-    """Random crop after zero padding, and random mirroring, by kornia, which differentiates both.
+    """
+    Random crop after zero padding, and random mirroring, by kornia, which differentiates both.
 
     kornia draws from torch's global generator; here it is seeded for the call from `generator` and put back
     afterwards.
 
     Args:
-        size: `(H, W)`.
-        padding: zeros on each side.
-        generator: source of all draws, on any device.
+        size (`tuple[int, int]`): `(H, W)`.
+        padding (`int`): Zeros on each side.
+        generator (`torch.Generator`): Source of all draws, on any device.
     """
 
     def __init__(self, size: tuple[int, int], padding: int, generator: torch.Generator):

@@ -1,4 +1,4 @@
-"""The state of a costly poison, kept so that one that was cut off goes on and ends as if it had not been."""
+"""The state of a costly poison on disk: a run that was interrupted continues and ends as if it had not been."""
 
 import hashlib
 import os
@@ -13,16 +13,17 @@ import torch
 SAVE_EVERY = 60.0
 
 
-class Progress:
-    """Keeps one dictionary of tensors and numbers in `checkpoint_dir`; keeps nothing if that is None.
+class Checkpoint:
+    """
+    Keeps one dictionary of tensors and numbers in a folder.
 
     Args:
-        checkpoint_dir: a folder of the user's own.
-        method: the poison's name.
-        settings: its dataclass.
-        seed: its seed.
-        images: what it is made for.
-        labels: what it is made for.
+        checkpoint_dir (`Path`, *optional*): A folder of the user's own; `None` keeps nothing.
+        method (`str`): The poison's name.
+        settings (dataclass): Its numbers.
+        seed (`int`): Its seed.
+        images (`torch.Tensor`): What it is made for, `(N, C, H, W)`.
+        labels (`torch.Tensor`, *optional*): Labels of the images, `(N,)`; `None` for a method without labels.
     """
 
     def __init__(
@@ -32,29 +33,34 @@ class Progress:
         settings: Any,
         seed: int,
         images: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None,
     ):
         self.path = None
         if checkpoint_dir is not None:
             self.path = checkpoint_dir / f"{method}.pt"
             content = hashlib.sha256(images.contiguous().numpy())
-            content.update(labels.contiguous().numpy())
+            if labels is not None:
+                content.update(labels.contiguous().numpy())
             self.run = f"{method}, {settings}, seed {seed}, data {content.hexdigest()[:16]}"
         self.saved_at = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """The last state saved by the same run, or None if there is none.
+        """
+        The last state of the same run.
+
+        Returns:
+            `dict`: As it was saved; `None` if there is none.
 
         Raises:
-            ValueError: if the folder holds the state of another run.
+            ValueError: If the folder holds the state of another run.
         """
         if self.path is None or not self.path.exists():
             return None
         state = torch.load(self.path, weights_only=True, map_location="cpu")
         if state["run"] != self.run:
             raise ValueError(
-                f"checkpoint_dir is {str(self.path.parent)!r}, but it holds another run ({state['run']}); "
-                "give an empty folder."
+                f"checkpoint_dir is {str(self.path.parent)!r}, which holds another run ({state['run']}), but must be "
+                "an empty folder or one of the same run."
             )
         return state
 
@@ -63,7 +69,7 @@ class Progress:
         return self.path is not None and time.monotonic() - self.saved_at >= SAVE_EVERY
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replaces the last state: all of it or, whatever happens meanwhile, nothing."""
+        """Replace the last state as a whole; a failure meanwhile leaves the last one."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
