@@ -17,14 +17,21 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 from eval.speed_tables import speed_table
+from eval.studies import detection
 from eval.tables import NOT_MEASURED, POISONS, Measured, grid_table, markdown_table, poison_table, spread
 from jcdp_diffusers.cli import ends_in_one_sentence
-from jcdp_diffusers.quickstart import ROWS
 from jcdp_diffusers.results import read_records, summarise
 
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
+# Rows of results/cifar10_mini, whose control was Gaussian noise.
+STORY_ROWS = {
+    "clean": "clean",
+    "protected": "protected by LSP",
+    "random_noise": "random noise of the same norm",
+    "purified": "protected, then purified",
+}
 # What a reader of README.md compares: the best known of each family, and ours. All rows are in docs/results.md.
 HEADLINE = {
     "none": "nothing",
@@ -52,7 +59,7 @@ def mini_table() -> str:
     records = [r for r in records if r["what"] in ("accuracy", "train_accuracy")]
     found = {(row["what"], row["settings.row"]): row for row in summarise(records, by=("what", "settings.row"))}
     rows = []
-    for row, title in ROWS.items():
+    for row, title in STORY_ROWS.items():
         test, training = (found[what, row]["values"] for what in ("accuracy", "train_accuracy"))
         rows.append([title, *(spread([100 * value for value in values]) for values in (test, training))])
     return markdown_table(["victim trained on", "test accuracy in %", "training accuracy in %"], rows)
@@ -111,6 +118,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "victims": table_by(lambda record: record["settings"]["victim"], "victims", "victim"),
         "guides": grid_of("guides"),
         "coloured": grid_of("coloured"),
+    },
+    "docs/detection.md": {
+        "false alarms": lambda: detection.false_alarm_table(read_records(RESULTS / "detection.jsonl")),
+        "detection": lambda: detection.table(read_records(RESULTS / "detection.jsonl")),
     },
     "docs/speed.md": {
         "speed": lambda: speed_table(read_records(RESULTS / "throughput.jsonl"), "ddpm-cifar10"),

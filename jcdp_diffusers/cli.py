@@ -18,7 +18,7 @@ COMMANDS = {
     "purify": ("jcdp_diffusers.purify.dataset", "turn a protected data set into a learnable one"),
     "score": ("jcdp_diffusers.score", "train victims on one data set and test them on another"),
     "detect": ("jcdp_diffusers.detect", "find out whether a set of images carries a protection"),
-    "audit": ("jcdp_diffusers.audit.run", "find out whether a protection survives purification"),
+    "audit": ("jcdp_diffusers.audit.command", "find out whether a protection survives purification"),
 }
 
 

@@ -15,12 +15,12 @@ def test_each_command_has_a_room_and_a_help_page(command, capsys):
 
 
 def test_a_failure_is_one_sentence_and_exit_code_1(capsys, tmp_path):
-    assert main(["quickstart", "--telling", "cifar10-mini", "--output", str(tmp_path)]) == 1
+    assert main(["quickstart", "--preset", "cifar10-mini", "--output", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("jcdp quickstart: data is None, but 'cifar10-mini' needs") and error.count("\n") == 1
+    assert error.startswith("jcdp quickstart: data is None, but must be") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [[], ["bake"], ["quickstart", "--telling", "mnist"]])
+@pytest.mark.parametrize("words", [[], ["bake"], ["quickstart", "--preset", "mnist"]])
 def test_wrong_usage_is_exit_code_2(words):
     with pytest.raises(SystemExit) as stopped:
         main(words)

@@ -18,7 +18,8 @@ from jcdp_diffusers.results import as_settings, read_records
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
-    path: (ROOT / path).read_text() for path in ("README.md", "docs/results.md", "docs/speed.md", "docs/scaling.md")
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 README = " ".join(PAGES["README.md"].split())
 
