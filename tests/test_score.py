@@ -306,7 +306,7 @@ def test_a_purifier_that_does_not_suit_is_refused_before_any_work(train, test, t
     [
         ({"protocol": "slow"}, "protocol is 'slow', but must be one of bridgepure, iss, emn"),
         ({"victim": "lenet"}, "victim is 'lenet'"),
-        ({"countermeasure": "prayer"}, "countermeasure is 'prayer', but accepted are none"),
+        ({"countermeasure": "prayer"}, "countermeasure is 'prayer', but must be one of none"),
         ({"countermeasure": "gdmp"}, "purifier is None, but countermeasure 'gdmp' needs one"),
         ({"seeds": 0}, "seeds is 0, but at least one victim"),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\], but at least one victim, each with a seed of its own"),

@@ -196,6 +196,7 @@ def test_an_error_names_the_trial(tmp_path):
         measure([bad], tmp_path / "records.jsonl", processes=0)
 
 
+@pytest.mark.long
 def test_an_error_in_a_process_of_its_own_does_not_keep_the_others_from_being_measured(tmp_path):
     bad = LabelledImages(TEST.images, TEST.labels * 0, TEST.ids)
     wanted = [trial(0, test=bad), trial(1), trial(2)]
