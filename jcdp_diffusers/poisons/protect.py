@@ -7,7 +7,6 @@ goes on from there.
 """
 
 import argparse
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -23,12 +22,15 @@ from .. import poisons
 from ..data import LabelledImages, load_images, open_dataset, write_dataset
 from ..data.perturbations import apply_perturbation, measured_norms
 from ..devices import default_device
+from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
 from .published import read_perturbation
 
 
 CARD = "README.md"
 _STATE = ".poison-state"
+# By which a folder of this command is known, and what else it writes.
+MARKS, OWN_NAMES = (CARD, _STATE), ("*-*-of-*.parquet",)
 _FLAG = "protected"  # column that says which images are protected, where not all are
 
 
@@ -214,6 +216,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`jcdp poison`, from parsed options to a line that says what was written."""
+    sources = {"--dataset": args.dataset, "--perturbation": args.perturbation}
+    check_output_folder(args.output, marks=MARKS, own=OWN_NAMES, sources=sources, name="--output")
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     data = load_images(args.dataset, split=args.split, image_size=args.image_size, channels=args.channels, **columns)
     others = _other_columns(args.dataset, args.split, columns)
@@ -229,7 +233,7 @@ def run(args: argparse.Namespace) -> None:
             split=split,
             device=args.device,
             columns=others,
-            source=str(args.dataset),
+            source=public_name(args.dataset),
             progress=True,
         )
     else:
@@ -244,7 +248,7 @@ def run(args: argparse.Namespace) -> None:
             fraction=args.fraction,
             split=split,
             columns=others,
-            source=str(args.dataset),
+            source=public_name(args.dataset),
         )
     card = read_card(args.output)
     if "recognised" in card:
@@ -255,8 +259,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _finished(output_dir: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The card of an earlier call with the same request; None if the folder waits to be filled."""
+    """
+    The card of an earlier call with the same request; None if the folder waits to be filled.
+
+    A folder that waits gets the folder of the poison's state, by which the next call knows it.
+    """
+    check_output_folder(output_dir, marks=MARKS, own=OWN_NAMES)
     if not (output_dir / CARD).exists():
+        (output_dir / _STATE).mkdir(parents=True, exist_ok=True)
         return None
     facts = read_card(output_dir)
     for name, wanted in yaml.safe_load(yaml.safe_dump(_plain(request))).items():
@@ -295,10 +305,7 @@ def _write(
         "seconds": round(time.monotonic() - start, 1),
         "packages": package_versions(),
     }
-    path = output_dir / CARD
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(_card(_plain(facts)), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(output_dir / CARD, _card(_plain(facts)))
     shutil.rmtree(output_dir / _STATE, ignore_errors=True)
     return protected
 
@@ -308,29 +315,34 @@ def _card(facts: dict[str, Any]) -> str:
     name = facts.get("method", facts.get("perturbation"))
     lines = [
         f"---\n{front}---\n",
-        f"# Protected by {name}\n",
+        f"# Protected by {_cell(name)}\n",
         "The images carry a perturbation that is meant to keep classifiers from learning anything useful of them. "
         "A row's `id` is that of the clean image that it was made from; `label` is unchanged.\n",
         "| | |",
         "|---|---|",
-        f"| poison | {name} |",
+        f"| poison | {_cell(name)} |",
     ]
     for title, key in (("preset", "preset"), ("source", "reference"), ("seed", "seed"), ("clean images", "source")):
         if facts.get(key) is not None:
-            lines.append(f"| {title} | {facts[key]} |")
+            lines.append(f"| {title} | {_cell(facts[key])} |")
     if facts["protected_images"] < facts["images"]:
         few = f"{facts['protected_images']} of {facts['images']} (fraction {facts['fraction']:g})"
         lines.append(f"| protected images | {few}; the column `{_FLAG}` says which |")
     published = asdict(poisons.settings(facts["method"])) if "method" in facts else {}
     for key, value in (facts.get("settings") or facts.get("recognised") or {}).items():
         scaled = "" if value == _plain(published.get(key, value)) else f" (published: {published[key]})"
-        lines.append(f"| `{key}` | {value}{scaled} |")
+        lines.append(f"| `{_cell(key)}` | {_cell(value)}{scaled} |")
     for key, value in facts["promised"].items():
         lines.append(f"| declared {key} | {value:g} |")
     for key, value in facts["measured"].items():
         lines.append(f"| measured {key}, after rounding to 8 bits | {value:.4g} |")
     lines.append("\nL-infinity is in 1/255, L2 for images in [0, 1], L0 in pixels; L2 and L0 are per image.\n")
     return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    """A value in a table of Markdown."""
+    return printable(str(value)).replace("|", r"\|").replace("<", r"\<")
 
 
 def _other_columns(source: str, split: str | None, columns: Mapping[str, str | None]) -> dict[str, list]:

@@ -31,6 +31,7 @@ import torch
 from ..acceleration.placement import PRECISIONS, place
 from ..data import ImageRejected, decode_image
 from ..hub import push_dataset
+from ..outputs import check_output_folder
 from ..perceptual import load_perceptual
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PRESETS, PurificationConfig
@@ -42,6 +43,10 @@ from .shards import CLAIM_TIMEOUT, Claims, ShardStore, ShardTakenOver, write_ato
 from .tiling import FITS
 from .worker import ShardMaker, purify_tiles
 from .worker_pool import open_lane, open_pool
+
+
+# What a run writes into its folder beside run.json and hidden state.
+OWN_NAMES = ("*-*.parquet", "README.md", SUMMARY_NAME, "rejected")
 
 
 def purify_dataset(
@@ -127,6 +132,7 @@ def purify_to_folder(
         OSError: If the folder cannot be written to; what is finished stays finished.
     """
     # 1. What is to be done, as recorded or recorded now
+    check_output_folder(output_dir, marks=(RUN_NAME,), own=OWN_NAMES, sources={"dataset": dataset})
     size = _image_size(pipe, image_size)
     overlap = size // 4 if tile_overlap is None else tile_overlap
     _check(fit, size, overlap, threads, shards, rows_per_shard, micro_batch_size)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from jcdp_diffusers import poisons
+from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import load_images, write_dataset
 from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
 from jcdp_diffusers.poisons import protect
@@ -206,3 +207,36 @@ def test_a_fraction_of_a_published_file_keeps_its_rows(source, data, tmp_path):
 def test_a_column_called_protected_is_not_overwritten(data, tmp_path):
     with pytest.raises(ValueError, match="dataset has a column 'protected'"):
         protect.protect_dataset(data, tmp_path, method="lsp", fraction=0.5, columns={"protected": [1] * 40})
+
+
+def test_the_source_and_files_of_others_stay_as_they_are(tmp_path, data, capsys):
+    """The clean originals, a folder with somebody's own data set, and files behind a link."""
+    for folder in ("clean", "others"):
+        write_dataset(tmp_path / folder, data)
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "notes.txt").write_text("precious")
+    (tmp_path / "linked" / ".poison-state").mkdir(parents=True)
+    (tmp_path / "linked" / "README.md").symlink_to(tmp_path / "diary" / "notes.txt")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for output, said in (
+        ("clean", "is that of --dataset"),
+        ("clean/out", "lies inside that of --dataset"),
+        (".", "holds that of --dataset"),
+        ("others", "which holds 'train-00000-of-00001.parquet'"),
+        ("diary", "which holds 'notes.txt'"),
+        ("linked", "holds the link 'README.md'"),
+    ):
+        words = ["poison", "--method", "lsp", "--dataset", str(tmp_path / "clean"), "--output", str(tmp_path / output)]
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("jcdp poison: --output is ") and said in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_card_tells_no_path_and_gives_no_terminal_orders(tmp_path, data):
+    source = tmp_path / "home" / "alice" / "red\x1b[31m|photos"
+    write_dataset(source, data)
+    assert main(["poison", "--method", "lsp", "--dataset", str(source), "--output", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "alice" not in card and str(tmp_path) not in card and "\x1b" not in card
+    assert r"| clean images | red\x1b[31m\|photos |" in card
