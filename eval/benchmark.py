@@ -84,7 +84,7 @@ def run_grid(
     perceptual = None if grid.perceptual is None else load_perceptual(grid.perceptual)
     output_dir.mkdir(parents=True, exist_ok=True)
     data_name, clean, collected, test = load_roles(grid)
-    check_sets({"protected": clean, "test": test}, {"collected": collected})
+    clean, test, collected = check_sets({"protected": clean, "test": test}, {"collected": collected}).values()
     check_separation(clean, collected, test, None, roles=grid.roles)
     _check_columns(grid, clean, collected, perceptual, device)
     roles = _roles(grid, clean, test, say)

@@ -114,7 +114,7 @@ def score(
     victims.get(victim)
     if method not in victims.METHODS:
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(victims.METHODS)}.")
-    names = check_pair(train, test, overlap_budget)
+    train, test, names = check_pair(train, test, overlap_budget)
     countermeasure = countermeasure or "none"
     _check_purifier(countermeasure, purifier, purification, train, test)
     with contextlib.ExitStack() as stack:
@@ -149,7 +149,9 @@ def score(
     return result
 
 
-def check_pair(train: LabelledImages, test: LabelledImages, overlap_budget: float | None = 16 / 255) -> list[str]:
+def check_pair(
+    train: LabelledImages, test: LabelledImages, overlap_budget: float | None = 16 / 255
+) -> tuple[LabelledImages, LabelledImages, list[str]]:
     """
     Make sure, before any costly work, that a victim can learn from one set and be tested on the other.
 
@@ -158,12 +160,13 @@ def check_pair(train: LabelledImages, test: LabelledImages, overlap_budget: floa
         overlap_budget (`float`, *optional*): See `score`.
 
     Returns:
-        `list[str]`: The names of the classes; their numbers where neither set has names.
+        `tuple[LabelledImages, LabelledImages, list[str]]`: The two sets with their labels in one space, and the names
+        of the classes; their numbers where neither set has names.
 
     Raises:
         ValueError: In one sentence that names the set, the class or the images concerned.
     """
-    check_sets({"train": train, "test": test}, {})
+    train, test = check_sets({"train": train, "test": test}, {}).values()
     if overlap_budget is not None:
         pairs = find_overlap(train, test, budget=overlap_budget)
         if len(pairs):
@@ -173,8 +176,7 @@ def check_pair(train: LabelledImages, test: LabelledImages, overlap_budget: floa
                 f"{255 * overlap_budget:.0f}/255), the first {train.ids[first]!r} and {test.ids[second]!r}; a test "
                 "image must not be trained on."
             )
-    names = train.class_names or test.class_names
-    return list(names or map(str, range(train.num_classes)))
+    return train, test, list(train.class_names or map(str, range(train.num_classes)))
 
 
 def _check_purifier(countermeasure: str, purifier, purification, train: LabelledImages, test: LabelledImages) -> None:

@@ -247,19 +247,19 @@ def slightly_changed(data):
             "train has no image of class '3', '4', but every one of the 10 classes",
         ),
         (
-            lambda d: dataclasses.replace(d, class_names=NAMES[::-1]),
+            lambda d: dataclasses.replace(d, class_names=("00", *NAMES[1:], "0")),
             lambda d: d,
-            "must name the same classes in the same order, but number 0 is '9' in train and '0' in test",
+            "train has the class '0' twice",
         ),
         (
             lambda d: dataclasses.replace(d, class_names=(*NAMES, "ten", "x")),
             lambda d: dataclasses.replace(d, class_names=(*NAMES[:9], "nine")),
-            "but only train has '9', 'ten', 'x' and only test has 'nine'",
+            "train has no image of class 'nine', but every one of the 11 classes",
         ),
         (
-            lambda d: dataclasses.replace(d, class_names=(*NAMES, "ten")),
-            lambda d: dataclasses.replace(d, class_names=(*NAMES, "ten")),
-            "train has no image of class 'ten', but every one of the 11 classes needs some",
+            lambda d: without(d, 0, 1, 2, 3, 4, 5, 6, 7, 8),
+            lambda d: without(d, 0, 1, 2, 3, 4, 5, 6, 7, 8),
+            "train has images of one class only",
         ),
         (
             lambda d: without(dataclasses.replace(d, class_names=None), 8, 9),
@@ -269,7 +269,7 @@ def slightly_changed(data):
         (
             lambda d: dataclasses.replace(d, labels=d.labels + 1, class_names=None),
             lambda d: d,
-            "train has label 10, but there are names for 10 classes",
+            "train has no image of class '0', but every one of the 11 classes",
         ),
         (lambda d: d, lambda d: d.with_images(d.images[:, ::2, ::2]), "train has images of 16x16x3 and test of 8x8x3"),
         (lambda d: digits(0, 121), lambda d: d, "train and test have 1 images in common .* the first 'digits/120'"),
@@ -286,8 +286,8 @@ def test_sets_that_do_not_suit_each_other(train, test, change_train, change_test
 
 
 def test_comparison_can_be_left_out(test):
-    assert check_pair(slightly_changed(test), test, overlap_budget=None) == list(NAMES)
-    assert check_pair(dataclasses.replace(test, class_names=None), test, overlap_budget=None) == list(NAMES)
+    assert check_pair(slightly_changed(test), test, overlap_budget=None)[2] == list(NAMES)
+    assert check_pair(dataclasses.replace(test, class_names=None), test, overlap_budget=None)[2] == list(NAMES)
 
 
 def test_a_purifier_that_does_not_suit_is_refused_before_any_work(train, test, tmp_path):

@@ -19,7 +19,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from jcdp_diffusers import JointConditionalPurificationPipeline
-from jcdp_diffusers.acceleration.feature_cache import FeatureReuse
+from jcdp_diffusers.acceleration.feature_cache import FeatureCache
 from jcdp_diffusers.acceleration.placement import PRECISIONS, place
 from jcdp_diffusers.data import load_images, to_uint8
 from jcdp_diffusers.purification_config import SAMPLERS
@@ -36,7 +36,7 @@ def measure_speed(args: argparse.Namespace) -> None:
         place(JointConditionalPurificationPipeline(unet, DDPMScheduler()), "cpu", precision=args.precision)
         x = torch.randn(args.batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(unet.dtype)
         timestep, seconds = torch.full((args.batch,), 50), {"whole": [], "reused": []}
-        reuse = FeatureReuse(unet, 2)
+        reuse = FeatureCache(unet, 2)
         for _ in range(args.repeats + 1):  # the first is for warming up
             for kind in seconds:
                 before = time.process_time()  # one thread's, whatever else the machine does

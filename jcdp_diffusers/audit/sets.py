@@ -41,7 +41,7 @@ def read_sets(
         for role, source in sources.items()
         if source is not None
     }
-    check_sets(labelled(sets), {role: data for role, data in sets.items() if role == "collected"})
+    sets = check_sets(labelled(sets), {role: data for role, data in sets.items() if role == "collected"})
     if "clean" in sets:
         sets["clean"] = match_originals(sets["clean"], sets["protected"])
     return sets

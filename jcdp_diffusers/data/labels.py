@@ -129,7 +129,7 @@ def join_labels(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]
             joined[role] = data
             continue
         joined[role] = replace(data, labels=np.array(mapping)[data.labels], class_names=names)
-        _say_mapping(role, data, mapping, names, joined[role])
+        _say_mapping(role, data, mapping, names)
     return joined
 
 
@@ -152,8 +152,11 @@ def _keys(role: str, data: LabelledImages, named: Mapping[str, tuple[str, ...]])
     return list(words)
 
 
-def _say_mapping(role: str, data: LabelledImages, mapping: list[int], names, joined: LabelledImages) -> None:
-    present = [label for label in np.unique(data.labels).tolist()]
+def _say_mapping(role: str, data: LabelledImages, mapping: list[int], names: tuple[str, ...] | None) -> None:
+    present = np.unique(data.labels).tolist()
+    numbered = names is None or all(number_of(name) is not None for name in names)
+    if numbered and all(mapping[label] == label for label in present):
+        return  # each number stays what it was
     own = data.class_names or range(len(mapping))
     shown = ", ".join(
         f"{own[label]} -> {mapping[label] if names is None else f'{mapping[label]} ({names[mapping[label]]})'}"
