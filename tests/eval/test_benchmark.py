@@ -241,8 +241,8 @@ def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, ca
         ({"countermeasures": [{"use": "jcdp", 3: 4}]}, "names and as are strings"),
         ({"recipe": {"milestones": ["a"]}}, "recipe has milestones ('a',), but its entries must be whole numbers"),
         ({"training": {"trained_timesteps": [0, "b"]}}, "trained_timesteps (0, 'b'), but its entries must be whole"),
-        ({"purifier": "/no/such"}, "purifier is '/no/such', which is neither a folder nor a repository's name"),
-        ({"countermeasures": ["jcdp"], "protocol": "fast"}, "perceptual: alex to such a grid"),
+        ({"purifier": "/no/such"}, "purifier is '/no/such'"),
+        ({"countermeasures": ["jcdp"], "protocol": "fast"}, "perceptual is None"),
         (
             {"countermeasures": ["orthogonal-projection+fast-autoaugment"]},
             "fast-autoaugment before orthogonal-projection",
