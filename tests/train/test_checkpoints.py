@@ -27,10 +27,10 @@ def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path):
 def test_no_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path, "latest") is None
     assert find_checkpoint(tmp_path / "nowhere", "latest") is None
-    with pytest.raises(ValueError, match="resume_from_checkpoint is 'checkpoint-3', but .* holds no checkpoint"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint is 'checkpoint-3',.*no checkpoint"):
         find_checkpoint(tmp_path, "checkpoint-3")
     save(tmp_path, 4)
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint is 'checkpoint-3', but .* holds \['checkpoint-4'\]"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint is 'checkpoint-3',.*'checkpoint-4'"):
         find_checkpoint(tmp_path, "checkpoint-3")
 
 

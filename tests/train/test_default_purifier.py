@@ -23,7 +23,7 @@ def test_a_purifier_is_planned_by_size_number_and_device():
     assert plan_for(few, torch.device("cuda"), smoke=False).unet == "ddpm-cifar10"
     assert plan_for(grey(4000), cpu, smoke=False).unet == "mini32"
     odd = few.with_images(few.images[:, :12])
-    with pytest.raises(ValueError, match="collected has images of 12x16, but without a purifier they must be squares"):
+    with pytest.raises(ValueError, match="collected .*12x16"):
         plan_for(odd, cpu, smoke=False)
 
 

@@ -84,12 +84,12 @@ def test_who_must_have_been_seen_by_whom(tmp_path):
     folder = train(tmp_path, max_train_steps=1)
     others = make_images(8, seed=3)
     assert check_trained_on(folder, {"protected": others, "test": HELD_OUT}, roles="disjoint") == 24
-    with pytest.raises(ValueError, match="was trained on 24 of the 24 test images, the first '0', but must have seen"):
+    with pytest.raises(ValueError, match="purifier .* 24 of the 24 test images.*'0'"):
         check_trained_on(folder, {"protected": others, "test": IMAGES}, roles="disjoint")
     assert check_trained_on(folder, {"protected": others, "test": IMAGES}, roles="paper") == 24
-    with pytest.raises(ValueError, match="was trained on 24 of the 24 protected images"):
+    with pytest.raises(ValueError, match="purifier .* 24 of the 24 protected images"):
         check_trained_on(folder, {"protected": IMAGES, "test": IMAGES}, roles="paper")
-    with pytest.raises(ValueError, match="roles is 'paper', but purifier .* was trained on none of the test images"):
+    with pytest.raises(ValueError, match="roles is 'paper',.*test images"):
         check_trained_on(folder, {"protected": others, "test": HELD_OUT}, roles="paper")
 
 

@@ -45,9 +45,9 @@ def test_seed_decides_the_weights_and_leaves_the_global_generator_alone():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"unet is 'huge', but must be one of \('ddpm-cifar10', "):
+    with pytest.raises(ValueError, match=r"unet is 'huge',"):
         named_unet("huge")
-    with pytest.raises(ValueError, match="sample_size is 30, but must be a multiple of 4 for the UNet 'mini32'"):
+    with pytest.raises(ValueError, match="sample_size is 30,"):
         named_unet("mini32", sample_size=30)
 
 

@@ -299,7 +299,7 @@ def test_fine_tuning_keeps_the_colour_of_the_noise(tmp_path, photos, base, capsy
     run_here(*options(photos, base, tmp_path / "turned", noise_corner=8, **few))
     for name, corner in (("kept", 3.0), ("said", 3.0), ("turned", 8.0)):
         assert PurificationConfig.from_pretrained(tmp_path / name).noise_corner == corner
-    with pytest.raises(ValueError, match="noise_corner is 8, but '.*coloured' was trained with 3: only that is"):
+    with pytest.raises(ValueError, match="noise_corner is 8,.*coloured.* 3"):
         run_here(*options(photos, coloured, tmp_path / "other", noise_corner=8, **few))
 
 
@@ -322,7 +322,7 @@ def test_held_out_images_that_are_trained_on_are_refused(tmp_path):
     np.savez(tmp_path / "other.npz", images=images[7:])
     arguments = ["--unet", "tiny32", "--resolution", "8", "--output_dir", str(tmp_path / "out")]
     arguments += ["--dataset", str(tmp_path / "one.npz"), "--validation_dataset", str(tmp_path / "other.npz")]
-    sentence = r"other.npz', which shares 3 of 9 images with dataset \(the first is 'train/0' there and 'train/7' here"
+    sentence = r"validation_dataset is .*other.npz.* 3 of 9 .*'train/0'.*'train/7'"
     with pytest.raises(ValueError, match=sentence):
         run_here(*arguments)
     # Of images that are left out of the training, none is trained on.
@@ -345,7 +345,7 @@ def test_unusable_images_are_left_out_when_asked(tmp_path, photos, base, capsys)
     for i, mode in enumerate(("RGB", "RGBA", "RGB", "RGB")):
         Image.new(mode, (20, 16)).save(folder / f"{i}.png")
     changes = {"max_train_steps": 1, "num_validation_images": 0}
-    with pytest.raises(ValueError, match="cannot be used: transparency"):
+    with pytest.raises(ValueError, match="image .*transparency"):
         run_here(*options(folder, base, tmp_path / "a", **changes))
     run_here(*options(folder, base, tmp_path / "b", **changes, skip_unusable_images=True))
     assert "1 of 4 images" in capsys.readouterr().err
@@ -355,21 +355,21 @@ def test_unusable_images_are_left_out_when_asked(tmp_path, photos, base, capsys)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--unet", "tiny32", "--resolution", "30"], "train_purifier: sample_size is 30, but must be a multiple of 4"),
+        (["--unet", "tiny32", "--resolution", "30"], "train_purifier: sample_size is 30,"),
         (
             ["--unet", "tiny32", "--num_validation_images", "-1"],
-            "train_purifier: num_validation_images is -1, but must be at least 0",
+            "train_purifier: num_validation_images is -1,",
         ),
-        (["--unet", "tiny32", "--max_train_samples", "0"], "train_purifier: max_train_samples is 0, but must be at"),
-        (["--unet", "tiny32", "--lr_warmup_steps", "-1"], "train_purifier: lr_warmup_steps is -1, but must be at"),
-        (["--unet", "tiny32", "--trained_timesteps", "5", "9"], r"train_purifier: trained_timesteps is \(5, 9\), but"),
-        (["--pretrained", "nowhere/at/all"], "train_purifier: pretrained is 'nowhere/at/all', but must be a DDPM"),
-        (["--pretrained", "nowhere"], "train_purifier: pretrained is 'nowhere', but must be a DDPM repository"),
-        (["--pretrained", str(ROOT / "docs")], "train_purifier: pretrained is '.*docs', but must be a DDPM"),
-        (["--unet", "tiny32", "--seed", "-1"], r"train_purifier: seed is -1, but must lie in \[0, 2\*\*63\)"),
+        (["--unet", "tiny32", "--max_train_samples", "0"], "train_purifier: max_train_samples is 0,"),
+        (["--unet", "tiny32", "--lr_warmup_steps", "-1"], "train_purifier: lr_warmup_steps is -1,"),
+        (["--unet", "tiny32", "--trained_timesteps", "5", "9"], r"train_purifier: trained_timesteps is \(5, 9\),"),
+        (["--pretrained", "nowhere/at/all"], "train_purifier: pretrained is 'nowhere/at/all',"),
+        (["--pretrained", "nowhere"], "train_purifier: pretrained is 'nowhere',"),
+        (["--pretrained", str(ROOT / "docs")], "train_purifier: pretrained is '.*docs',"),
+        (["--unet", "tiny32", "--seed", "-1"], r"train_purifier: seed is -1,"),
         (
             ["--unet", "tiny32", "--dataset", "nowhere/at/all"],
-            "train_purifier: source 'nowhere/at/all' does not exist",
+            "train_purifier: source .*nowhere/at/all",
         ),
     ],
 )

@@ -45,7 +45,7 @@ def test_other_shapes_and_no_poison_are_refused():
     clean = np.zeros((2, 8, 8, 3), np.uint8)
     with pytest.raises(ValueError, match="but both must be as clean"):
         residue.residue(clean, clean, clean[:1])
-    with pytest.raises(ValueError, match="protected is equal to clean"):
+    with pytest.raises(ValueError, match="protected is "):
         residue.residue(clean, clean, clean)
 
 
@@ -70,5 +70,5 @@ def test_command_writes_a_record_per_set_and_the_picture(tmp_path, monkeypatch, 
     assert np.asarray(Image.open("r.png").convert("L")).std() > 5
     write_dataset(tmp_path / "three", clean.subset(range(5)))
     monkeypatch.setattr(sys, "argv", [*command, "--purified", "fewer=three"])
-    with pytest.raises(SystemExit, match="residue: fewer lacks the image '5', but all sets must have the same ids"):
+    with pytest.raises(SystemExit, match="residue: fewer .*'5'"):
         residue.main()
