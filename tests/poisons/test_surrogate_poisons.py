@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from jcdp_diffusers import poisons, victims
+from jcdp_diffusers import poisons, saved_state, victims
 from jcdp_diffusers.poisons import checkpoint, emn, remn, surrogate, tap
 from jcdp_diffusers.poisons.emn import EMNSettings
 from jcdp_diffusers.poisons.remn import REMNSettings
@@ -189,7 +189,7 @@ def test_untargeted_variant_differs_and_can_be_had_by_name(images, labels):
 def test_adversary_reaches_the_closed_form_of_a_linear_network(middle):
     images, labels = middle[0], middle[1] % 2
     model = Linear(num_classes=2)
-    attacked = remn.adversarial(model, images, labels, REMNSettings(), torch.Generator().manual_seed(0))
+    attacked = remn.adversarial(model, images, labels, REMNSettings(), torch.Generator().manual_seed(0), steps=10)
     away = torch.where(labels == 1, -1.0, 1.0).reshape(-1, 1, 1, 1) * two_classes(model.weight)
     torch.testing.assert_close(attacked, images + 4 / 255 * away)
 
@@ -203,7 +203,9 @@ def test_robust_noise_lowers_the_loss_that_the_adversary_leaves(images, labels):
     assert noise.dtype == torch.int8 and noise.abs().max() == 8
 
     def loss_under_attack(batch):
-        attacked = remn.adversarial(model, batch.clamp(0, 1), labels, settings, torch.Generator().manual_seed(1))
+        attacked = remn.adversarial(
+            model, batch.clamp(0, 1), labels, settings, torch.Generator().manual_seed(1), steps=3
+        )
         return F.cross_entropy(model(attacked), labels)
 
     assert loss_under_attack(images + noise / 255) < loss_under_attack(images)
@@ -275,7 +277,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(name, saves, images, 
         if count == saves:
             raise Interrupted
 
-    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(saved_state, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(checkpoint.Checkpoint, "save", save_and_stop)
     with pytest.raises(Interrupted):
         poisons.get(name)(images, labels, preset=settings, checkpoint_dir=tmp_path)
