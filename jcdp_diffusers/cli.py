@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import importlib
+import re
 import sys
 from collections.abc import Collection, Iterator
 
 from .acceleration.allocation import keep_freed_memory
 from .engines import FAILURES
+from .outputs import printable
 
 
 # Each command's module offers `add_arguments(parser)` and `run(args)`. It is imported only when its command is given,
@@ -24,16 +26,25 @@ COMMANDS = {
 
 def sentence(command: str, error: Exception, options: Collection[str] = ()) -> str:
     """
-    What a command says of a failure, in one line.
+    What a command says of a failure, in one line that no terminal obeys.
 
     Args:
         command (`str`): Its name, which comes first.
         error (`Exception`): Whose sentence begins with the name of an argument in Python.
         options (`Collection[str]`): Names of the command's options, without dashes. An argument that is one of them
-            is called by its option.
+            is called by its option where the sentence begins with it, and where its name, such as `image_size`, is no
+            word of prose.
     """
-    said = " ".join(str(error).split())
-    return f"{command}: {'--' if said.split(' ', 1)[0] in options else ''}{said}"
+    said = printable(" ".join(str(error).split()))
+    if said.split(" ", 1)[0] in options:
+        said = f"--{said}"
+    called = {name: f"--{name}" for name in options if "_" in name}
+    if "output" in options:
+        called["output_dir"] = "--output"
+    # Not within paths, quotes and longer names.
+    return f"{command}: " + re.sub(
+        r"(?<![\w./'\"-])\w+_\w+(?![\w./(=])", lambda name: called.get(name[0], name[0]), said
+    )
 
 
 @contextlib.contextmanager

@@ -43,3 +43,18 @@ def test_an_argument_is_called_by_its_option_where_it_has_one():
     assert (
         sentence("jcdp x", wrong, {"image"}) == sentence("jcdp x", wrong) == f"jcdp x: {' '.join(str(wrong).split())}"
     )
+
+
+def test_option_names_within_a_sentence_and_never_within_what_it_quotes():
+    options = {"image_size", "output", "test"}
+    wrong = ValueError(
+        "test has images of 8x8: image_size and channels bring them to it, not 'image_size' or /image_size."
+    )
+    assert sentence("jcdp x", wrong, options) == (
+        "jcdp x: --test has images of 8x8: --image_size and channels bring them to it, not 'image_size' or /image_size."
+    )
+    assert sentence("jcdp x", ValueError("the output_dir has no test"), options) == "jcdp x: the --output has no test"
+
+
+def test_a_sentence_gives_no_terminal_orders():
+    assert sentence("jcdp x", ValueError("a\x1b[2Jb\u202e")) == r"jcdp x: a\x1b[2Jb\u202e"

@@ -49,7 +49,9 @@ th { text-align: left; font-weight: 600; color: #5f6368; font-size: .82rem; over
 th, td { padding: .5rem .8rem .5rem 0; border-bottom: 1px solid #e4e6e9; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.bar { width: 17%; min-width: 7rem; vertical-align: middle; }
+#results td { overflow-wrap: normal; }
 #results td:first-child { min-width: 11.5rem; }
+#results td.note { min-width: 7rem; }
 #settings td:first-child { width: 9rem; color: #5f6368; }
 .track { background: #f1f3f4; border-radius: .2rem; height: .85rem; position: relative; }
 .fill { height: 100%; border-radius: .2rem; }
@@ -85,6 +87,7 @@ code { font-size: .92em; }
 @media print {
   body { padding: 0; font-size: 10pt; max-width: none; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  td.bar, th.bar { display: none; }
   h2 { break-after: avoid; }
   tr, li, .strip, svg, pre, p { break-inside: avoid; }
 }

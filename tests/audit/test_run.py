@@ -282,7 +282,7 @@ def test_an_output_of_another_audit_is_refused_before_any_work(changes, begun, f
     assert main(command(folders, output, *(places.get(word, word) for word in changes))) == 1
     said = sentence(capfd)
     assert said == (
-        f"jcdp audit: output_dir is {str(output)!r}, where an audit with {begun} was begun, whose purifier and "
+        f"jcdp audit: --output is {str(output)!r}, where an audit with {begun} was begun, whose purifier and "
         "purified images cannot serve this one: take another --output."
     )
     assert (output / "records.jsonl").read_text() == before
