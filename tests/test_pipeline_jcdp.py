@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import functools
 import inspect
@@ -224,6 +225,39 @@ class WavyUNet(ZeroUNet):
         return (0.2 * torch.sin(3 * sample),)
 
 
+def published_loop(images, steps, rounds, scale, slope):
+    """
+    Guided diffusion as OpenAI's code has it, for seed 9 and ids a, b, c and d, in float64.
+
+    Args:
+        images: float tensor in [0, 1].
+        steps, rounds: each round starts at abar[steps] and denoises from t = steps - 1.
+        scale: of the guide, times sqrt((1 - abar_t) / abar_t).
+        slope: from x_t, the reference at t and t to the gradient of the distance, per image.
+    """
+    beta = np.linspace(1e-4, 0.02, 1000)
+    bar = np.cumprod(1 - beta)
+    variance = np.append(beta[1] * (1 - bar[0]) / (1 - bar[1]), beta[1:])
+    keys = image_keys(9, list("abcd"))
+    protected = 2 * images.double().numpy() - 1
+    x = protected
+    for turn in range(rounds):
+        noise = lambda step, use: (
+            normal_noise(keys, (3, 32, 32), round_index=turn, step_index=step, use=use).double().numpy()
+        )
+        x = math.sqrt(bar[steps]) * x + math.sqrt(1 - bar[steps]) * noise(0, "start")
+        for index, t in enumerate(range(steps - 1, -1, -1)):
+            previous = bar[t - 1] if t else 1.0
+            original = np.clip((x - math.sqrt(1 - bar[t]) * 0.2 * np.sin(3 * x)) / math.sqrt(bar[t]), -1, 1)
+            mean = beta[t] * math.sqrt(previous) / (1 - bar[t]) * original
+            mean += (1 - previous) * math.sqrt(1 - beta[t]) / (1 - bar[t]) * x
+            r = math.sqrt(bar[t]) * protected + math.sqrt(1 - bar[t]) * noise(index, "reference")
+            x = mean - variance[t] * scale * math.sqrt((1 - bar[t]) / bar[t]) * slope(x, r, t)
+            if t:
+                x = x + math.sqrt(variance[t]) * noise(index, "variance")
+    return torch.from_numpy(np.clip(x / 2 + 0.5, 0, 1)).float()
+
+
 class TestMethod:
     @pytest.mark.parametrize("corner", [0.0, 8.0])
     def test_without_guides_it_is_plain_ddpm_from_the_noised_image(self, plain, corner):
@@ -249,7 +283,7 @@ class TestMethod:
                     x = x + scheduler._get_variance(t).sqrt() * (noise(index, "variance") - own)
         torch.testing.assert_close(result, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=2e-6)
 
-    def test_one_cycle_of_code_is_the_authors_loop(self):
+    def test_code_is_the_authors_loop(self):
         """
         The formulas of the released code in plain NumPy float64 and the lpips package, the off-by-one included: start
         at abar[20], denoise 19..0; pixel guide at 19..11 and perceptual at 10..0 with scale K g(t) on the batch mean
@@ -263,42 +297,22 @@ class TestMethod:
         with torch.no_grad():  # features of a random trunk are close together: the guide would be lost in rounding
             for head in distance.lins:
                 head.model[-1].weight *= 1000
-        images, ids, size = photos(4), list("abcd"), 3 * 32 * 32
         # fixed_small: the preset brings its own variance
         pipe = quiet(Pipeline(WavyUNet(), DDPMScheduler(), LPIPSModel.from_lpips(distance)))
-        options = dict(seed=9, ids=ids, micro_batch_size=4, output_type="pt")
-        result = pipe(images, preset="code", num_rounds=1, **options).images
+        distance = copy.deepcopy(distance).double()
+        images, options = photos(4), dict(seed=9, ids=list("abcd"), micro_batch_size=4, output_type="pt")
+        result = pipe(images, preset="code", **options).images
         assert pipe.scheduler.config.variance_type == "fixed_small"
 
-        beta = np.linspace(1e-4, 0.02, 1000)
-        bar = np.cumprod(1 - beta)
-        posterior_1 = beta[1] * (1 - bar[0]) / (1 - bar[1])
-        keys = image_keys(9, ids)
-        noise = lambda step, use: (
-            normal_noise(keys, (3, 32, 32), round_index=0, step_index=step, use=use).double().numpy()
-        )
-        protected = 2 * images.double().numpy() - 1
-        x = math.sqrt(bar[20]) * protected + math.sqrt(1 - bar[20]) * noise(0, "start")
-        k_over_batch = 1 / ((8 * 2 / 255) / 3 / 70000) / 500
-        for index, t in enumerate(range(19, -1, -1)):
-            previous = bar[t - 1] if t else 1.0
-            original = np.clip((x - math.sqrt(1 - bar[t]) * 0.2 * np.sin(3 * x)) / math.sqrt(bar[t]), -1, 1)
-            mean = beta[t] * math.sqrt(previous) / (1 - bar[t]) * original
-            mean += (1 - previous) * math.sqrt(1 - beta[t]) / (1 - bar[t]) * x
-            variance = beta[t] if t else posterior_1
-            scale = k_over_batch * math.sqrt((1 - bar[t]) / bar[t])
-            r = math.sqrt(bar[t]) * protected + math.sqrt(1 - bar[t]) * noise(index, "reference")
+        def slope(x, r, t):
             if t > 10:
-                slope = 2 * (x - r) / size
-            else:
-                leaf = torch.tensor(x, dtype=torch.float32, requires_grad=True)
-                distances = distance(leaf, torch.tensor(r, dtype=torch.float32))
-                slope = torch.autograd.grad(distances.sum(), leaf)[0].double().numpy()
-            x = mean - variance * scale * slope
-            if t:
-                x = x + math.sqrt(variance) * noise(index, "variance")
-        expected = torch.from_numpy(np.clip(x / 2 + 0.5, 0, 1)).float()
-        torch.testing.assert_close(result, expected, rtol=0, atol=5e-5)
+                return 2 * (x - r) / x[0].size
+            leaf = torch.tensor(x, requires_grad=True)
+            return torch.autograd.grad(distance(leaf, torch.tensor(r)).sum(), leaf)[0].numpy()
+
+        k_over_batch = 1 / ((8 * 2 / 255) / 3 / 70000) / 500
+        expected = published_loop(images, 20, 4, k_over_batch, slope)
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)
 
         for change in (
             dict(perceptual_guidance_scale=PRESETS["code"].perceptual_guidance_scale / 2),
@@ -306,13 +320,29 @@ class TestMethod:
             dict(final_variance_factor=1.0),
             dict(pixel_guidance_window=(10, 19), perceptual_guidance_window=(0, 9)),
         ):
-            other = pipe(images, preset=dataclasses.replace(PRESETS["code"], num_rounds=1, **change), **options).images
+            other = pipe(images, preset=dataclasses.replace(PRESETS["code"], **change), **options).images
             assert (other - expected).abs().max() > 1e-4, change  # or this test would not see it
 
-    @pytest.mark.parametrize(("preset", "level"), [("code", 20), ("paper", 19), ("gdmp", 35), ("unconditional", 99)])
+    def test_gdmp_is_its_authors_loop(self):
+        """
+        GuidedDiffusionPur in plain NumPy float64: four times from abar[36], denoise 35..0 with the pixel guide at
+        every step, scale 60000 on the batch mean of 100; the rest as in the code that was made from it.
+        """
+        pipe = quiet(Pipeline(WavyUNet(), DDPMScheduler(variance_type="fixed_large")))
+        images, options = photos(4), dict(seed=9, ids=list("abcd"), output_type="pt")
+        result = pipe(images, preset="gdmp", **options).images
+        k_over_batch = 1 / ((8 * 2 / 255) / 3 / 60000) / 100
+        expected = published_loop(images, 36, 4, k_over_batch, lambda x, r, t: 2 * (x - r) / x[0].size)
+        torch.testing.assert_close(result, expected, rtol=0, atol=3e-6)
+        # The factor acts at t = 0 alone, where the guide is weak.
+        for change, least in ((dict(start_one_level_higher=False), 1e-2), (dict(final_variance_factor=1.0), 1e-5)):
+            other = pipe(images, preset=dataclasses.replace(PRESETS["gdmp"], **change), **options).images
+            assert (other - expected).abs().max() > least, change
+
+    @pytest.mark.parametrize(("preset", "level"), [("code", 20), ("paper", 19), ("gdmp", 36), ("unconditional", 99)])
     def test_where_each_preset_starts(self, preset, level):
         """
-        Only `code` starts one level above the first timestep. A grey image (0) and start noise 1 make x the level.
+        `code` and `gdmp` start one level above the first timestep. A grey image (0) and start noise 1 make x the level.
         """
         pipe = quiet(Pipeline(ZeroUNet(), DDPMScheduler(variance_type="fixed_large")))
         pipe.prepare_noise = lambda *a: (

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from purifying import quick_pipe
 from sklearn.datasets import load_digits
 
 from eval import benchmark, figures, tables
+from jcdp_diffusers import countermeasures
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.purification_config import PurificationConfig
-from jcdp_diffusers.results import read_records
+from jcdp_diffusers.results import as_settings, read_records
 from jcdp_diffusers.train.provenance import image_digests, write_trained_on
+from jcdp_diffusers.trials import trial_name
 
 
 @pytest.fixture(scope="module")
@@ -375,3 +378,19 @@ def test_the_grids_that_ship_can_be_read():
     grids = [benchmark.read_grid(path) for path in sorted(folder.glob("*.yaml"))]
     assert {grid.name for grid in grids} >= {"digits", "strength", "cifar10-mini"}
     assert all(grid.columns() for grid in grids)
+
+
+def test_a_preset_that_has_changed_leaves_records_found_and_what_they_say():
+    """GDMP's column was measured before its preset got its authors' start: the grid says so, and finds it again."""
+    root = Path(__file__).parents[2]
+    column = benchmark.read_grid(root / "eval/grids/cifar10_mini.yaml").columns()["gdmp, 1 round of 9"]
+    records = read_records(root / "results/countermeasures_cifar10_mini.jsonl")
+    found = [record for record in records if record["settings"].get("column") == "gdmp, 1 round of 9"]
+    assert len(found) == 8
+    for record in found:
+        settings = {name: value for name, value in record["settings"].items() if name != "trial"}
+        assert settings["purification"]["start_one_level_higher"] is False
+        assert settings["purification"] == json.loads(json.dumps(as_settings(column.purification)))
+        now = json.loads(json.dumps(dict(countermeasures.get(column.countermeasure).settings)))
+        assert settings["countermeasure_settings"] == now
+        assert trial_name(settings, record["seed"]) == record["settings"]["trial"]
