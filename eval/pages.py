@@ -16,9 +16,10 @@ from pathlib import Path
 
 
 sys.path.append(str(Path(__file__).parents[1]))
+from eval.measured import NOT_MEASURED, POISONS, Measured, spread
 from eval.speed_tables import speed_table
 from eval.studies import detection
-from eval.tables import NOT_MEASURED, POISONS, Measured, grid_table, markdown_table, poison_table, spread
+from eval.tables import grid_table, markdown_table, poison_table
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.results import read_records, summarise
 

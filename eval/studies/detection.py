@@ -20,7 +20,8 @@ import numpy as np
 
 
 sys.path.append(str(Path(__file__).parents[2]))
-from eval.tables import NOT_MEASURED, markdown_table  # noqa: E402
+from eval.measured import NOT_MEASURED
+from eval.tables import markdown_table  # noqa: E402
 from jcdp_diffusers import poisons  # noqa: E402
 from jcdp_diffusers.cli import ends_in_one_sentence  # noqa: E402
 from jcdp_diffusers.data import LabelledImages, load_images  # noqa: E402

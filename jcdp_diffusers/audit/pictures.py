@@ -33,11 +33,14 @@ class Strips:
 
     @property
     def caption(self) -> str:
-        """What the rows show, in two sentences."""
-        return (
+        """What the rows show, in a few sentences."""
+        said = (
             "The first image of each class. What changed is shown on grey, magnified "
             f"{self.gain:.0f} times: all such rows have one scale."
         )
+        if "clean" in self.images:
+            said += " What purification left is noise that remains and detail that is lost."
+        return said
 
 
 def picture_strips(sets: Mapping[str, LabelledImages]) -> Strips:

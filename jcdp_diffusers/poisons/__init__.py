@@ -26,6 +26,11 @@ _FILES = {
     "ops": "ops",
     "ar": "ar",
     "cuda": "cuda",
+    "sem": "remn",
+    "pil": "pil",
+    "aue": "aue",
+    "aap": "aap",
+    "dune": "dune",
 }
 NAMES = tuple(_FILES)
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from . import Poison, surrogate
@@ -226,14 +225,8 @@ def train_step(
     device: torch.device,
 ) -> None:
     """One step of the surrogate on perturbed images, which are not clamped."""
-    model.train()
-    with surrogate.precision(settings.bfloat16, device):
-        logits = model(perturbed.to(device).contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits.float(), labels.to(device))
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-    optimizer.step()
+    options = {"bfloat16": settings.bfloat16, "clip_norm": settings.clip_norm}
+    surrogate.train_step(model, optimizer, perturbed.to(device), labels.to(device), **options)
 
 
 def minimise(

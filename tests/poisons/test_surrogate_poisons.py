@@ -189,7 +189,7 @@ def test_untargeted_variant_differs_and_can_be_had_by_name(images, labels):
 def test_adversary_reaches_the_closed_form_of_a_linear_network(middle):
     images, labels = middle[0], middle[1] % 2
     model = Linear(num_classes=2)
-    attacked = remn.adversarial(model, images, labels, REMNSettings(), torch.Generator().manual_seed(0))
+    attacked = remn.adversarial(model, images, labels, REMNSettings(), torch.Generator().manual_seed(0), steps=10)
     away = torch.where(labels == 1, -1.0, 1.0).reshape(-1, 1, 1, 1) * two_classes(model.weight)
     torch.testing.assert_close(attacked, images + 4 / 255 * away)
 
@@ -203,7 +203,9 @@ def test_robust_noise_lowers_the_loss_that_the_adversary_leaves(images, labels):
     assert noise.dtype == torch.int8 and noise.abs().max() == 8
 
     def loss_under_attack(batch):
-        attacked = remn.adversarial(model, batch.clamp(0, 1), labels, settings, torch.Generator().manual_seed(1))
+        attacked = remn.adversarial(
+            model, batch.clamp(0, 1), labels, settings, torch.Generator().manual_seed(1), steps=3
+        )
         return F.cross_entropy(model(attacked), labels)
 
     assert loss_under_attack(images + noise / 255) < loss_under_attack(images)
