@@ -718,7 +718,7 @@ class TestCall:
         calls = []
         pipe = quiet(Pipeline(tiny_unet(size=16), DDPMScheduler(), network))
         pipe.unet.register_forward_hook(lambda *a: calls.append(1))
-        with pytest.raises(ValueError, match="images are 16x16, but trunk 'alex' needs at least 31x31 pixels"):
+        with pytest.raises(ValueError, match="images are 16x16, but must be at least 31x31 for the trunk"):
             pipe(photos(1, 16), preset="code")
         pipe = quiet(Pipeline(tiny_unet(), DDPMScheduler(variance_type="learned_range")))
         pipe.unet.register_forward_hook(lambda *a: calls.append(1))
@@ -880,3 +880,75 @@ def test_the_example_of_the_docstring_runs(ddpm_folder, tmp_path, monkeypatch):
     found = {}
     exec(code.replace("google/ddpm-cifar10-32", str(ddpm_folder)), found)
     assert Image.open("purified.png").size == (32, 32) and found["closer"].size == (32, 32)
+
+
+def picture(mode, alpha=255):
+    """A coloured picture in a mode that holds it without loss; grey modes hold a grey one."""
+    draw = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    colour = Image.fromarray(draw // 64 * 64)
+    grey = Image.fromarray(draw[..., 0])
+    if mode == "P":
+        return colour.quantize(64)
+    if mode == "1":
+        return grey.convert("1")
+    if mode == "RGB with a transparent colour":
+        colour.info["transparency"] = (1, 2, 3)  # which no pixel has
+        return colour
+    base = grey if mode in ("L", "LA") else colour
+    if "A" in mode:
+        base.putalpha(alpha)
+    return base
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "RGB with a transparent colour"])
+def test_pictures_that_lose_nothing_as_rgb_are_taken(plain, mode):
+    given = picture(mode)
+    options = dict(seed=0, ids=["a"], diffusion_steps=2, output_type="pt")
+    expected = plain([given.convert("RGB")], **options).images
+    assert torch.equal(plain([given], **options).images, expected)
+    assert torch.equal(plain([given, picture("RGB")], **options | {"ids": ["a", "b"]}).images[:1], expected)
+
+
+def test_pictures_that_lose_nothing_as_grey_are_taken():
+    grey = quiet(Pipeline(tiny_unet(1), DDPMScheduler()))
+    options = dict(seed=0, ids=["a"], diffusion_steps=2, output_type="pt")
+    for mode in ("LA", "1"):
+        given = picture(mode)
+        assert torch.equal(grey([given], **options).images, grey([given.convert("L")], **options).images)
+    with pytest.raises(ValueError, match="images has a PIL image of mode 'RGBA', but must have mode 'L'"):
+        grey([picture("RGBA")])
+
+
+def test_pictures_that_would_lose_something_are_refused(plain):
+    corner = picture("RGBA")
+    corner.putpixel((0, 0), (1, 2, 3, 254))
+    glass = picture("P")
+    glass.info["transparency"] = glass.getpixel((5, 5))
+    for given, mode in ((picture("RGBA", 0), "RGBA"), (picture("LA", 128), "LA"), (corner, "RGBA"), (glass, "P")):
+        with pytest.raises(ValueError, match=f"images has a PIL image of mode '{mode}' with transparency"):
+            plain([given], seed=0, diffusion_steps=2)
+    with pytest.raises(ValueError, match="images has a PIL image of mode 'F', but must have mode 'RGB'"):
+        plain([Image.new("F", (32, 32))])
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "float16", "bfloat16", "numpy float32", "numpy float16"])
+def test_what_rounding_leaves_outside_the_unit_range_is_taken(plain, kind):
+    options = dict(seed=0, ids=["a"], diffusion_steps=2, output_type="pt")
+    images = photos(1)
+    images[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    name = kind.split()[-1]
+    inside = images.to(getattr(torch, name))
+    outside = inside.clone()
+    outside[0, 0, 0, :2] += torch.tensor([-1.0, 1.0]).to(inside) * max(2.0**-22, torch.finfo(inside.dtype).eps)
+    assert outside.min() < 0 and outside.max() > 1
+    if "numpy" in kind:
+        inside, outside = (each.permute(0, 2, 3, 1).numpy() for each in (inside, outside))
+    assert np.array_equal(plain(outside, **options).images, plain(inside, **options).images)
+
+
+@pytest.mark.parametrize("off", [-2e-5, 2e-5])
+def test_what_rounding_cannot_leave_is_refused_with_its_value(plain, off):
+    images = photos(1).clamp(0.1, 0.9)
+    images[0, 0, 0, 0] = off if off < 0 else 1 + off
+    with pytest.raises(ValueError, match=r"images has values from .*(-2e-05|1\.0000[12]\d*), but must lie"):
+        plain(images)
