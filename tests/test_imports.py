@@ -27,6 +27,7 @@ NEVER = {
     "victims": {"pipeline_jcdp", "poisons", "countermeasures", "train", "purify"},
     "poisons": {"pipeline_jcdp", "countermeasures", "train", "purify"},
     "countermeasures": {"poisons"},
+    "acceleration": {"pipeline_jcdp", "data"},
     "data": {"pipeline_jcdp", "train", "purify", "victims"},
     "pipeline_jcdp": {"data", "cli", "engines", "train", "purify"},
 }

@@ -10,14 +10,14 @@ plot. The same command goes on with a run that was interrupted.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from diffusers import DDPMPipeline
 
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.results import append_record, read_records
-from jcdp_diffusers.train.loop import RECORD_NAME, TrainingConfig, train_purifier
+from jcdp_diffusers.train.loop import TrainingConfig, train_purifier
+from jcdp_diffusers.train.record import read_record
 from jcdp_diffusers.train.unets import UNETS, ddpm_scheduler, named_unet
 
 
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
             validation_images=held_out,
         )
         if not source_done:
-            write_records(args, SOURCE, json.loads((source_dir / RECORD_NAME).read_text()))
+            write_records(args, SOURCE, read_record(source_dir))
     for arm, (finetuned, restricted) in pending.items():
         arm_dir = output_dir / arm.replace(", ", "-").replace(" ", "-")
         train_purifier(
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
             validation_images=held_out,
             base_model=str(source_dir) if finetuned else None,
         )
-        write_records(args, arm, json.loads((arm_dir / RECORD_NAME).read_text()))
+        write_records(args, arm, read_record(arm_dir))
     plot(args)
 
 

@@ -17,8 +17,8 @@ from ..purification_config import PurificationConfig
 from ..purify.dataset import open_purifier, purify_dataset
 from ..results import append_record, as_settings, read_records
 from ..train.default_purifier import Plan, plan_for, purifier_to_be, train_planned
-from ..train.model_card import RECORD_NAME
 from ..train.provenance import check_trained_on
+from ..train.record import RECORD_NAME, read_record
 from ..trials import describe_images
 from .attacks import in_seconds
 from .sets import labelled
@@ -50,8 +50,8 @@ class AuditPurifier:
     @property
     def record(self) -> dict | None:
         """What its training left in its folder; None where there is nothing."""
-        path = Path(self.name) / RECORD_NAME
-        return json.loads(path.read_text()) if path.exists() else None
+        folder = Path(self.name)
+        return read_record(folder) if (folder / RECORD_NAME).exists() else None
 
 
 def choose_purifier(

@@ -54,6 +54,8 @@ _FILES = {
     "diffpure": "purifiers",
     "diffpure-l2": "purifiers",
     "gdmp": "purifiers",
+    "d-vae": "d_vae",
+    "d-vae-small": "d_vae",
     "eclipse-purifier": "eclipse",
     "corruption": "eclipse",
     "orthogonal-projection": "orthogonal_projection",
@@ -67,6 +69,8 @@ _FILES = {
     "ueraser-max": "ueraser",
     "at-4": "adversarial_training",
     "at-8": "adversarial_training",
+    "rsk": "convolution",
+    "coin": "convolution",
 }
 # Several that a paper takes together; "none" is plain training.
 _COMBINATIONS = {"none": "", "eclipse": "eclipse-purifier+corruption"}

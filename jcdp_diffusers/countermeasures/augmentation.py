@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from ..data import LabelledImages
+from ..devices import drawn_from
 from . import Context, Countermeasure
-from .randomness import drawn_from
 
 
 class Cutout:

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data import LabelledImages
+from ..devices import drawn_from
 from . import Context, Countermeasure
-from .randomness import drawn_from
 
 
 SOURCE = "UEraser, adversarial augmentation (Qin et al., 2023; lafeat/ueraser)"

@@ -1,21 +1,17 @@
-"""The state of a costly poison on disk: a run that was interrupted continues and ends as if it had not been."""
+"""The state of a costly poison on disk."""
 
 import hashlib
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-# Seconds of work that an interruption may cost.
-SAVE_EVERY = 60.0
+from ..saved_state import SavedState
 
 
-class Checkpoint:
+class Checkpoint(SavedState):
     """
-    Keeps one dictionary of tensors and numbers in a folder.
+    The state of one poison in a folder.
 
     Args:
         checkpoint_dir (`Path`, *optional*): A folder of the user's own; `None` keeps nothing.
@@ -35,48 +31,8 @@ class Checkpoint:
         images: torch.Tensor,
         labels: torch.Tensor | None,
     ):
-        self.path = None
-        if checkpoint_dir is not None:
-            self.path = checkpoint_dir / f"{method}.pt"
-            content = hashlib.sha256(images.contiguous().numpy())
-            if labels is not None:
-                content.update(labels.contiguous().numpy())
-            self.run = f"{method}, {settings}, seed {seed}, data {content.hexdigest()[:16]}"
-        self.saved_at = time.monotonic()
-
-    def load(self) -> dict[str, Any] | None:
-        """
-        The last state of the same run.
-
-        Returns:
-            `dict`: As it was saved; `None` if there is none.
-
-        Raises:
-            ValueError: If the folder holds the state of another run.
-        """
-        if self.path is None or not self.path.exists():
-            return None
-        state = torch.load(self.path, weights_only=True, map_location="cpu")
-        if state["run"] != self.run:
-            raise ValueError(
-                f"checkpoint_dir is {str(self.path.parent)!r}, which holds another run ({state['run']}), but must be "
-                "an empty folder or one of the same run."
-            )
-        return state
-
-    def due(self) -> bool:
-        """Whether it is time to save."""
-        return self.path is not None and time.monotonic() - self.saved_at >= SAVE_EVERY
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Replace the last state as a whole; a failure meanwhile leaves the last one."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            torch.save({"run": self.run, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-        self.saved_at = time.monotonic()
+        content = hashlib.sha256(images.contiguous().numpy())
+        if labels is not None:
+            content.update(labels.contiguous().numpy())
+        run = f"{method}, {settings}, seed {seed}, data {content.hexdigest()[:16]}"
+        super().__init__(None if checkpoint_dir is None else checkpoint_dir / f"{method}.pt", run)

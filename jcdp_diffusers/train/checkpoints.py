@@ -13,13 +13,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+
+from .reading import damaged, errors_name, read_json, read_tensors
 
 
 WEIGHTS_NAME = "unet.safetensors"
@@ -54,6 +55,21 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str) -> Path | None:
         names = [checkpoint.name for checkpoint in list_checkpoints(output_dir)]
         raise ValueError(f"resume_from_checkpoint is {wanted!r}, but {output_dir} holds {names or 'no checkpoint'}.")
     return path
+
+
+def check_form(checkpoint: Path) -> None:
+    """
+    Refuse a checkpoint of another form than `save_checkpoint` and `save_states` write.
+
+    Raises:
+        ValueError: If a file is missing; the sentence names it.
+    """
+    for name in (PROGRESS_NAME, WEIGHTS_NAME, OPTIMIZER_NAME, EMA_NAME, STATES_NAME):
+        if not (checkpoint / name).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint is {checkpoint.name!r}, which has no {name}: pickled checkpoints of earlier "
+                "versions are not read, so begin anew in another folder."
+            )
 
 
 def save_checkpoint(
@@ -95,7 +111,7 @@ def save_checkpoint(
     return final
 
 
-def save_states(folder: Path, unet: torch.nn.Module, optimizer: Any, others: dict[str, dict], ema: Any) -> None:
+def save_states(folder: Path, unet: torch.nn.Module, optimizer: Any, others: Mapping[str, Any], ema: Any) -> None:
     """
     Write what a training needs to go on.
 
@@ -104,7 +120,7 @@ def save_states(folder: Path, unet: torch.nn.Module, optimizer: Any, others: dic
         unet (`torch.nn.Module`): The weights in training, without the wrapper of several processes, so that a run can
             go on with another number of them.
         optimizer: A torch optimiser, or Accelerate's.
-        others (`dict`): State dictionaries of plain numbers, strings and lists, by name.
+        others (`dict`): Learning rate schedule and loss scale, whose states are plain numbers and lists, by name.
         ema (`EMAModel`): The averaged weights.
     """
     save_file({name: tensor.contiguous() for name, tensor in unet.state_dict().items()}, folder / WEIGHTS_NAME)
@@ -115,58 +131,87 @@ def save_states(folder: Path, unet: torch.nn.Module, optimizer: Any, others: dic
         for name, value in values.items()
     }
     save_file(tensors, folder / OPTIMIZER_NAME)
-    averaged = ema.state_dict()
-    shadows = {str(index): tensor.contiguous() for index, tensor in enumerate(averaged.pop("shadow_params"))}
+    shadows = {str(index): tensor.contiguous() for index, tensor in enumerate(ema.shadow_params)}
     save_file(shadows, folder / EMA_NAME)
-    states = {"optimizer": state["param_groups"], "ema": averaged, **others}
-    (folder / STATES_NAME).write_text(json.dumps(states))
+    (folder / STATES_NAME).write_text(json.dumps(_plain_states(optimizer, others, ema)))
 
 
-def load_states(folder: Path, unet: torch.nn.Module, optimizer: Any, ema: Any) -> dict[str, dict]:
+def _plain_states(optimizer: Any, others: Mapping[str, Any], ema: Any) -> dict[str, Any]:
+    """All states but tensors, in JSON's own types."""
+    averaged = {name: value for name, value in ema.state_dict().items() if name != "shadow_params"}
+    states = {"optimizer": optimizer.state_dict()["param_groups"], "ema": averaged}
+    states |= {name: part.state_dict() for name, part in others.items()}
+    return json.loads(json.dumps(states))
+
+
+def _alike(found: Any, own: Any) -> bool:
+    """Whether two values of JSON have the same structure: entries, lengths and types, not numbers."""
+    if isinstance(own, dict):
+        return isinstance(found, dict) and found.keys() == own.keys() and all(_alike(found[k], own[k]) for k in own)
+    if isinstance(own, list):
+        return isinstance(found, list) and len(found) == len(own) and all(map(_alike, found, own))
+    if type(own) in (int, float):
+        return type(found) in (int, float)
+    return type(found) is type(own)
+
+
+def load_states(folder: Path, unet: torch.nn.Module, optimizer: Any, others: Mapping[str, Any], ema: Any) -> None:
     """
-    Read what `save_states` wrote into network, optimiser and averaged weights.
+    Read what `save_states` wrote; everything is checked before anything is changed.
 
-    Returns:
-        `dict`: The `others`.
+    Args:
+        others (`dict`): Learning rate schedule and loss scale, by the names that their states were saved under.
+
+    Other arguments as in [`save_states`].
 
     Raises:
-        ValueError: If a file is missing or damaged, or holds the states of another network.
+        ValueError: If a file is damaged or holds the states of another network; the sentence names the file.
     """
-    unet.load_state_dict(_tensors(folder / WEIGHTS_NAME))
-    states = read_json(folder / STATES_NAME)
+    states = read_json(folder / STATES_NAME, {})
+    weights, moments, averaged = (read_tensors(folder / name) for name in (WEIGHTS_NAME, OPTIMIZER_NAME, EMA_NAME))
+    parameters = list(unet.parameters())
+    _check_shapes(folder / WEIGHTS_NAME, weights, {name: value.shape for name, value in unet.state_dict().items()})
+    _check_shapes(
+        folder / EMA_NAME, averaged, {str(index): parameter.shape for index, parameter in enumerate(parameters)}
+    )
+    if moments:  # none before the first step that float16's loss scale let pass
+        expected = {
+            f"{index}.{name}": torch.Size() if name == "step" else parameter.shape
+            for index, parameter in enumerate(parameters)
+            for name in ("step", "exp_avg", "exp_avg_sq")
+        }
+        _check_shapes(folder / OPTIMIZER_NAME, moments, expected)
+    own = _plain_states(optimizer, others, ema)
+    if not _alike(states, own):
+        names = [name for name in own if not _alike(states.get(name), own[name])] or sorted(states.keys() - own.keys())
+        raise damaged(folder / STATES_NAME, f"{names[0]} has other entries than this training's")
+
+    unet.load_state_dict(weights)
     state: dict[int, dict] = {}
-    for key, value in _tensors(folder / OPTIMIZER_NAME).items():
-        parameter, _, name = key.partition(".")
-        state.setdefault(int(parameter), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": states.pop("optimizer")})
-    shadows = _tensors(folder / EMA_NAME)
-    ema.load_state_dict(states.pop("ema") | {"shadow_params": [shadows[str(index)] for index in range(len(shadows))]})
-    return states
+    for key, value in moments.items():
+        index, _, name = key.partition(".")
+        placed = value if name == "step" else _placed(value, parameters[int(index)])
+        state.setdefault(int(index), {})[name] = placed
+    shadows = [_placed(averaged[str(index)], parameter) for index, parameter in enumerate(parameters)]
+    optimizer.load_state_dict({"state": state, "param_groups": states["optimizer"]})
+    with errors_name(folder / STATES_NAME):  # it checks ranges
+        ema.load_state_dict(states["ema"] | {"shadow_params": shadows})
+    for name, part in others.items():
+        part.load_state_dict(states[name])
 
 
-def read_json(path: Path) -> Any:
-    """
-    A file of a training folder.
-
-    Raises:
-        ValueError: If it is no JSON; the sentence names the file.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} is damaged ({error}): it must be JSON as this package wrote it.") from error
+def _check_shapes(path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """Refuse the tensors of another network."""
+    for name in sorted(found.keys() | expected.keys()):
+        held = tuple(found[name].shape) if name in found else None
+        wanted = tuple(expected[name]) if name in expected else None
+        if held != wanted:
+            raise damaged(path, f"the shape of {name} is {held}, where the network has {wanted}")
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ValueError(
-            f"resume_from_checkpoint is {path.parent.name!r}, which has no {path.name}: checkpoints of version 0.1 "
-            "cannot be continued, so begin anew in another folder."
-        )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): resume from another checkpoint.") from error
+def _placed(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A tensor where the parameter is and in its memory format, so that a resumed run is as fast as before."""
+    return torch.empty_like(parameter.detach()).copy_(value)
 
 
 def remove_leftovers(output_dir: str | os.PathLike) -> None:

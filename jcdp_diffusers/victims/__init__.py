@@ -13,13 +13,16 @@ from typing import Any
 
 
 NAMES = ("resnet18", "vgg16", "densenet121", "mobilenet_v2", "vit")
-METHODS = ("supervised",)
+METHODS = ("supervised", "simclr", "moco-v2", "byol")
 
 # Name -> module. Each is imported when the name is first used, so that the names above cost no import of torch.
 _MODULES = {
     "HOOK_METHODS": "training",
     "RECIPES": "recipes",
     "Recipe": "recipes",
+    "ContrastiveRecipe": "recipes",
+    "get_recipe": "recipes",
+    "recipes_of": "recipes",
     "VictimResult": "victim",
     "confusion_matrix": "evaluation",
     "predict": "evaluation",

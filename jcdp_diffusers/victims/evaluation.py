@@ -1,5 +1,7 @@
 """Logits, confusion of classes and accuracy of a trained network. Images are never altered here."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -23,13 +25,38 @@ def predict(model: nn.Module, images: torch.Tensor, *, batch_size: int = 500, bf
     Returns:
         `torch.Tensor`: float32 logits (N, num_classes), on the model's device.
     """
+    return _apply(model, model, images, batch_size, bfloat16)
+
+
+@torch.no_grad()
+def features(model: nn.Module, images: torch.Tensor, *, batch_size: int = 500, bfloat16: bool = False) -> torch.Tensor:
+    """
+    The features of images of any number, in eval mode.
+
+    Args:
+        model (`nn.Module`): Has `features(images)`.
+        images (`torch.Tensor`), batch_size (`int`), bfloat16 (`bool`): As for [`predict`].
+
+    Returns:
+        `torch.Tensor`: float32 (N, num_features), on the model's device.
+    """
+    return _apply(model, model.features, images, batch_size, bfloat16)
+
+
+def _apply(
+    model: nn.Module,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    batch_size: int,
+    bfloat16: bool,
+) -> torch.Tensor:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     with autocast(bfloat16, device):
-        logits = [model(network_input(batch.to(device))).float() for batch in images.split(batch_size)]
+        values = [function(network_input(batch.to(device))).float() for batch in images.split(batch_size)]
     model.train(was_training)
-    return torch.cat(logits)
+    return torch.cat(values)
 
 
 def confusion_matrix(

@@ -213,6 +213,11 @@ class ViT(nn.Module):
         return self.classifier.classifier(self.features(images))
 
 
+def last_layer(network: nn.Module) -> nn.Linear:
+    """The layer of a network that makes logits (B, num_classes) of features (B, num_features)."""
+    return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+
+
 def _check_width(name: str, width: int, multiple: int = 1) -> None:
     if width < 1 or width % multiple:
         accepted = "a positive integer" if multiple == 1 else f"a positive multiple of {multiple}"

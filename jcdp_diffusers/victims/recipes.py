@@ -1,9 +1,10 @@
 """Recipes: how a victim is trained, as data. A recipe has a name, and a variant of it is `dataclasses.replace`."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 
-SCHEDULES = ("steps", "cosine", "one_cycle")
+SCHEDULES = ("steps", "cosine", "one_cycle", "warmup_cosine")
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,12 @@ class Recipe:
         learning_rate (`float`, defaults to 0.1): The highest learning rate. Where `batch_size` is None, that of 256
             images per step.
         schedule (`str`, defaults to `"cosine"`): `"steps"` (multiplied by `gamma` at each of `milestones`),
-            `"cosine"` (from `learning_rate` to 0, changed once an epoch), or `"one_cycle"` (rises and falls once,
-            changed at every step; Smith and Topin).
+            `"cosine"` (from `learning_rate` to 0, changed once an epoch), `"one_cycle"` (rises and falls once,
+            changed at every step; Smith and Topin), or `"warmup_cosine"` (rises linearly from 0.01 to a cosine from
+            `learning_rate` to a thousandth of it, changed at every step).
         milestones (`tuple` of `int`): Epochs, counted from 0, at whose start `"steps"` multiplies the learning rate.
         gamma (`float`, defaults to 0.1): The factor of `"steps"`.
-        warmup (`float`, defaults to 0.3): The fraction of all steps in which `"one_cycle"` rises.
+        warmup (`float`, defaults to 0.3): The fraction of all steps in which `"one_cycle"` and `"warmup_cosine"` rise.
         momentum (`float`, defaults to 0.9): Of SGD.
         nesterov (`bool`, defaults to `False`): Whether the momentum is Nesterov's.
         weight_decay (`float`, defaults to 5e-4): Of SGD, on every parameter.
@@ -61,6 +63,8 @@ class Recipe:
     width: int = 64
     max_steps_per_epoch: int | None = None
     smoke: bool = False
+
+    drop_last: ClassVar[bool] = False  # whether an epoch leaves out the images that do not fill a batch
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -128,18 +132,141 @@ RECIPES = {
 }
 
 
-def get_recipe(recipe: str | Recipe) -> Recipe:
+@dataclass(frozen=True)
+class ContrastiveRecipe(Recipe):
+    """
+    How a victim learns without labels, and what reads its features afterwards.
+
+    An epoch leaves out the images that do not fill a batch, others each time. Views are cropped by `min_scale` instead
+    of `crop_padding`.
+
+    Args:
+        method (`str`): One of `CONTRASTIVE`.
+        temperature (`float`, *optional*): Of `"simclr"` and `"moco-v2"`.
+        loss_factor (`float`, defaults to 1): The loss is multiplied by it.
+        key_momentum (`float`, *optional*): Of `"moco-v2"` and `"byol"`: how much of its weights the second network
+            keeps at each step.
+        queue (`int`, *optional*): Of `"moco-v2"`: the number of keys of earlier batches, a multiple of the batch size.
+        min_scale (`float`, defaults to 0.2): Smallest fraction of an image's area that a view shows.
+        probe (`str`, defaults to `"fast"`): The linear probe, one of `linear_probe.PROBES`.
+        knn_evaluations (`int`, defaults to 10): How often the accuracy of the nearest neighbours enters the history,
+            evenly over the epochs.
+
+    Raises:
+        ValueError: If there is no such method, a number is missing or does not suit another.
+    """
+
+    batch_size: int = 512
+    schedule: str = "warmup_cosine"
+    warmup: float = 0.1
+    weight_decay: float = 1e-4
+    crop_padding: int = 0
+    method: str = "simclr"
+    temperature: float | None = None
+    loss_factor: float = 1.0
+    key_momentum: float | None = None
+    queue: int | None = None
+    min_scale: float = 0.2
+    probe: str = "fast"
+    knn_evaluations: int = 10
+
+    drop_last: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.method not in CONTRASTIVE:
+            raise ValueError(f"method is {self.method!r}, but must be one of {', '.join(CONTRASTIVE)}.")
+        for name in CONTRASTIVE[self.method]:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is None, but must be a number for method {self.method!r}.")
+        if self.queue is not None and (self.queue < 1 or self.queue % self.batch_size):
+            raise ValueError(f"queue is {self.queue}, but must be a multiple of batch_size {self.batch_size}.")
+        if not 0 < self.min_scale <= 1:
+            raise ValueError(f"min_scale is {self.min_scale}, but must be above 0 and at most 1.")
+
+
+# Ways of learning without labels, and the numbers that each of them needs.
+CONTRASTIVE = {
+    "simclr": ("temperature",),
+    "moco-v2": ("temperature", "key_momentum", "queue"),
+    "byol": ("key_momentum",),
+}
+
+# Of contrastive poisoning's repository (ICLR 2023; kaiwenzha/contrastive-poisoning), at its batch of 512. It
+# multiplies the first two losses by temperature / 0.07. Its learning rate changes once an epoch after the warm-up,
+# ours at every step. Its views are normalised by mean and standard deviation, ours stay in [0, 1].
+_CP = {
+    "simclr": {"learning_rate": 0.5, "temperature": 0.5, "loss_factor": 0.5 / 0.07},
+    "moco-v2": {
+        "learning_rate": 0.3,
+        "temperature": 0.2,
+        "loss_factor": 0.2 / 0.07,
+        "key_momentum": 0.99,
+        "queue": 4096,
+    },
+    "byol": {"learning_rate": 1.0, "key_momentum": 0.999},
+}
+
+
+def _contrastive(method: str) -> tuple[ContrastiveRecipe, ...]:
+    """The recipes of one method; learning rates are proportional to the batch, a queue holds eight batches."""
+    cp = ContrastiveRecipe("cp", 1000, method=method, warmup=0.01, probe="cp", **_CP[method])
+
+    def shorter(name: str, epochs: int, batch_size: int, **changes) -> ContrastiveRecipe:
+        changes["learning_rate"] = cp.learning_rate * batch_size / cp.batch_size
+        if cp.queue is not None:
+            changes["queue"] = 8 * batch_size
+        if cp.key_momentum is not None:
+            changes["key_momentum"] = 0.99
+        return replace(cp, name=name, epochs=epochs, batch_size=batch_size, warmup=0.1, probe="fast", **changes)
+
+    return (
+        cp,
+        # Ours: a GPU in minutes.
+        shorter("fast", 200, 512, bfloat16=True),
+        # Ours: 10,000 images of CIFAR-10 on a CPU in an hour.
+        shorter("mini", 100, 128, bfloat16=True, width=16),
+        # Ours: digits, of which a small part or a mirror image is no digit.
+        shorter("digits", 25, 32, width=8, flip=False, min_scale=0.5),
+        shorter("smoke", 2, 8, width=8, max_steps_per_epoch=20, smoke=True),
+    )
+
+
+CONTRASTIVE_RECIPES = {method: {recipe.name: recipe for recipe in _contrastive(method)} for method in CONTRASTIVE}
+
+
+def recipes_of(method: str) -> dict[str, Recipe]:
+    """
+    The recipes of a way of learning, by name.
+
+    Args:
+        method (`str`): `"supervised"`, or one of `CONTRASTIVE`.
+
+    Raises:
+        ValueError: If there is no such method.
+    """
+    if method != "supervised" and method not in CONTRASTIVE_RECIPES:
+        raise ValueError(f"method is {method!r}, but must be one of supervised, {', '.join(CONTRASTIVE_RECIPES)}.")
+    return RECIPES if method == "supervised" else CONTRASTIVE_RECIPES[method]
+
+
+def get_recipe(recipe: str | Recipe, method: str = "supervised") -> Recipe:
     """
     A recipe by its name, or itself.
 
     Args:
-        recipe (`str` or [`Recipe`]): A name from `RECIPES`, or a recipe.
+        recipe (`str` or [`Recipe`]): A name from `recipes_of(method)`, or a recipe of that method.
+        method (`str`, defaults to `"supervised"`): The way of learning.
 
     Raises:
-        ValueError: If there is no recipe of that name.
+        ValueError: If there is no recipe of that name, or it is another method's.
     """
+    known = recipes_of(method)
     if isinstance(recipe, Recipe):
+        own = getattr(recipe, "method", "supervised")
+        if own != method:
+            raise ValueError(f"recipe is {recipe.name!r} of method {own!r}, but must be one of method {method!r}.")
         return recipe
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe is {recipe!r}, but must be one of {', '.join(RECIPES)}.")
-    return RECIPES[recipe]
+    if recipe not in known:
+        raise ValueError(f"recipe is {recipe!r}, but must be one of {', '.join(known)} for method {method!r}.")
+    return known[recipe]

@@ -25,10 +25,19 @@ class Supervised(Objective):
         network (`nn.Module`): Maps images (B, C, H, W) in [0, 1] to logits (B, num_classes).
         recipe ([`Recipe`]): Says how images are cropped and mirrored, and the precision.
         hooks ([`Hooks`]): Countermeasures while training.
+
+    Raises:
+        ValueError: If a hook replaces a contrastive loss.
     """
 
     def __init__(self, network: nn.Module, recipe: Recipe, hooks: Hooks):
         super().__init__()
+        replacing = hooks.replacing_loss
+        if replacing is not None and not hasattr(replacing, "loss"):
+            raise ValueError(
+                f"hooks holds a {type(replacing).__name__}, but must hold none that replaces a contrastive loss for "
+                "method 'supervised'."
+            )
         self.network = network
         self.recipe = recipe
         self.hooks = hooks

@@ -12,13 +12,16 @@ given.
     before_augmentation(images, generator) -> images         # (B, C, H, W) as stored: uint8, or float if so given
     before_forward(images, labels, generator) -> images, labels    # after augmentation: float in [0, 1]
     loss(model, images, labels, generator) -> scalar loss    # instead of the cross-entropy; one hook at most has it
+    contrastive_loss(objective, images, generator) -> scalar loss  # instead of a contrastive objective's; likewise
 
-Labels are class indices (B,) int64, or, once a hook has mixed them, probabilities (B, num_classes); a `loss` receives
-what the hooks before it left. Randomness comes from `generator`, which lives on the images' device and belongs to the
-hooks alone, so that a victim with hooks sees the same batches, crops and flips as one without. A hook keeps nothing
-from one epoch to the next, so that a training may go on from a checkpoint. What is done to each image once, before
-training (grey, JPEG, bit depth), is no hook: do it to the data set. For example, Mixup (Zhang et al., ICLR 2018)
-within the batch:
+A contrastive objective calls `before_forward` for each view, with labels None, and gives `contrastive_loss` the images
+(B, C, H, W) before any view is made, float in [0, 1], and its own generator of views; see [`contrastive`]. Labels are
+class indices (B,) int64, or, once a hook has mixed them, probabilities (B, num_classes); a `loss` receives what the
+hooks before it left. Randomness comes from `generator`, which lives on the images' device and belongs to the hooks
+alone, so that a victim with hooks sees the same batches, crops and flips as one without. A hook keeps nothing from one
+epoch to the next, so that a training may go on from a checkpoint. What is done to each image once, before training
+(grey, JPEG, bit depth), is no hook: do it to the data set. For example, Mixup (Zhang et al., ICLR 2018) within the
+batch:
 
     class Mixup:
         def __init__(self, num_classes):
@@ -50,7 +53,7 @@ from .checkpoints import Checkpoint, digest
 from .recipes import Recipe
 
 
-HOOK_METHODS = ("start_epoch", "epoch_images", "before_augmentation", "before_forward", "loss")
+HOOK_METHODS = ("start_epoch", "epoch_images", "before_augmentation", "before_forward", "loss", "contrastive_loss")
 
 
 class Objective(nn.Module):
@@ -100,7 +103,7 @@ class Hooks:
                     f"hooks holds a {type(hook).__name__}, but must hold objects with one or more of the methods "
                     f"{', '.join(HOOK_METHODS)}."
                 )
-        with_loss = [hook for hook in hooks if hasattr(hook, "loss")]
+        with_loss = [hook for hook in hooks if hasattr(hook, "loss") or hasattr(hook, "contrastive_loss")]
         if len(with_loss) > 1:
             names = " and ".join(type(hook).__name__ for hook in with_loss)
             raise ValueError(f"hooks holds {names}, but must hold at most one that replaces the loss.")
@@ -146,7 +149,7 @@ def train(
     seed: int = 0,
     device: str | torch.device = "cpu",
     hooks: Hooks | None = None,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
     checkpoint_dir: str | Path | None = None,
 ) -> list[dict[str, float]]:
@@ -164,7 +167,8 @@ def train(
         seed (`int`, defaults to 0): Of the order of the images, the augmentation and dropout.
         device (`str` or `torch.device`, defaults to `"cpu"`): Where it runs.
         hooks ([`Hooks`], *optional*): Countermeasures while training, with the same seed and device.
-        evaluate (`Callable`, *optional*): Called after each epoch, in eval mode; what it returns enters the history.
+        evaluate (`Callable`, *optional*): Called with the number of each epoch (from 1) after it, in eval mode; what
+            it returns enters the history.
         progress (`Callable`, *optional*): Called with each entry of the history as soon as it is there.
         checkpoint_dir (`str` or `Path`, *optional*): Folder for `training.safetensors`, which is replaced after each
             epoch. The same call goes on from it. It has the hooks' names, not their settings: give each training a
@@ -210,7 +214,7 @@ def train(
                     f"learning_rate {recipe.learning_rate} does not converge on these images; try a lower one."
                 )
             entry = {"epoch": epoch + 1, "learning_rate": learning_rate, "train_loss": train_loss}
-            entry |= {} if evaluate is None else evaluate()
+            entry |= {} if evaluate is None else evaluate(epoch + 1)
             history.append(entry | {"seconds": time.perf_counter() - start})
             if checkpoint is not None:
                 checkpoint.save(history)
@@ -281,7 +285,7 @@ def _seeds(seed: int) -> tuple[int, int]:
 def _batches(order: torch.Tensor, recipe: Recipe) -> list[torch.Tensor]:
     batches = list(order.split(recipe.batch_size))
     # Batch normalisation has nothing to normalise in a last batch of one image.
-    if len(batches[-1]) == 1 and len(batches) > 1:
+    if len(batches[-1]) < (recipe.batch_size if recipe.drop_last else 2) and len(batches) > 1:
         batches.pop()
     return batches[: recipe.max_steps_per_epoch]
 
@@ -304,6 +308,8 @@ def _optimizer(
         return optimizer, torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: (1 + math.cos(math.pi * (step // steps_per_epoch) / recipe.epochs)) / 2
         )
+    if recipe.schedule == "warmup_cosine":
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(recipe, steps_per_epoch))
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         recipe.learning_rate,
@@ -311,6 +317,21 @@ def _optimizer(
         pct_start=recipe.warmup,
         cycle_momentum=False,
     )
+
+
+def _warmup_cosine(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
+    """The factor of the learning rate at each step."""
+    steps = recipe.epochs * steps_per_epoch
+    rising = recipe.warmup * steps
+    first, last = 0.01 / recipe.learning_rate, 1e-3
+
+    def cosine(step: float) -> float:
+        return last + (1 - last) * (1 + math.cos(math.pi * step / steps)) / 2
+
+    def factor(step: int) -> float:
+        return cosine(step) if step >= rising else first + (cosine(rising) - first) * step / rising
+
+    return factor
 
 
 def _request(

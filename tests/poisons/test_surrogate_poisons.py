@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from jcdp_diffusers import poisons, victims
+from jcdp_diffusers import poisons, saved_state, victims
 from jcdp_diffusers.poisons import checkpoint, emn, remn, surrogate, tap
 from jcdp_diffusers.poisons.emn import EMNSettings
 from jcdp_diffusers.poisons.remn import REMNSettings
@@ -277,7 +277,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(name, saves, images, 
         if count == saves:
             raise Interrupted
 
-    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(saved_state, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(checkpoint.Checkpoint, "save", save_and_stop)
     with pytest.raises(Interrupted):
         poisons.get(name)(images, labels, preset=settings, checkpoint_dir=tmp_path)

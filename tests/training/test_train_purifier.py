@@ -268,6 +268,27 @@ def test_fine_tuning_keeps_the_schedule(tmp_path, photos, base):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", lambda whole: whole[:-1]),
+        ("unet/diffusion_pytorch_model.safetensors", lambda whole: whole[: len(whole) // 2]),
+        ("unet/config.json", lambda whole: whole[:40]),
+        ("scheduler/scheduler_config.json", lambda whole: b"\xff"),
+        ("model_index.json", lambda whole: b"[]"),
+        ("trained_on.json", lambda whole: b"[]"),
+    ],
+)
+def test_a_damaged_base_is_named(tmp_path, photos, base, name, content):
+    damaged = tmp_path / "base"
+    shutil.copytree(base, damaged)
+    whole = (damaged / name).read_bytes() if (damaged / name).exists() else b""
+    (damaged / name).write_bytes(content(whole))
+    with pytest.raises(ValueError, match=r"(pretrained is '.*base'|trained_on\.json is damaged)"):
+        run_here(*options(photos, damaged, tmp_path / "out", max_train_steps=1))
+    assert not (tmp_path / "out").exists()
+
+
 def test_fine_tuning_keeps_the_colour_of_the_noise(tmp_path, photos, base, capsys):
     coloured = tmp_path / "coloured"
     shutil.copytree(base, coloured)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from digits import QUICK
 
-from jcdp_diffusers.victims import RECIPES, train_model
+from jcdp_diffusers.victims import RECIPES, Recipe, train_model
 
 
 def rates(recipe, steps=3):
@@ -34,6 +34,17 @@ def test_apbench_schedule():
 def test_cosine_schedule(name):
     closed_form = [0.05 * (1 + math.cos(math.pi * epoch / 60)) for epoch in range(60)]
     assert rates(RECIPES[name]) == pytest.approx(closed_form)
+
+
+def test_warmup_cosine_schedule():
+    recipe = Recipe("rising", 20, batch_size=4, learning_rate=0.5, schedule="warmup_cosine", warmup=0.1)
+    steps = 3 * 20
+
+    def cosine(step):
+        return 0.0005 + (0.5 - 0.0005) * (1 + math.cos(math.pi * step / steps)) / 2
+
+    expected = [0.01, 0.01 + (cosine(6) - 0.01) / 2, *(cosine(step) for step in range(6, steps, 3))]
+    assert rates(recipe) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["fast", "mini", "digits"])

@@ -55,10 +55,10 @@ def test_the_history_has_what_evaluate_returns():
         torch.rand(8, 1, 2, 2),
         None,
         recipe=dataclasses.replace(QUICK, epochs=2),
-        evaluate=lambda: {"knn": 0.5},
+        evaluate=lambda epoch: {"knn": epoch / 2},
         progress=seen.append,
     )
-    assert seen == history and [entry["knn"] for entry in history] == [0.5, 0.5]
+    assert seen == history and [entry["knn"] for entry in history] == [0.5, 1.0]
     assert list(history[0]) == ["epoch", "learning_rate", "train_loss", "knn", "seconds"]
 
 
