@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -24,6 +25,9 @@ from hub_server import HubServer
 from tiny import tiny_unet
 
 from jcdp_diffusers import GuidedDDPMScheduler, JointConditionalPurificationPipeline, LPIPSModel, PurificationConfig
+from jcdp_diffusers.countermeasures.purifiers import check_purifier
+from jcdp_diffusers.data import LabelledImages
+from jcdp_diffusers.purify.dataset import purify_to_folder
 from jcdp_diffusers.repository import check_folder, only_variant, read_json
 
 
@@ -84,6 +88,23 @@ def test_a_square_sample_size_may_be_a_list(folder, ddpm_folder):
     oblong = tiny_unet()
     oblong.register_to_config(sample_size=[32, 64])
     assert list(Pipeline(oblong, DDPMScheduler()).unet.config.sample_size) == [32, 64]
+
+
+@pytest.mark.parametrize("size", [None, [32, 64]])
+def test_a_size_that_is_no_square_is_asked_for(size, tmp_path):
+    unet = tiny_unet()
+    unet.register_to_config(sample_size=size)
+    pipe, images = Pipeline(unet, DDPMScheduler()), np.zeros((2, 32, 32, 3), np.uint8)
+    options = dict(output_dir=tmp_path, diffusion_steps=2, progress=False)
+    with pytest.raises(ValueError, match=f"image_size is None, .*sample_size .*{re.escape(str(size))}"):
+        purify_to_folder(images, pipe, **options)
+    assert purify_to_folder(images, pipe, image_size=32, **options)["rows_out"] == 2
+    data = LabelledImages(images, np.zeros(2, int), ("a", "b"))
+    if size is None:
+        check_purifier(pipe, data)
+    else:
+        with pytest.raises(ValueError, match="purifier was trained on 32x64"):
+            check_purifier(pipe, data)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}])
