@@ -52,7 +52,7 @@ def within_unit_range(images: np.ndarray | torch.Tensor) -> np.ndarray | torch.T
     limits = torch.finfo(images.dtype) if isinstance(images, torch.Tensor) else np.finfo(images.dtype)
     tolerance = max(ROUNDING, float(limits.eps))
     if low < -tolerance or high > 1 + tolerance:
-        raise ValueError(f"images has values from {low:.9g} to {high:.9g}, but must lie in [0, 1].")
+        raise ValueError(f"images has values from {low:.7g} to {high:.7g}, but must lie in [0, 1].")
     return images.clip(0, 1) if low < 0 or high > 1 else images
 
 

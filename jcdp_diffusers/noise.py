@@ -125,7 +125,16 @@ def coloured(noise: torch.Tensor, corner: float) -> torch.Tensor:
 
 
 def times_covariance(gradient: torch.Tensor, corner: float) -> torch.Tensor:
-    """The covariance of `coloured` noise, over that of white noise, times a vector, both of shape (B, C, H, W)."""
+    """
+    The covariance of `coloured` noise, over that of white noise, times a vector.
+
+    Args:
+        gradient (`torch.Tensor`): The vector, shape (B, C, H, W).
+        corner (`float`): As for `coloured`; at 0 the covariance is the identity.
+
+    Returns:
+        `torch.Tensor`: Same shape.
+    """
     return gradient if corner == 0 else _filtered(gradient, _spectrum(gradient, corner))
 
 
@@ -155,7 +164,15 @@ def _filtered(images: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
 
 
 def content_id(image: torch.Tensor) -> str:
-    """Id of an image by its content: blake2b of shape and bytes of the 8-bit image (uint8, shape (C, H, W))."""
+    """
+    Id of an image by its content.
+
+    Args:
+        image (`torch.Tensor`): uint8, shape (C, H, W), on the CPU.
+
+    Returns:
+        `str`: 32 hexadecimal digits, blake2b of its shape and bytes.
+    """
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
     digest.update(image.contiguous().numpy().tobytes())
     return digest.hexdigest()

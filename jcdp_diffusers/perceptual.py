@@ -20,6 +20,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from .repository import check_safetensors, check_weights, read_json
+
 
 class Fire(nn.Module):
     """SqueezeNet's block: a 1x1 squeeze, then a 1x1 and a 3x3 expansion side by side (Iandola et al., 2016)."""
@@ -90,8 +92,17 @@ _OF_LPIPS = ("alex", "vgg", "squeeze")
 
 
 def convolve_blocks(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """A convolution with stride s as one with stride 1 of blocks of s x s pixels, each a pixel of s^2 times the
-    channels, by a kernel that is padded to whole blocks."""
+    """
+    A convolution with stride s as one with stride 1 of blocks of s x s pixels, each a pixel of s^2 times the channels,
+    by a kernel that is padded to whole blocks.
+
+    Args:
+        layer (`nn.Conv2d`): Its stride, kernel and padding are the same in both directions.
+        x (`torch.Tensor`): (B, C, H, W).
+
+    Returns:
+        `torch.Tensor`: (B, C', H', W'), as the layer itself gives but for rounding.
+    """
     stride, kernel, padding = layer.stride[0], layer.kernel_size[0], layer.padding[0]
     whole = -(-kernel // stride) * stride
     height, width = (((side + 2 * padding - kernel) // stride) * stride + whole for side in x.shape[-2:])
@@ -103,7 +114,16 @@ def convolve_blocks(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 def convolution_matrix(layer: nn.Conv2d, channels: int, height: int, width: int) -> torch.Tensor:
-    """The matrix that maps (H, W, C) to (H', W', C'), both flattened, as the convolution does without its bias."""
+    """
+    The matrix that does what a convolution does without its bias.
+
+    Args:
+        layer (`nn.Conv2d`): Of the trunk.
+        channels, height, width (`int`): C, H and W of its input.
+
+    Returns:
+        `torch.Tensor`: From (H, W, C), flattened, to (H', W', C'), flattened: shape (H W C, H' W' C').
+    """
     values = channels * height * width
     basis = torch.eye(values).to(layer.weight).view(values, height, width, channels).permute(0, 3, 1, 2)
     columns = F.conv2d(basis, layer.weight, None, layer.stride, layer.padding)
@@ -127,9 +147,10 @@ class LPIPSModel(ModelMixin, ConfigMixin):
     float32 under `.to(dtype)`: normalised features divide by lengths that half precision rounds to zero.
 
     Args:
-        trunk (`str`): `"alex"`, `"vgg"` (VGG16), `"squeeze"` (SqueezeNet 1.1), or `"squeezenet1_0"`, for which no
-            heads were ever published.
-        calibrated (`bool`): With the published heads' shape (weights are random until loaded), or plain features.
+        trunk (`str`, defaults to `"alex"`): `"alex"`, `"vgg"` (VGG16), `"squeeze"` (SqueezeNet 1.1), or
+            `"squeezenet1_0"`, for which no heads were ever published.
+        calibrated (`bool`, defaults to `True`): With the published heads' shape (weights are random until loaded), or
+            plain features.
     """
 
     _keep_in_fp32_modules = ["layers", "heads"]
@@ -168,12 +189,12 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         import lpips
 
         if isinstance(net, str) and net not in _OF_LPIPS:
-            raise ValueError(f"net is {net!r}, but must be one of {', '.join(_OF_LPIPS)}, or a network of lpips.")
+            raise ValueError(f"net is {net!r}, but must be one of {_OF_LPIPS}, or a network of lpips.")
         try:
             source = lpips.LPIPS(net=net, verbose=False) if isinstance(net, str) else net
         except OSError as error:  # URLError is one
             raise OSError(
-                f"the ImageNet trunk of net {net!r} could not be downloaded ({error}): load it once where there is a "
+                f"net is {net!r}, but must be one whose trunk can be downloaded ({error}): load it where there is a "
                 "network and save it with save_pretrained, or take from_trunk_file."
             ) from error
         model = cls(trunk=source.pnet_type.removesuffix("16"), calibrated=bool(source.lpips))
@@ -194,19 +215,26 @@ class LPIPSModel(ModelMixin, ConfigMixin):
 
         Args:
             path (`str` or `os.PathLike`): A safetensors file of a torchvision classifier (keys `features.0.weight`,
-                ...).
-            trunk (`str`): Which network it holds.
+                ...), in any float type.
+            trunk (`str`, defaults to `"squeezenet1_0"`): Which network it holds.
+
+        Raises:
+            ValueError: If the file is broken, or does not hold that network; the sentence names it.
         """
         from safetensors.torch import load_file
 
+        check_safetensors(path)
         model = cls(trunk=trunk, calibrated=False)
-        wanted = set(model.layers.state_dict())
-        state = {key.removeprefix("features."): value for key, value in load_file(path).items()}
-        if missing := sorted(wanted - set(state)):
-            raise ValueError(
-                f"path is {os.fspath(path)!r}, but a {trunk} trunk needs the key 'features.{missing[0]}' in it."
-            )
-        model.layers.load_state_dict({key: state[key] for key in wanted})
+        found = {key.removeprefix("features."): value for key, value in load_file(path).items()}
+        for key, weight in model.layers.state_dict().items():
+            if key not in found:
+                raise ValueError(f"path is {os.fspath(path)!r}, but must hold 'features.{key}' for a {trunk} trunk.")
+            if found[key].shape != weight.shape:
+                raise ValueError(
+                    f"path is {os.fspath(path)!r}, where 'features.{key}' has shape {tuple(found[key].shape)}, but "
+                    f"must have {tuple(weight.shape)} for a {trunk} trunk."
+                )
+        model.layers.load_state_dict({key: found[key] for key in model.layers.state_dict()})
         return model
 
     def _apply(self, fn, recurse=True):
@@ -221,8 +249,8 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         """Refuse images that leave a feature map of the trunk empty."""
         if min(height, width) < self.smallest_input:
             raise ValueError(
-                f"images are {height}x{width}, but trunk {self.config.trunk!r} needs at least "
-                f"{self.smallest_input}x{self.smallest_input} pixels: enlarge them first or choose another trunk."
+                f"images are {height}x{width}, but must be at least {self.smallest_input}x{self.smallest_input} for "
+                f"the trunk {self.config.trunk!r}: enlarge them first or choose another trunk."
             )
 
     def maps(self, images: torch.Tensor, *, rearranged: bool = False) -> list[torch.Tensor]:
@@ -292,14 +320,27 @@ class LPIPSModel(ModelMixin, ConfigMixin):
 
 def load_perceptual(name: str | os.PathLike) -> LPIPSModel:
     """
-    The network of the perceptual guide, as commands and grids name it.
+    The network of the perceptual guide, as commands, grids and purifiers' folders name it.
 
     Args:
         name (`str` or `os.PathLike`): `alex`, `vgg` or `squeeze` of the `lpips` package; a folder with an
             `LPIPSModel`; or a safetensors file of torchvision's SqueezeNet 1.0.
+
+    Raises:
+        ValueError: If it is none of these, or a file is broken; the sentence names the file.
     """
     if Path(name).is_dir():
-        return LPIPSModel.from_pretrained(name)
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(f"perceptual is {os.fspath(name)!r}, but must hold a config.json, that of an LPIPSModel.")
+        read_json(Path(name) / "config.json")
+        check_weights(Path(name))
+        try:
+            return LPIPSModel.from_pretrained(name)
+        except Exception as error:  # whatever diffusers says of files that nobody here has written
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"perceptual is {os.fspath(name)!r}, but must hold an LPIPSModel that can be loaded ({reason:.300})."
+            ) from error
     if Path(name).is_file():
         return LPIPSModel.from_trunk_file(name)
     if name not in _OF_LPIPS:

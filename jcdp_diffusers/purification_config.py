@@ -252,6 +252,9 @@ def _at_most(evaluations: int | tuple[int, ...] | None, steps: int) -> int | tup
 # m = (2 * 8 / 255) / 3 / 70000: one image's share of 1/m is 1 / (500 m). GDMP: batch 100, scale 60000.
 _CODE_SCALE = 70_000 * 3 * 255 / (2 * 8) / 500
 _GDMP_SCALE = 60_000 * 3 * 255 / (2 * 8) / 100
+# At t = 0 both programs have a variance of 5.4532e-5, that of the posterior at t = 1, where diffusers' fixed_large has
+# beta_0 = 1.0e-4.
+_FINAL_VARIANCE_FACTOR = 0.545317
 
 # Published ones are what their papers have with a purifier of white noise alone: see `noise_corner`.
 PRESETS = {
@@ -273,7 +276,7 @@ PRESETS = {
         perceptual_network="lpips-alex",
     ),
     # What the authors' released code does (jiangw-0/LE_JCDP): the pixel guide at t = 19..11, the perceptual one at
-    # 10..0. At t = 0 its variance is 5.4532e-5, where diffusers' fixed_large has beta_0 = 1.0e-4.
+    # 10..0.
     "code": PurificationConfig(
         diffusion_steps=20,
         num_rounds=4,
@@ -284,17 +287,20 @@ PRESETS = {
         perceptual_guidance_window=(0, 10),
         reference="fresh",
         start_one_level_higher=True,
-        final_variance_factor=0.545317,
+        final_variance_factor=_FINAL_VARIANCE_FACTOR,
         variance_type="fixed_large",
         perceptual_network="lpips-alex",
     ),
-    # Guided Diffusion Model for Purification (Wang et al., 2022): the pixel guide alone, at every step.
+    # Guided Diffusion Model for Purification (Wang et al., 2022): the pixel guide alone, at every step; start and
+    # variance at t = 0 as in "code", which was made from its program.
     "gdmp": PurificationConfig(
         diffusion_steps=36,
         num_rounds=4,
         pixel_guidance_scale=_GDMP_SCALE,
         guidance_strength="noise_to_signal",
         reference="fresh",
+        start_one_level_higher=True,
+        final_variance_factor=_FINAL_VARIANCE_FACTOR,
         variance_type="fixed_large",
     ),
 }

@@ -130,7 +130,8 @@ def guided(scheduler) -> GuidedDDPMScheduler:
             "DDPMScheduler or a DDIMScheduler has."
         )
     known = inspect.signature(DDPMScheduler.__init__).parameters
-    return GuidedDDPMScheduler.from_config({k: v for k, v in settings_of(scheduler).items() if k in known})
+    settings = {name: value for name, value in settings_of(scheduler).items() if name in known and value is not None}
+    return GuidedDDPMScheduler.from_config(settings)
 
 
 def settings_of(scheduler: DDPMScheduler) -> dict:

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import functools
 import inspect
@@ -224,6 +225,39 @@ class WavyUNet(ZeroUNet):
         return (0.2 * torch.sin(3 * sample),)
 
 
+def published_loop(images, steps, rounds, scale, slope):
+    """
+    Guided diffusion as OpenAI's code has it, for seed 9 and ids a, b, c and d, in float64.
+
+    Args:
+        images: float tensor in [0, 1].
+        steps, rounds: each round starts at abar[steps] and denoises from t = steps - 1.
+        scale: of the guide, times sqrt((1 - abar_t) / abar_t).
+        slope: from x_t, the reference at t and t to the gradient of the distance, per image.
+    """
+    beta = np.linspace(1e-4, 0.02, 1000)
+    bar = np.cumprod(1 - beta)
+    variance = np.append(beta[1] * (1 - bar[0]) / (1 - bar[1]), beta[1:])
+    keys = image_keys(9, list("abcd"))
+    protected = 2 * images.double().numpy() - 1
+    x = protected
+    for turn in range(rounds):
+        noise = lambda step, use: (
+            normal_noise(keys, (3, 32, 32), round_index=turn, step_index=step, use=use).double().numpy()
+        )
+        x = math.sqrt(bar[steps]) * x + math.sqrt(1 - bar[steps]) * noise(0, "start")
+        for index, t in enumerate(range(steps - 1, -1, -1)):
+            previous = bar[t - 1] if t else 1.0
+            original = np.clip((x - math.sqrt(1 - bar[t]) * 0.2 * np.sin(3 * x)) / math.sqrt(bar[t]), -1, 1)
+            mean = beta[t] * math.sqrt(previous) / (1 - bar[t]) * original
+            mean += (1 - previous) * math.sqrt(1 - beta[t]) / (1 - bar[t]) * x
+            r = math.sqrt(bar[t]) * protected + math.sqrt(1 - bar[t]) * noise(index, "reference")
+            x = mean - variance[t] * scale * math.sqrt((1 - bar[t]) / bar[t]) * slope(x, r, t)
+            if t:
+                x = x + math.sqrt(variance[t]) * noise(index, "variance")
+    return torch.from_numpy(np.clip(x / 2 + 0.5, 0, 1)).float()
+
+
 class TestMethod:
     @pytest.mark.parametrize("corner", [0.0, 8.0])
     def test_without_guides_it_is_plain_ddpm_from_the_noised_image(self, plain, corner):
@@ -249,7 +283,7 @@ class TestMethod:
                     x = x + scheduler._get_variance(t).sqrt() * (noise(index, "variance") - own)
         torch.testing.assert_close(result, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=2e-6)
 
-    def test_one_cycle_of_code_is_the_authors_loop(self):
+    def test_code_is_the_authors_loop(self):
         """
         The formulas of the released code in plain NumPy float64 and the lpips package, the off-by-one included: start
         at abar[20], denoise 19..0; pixel guide at 19..11 and perceptual at 10..0 with scale K g(t) on the batch mean
@@ -263,42 +297,22 @@ class TestMethod:
         with torch.no_grad():  # features of a random trunk are close together: the guide would be lost in rounding
             for head in distance.lins:
                 head.model[-1].weight *= 1000
-        images, ids, size = photos(4), list("abcd"), 3 * 32 * 32
         # fixed_small: the preset brings its own variance
         pipe = quiet(Pipeline(WavyUNet(), DDPMScheduler(), LPIPSModel.from_lpips(distance)))
-        options = dict(seed=9, ids=ids, micro_batch_size=4, output_type="pt")
-        result = pipe(images, preset="code", num_rounds=1, **options).images
+        distance = copy.deepcopy(distance).double()
+        images, options = photos(4), dict(seed=9, ids=list("abcd"), micro_batch_size=4, output_type="pt")
+        result = pipe(images, preset="code", **options).images
         assert pipe.scheduler.config.variance_type == "fixed_small"
 
-        beta = np.linspace(1e-4, 0.02, 1000)
-        bar = np.cumprod(1 - beta)
-        posterior_1 = beta[1] * (1 - bar[0]) / (1 - bar[1])
-        keys = image_keys(9, ids)
-        noise = lambda step, use: (
-            normal_noise(keys, (3, 32, 32), round_index=0, step_index=step, use=use).double().numpy()
-        )
-        protected = 2 * images.double().numpy() - 1
-        x = math.sqrt(bar[20]) * protected + math.sqrt(1 - bar[20]) * noise(0, "start")
-        k_over_batch = 1 / ((8 * 2 / 255) / 3 / 70000) / 500
-        for index, t in enumerate(range(19, -1, -1)):
-            previous = bar[t - 1] if t else 1.0
-            original = np.clip((x - math.sqrt(1 - bar[t]) * 0.2 * np.sin(3 * x)) / math.sqrt(bar[t]), -1, 1)
-            mean = beta[t] * math.sqrt(previous) / (1 - bar[t]) * original
-            mean += (1 - previous) * math.sqrt(1 - beta[t]) / (1 - bar[t]) * x
-            variance = beta[t] if t else posterior_1
-            scale = k_over_batch * math.sqrt((1 - bar[t]) / bar[t])
-            r = math.sqrt(bar[t]) * protected + math.sqrt(1 - bar[t]) * noise(index, "reference")
+        def slope(x, r, t):
             if t > 10:
-                slope = 2 * (x - r) / size
-            else:
-                leaf = torch.tensor(x, dtype=torch.float32, requires_grad=True)
-                distances = distance(leaf, torch.tensor(r, dtype=torch.float32))
-                slope = torch.autograd.grad(distances.sum(), leaf)[0].double().numpy()
-            x = mean - variance * scale * slope
-            if t:
-                x = x + math.sqrt(variance) * noise(index, "variance")
-        expected = torch.from_numpy(np.clip(x / 2 + 0.5, 0, 1)).float()
-        torch.testing.assert_close(result, expected, rtol=0, atol=5e-5)
+                return 2 * (x - r) / x[0].size
+            leaf = torch.tensor(x, requires_grad=True)
+            return torch.autograd.grad(distance(leaf, torch.tensor(r)).sum(), leaf)[0].numpy()
+
+        k_over_batch = 1 / ((8 * 2 / 255) / 3 / 70000) / 500
+        expected = published_loop(images, 20, 4, k_over_batch, slope)
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)
 
         for change in (
             dict(perceptual_guidance_scale=PRESETS["code"].perceptual_guidance_scale / 2),
@@ -306,13 +320,29 @@ class TestMethod:
             dict(final_variance_factor=1.0),
             dict(pixel_guidance_window=(10, 19), perceptual_guidance_window=(0, 9)),
         ):
-            other = pipe(images, preset=dataclasses.replace(PRESETS["code"], num_rounds=1, **change), **options).images
+            other = pipe(images, preset=dataclasses.replace(PRESETS["code"], **change), **options).images
             assert (other - expected).abs().max() > 1e-4, change  # or this test would not see it
 
-    @pytest.mark.parametrize(("preset", "level"), [("code", 20), ("paper", 19), ("gdmp", 35), ("unconditional", 99)])
+    def test_gdmp_is_its_authors_loop(self):
+        """
+        GuidedDiffusionPur in plain NumPy float64: four times from abar[36], denoise 35..0 with the pixel guide at
+        every step, scale 60000 on the batch mean of 100; the rest as in the code that was made from it.
+        """
+        pipe = quiet(Pipeline(WavyUNet(), DDPMScheduler(variance_type="fixed_large")))
+        images, options = photos(4), dict(seed=9, ids=list("abcd"), output_type="pt")
+        result = pipe(images, preset="gdmp", **options).images
+        k_over_batch = 1 / ((8 * 2 / 255) / 3 / 60000) / 100
+        expected = published_loop(images, 36, 4, k_over_batch, lambda x, r, t: 2 * (x - r) / x[0].size)
+        torch.testing.assert_close(result, expected, rtol=0, atol=3e-6)
+        # The factor acts at t = 0 alone, where the guide is weak.
+        for change, least in ((dict(start_one_level_higher=False), 1e-2), (dict(final_variance_factor=1.0), 1e-5)):
+            other = pipe(images, preset=dataclasses.replace(PRESETS["gdmp"], **change), **options).images
+            assert (other - expected).abs().max() > least, change
+
+    @pytest.mark.parametrize(("preset", "level"), [("code", 20), ("paper", 19), ("gdmp", 36), ("unconditional", 99)])
     def test_where_each_preset_starts(self, preset, level):
         """
-        Only `code` starts one level above the first timestep. A grey image (0) and start noise 1 make x the level.
+        `code` and `gdmp` start one level above the first timestep. A grey image (0) and start noise 1 make x the level.
         """
         pipe = quiet(Pipeline(ZeroUNet(), DDPMScheduler(variance_type="fixed_large")))
         pipe.prepare_noise = lambda *a: (
@@ -688,7 +718,7 @@ class TestCall:
         calls = []
         pipe = quiet(Pipeline(tiny_unet(size=16), DDPMScheduler(), network))
         pipe.unet.register_forward_hook(lambda *a: calls.append(1))
-        with pytest.raises(ValueError, match="images are 16x16, but trunk 'alex' needs at least 31x31 pixels"):
+        with pytest.raises(ValueError, match="images are 16x16, but must be at least 31x31 for the trunk"):
             pipe(photos(1, 16), preset="code")
         pipe = quiet(Pipeline(tiny_unet(), DDPMScheduler(variance_type="learned_range")))
         pipe.unet.register_forward_hook(lambda *a: calls.append(1))
@@ -850,3 +880,75 @@ def test_the_example_of_the_docstring_runs(ddpm_folder, tmp_path, monkeypatch):
     found = {}
     exec(code.replace("google/ddpm-cifar10-32", str(ddpm_folder)), found)
     assert Image.open("purified.png").size == (32, 32) and found["closer"].size == (32, 32)
+
+
+def picture(mode, alpha=255):
+    """A coloured picture in a mode that holds it without loss; grey modes hold a grey one."""
+    draw = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    colour = Image.fromarray(draw // 64 * 64)
+    grey = Image.fromarray(draw[..., 0])
+    if mode == "P":
+        return colour.quantize(64)
+    if mode == "1":
+        return grey.convert("1")
+    if mode == "RGB with a transparent colour":
+        colour.info["transparency"] = (1, 2, 3)  # which no pixel has
+        return colour
+    base = grey if mode in ("L", "LA") else colour
+    if "A" in mode:
+        base.putalpha(alpha)
+    return base
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "RGB with a transparent colour"])
+def test_pictures_that_lose_nothing_as_rgb_are_taken(plain, mode):
+    given = picture(mode)
+    options = dict(seed=0, ids=["a"], diffusion_steps=2, output_type="pt")
+    expected = plain([given.convert("RGB")], **options).images
+    assert torch.equal(plain([given], **options).images, expected)
+    assert torch.equal(plain([given, picture("RGB")], **options | {"ids": ["a", "b"]}).images[:1], expected)
+
+
+def test_pictures_that_lose_nothing_as_grey_are_taken():
+    grey = quiet(Pipeline(tiny_unet(1), DDPMScheduler()))
+    options = dict(seed=0, ids=["a"], diffusion_steps=2, output_type="pt")
+    for mode in ("LA", "1"):
+        given = picture(mode)
+        assert torch.equal(grey([given], **options).images, grey([given.convert("L")], **options).images)
+    with pytest.raises(ValueError, match="images has a PIL image of mode 'RGBA', but must have mode 'L'"):
+        grey([picture("RGBA")])
+
+
+def test_pictures_that_would_lose_something_are_refused(plain):
+    corner = picture("RGBA")
+    corner.putpixel((0, 0), (1, 2, 3, 254))
+    glass = picture("P")
+    glass.info["transparency"] = glass.getpixel((5, 5))
+    for given, mode in ((picture("RGBA", 0), "RGBA"), (picture("LA", 128), "LA"), (corner, "RGBA"), (glass, "P")):
+        with pytest.raises(ValueError, match=f"images has a PIL image of mode '{mode}' with transparency"):
+            plain([given], seed=0, diffusion_steps=2)
+    with pytest.raises(ValueError, match="images has a PIL image of mode 'F', but must have mode 'RGB'"):
+        plain([Image.new("F", (32, 32))])
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "float16", "bfloat16", "numpy float32", "numpy float16"])
+def test_what_rounding_leaves_outside_the_unit_range_is_taken(plain, kind):
+    options = dict(seed=0, ids=["a"], diffusion_steps=2, output_type="pt")
+    images = photos(1)
+    images[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    name = kind.split()[-1]
+    inside = images.to(getattr(torch, name))
+    outside = inside.clone()
+    outside[0, 0, 0, :2] += torch.tensor([-1.0, 1.0]).to(inside) * max(2.0**-22, torch.finfo(inside.dtype).eps)
+    assert outside.min() < 0 and outside.max() > 1
+    if "numpy" in kind:
+        inside, outside = (each.permute(0, 2, 3, 1).numpy() for each in (inside, outside))
+    assert np.array_equal(plain(outside, **options).images, plain(inside, **options).images)
+
+
+@pytest.mark.parametrize("off", [-2e-5, 2e-5])
+def test_what_rounding_cannot_leave_is_refused_with_its_value(plain, off):
+    images = photos(1).clamp(0.1, 0.9)
+    images[0, 0, 0, 0] = off if off < 0 else 1 + off
+    with pytest.raises(ValueError, match=r"images has values from (-2e-05 to 0\.9|0\.1 to 1\.00002), but must lie"):
+        plain(images)

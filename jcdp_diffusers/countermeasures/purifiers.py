@@ -69,6 +69,8 @@ def check_purifier(pipe: JointConditionalPurificationPipeline, images: LabelledI
     """
     height, width, channels = images.images.shape[1:]
     size = pipe.unet.config.sample_size
+    if size is None:  # the network says nothing of a size
+        size = height, width
     size = (size, size) if isinstance(size, int) else tuple(size)
     if pipe.unet.config.in_channels != channels:
         raise ValueError(

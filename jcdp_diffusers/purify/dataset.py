@@ -345,9 +345,10 @@ def _changed_at(path: Path) -> int | None:
 
 
 def _image_size(pipe: JointConditionalPurificationPipeline, image_size: int | None) -> int:
-    size = image_size or pipe.unet.config.sample_size
+    size = pipe.unet.config.sample_size if image_size is None else image_size
     if not isinstance(size, int) or size < 1:
-        raise ValueError(f"image_size is {size}, but must be the side of a square in pixels.")
+        why = f": the sample_size of this purifier's unet is {size}" if image_size is None else ""
+        raise ValueError(f"image_size is {image_size}, but must be the side of a square in pixels{why}.")
     multiple = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     if size % multiple:
         raise ValueError(f"image_size is {size}, but must be a multiple of {multiple} for this UNet.")
