@@ -20,7 +20,6 @@ from .audit.run import BEGUN_NAME, OWN_NAMES, carry_out
 from .audit.settings import AuditSettings
 from .data import LabelledImages, write_dataset
 from .data.examples import cifar10, digits
-from .devices import available_cores
 from .outputs import check_output_folder, public_name, write_atomically
 from .poisons.protect import protect_dataset, read_card
 from .purification_config import PurificationConfig
@@ -161,7 +160,7 @@ def run_quickstart(
         output_dir,
         reading={"image_size": None, "channels": 3, "options": {}},
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        processes=available_cores() if processes is None else processes,
+        processes=processes,
         command=command or "jcdp_diffusers.quickstart.run_quickstart(...)",
         say=say,
     )

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from ..data import LabelledImages
-from ..devices import available_cores
 from ..outputs import check_output_folder, public_name, write_atomically
 from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions
@@ -107,7 +106,7 @@ def audit(
         Path(output_dir),
         reading={"image_size": image_size, "channels": channels, "options": load_options or {}},
         device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        processes=available_cores() if processes is None else processes,
+        processes=processes,
         command=command or "jcdp_diffusers.audit.audit(...) with the settings above",
         say=say,
     )
@@ -121,7 +120,7 @@ def carry_out(
     *,
     reading: Mapping[str, Any],
     device: torch.device,
-    processes: int,
+    processes: int | None,
     command: str,
     say: Callable[[str], None],
 ) -> dict:

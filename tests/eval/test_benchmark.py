@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from purifying import quick_pipe
 from sklearn.datasets import load_digits
 
 from eval import benchmark, figures, tables
+from jcdp_diffusers import trials
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
@@ -290,9 +292,9 @@ def test_a_purifier_of_another_size_is_refused(source, tmp_path):
         benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
 
 
-def test_processes_of_a_launcher_share_the_cells_and_one_trains_the_purifier(source, tmp_path):
+def test_ranks_of_a_launcher_share_the_trials_and_one_trains_the_purifier(source, tmp_path):
     """Were they a group, the one that trains would wait for the other for ever."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     grid = grid_file(tmp_path, source, seeds=[0])
     asked = [*launcher, benchmark.__file__, str(grid), "--output", str(tmp_path / "out"), "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
@@ -375,3 +377,43 @@ def test_the_grids_that_ship_can_be_read():
     grids = [benchmark.read_grid(path) for path in sorted(folder.glob("*.yaml"))]
     assert {grid.name for grid in grids} >= {"digits", "strength", "cifar10-mini"}
     assert all(grid.columns() for grid in grids)
+
+
+def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
+    """With the images and purifiers that the records name, the grids give the very trials that are on record."""
+    root = Path(benchmark.__file__).parents[1]
+    grids = [(path, benchmark.read_grid(path)) for path in sorted((root / "eval/grids").glob("*.yaml"))]
+    # Of a poison's, a victim's or a recipe's variants; eval/README.md says so.
+    variants = {"cifar10-mini-remn", "cifar10-mini-remn-long", "cifar10-mini-float32", "cifar10-mini-recipe"}
+    found = [
+        record
+        for path in (root / "results").glob("*.jsonl")
+        for record in read_records(path)
+        if record["what"] == "accuracy" and record["settings"].get("grid", "") not in variants | {""}
+    ]
+    assert len(found) > 300
+    for record in found:
+        settings = record["settings"]
+        given, test = (
+            LabelledImages(np.zeros((count, 1, 1, 3), np.uint8), np.zeros(count, int), tuple(map(str, range(count))))
+            for count in (settings["train"]["images"], settings["test"]["images"])
+        )
+        described = {id(given): settings["train"], id(test): settings["test"]}
+        monkeypatch.setattr(trials, "describe_images", lambda data: described[id(data)])
+        monkeypatch.setattr(trials, "purifier_digest", lambda purifier: settings.get("purifier"))
+        monkeypatch.setattr(trials, "_noise_corner", lambda purifier: settings.get("noise_corner", 0.0))
+        poison = {name: value for name, value in settings.items() if name.startswith("poison_")}
+        names = set()
+        for path, grid in grids:
+            if grid.name == settings["grid"] and settings["poison"] in grid.poisons:
+                grid = dataclasses.replace(grid, protocol=record["protocol"], seeds=[record["seed"]])
+                if (
+                    record["protocol"] == "fast"
+                ):  # a search of batch size and learning rate, which eval/README.md names
+                    searched = {name: settings["recipe"][name] for name in ("batch_size", "learning_rate")}
+                    grid = dataclasses.replace(grid, recipe=grid.recipe | searched)
+                protected = {settings["poison"]: (given, poison)}
+                purifiers = dict.fromkeys(grid.columns(), "purifier")
+                told = grid.data["name"], protected, test, purifiers, settings.get("roles"), Path("prepared")
+                names |= {one.name for one in benchmark.grid_trials(grid, *told)}
+        assert settings["trial"] in names, (settings["grid"], settings["poison"], settings["column"])
