@@ -28,7 +28,7 @@ from .purification_config import PurificationConfig
 from .results import code_version, package_versions
 from .train.provenance import check_trained_on
 from .trials import Trial, given_seeds, is_model_of, measure, results_by_trial, spread_over_seeds
-from .victims import RECIPES, Recipe
+from .victims import RECIPE_NAMES, Recipe, get_recipe, recipes_of
 
 
 # Of a trial, what every victim of a score has in common. What the trial leaves out is None.
@@ -43,6 +43,7 @@ REQUESTED = (
     "purifier",
     "draws",
     "train",
+    "probe",
     "test",
 )
 
@@ -53,6 +54,7 @@ def score(
     *,
     victim: str = "resnet18",
     method: str = "supervised",
+    probe_images: LabelledImages | None = None,
     width: int | None = None,
     protocol: str | Recipe = "fast",
     seeds: int | Sequence[int] = 3,
@@ -77,8 +79,11 @@ def score(
             altered.
         victim (`str`, defaults to `"resnet18"`): One of `victims.NAMES`.
         method (`str`, defaults to `"supervised"`): How victims learn, one of `victims.METHODS`.
+        probe_images (`LabelledImages`, *optional*): For a method without labels, which needs them: labelled images
+            that its features are probed with, clean ones as a rule, none of which is in `test`.
         width (`int`, *optional*): The network's width; by default the recipe's.
-        protocol (`str` or `Recipe`, defaults to `"fast"`): The victims' recipe: a name of `RECIPES`, or a recipe.
+        protocol (`str` or `Recipe`, defaults to `"fast"`): The victims' recipe: a name of `recipes_of(method)`,
+            or a recipe.
         seeds (`int` or `Sequence[int]`, defaults to 3): How many victims, with seeds 0, 1, ..., or the seeds
             themselves.
         countermeasure (`str`, *optional*): One of `countermeasures.NAMES`, or several joined by `"+"`.
@@ -98,24 +103,26 @@ def score(
 
     Returns:
         `dict`: What `output` holds. `request` has everything that decides the figures, a purifier by its content.
-        `accuracy`, `best_accuracy` and `train_accuracy` each have `mean`, `std` (over seeds, None for one) and
-        `values`, all fractions in [0, 1]. `per_class_accuracy` is the mean over seeds by class; `confusion` counts
-        test images of class row that were called class column, summed over seeds. `runs` has one entry per seed:
-        figures, confusion, history, seconds and the trial's name. `prepare_seconds` is what the countermeasure took
-        before training; `smoke` says that the figures mean nothing.
+        `accuracy`, `best_accuracy`, `train_accuracy` and `knn_accuracy`, as far as the method knows them, each have
+        `mean`, `std` (over seeds, None for one) and `values`, all fractions in [0, 1]. `per_class_accuracy` is the
+        mean over seeds by class; `confusion` counts test images of class row that were called class column, summed
+        over seeds. `runs` has one entry per seed: figures, confusion, history, seconds and the trial's name.
+        `prepare_seconds` is what the countermeasure took before training; `smoke` says that the figures mean nothing.
 
     Raises:
         ValueError: If the sets do not suit each other, overlap, or a name is unknown.
     """
     seeds = given_seeds(seeds)
-    if isinstance(protocol, str) and protocol not in RECIPES:
-        raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(RECIPES)}.")
-    recipe = RECIPES[protocol] if isinstance(protocol, str) else protocol
+    if isinstance(protocol, str) and protocol not in recipes_of(method):
+        raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(recipes_of(method))}.")
+    recipe = get_recipe(protocol, method)
     victims.get(victim)
-    if method not in victims.METHODS:
-        raise ValueError(f"method is {method!r}, but must be one of {', '.join(victims.METHODS)}.")
-    train, test, names = check_pair(train, test, overlap_budget)
     countermeasure = countermeasure or "none"
+    countermeasures.get(countermeasure).require_learning(method)
+    if method == "supervised":
+        train, test, names = check_pair(train, test, overlap_budget)
+    else:
+        probe_images, test, names = _check_probe(train, probe_images, test, overlap_budget, method)
     _check_purifier(countermeasure, purifier, purification, train, test)
     with contextlib.ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -127,6 +134,7 @@ def score(
                 seed,
                 victim=victim,
                 method=method,
+                probe=probe_images,
                 width=width,
                 countermeasure=countermeasure,
                 purifier=purifier,
@@ -167,16 +175,35 @@ def check_pair(
         ValueError: In one sentence that names the set, the class or the images concerned.
     """
     train, test = check_sets({"train": train, "test": test}, {}).values()
-    if overlap_budget is not None:
-        pairs = find_overlap(train, test, budget=overlap_budget)
-        if len(pairs):
-            first, second = pairs[0]
-            raise ValueError(
-                f"train and test have {len(np.unique(pairs[:, 1]))} images in common (same id, same pixels or within "
-                f"{255 * overlap_budget:.0f}/255), the first {train.ids[first]!r} and {test.ids[second]!r}; a test "
-                "image must not be trained on."
-            )
+    _refuse_overlap("train", train, test, overlap_budget)
     return train, test, list(train.class_names or map(str, range(train.num_classes)))
+
+
+def _check_probe(
+    train: LabelledImages,
+    probe: LabelledImages | None,
+    test: LabelledImages,
+    overlap_budget: float | None,
+    method: str,
+) -> tuple[LabelledImages, LabelledImages, list[str]]:
+    """As `check_pair`, where labels are those of the probe and training images need none."""
+    if probe is None:
+        raise ValueError(f"probe_images is None, but must be labelled images for method {method!r}.")
+    probe, test, _ = check_sets({"probe_images": probe, "test": test}, {"train": train}).values()
+    for role, data in (("train", train), ("probe_images", probe)):
+        _refuse_overlap(role, data, test, overlap_budget)
+    return probe, test, list(probe.class_names or map(str, range(probe.num_classes)))
+
+
+def _refuse_overlap(role: str, data: LabelledImages, test: LabelledImages, budget: float | None) -> None:
+    pairs = [] if budget is None else find_overlap(data, test, budget=budget)
+    if len(pairs):
+        first, second = pairs[0]
+        raise ValueError(
+            f"{role} and test have {len(np.unique(pairs[:, 1]))} images in common (same id, same pixels or within "
+            f"{255 * budget:.0f}/255), the first {data.ids[first]!r} and {test.ids[second]!r}; a test "
+            "image must not be trained on."
+        )
 
 
 def _check_purifier(countermeasure: str, purifier, purification, train: LabelledImages, test: LabelledImages) -> None:
@@ -197,7 +224,8 @@ def _request(trials: list[Trial], names: list[str]) -> dict[str, Any]:
     """Everything that decides the figures."""
     settings = {"method": trials[0].method, "draws": trials[0].draws} | trials[0].settings
     request = {name: settings.get(name) for name in REQUESTED}
-    for role, data in (("train", trials[0].train), ("test", trials[0].test)):
+    learned = ("train", trials[0].train) if trials[0].probe is None else ("probe", trials[0].probe)
+    for role, data in (learned, ("test", trials[0].test)):
         counts = np.bincount(data.labels, minlength=len(names)).tolist()
         request[role] = request[role] | {"images_per_class": counts}
     return request | {"seeds": [trial.seed for trial in trials], "class_names": names}
@@ -256,6 +284,7 @@ def _run(trial: Trial, accuracy: float, details: dict) -> dict[str, Any]:
         "accuracy": accuracy,
         "best_accuracy": details["best_accuracy"],
         "train_accuracy": details["train_accuracy"],
+        **({"knn_accuracy": details["knn_accuracy"]} if "knn_accuracy" in details else {}),
         "per_class_accuracy": (confusion.diagonal() / confusion.sum(axis=1)).tolist(),
         "confusion": details["confusion"],
         "history": details["history"],
@@ -283,8 +312,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to score")
     what.add_argument("--train", required=True, help="training set: folder, file or Hub id")
     what.add_argument("--test", required=True, help="clean test set of the same classes")
+    what.add_argument("--probe_images", help="labelled images that probe features learned without labels: clean ones")
     what.add_argument("--train_split", help="the only one if not given, and so the next")
     what.add_argument("--test_split")
+    what.add_argument("--probe_images_split")
     what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
     what.add_argument("--label_column")
     what.add_argument("--image_size", type=int, help="side in pixels to which images are brought first")
@@ -296,7 +327,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--method", default="supervised", choices=victims.METHODS, help="how victims learn")
     how.add_argument("--width", type=int, help="of the network; the recipe's if not given")
     how.add_argument(
-        "--recipe", "--protocol", dest="protocol", default="fast", choices=tuple(RECIPES), help="the victims' recipe"
+        "--recipe", "--protocol", dest="protocol", default="fast", choices=RECIPE_NAMES, help="the victims' recipe"
     )
     how.add_argument("--seeds", type=int, default=3, help="number of victims")
     how.add_argument(
@@ -319,11 +350,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`jcdp score`, from parsed options to a line with the figure."""
     train, test = (_load(args, role) for role in ("train", "test"))
+    probe_images = None if args.probe_images is None else _load(args, "probe_images")
     result = score(
         train,
         test,
         victim=args.victim,
         method=args.method,
+        probe_images=probe_images,
         width=args.width,
         protocol=args.protocol,
         seeds=args.seeds,
@@ -345,16 +378,20 @@ def run(args: argparse.Namespace) -> None:
 
 def sentence(result: dict[str, Any]) -> str:
     """The figure in words."""
-    accuracy, best, request = result["accuracy"], result["best_accuracy"], result["request"]
+    accuracy, best, request = result["accuracy"], result.get("best_accuracy"), result["request"]
     count = len(accuracy["values"])
     victims_said = "1 victim" if count == 1 else f"{count} victims"
     spread = "" if accuracy["std"] is None else f" (standard deviation {100 * accuracy['std']:.1f})"
     with_measure = "" if request["countermeasure"] == "none" else f" with {request['countermeasure']}"
+    how = f"width {request['width']}, recipe {request['recipe']['name']}"
+    learned = "" if request["method"] == "supervised" else f" that learned by {request['method']}"
+    further = "" if best is None else f"; the best accuracy over epochs was {100 * best['mean']:.1f} %"
+    if (neighbours := result.get("knn_accuracy")) is not None:
+        further += f"; nearest neighbours got {100 * neighbours['mean']:.1f} %"
     smoke = " This was a smoke run: the figures mean nothing." if result["smoke"] else ""
     return (
-        f"{victims_said} ({request['victim']}, width {request['width']}, recipe {request['recipe']['name']})"
-        f"{with_measure} got {100 * accuracy['mean']:.1f} %{spread} of {request['test']['images']} test images right "
-        f"after the last epoch; the best accuracy over epochs was {100 * best['mean']:.1f} %.{smoke}"
+        f"{victims_said} ({request['victim']}, {how}){learned}{with_measure} got {100 * accuracy['mean']:.1f} %"
+        f"{spread} of {request['test']['images']} test images right after the last epoch{further}.{smoke}"
     )
 
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .purification_config import PurificationConfig
 from .purify.manifest import RUN_NAME
 from .results import append_record, as_settings, plain, read_records, summarise, without_later
-from .victims import Recipe, VictimResult, train_victim
+from .victims import Recipe, VictimResult, get_recipe, train_victim
 
 
 # Countermeasures are prepared once for all victims, as the papers do it.
@@ -39,7 +40,7 @@ PREPARATION_SEED = 0
 PROVENANCE = ("grid", "poison_seconds", "poison_norms")
 # Fields of a trial that came after the first records: left out at the value that was meant before, as in `results`.
 LATER = {"draws": 1, "method": "supervised"}
-FIGURES = ("accuracy", "best_accuracy", "train_accuracy")
+FIGURES = ("accuracy", "best_accuracy", "train_accuracy", "knn_accuracy")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +54,8 @@ class Trial:
         seed (`int`): Of the victim.
         victim (`str`): One of `victims.NAMES`.
         method (`str`): How the victim learns, one of `victims.METHODS`.
+        probe (`LabelledImages`, *optional*): Labelled images that probe the features of a victim that learned without
+            labels: clean ones as a rule. None for `"supervised"`.
         width (`int`, *optional*): Of the network; the recipe's by default.
         countermeasure (`str`): A name of `countermeasures`, or several joined by `+`.
         purifier (`str`, `os.PathLike` or `JointConditionalPurificationPipeline`, *optional*): Folder, Hub id or
@@ -71,6 +74,7 @@ class Trial:
     seed: int
     victim: str = "resnet18"
     method: str = "supervised"
+    probe: LabelledImages | None = None
     width: int | None = None
     countermeasure: str = "none"
     purifier: str | os.PathLike | JointConditionalPurificationPipeline | None = None
@@ -79,6 +83,13 @@ class Trial:
     work_dir: Path | None = None
     model_path: Path | None = None
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        get_recipe(self.recipe, self.method)
+        if (self.probe is None) != (self.method == "supervised"):
+            given, needed = ("None", "labelled images") if self.probe is None else ("a set of images", "None")
+            raise ValueError(f"probe is {given}, but must be {needed} for method {self.method!r}.")
+        countermeasures.get(self.countermeasure).require_learning(self.method)
 
     @functools.cached_property
     def settings(self) -> dict:
@@ -96,6 +107,8 @@ class Trial:
             "train": describe_images(self.train),
             "test": describe_images(self.test),
         }
+        if self.probe is not None:
+            settings["probe"] = describe_images(self.probe)
         if countermeasure.needs_purifier:
             settings |= {"purifier": None, "purification": purification}
             if self.purifier is not None:
@@ -211,7 +224,7 @@ def spread_over_seeds(trials: Sequence[Trial], records: str | os.PathLike) -> di
             {"what": figure, "value": value[figure], "seed": trial.seed}
             for figure in FIGURES
             for trial, value in zip(trials, values)
-            if value[figure] is not None
+            if value.get(figure) is not None
         ),
         by=("what",),
     )
@@ -345,8 +358,11 @@ def _no_worker() -> None:
 def _train(trial: Trial, records: Path, device: torch.device) -> float:
     """Train one victim, append its records, and return its accuracy."""
     countermeasure = countermeasures.get(trial.countermeasure)
-    num_classes = max(trial.train.num_classes, trial.test.num_classes)
+    num_classes = max((trial.train if trial.probe is None else trial.probe).num_classes, trial.test.num_classes)
     work_dir = None if trial.work_dir is None else trial.work_dir / _preparation(trial)
+    # Learning without labels takes hours, so it goes on where it was cut off; supervised victims take minutes.
+    keeps = trial.work_dir is not None and trial.method != "supervised"
+    checkpoint_dir = trial.work_dir / "victims" / trial.name if keeps else None
     with cpu_threads(1 if device.type == "cpu" else None):
         prepared = countermeasure.prepare(
             trial.train,
@@ -363,12 +379,14 @@ def _train(trial: Trial, records: Path, device: torch.device) -> float:
             trial.test,
             victim=trial.victim,
             method=trial.method,
+            probe=trial.probe,
             width=trial.width,
             recipe=trial.recipe,
             seed=trial.seed,
             device=device,
             num_classes=num_classes,
             hooks=prepared.hooks,
+            checkpoint_dir=checkpoint_dir,
         )
     if trial.model_path is not None:
         _keep_model(result, trial)
@@ -386,6 +404,8 @@ def _train(trial: Trial, records: Path, device: torch.device) -> float:
     }
     append_record(records, what="victim", value=details, **common)
     append_record(records, what="accuracy", value=result.accuracy, **common)
+    if checkpoint_dir is not None:
+        shutil.rmtree(checkpoint_dir)
     return result.accuracy
 
 
@@ -394,6 +414,7 @@ def _details(result: VictimResult) -> dict[str, Any]:
     return {
         "best_accuracy": result.best_accuracy,
         "train_accuracy": result.train_accuracy,
+        **({} if result.knn_accuracy is None else {"knn_accuracy": result.knn_accuracy}),
         "per_class_accuracy": [
             None if np.isnan(accuracy) else round(accuracy, 4) for accuracy in result.per_class_accuracy
         ],

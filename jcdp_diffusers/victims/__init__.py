@@ -19,6 +19,7 @@ METHODS = ("supervised", "simclr", "moco-v2", "byol")
 _MODULES = {
     "HOOK_METHODS": "training",
     "RECIPES": "recipes",
+    "RECIPE_NAMES": "recipes",
     "Recipe": "recipes",
     "ContrastiveRecipe": "recipes",
     "get_recipe": "recipes",

@@ -306,6 +306,10 @@ def _contrastive(method: str) -> tuple[ContrastiveRecipe, ...]:
 CONTRASTIVE_RECIPES = {method: {recipe.name: recipe for recipe in _contrastive(method)} for method in CONTRASTIVE}
 
 
+# Of all methods, for the choices of a command.
+RECIPE_NAMES = tuple(dict.fromkeys(name for known in (RECIPES, *CONTRASTIVE_RECIPES.values()) for name in known))
+
+
 def recipes_of(method: str) -> dict[str, Recipe]:
     """
     The recipes of a way of learning, by name.
