@@ -24,7 +24,7 @@ from ..data.perturbations import apply_perturbation, measured_norms
 from ..devices import default_device
 from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
-from .published import read_perturbation
+from .published import ORDERS, read_perturbation
 
 
 CARD = "README.md"
@@ -112,6 +112,8 @@ def protect_with_file(
     perturbation: str | Path,
     kind: str | None = None,
     budget: Mapping[str, float] | None = None,
+    order: str = "checked",
+    in_order_of: LabelledImages | None = None,
     seed: int = 0,
     fraction: float = 1.0,
     split: str = "train",
@@ -122,9 +124,9 @@ def protect_with_file(
     Add a published perturbation, or take published poisoned images, and write the result to a folder.
 
     Args:
-        data (`LabelledImages`): The clean images, in the order that the perturbation was made for.
+        data (`LabelledImages`): The clean images.
         output_dir (`str` or `Path`): Folder, empty or of an earlier call with the same arguments.
-        perturbation, kind, budget: See [`read_perturbation`].
+        perturbation, kind, budget, order, in_order_of: See [`read_perturbation`].
         seed (`int`, *optional*, defaults to 0): Of the choice of images.
         fraction, split, columns, source: See [`protect_dataset`].
 
@@ -141,11 +143,15 @@ def protect_with_file(
     }
     if fraction < 1:
         request["seed"] = seed
+    if order != "checked" or in_order_of is not None:
+        request["order"] = order if in_order_of is None else "of another set"
     output_dir = Path(output_dir)
     if (done := _finished(output_dir, request)) is not None:
         return load_images(output_dir, split=done["split"], channels=data.images.shape[3])
     start = time.monotonic()
-    delta, recognised = read_perturbation(perturbation, data, kind=kind, budget=budget)
+    delta, recognised = read_perturbation(
+        perturbation, data, kind=kind, budget=budget, order=order, in_order_of=in_order_of
+    )
     return _write(output_dir, data, rows, delta[rows], split, columns, request | {"recognised": recognised}, start)
 
 
@@ -210,6 +216,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind", choices=("sample-wise", "class-wise"), help="of --perturbation, where its length does not tell"
     )
+    parser.add_argument(
+        "--order",
+        choices=ORDERS,
+        default="checked",
+        help="of --perturbation's rows: given takes noise that was never clipped, whose order cannot be checked",
+    )
+    parser.add_argument(
+        "--in_order_of",
+        help="the clean images in the order of --perturbation (torchvision's, say), where --dataset has another: "
+        "folder, .npz or Hub id",
+    )
     for norm, unit in (("linf", "in 1/255"), ("l2", "images in [0, 1]"), ("l0", "pixels")):
         parser.add_argument(f"--{norm}", type=float, help=f"declared budget of --perturbation, {unit}")
 
@@ -238,12 +255,16 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         declared = {norm: getattr(args, norm) for norm in ("linf", "l2", "l0") if getattr(args, norm) is not None}
+        sizes = {"image_size": args.image_size, "channels": args.channels}
+        ordered = None if args.in_order_of is None else load_images(args.in_order_of, split=args.split, **sizes)
         protect_with_file(
             data,
             args.output,
             perturbation=args.perturbation,
             kind=args.kind,
             budget=declared,
+            order=args.order,
+            in_order_of=ordered,
             seed=args.seed,
             fraction=args.fraction,
             split=split,

@@ -120,9 +120,9 @@ def test_published_file_is_added_and_what_it_is_is_stated(source, data, tmp_path
     command("--perturbation", tmp_path / "noise.npy", "--linf", 8, *options)
     expected = apply_perturbation(data.images, noise[data.labels] / 255.0)
     np.testing.assert_array_equal(load_images(output).images, expected)
-    assert "kind: class-wise; holds: perturbations in 1/255, values from -8 to 8 (int8); norms: linf 8/255" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "kind: class-wise; rows: 0 for class 0, 1 for class 1, 2 for class 2, 3 for class 3; holds: " in said
+    assert "; holds: perturbations in 1/255, values from -8 to 8 (int8); norms: linf 8/255" in said
     card = protect.read_card(output)
     assert card["perturbation"] == "noise.npy" and card["promised"] == {"linf": 8.0}
     assert "| `kind` | class-wise |" in (output / "README.md").read_text()
@@ -197,7 +197,7 @@ def test_a_fraction_of_a_published_file_keeps_its_rows(source, data, tmp_path):
     np.save(tmp_path / "noise.npy", noise)
     output = tmp_path / "protected"
     options = ("--dataset", source, "--split", "train", "--output", output)
-    command("--perturbation", tmp_path / "noise.npy", "--fraction", 0.5, "--seed", 2, *options)
+    command("--perturbation", tmp_path / "noise.npy", "--fraction", 0.5, "--seed", 2, "--order", "given", *options)
     rows = protect.protected_rows(40, 0.5, 2)
     expected = data.images.copy()
     expected[rows] = apply_perturbation(data.images[rows], noise[rows] / 255.0)
