@@ -43,8 +43,8 @@ REQUESTED = (
     "purifier",
     "draws",
     "train",
-    "probe",
     "test",
+    "probe",
 )
 
 
@@ -54,7 +54,7 @@ def score(
     *,
     victim: str = "resnet18",
     method: str = "supervised",
-    probe_images: LabelledImages | None = None,
+    probe: LabelledImages | None = None,
     width: int | None = None,
     protocol: str | Recipe = "fast",
     seeds: int | Sequence[int] = 3,
@@ -79,11 +79,11 @@ def score(
             altered.
         victim (`str`, defaults to `"resnet18"`): One of `victims.NAMES`.
         method (`str`, defaults to `"supervised"`): How victims learn, one of `victims.METHODS`.
-        probe_images (`LabelledImages`, *optional*): For a method without labels, which needs them: labelled images
-            that its features are probed with, clean ones as a rule, none of which is in `test`.
+        probe (`LabelledImages`, *optional*): For a method without labels, clean labelled images of the same classes
+            and size, which a linear layer on the victim's features is trained on.
         width (`int`, *optional*): The network's width; by default the recipe's.
-        protocol (`str` or `Recipe`, defaults to `"fast"`): The victims' recipe: a name of `recipes_of(method)`,
-            or a recipe.
+        protocol (`str` or `Recipe`, defaults to `"fast"`): The victims' recipe: a name of `recipes_of(method)`, or a
+            recipe.
         seeds (`int` or `Sequence[int]`, defaults to 3): How many victims, with seeds 0, 1, ..., or the seeds
             themselves.
         countermeasure (`str`, *optional*): One of `countermeasures.NAMES`, or several joined by `"+"`.
@@ -103,26 +103,26 @@ def score(
 
     Returns:
         `dict`: What `output` holds. `request` has everything that decides the figures, a purifier by its content.
-        `accuracy`, `best_accuracy`, `train_accuracy` and `knn_accuracy`, as far as the method knows them, each have
-        `mean`, `std` (over seeds, None for one) and `values`, all fractions in [0, 1]. `per_class_accuracy` is the
-        mean over seeds by class; `confusion` counts test images of class row that were called class column, summed
-        over seeds. `runs` has one entry per seed: figures, confusion, history, seconds and the trial's name.
-        `prepare_seconds` is what the countermeasure took before training; `smoke` says that the figures mean nothing.
+        `accuracy`, `best_accuracy` and `train_accuracy` each have `mean`, `std` (over seeds, None for one) and
+        `values`, all fractions in [0, 1]. `per_class_accuracy` is the mean over seeds by class; `confusion` counts
+        test images of class row that were called class column, summed over seeds. `runs` has one entry per seed:
+        figures, confusion, history, seconds and the trial's name. `prepare_seconds` is what the countermeasure took
+        before training; `smoke` says that the figures mean nothing.
 
     Raises:
         ValueError: If the sets do not suit each other, overlap, or a name is unknown.
     """
     seeds = given_seeds(seeds)
-    if isinstance(protocol, str) and protocol not in recipes_of(method):
-        raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(recipes_of(method))}.")
+    if isinstance(protocol, str) and protocol not in (known := recipes_of(method)):
+        raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(known)} for method {method!r}.")
     recipe = get_recipe(protocol, method)
     victims.get(victim)
     countermeasure = countermeasure or "none"
     countermeasures.get(countermeasure).require_learning(method)
-    if method == "supervised":
+    if method == "supervised" and probe is None:
         train, test, names = check_pair(train, test, overlap_budget)
     else:
-        probe_images, test, names = _check_probe(train, probe_images, test, overlap_budget, method)
+        probe, test, names = _check_probe(train, probe, test, overlap_budget, method)
     _check_purifier(countermeasure, purifier, purification, train, test)
     with contextlib.ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -134,7 +134,7 @@ def score(
                 seed,
                 victim=victim,
                 method=method,
-                probe=probe_images,
+                probe=probe,
                 width=width,
                 countermeasure=countermeasure,
                 purifier=purifier,
@@ -186,11 +186,12 @@ def _check_probe(
     overlap_budget: float | None,
     method: str,
 ) -> tuple[LabelledImages, LabelledImages, list[str]]:
-    """As `check_pair`, where labels are those of the probe and training images need none."""
-    if probe is None:
-        raise ValueError(f"probe_images is None, but must be labelled images for method {method!r}.")
-    probe, test, _ = check_sets({"probe_images": probe, "test": test}, {"train": train}).values()
-    for role, data in (("train", train), ("probe_images", probe)):
+    """As `check_pair`, where the labels are those of the probe, and training images need none."""
+    if (probe is None) != (method == "supervised"):
+        given, needed = ("None", "labelled images") if probe is None else (f"{len(probe)} images", "None")
+        raise ValueError(f"probe is {given}, but must be {needed} for method {method!r}.")
+    probe, test, _ = check_sets({"probe": probe, "test": test}, {"train": train}).values()
+    for role, data in (("train", train), ("probe", probe)):
         _refuse_overlap(role, data, test, overlap_budget)
     return probe, test, list(probe.class_names or map(str, range(probe.num_classes)))
 
@@ -201,8 +202,8 @@ def _refuse_overlap(role: str, data: LabelledImages, test: LabelledImages, budge
         first, second = pairs[0]
         raise ValueError(
             f"{role} and test have {len(np.unique(pairs[:, 1]))} images in common (same id, same pixels or within "
-            f"{255 * budget:.0f}/255), the first {data.ids[first]!r} and {test.ids[second]!r}; a test "
-            "image must not be trained on."
+            f"{255 * budget:.0f}/255), the first {data.ids[first]!r} and {test.ids[second]!r}; a test image must not "
+            "be trained on."
         )
 
 
@@ -284,7 +285,7 @@ def _run(trial: Trial, accuracy: float, details: dict) -> dict[str, Any]:
         "accuracy": accuracy,
         "best_accuracy": details["best_accuracy"],
         "train_accuracy": details["train_accuracy"],
-        **({"knn_accuracy": details["knn_accuracy"]} if "knn_accuracy" in details else {}),
+        "knn_accuracy": details["knn_accuracy"],
         "per_class_accuracy": (confusion.diagonal() / confusion.sum(axis=1)).tolist(),
         "confusion": details["confusion"],
         "history": details["history"],
@@ -312,10 +313,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to score")
     what.add_argument("--train", required=True, help="training set: folder, file or Hub id")
     what.add_argument("--test", required=True, help="clean test set of the same classes")
-    what.add_argument("--probe_images", help="labelled images that probe features learned without labels: clean ones")
     what.add_argument("--train_split", help="the only one if not given, and so the next")
     what.add_argument("--test_split")
-    what.add_argument("--probe_images_split")
+    what.add_argument("--probe", help="clean labelled images for a method without labels")
+    what.add_argument("--probe_split")
     what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
     what.add_argument("--label_column")
     what.add_argument("--image_size", type=int, help="side in pixels to which images are brought first")
@@ -349,14 +350,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`jcdp score`, from parsed options to a line with the figure."""
-    train, test = (_load(args, role) for role in ("train", "test"))
-    probe_images = None if args.probe_images is None else _load(args, "probe_images")
+    train, test, probe = (_load(args, role) for role in ("train", "test", "probe"))
     result = score(
         train,
         test,
         victim=args.victim,
         method=args.method,
-        probe_images=probe_images,
+        probe=probe,
         width=args.width,
         protocol=args.protocol,
         seeds=args.seeds,
@@ -378,24 +378,31 @@ def run(args: argparse.Namespace) -> None:
 
 def sentence(result: dict[str, Any]) -> str:
     """The figure in words."""
-    accuracy, best, request = result["accuracy"], result.get("best_accuracy"), result["request"]
+    accuracy, request = result["accuracy"], result["request"]
     count = len(accuracy["values"])
+    learner = request["victim"] if request["method"] == "supervised" else f"{request['victim']} by {request['method']}"
     victims_said = "1 victim" if count == 1 else f"{count} victims"
     spread = "" if accuracy["std"] is None else f" (standard deviation {100 * accuracy['std']:.1f})"
     with_measure = "" if request["countermeasure"] == "none" else f" with {request['countermeasure']}"
-    how = f"width {request['width']}, recipe {request['recipe']['name']}"
-    learned = "" if request["method"] == "supervised" else f" that learned by {request['method']}"
-    further = "" if best is None else f"; the best accuracy over epochs was {100 * best['mean']:.1f} %"
-    if (neighbours := result.get("knn_accuracy")) is not None:
-        further += f"; nearest neighbours got {100 * neighbours['mean']:.1f} %"
+    other = "".join(
+        f"; {words} {100 * result[figure]['mean']:.1f} %"
+        for figure, words in (
+            ("best_accuracy", "the best accuracy over epochs was"),
+            ("knn_accuracy", "the nearest neighbours of their features got"),
+        )
+        if figure in result
+    )
     smoke = " This was a smoke run: the figures mean nothing." if result["smoke"] else ""
     return (
-        f"{victims_said} ({request['victim']}, {how}){learned}{with_measure} got {100 * accuracy['mean']:.1f} %"
-        f"{spread} of {request['test']['images']} test images right after the last epoch{further}.{smoke}"
+        f"{victims_said} ({learner}, width {request['width']}, recipe {request['recipe']['name']})"
+        f"{with_measure} got {100 * accuracy['mean']:.1f} %{spread} of {request['test']['images']} test images right "
+        f"after the last epoch{other}.{smoke}"
     )
 
 
-def _load(args: argparse.Namespace, role: str) -> LabelledImages:
+def _load(args: argparse.Namespace, role: str) -> LabelledImages | None:
+    if getattr(args, role) is None:
+        return None
     try:
         return load_images(
             getattr(args, role),
@@ -405,5 +412,5 @@ def _load(args: argparse.Namespace, role: str) -> LabelledImages:
             image_size=args.image_size,
             channels=args.channels,
         )
-    except ValueError as error:  # says what is wrong, but not which of the two options it is about
+    except ValueError as error:  # says what is wrong, but not which option it is about
         raise ValueError(f"--{role} (with --{role}_split): {error}") from error

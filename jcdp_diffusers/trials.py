@@ -54,8 +54,8 @@ class Trial:
         seed (`int`): Of the victim.
         victim (`str`): One of `victims.NAMES`.
         method (`str`): How the victim learns, one of `victims.METHODS`.
-        probe (`LabelledImages`, *optional*): Labelled images that probe the features of a victim that learned without
-            labels: clean ones as a rule. None for `"supervised"`.
+        probe (`LabelledImages`, *optional*): For a method without labels, the images that its features are probed
+            with.
         width (`int`, *optional*): Of the network; the recipe's by default.
         countermeasure (`str`): A name of `countermeasures`, or several joined by `+`.
         purifier (`str`, `os.PathLike` or `JointConditionalPurificationPipeline`, *optional*): Folder, Hub id or
@@ -414,7 +414,7 @@ def _details(result: VictimResult) -> dict[str, Any]:
     return {
         "best_accuracy": result.best_accuracy,
         "train_accuracy": result.train_accuracy,
-        **({} if result.knn_accuracy is None else {"knn_accuracy": result.knn_accuracy}),
+        "knn_accuracy": result.knn_accuracy,
         "per_class_accuracy": [
             None if np.isnan(accuracy) else round(accuracy, 4) for accuracy in result.per_class_accuracy
         ],

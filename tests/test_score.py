@@ -64,36 +64,30 @@ def arguments(folders, *more):
 # ------------------------------------------------------------------------------------------------------ without labels
 
 
-def test_the_score_of_a_representation(train, test, folders, capsys):
+def test_the_score_of_a_representation(train, test):
     recipe = dataclasses.replace(get_recipe("smoke", "simclr"), width=2, max_steps_per_epoch=2)
     probe = digits(220, 300)
     unlabelled = dataclasses.replace(train, labels=None)
-    result = score(unlabelled, test, method="simclr", probe_images=probe, protocol=recipe, seeds=2)
+    result = score(unlabelled, test, method="simclr", probe=probe, protocol=recipe, seeds=2)
     alone = [train_victim(unlabelled, test, method="simclr", probe=probe, recipe=recipe, seed=seed) for seed in (0, 1)]
     assert result["accuracy"]["values"] == [victim.accuracy for victim in alone]
     assert result["knn_accuracy"]["values"] == [victim.knn_accuracy for victim in alone]
     assert "best_accuracy" not in result and "train_accuracy" not in result
     assert result["request"]["probe"]["images"] == 80
 
-    write_dataset(folders / "probe", probe)
-    options = ["--method", "simclr", "--probe_images", str(folders / "probe"), "--width", "2", "--seeds", "1"]
-    assert main(arguments(folders, *options)) == 0
-    printed = capsys.readouterr().out
-    assert "learned by simclr" in printed and "nearest neighbours" in printed and "best accuracy" not in printed
-
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"probe_images": None}, "probe_images is None, .* 'simclr'"),
-        ({"probe_images": digits(200, 260)}, "probe_images and test have 20 images in common"),
-        ({"probe_images": digits(220, 300, labels=None)}, "probe_images has no labels"),
+        ({"probe": None}, "probe is None, .* 'simclr'"),
+        ({"probe": digits(200, 260)}, "probe and test have 20 images in common"),
+        ({"probe": digits(220, 300, labels=None)}, "probe has no labels"),
         ({"countermeasure": "mixup"}, "countermeasure is 'mixup', .* 'simclr'"),
         ({"protocol": "iss"}, "protocol is 'iss', .* cp, fast"),
     ],
 )
 def test_what_a_representation_cannot_be_scored_with(train, test, changes, message):
-    options = {"method": "simclr", "probe_images": digits(220, 300), "protocol": "smoke"} | changes
+    options = {"method": "simclr", "probe": digits(220, 300), "protocol": "smoke"} | changes
     with pytest.raises(ValueError, match=message):
         score(train, test, **options)
 
@@ -259,6 +253,19 @@ def test_the_model_of_another_score_is_not_taken_for_ones_own(train, test, tmp_p
     score(train, test, **options | {"protocol": dataclasses.replace(QUICK, epochs=1), "output": tmp_path / "o.json"})
     with pytest.raises(ValueError, match="model_dir is .*score.json.*seed 0"):
         score(train, test, **options)
+
+
+def test_a_method_without_labels_is_scored_by_a_probe(folders, capsys):
+    write_dataset(folders / "probe", digits(220, 340))
+    asked = arguments(folders, "--seeds", "1", "--method", "simclr", "--width", "2")
+    assert main(asked) == 1 and "probe is None" in capsys.readouterr().err
+    assert main([*asked, "--probe", str(folders / "test")]) == 1 and "in common" in capsys.readouterr().err
+    assert main([*asked, "--probe", str(folders / "probe")]) == 0
+    assert "(resnet18 by simclr, width 2, recipe smoke)" in capsys.readouterr().out
+    result = json.loads((folders / "score.json").read_text())
+    assert result["request"]["method"] == "simclr" and result["request"]["probe"]["images"] == 120
+    assert result["knn_accuracy"]["values"] == [result["runs"][0]["knn_accuracy"]]
+    assert "best_accuracy" not in result and np.sum(result["confusion"]) == 100
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
