@@ -48,7 +48,7 @@ from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import Plan, plan_for, purifier_to_be, train_planned
 from jcdp_diffusers.train.provenance import check_trained_on
 from jcdp_diffusers.trials import Trial, describe_images, measure
-from jcdp_diffusers.victims import RECIPES
+from jcdp_diffusers.victims import RECIPE_NAMES
 
 
 DIGITS = (900, 500, 397)
@@ -101,7 +101,8 @@ def run_grid(
         engines.first_rank_decides(lambda: stack.enter_context(lock))
         purifiers = engines.first_rank_decides(make)
         protected = _protected(grid, clean, output_dir, device)  # as rank 0 has made and kept them
-        trials = grid_trials(grid, data_name, protected, test, purifiers, roles, output_dir / "prepared")
+        probe = None if grid.method == "supervised" else clean
+        trials = grid_trials(grid, data_name, protected, test, purifiers, roles, output_dir / "prepared", probe)
         measure(
             trials,
             output_dir / "records.jsonl",
@@ -122,6 +123,7 @@ def grid_trials(
     purifiers: Mapping[str, str],
     roles: str,
     work_dir: Path,
+    probe: LabelledImages | None = None,
 ) -> list[Trial]:
     """
     The trials of a grid, a whole table of one seed before the second seed.
@@ -133,7 +135,7 @@ def grid_trials(
         test (`LabelledImages`): Clean test images.
         purifiers (`dict`): By column that needs one, its folder or Hub id.
         roles (`str`): What records say of the purifiers' training images.
-        work_dir (`Path`): See `Trial`.
+        work_dir (`Path`), probe (`LabelledImages`, *optional*): See `Trial`.
     """
     facts = {"grid": grid.name, "dataset": data_name, "collected": _collected_name(grid, data_name), **grid.about}
     trials = []
@@ -151,6 +153,8 @@ def grid_trials(
                             grid.full_recipe,
                             seed,
                             victim=victim,
+                            method=grid.method,
+                            probe=probe,
                             width=grid.width,
                             countermeasure=column.countermeasure,
                             purifier=purifiers.get(title),
@@ -339,9 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
     parser.add_argument("grid", metavar="GRID.yaml")
     parser.add_argument("--output", required=True, help="folder for records and whatever costs to make again")
-    parser.add_argument(
-        "--recipe", "--protocol", dest="protocol", choices=tuple(RECIPES), help="instead of the grid's"
-    )
+    parser.add_argument("--recipe", "--protocol", dest="protocol", choices=RECIPE_NAMES, help="instead of the grid's")
     parser.add_argument("--roles", choices=("disjoint", "paper"), help="instead of the grid's")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
     parser.add_argument(

@@ -21,7 +21,7 @@ from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION
 from jcdp_diffusers.train.unets import UNETS
-from jcdp_diffusers.victims import RECIPES, Recipe
+from jcdp_diffusers.victims import Recipe, recipes_of
 
 
 DATA_ROLES = ("protected", "collected", "test")
@@ -66,6 +66,8 @@ class Grid:
             called), `draws` (see `Trial`), `collected` (how many of the collected images train this column's purifier,
             from the first) and fields of `PurificationConfig` that replace the countermeasure's own.
         protocol (`str`): The victims' recipe.
+        method (`str`): How victims learn, one of `victims.METHODS`. Features learned without labels are probed with
+            the clean originals of the protected images.
         recipe (`dict`): Fields that replace the protocol's.
         victims (`list`), width (`int`), seeds (`list`): Of the victims.
         poison_preset (`str`), poison_seed (`int`): See `poisons.settings`.
@@ -83,6 +85,7 @@ class Grid:
     poisons: list
     countermeasures: list
     protocol: str = "fast"
+    method: str = "supervised"
     recipe: dict = dataclasses.field(default_factory=dict)
     victims: list = dataclasses.field(default_factory=lambda: ["resnet18"])
     width: int | None = None
@@ -119,11 +122,12 @@ class Grid:
                 )
         for victim in self.victims:
             victims.get(victim)
-        if self.protocol not in RECIPES:
-            raise ValueError(f"protocol is {self.protocol!r}, but must be one of {', '.join(RECIPES)}.")
+        known = recipes_of(self.method)
+        if self.protocol not in known:
+            raise ValueError(f"protocol is {self.protocol!r}, but must be one of {', '.join(known)}.")
         if self.roles not in ROLES:
             raise ValueError(f"roles is {self.roles!r}, but must be one of {', '.join(ROLES)}.")
-        typed("recipe", self.recipe, Recipe)
+        typed("recipe", self.recipe, type(known[self.protocol]))
         if self.unet is not None and self.unet not in UNETS:
             raise ValueError(f"unet is {self.unet!r}, but must be one of {', '.join(UNETS)}.")
         typed("training", self.training, TrainingConfig)
@@ -137,7 +141,8 @@ class Grid:
     @property
     def full_recipe(self) -> Recipe:
         """The protocol with what the grid changes of it."""
-        return dataclasses.replace(RECIPES[self.protocol], **typed("recipe", self.recipe, Recipe))
+        recipe = recipes_of(self.method)[self.protocol]
+        return dataclasses.replace(recipe, **typed("recipe", self.recipe, type(recipe)))
 
     def columns(self) -> dict[str, Column]:
         """Columns by their name."""
@@ -148,6 +153,7 @@ class Grid:
             title = str(entry.pop("as", name))
             if title in columns:
                 raise ValueError(f"countermeasures has two columns {title!r}: as gives a column another name.")
+            countermeasures.get(name).require_learning(self.method)
             purifies = countermeasures.get(name).needs_purifier
             numbers = {key: entry.pop(key) for key in ("draws", "collected") if key in entry}
             for key, value in numbers.items():

@@ -28,7 +28,7 @@ from .purification_config import PurificationConfig
 from .results import code_version, package_versions
 from .train.provenance import check_trained_on
 from .trials import Trial, given_seeds, is_model_of, measure, results_by_trial, spread_over_seeds
-from .victims import Recipe, get_recipe, recipes_of
+from .victims import RECIPE_NAMES, Recipe, get_recipe, recipes_of
 
 
 # Of a trial, what every victim of a score has in common. What the trial leaves out is None.
@@ -117,9 +117,12 @@ def score(
         raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(known)} for method {method!r}.")
     recipe = get_recipe(protocol, method)
     victims.get(victim)
-    train, test, names = check_pair(train, test, overlap_budget)
-    probe = _checked_probe(probe, method, test, overlap_budget)
     countermeasure = countermeasure or "none"
+    countermeasures.get(countermeasure).require_learning(method)
+    if method == "supervised" and probe is None:
+        train, test, names = check_pair(train, test, overlap_budget)
+    else:
+        probe, test, names = _check_probe(train, probe, test, overlap_budget, method)
     _check_purifier(countermeasure, purifier, purification, train, test)
     with contextlib.ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -172,33 +175,36 @@ def check_pair(
         ValueError: In one sentence that names the set, the class or the images concerned.
     """
     train, test = check_sets({"train": train, "test": test}, {}).values()
-    if overlap_budget is not None:
-        pairs = find_overlap(train, test, budget=overlap_budget)
-        if len(pairs):
-            first, second = pairs[0]
-            raise ValueError(
-                f"train and test have {len(np.unique(pairs[:, 1]))} images in common (same id, same pixels or within "
-                f"{255 * overlap_budget:.0f}/255), the first {train.ids[first]!r} and {test.ids[second]!r}; a test "
-                "image must not be trained on."
-            )
+    _refuse_overlap("train", train, test, overlap_budget)
     return train, test, list(train.class_names or map(str, range(train.num_classes)))
 
 
-def _checked_probe(
-    probe: LabelledImages | None, method: str, test: LabelledImages, overlap_budget: float | None
-) -> LabelledImages | None:
-    """The images that features are probed with, their labels in the space of the test's, none of them a test image."""
+def _check_probe(
+    train: LabelledImages,
+    probe: LabelledImages | None,
+    test: LabelledImages,
+    overlap_budget: float | None,
+    method: str,
+) -> tuple[LabelledImages, LabelledImages, list[str]]:
+    """As `check_pair`, where the labels are those of the probe, and training images need none."""
     if (probe is None) != (method == "supervised"):
+        given, needed = ("None", "labelled images") if probe is None else (f"{len(probe)} images", "None")
+        raise ValueError(f"probe is {given}, but must be {needed} for method {method!r}.")
+    probe, test, _ = check_sets({"probe": probe, "test": test}, {"train": train}).values()
+    for role, data in (("train", train), ("probe", probe)):
+        _refuse_overlap(role, data, test, overlap_budget)
+    return probe, test, list(probe.class_names or map(str, range(probe.num_classes)))
+
+
+def _refuse_overlap(role: str, data: LabelledImages, test: LabelledImages, budget: float | None) -> None:
+    pairs = [] if budget is None else find_overlap(data, test, budget=budget)
+    if len(pairs):
+        first, second = pairs[0]
         raise ValueError(
-            f"probe is {None if probe is None else f'{len(probe)} images'}, but must be "
-            f"{'None' if method == 'supervised' else 'labelled images'} for method {method!r}."
+            f"{role} and test have {len(np.unique(pairs[:, 1]))} images in common (same id, same pixels or within "
+            f"{255 * budget:.0f}/255), the first {data.ids[first]!r} and {test.ids[second]!r}; a test image must not "
+            "be trained on."
         )
-    if probe is None:
-        return None
-    try:
-        return check_pair(probe, test, overlap_budget)[0]
-    except ValueError as error:
-        raise ValueError(f"probe, in place of train: {error}") from error
 
 
 def _check_purifier(countermeasure: str, purifier, purification, train: LabelledImages, test: LabelledImages) -> None:
@@ -219,7 +225,8 @@ def _request(trials: list[Trial], names: list[str]) -> dict[str, Any]:
     """Everything that decides the figures."""
     settings = {"method": trials[0].method, "draws": trials[0].draws} | trials[0].settings
     request = {name: settings.get(name) for name in REQUESTED}
-    for role, data in (("train", trials[0].train), ("test", trials[0].test)):
+    learned = ("train", trials[0].train) if trials[0].probe is None else ("probe", trials[0].probe)
+    for role, data in (learned, ("test", trials[0].test)):
         counts = np.bincount(data.labels, minlength=len(names)).tolist()
         request[role] = request[role] | {"images_per_class": counts}
     return request | {"seeds": [trial.seed for trial in trials], "class_names": names}
@@ -301,11 +308,6 @@ def _write(path: Path, value: dict) -> None:
     os.replace(temporary, path)
 
 
-def _recipe_names() -> tuple[str, ...]:
-    """Those of every method, each once."""
-    return tuple(dict.fromkeys(name for method in victims.METHODS for name in recipes_of(method)))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `jcdp score`."""
     what = parser.add_argument_group("what to score")
@@ -326,7 +328,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--method", default="supervised", choices=victims.METHODS, help="how victims learn")
     how.add_argument("--width", type=int, help="of the network; the recipe's if not given")
     how.add_argument(
-        "--recipe", "--protocol", dest="protocol", default="fast", choices=_recipe_names(), help="the victims' recipe"
+        "--recipe", "--protocol", dest="protocol", default="fast", choices=RECIPE_NAMES, help="the victims' recipe"
     )
     how.add_argument("--seeds", type=int, default=3, help="number of victims")
     how.add_argument(

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .purification_config import PurificationConfig
 from .purify.manifest import RUN_NAME
 from .results import append_record, as_settings, plain, read_records, summarise, without_later
-from .victims import Recipe, VictimResult, train_victim
+from .victims import Recipe, VictimResult, get_recipe, train_victim
 
 
 # Countermeasures are prepared once for all victims, as the papers do it.
@@ -82,6 +83,13 @@ class Trial:
     work_dir: Path | None = None
     model_path: Path | None = None
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        get_recipe(self.recipe, self.method)
+        if (self.probe is None) != (self.method == "supervised"):
+            given, needed = ("None", "labelled images") if self.probe is None else ("a set of images", "None")
+            raise ValueError(f"probe is {given}, but must be {needed} for method {self.method!r}.")
+        countermeasures.get(self.countermeasure).require_learning(self.method)
 
     @functools.cached_property
     def settings(self) -> dict:
@@ -350,8 +358,11 @@ def _no_worker() -> None:
 def _train(trial: Trial, records: Path, device: torch.device) -> float:
     """Train one victim, append its records, and return its accuracy."""
     countermeasure = countermeasures.get(trial.countermeasure)
-    num_classes = max(trial.train.num_classes, trial.test.num_classes)
+    num_classes = max((trial.train if trial.probe is None else trial.probe).num_classes, trial.test.num_classes)
     work_dir = None if trial.work_dir is None else trial.work_dir / _preparation(trial)
+    # Learning without labels takes hours, so it goes on where it was cut off; supervised victims take minutes.
+    keeps = trial.work_dir is not None and trial.method != "supervised"
+    checkpoint_dir = trial.work_dir / "victims" / trial.name if keeps else None
     with cpu_threads(1 if device.type == "cpu" else None):
         prepared = countermeasure.prepare(
             trial.train,
@@ -375,6 +386,7 @@ def _train(trial: Trial, records: Path, device: torch.device) -> float:
             device=device,
             num_classes=num_classes,
             hooks=prepared.hooks,
+            checkpoint_dir=checkpoint_dir,
         )
     if trial.model_path is not None:
         _keep_model(result, trial)
@@ -392,6 +404,8 @@ def _train(trial: Trial, records: Path, device: torch.device) -> float:
     }
     append_record(records, what="victim", value=details, **common)
     append_record(records, what="accuracy", value=result.accuracy, **common)
+    if checkpoint_dir is not None:
+        shutil.rmtree(checkpoint_dir)
     return result.accuracy
 
 

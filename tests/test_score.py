@@ -19,7 +19,7 @@ from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, write_dataset
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.score import check_pair, score
-from jcdp_diffusers.victims import Recipe, predict, train_victim
+from jcdp_diffusers.victims import Recipe, get_recipe, predict, train_victim
 
 
 QUICK = Recipe("quick", epochs=2, batch_size=32, learning_rate=0.05, schedule="one_cycle", width=2)
@@ -59,6 +59,37 @@ def folders(train, test, tmp_path):
 def arguments(folders, *more):
     return ["score", "--train", str(folders / "train"), "--test", str(folders / "test"), "--protocol", "smoke",
             "--output", str(folders / "score.json"), "--device", "cpu", "--processes", "1", *more]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ without labels
+
+
+def test_the_score_of_a_representation(train, test):
+    recipe = dataclasses.replace(get_recipe("smoke", "simclr"), width=2, max_steps_per_epoch=2)
+    probe = digits(220, 300)
+    unlabelled = dataclasses.replace(train, labels=None)
+    result = score(unlabelled, test, method="simclr", probe=probe, protocol=recipe, seeds=2)
+    alone = [train_victim(unlabelled, test, method="simclr", probe=probe, recipe=recipe, seed=seed) for seed in (0, 1)]
+    assert result["accuracy"]["values"] == [victim.accuracy for victim in alone]
+    assert result["knn_accuracy"]["values"] == [victim.knn_accuracy for victim in alone]
+    assert "best_accuracy" not in result and "train_accuracy" not in result
+    assert result["request"]["probe"]["images"] == 80
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"probe": None}, "probe is None, .* 'simclr'"),
+        ({"probe": digits(200, 260)}, "probe and test have 20 images in common"),
+        ({"probe": digits(220, 300, labels=None)}, "probe has no labels"),
+        ({"countermeasure": "mixup"}, "countermeasure is 'mixup', .* 'simclr'"),
+        ({"protocol": "iss"}, "protocol is 'iss', .* cp, fast"),
+    ],
+)
+def test_what_a_representation_cannot_be_scored_with(train, test, changes, message):
+    options = {"method": "simclr", "probe": digits(220, 300), "protocol": "smoke"} | changes
+    with pytest.raises(ValueError, match=message):
+        score(train, test, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

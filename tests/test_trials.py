@@ -15,6 +15,7 @@ import torch
 from hub_server import HubServer
 from purifying import quick_pipe
 
+from jcdp_diffusers import trials
 from jcdp_diffusers.data import LabelledImages
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.purification_config import PurificationConfig
@@ -24,13 +25,15 @@ from jcdp_diffusers.trials import (
     measure,
     purifier_digest,
     results_by_trial,
+    spread_over_seeds,
     trial_name,
 )
-from jcdp_diffusers.victims import RECIPES
+from jcdp_diffusers.victims import RECIPES, get_recipe, train_victim
 
 
 QUICK = dataclasses.replace(RECIPES["smoke"], epochs=1, max_steps_per_epoch=2, batch_size=8)
 SLOW = dataclasses.replace(QUICK, name="slow", epochs=2000)
+SIMCLR = dataclasses.replace(get_recipe("smoke", "simclr"), width=2, max_steps_per_epoch=2)
 
 
 def images(count: int, seed: int) -> LabelledImages:
@@ -62,7 +65,9 @@ def test_a_trial_is_named_by_the_content_of_all_that_decides_it():
         trial(recipe=dataclasses.replace(QUICK, learning_rate=0.05)),
         trial(width=4),
         trial(victim="vgg16"),
-        trial(method="by another method"),
+        trial(recipe=SIMCLR, method="simclr", probe=TRAIN),
+        trial(recipe=SIMCLR, method="simclr", probe=images(24, 3)),
+        trial(recipe=get_recipe("smoke", "byol"), method="byol", probe=TRAIN),
         trial(countermeasure="gray"),
         trial(about={"poison": "lsp"}),
     ]
@@ -185,6 +190,51 @@ def test_a_second_command_on_the_same_records_is_refused_and_told_who_is_there(t
     assert not records.exists()
     measure([trial(0)], records, progress=False)
     assert len(accuracies(records)) == 1
+
+
+def test_a_victim_without_labels_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+    options = {"recipe": SIMCLR, "method": "simclr", "probe": images(24, 3)}
+    one = trial(train=dataclasses.replace(TRAIN, labels=None), work_dir=tmp_path / "work", **options)
+    seen = []
+
+    def cut_off(*args, **keywords):
+        def progress(entry):
+            seen.append(entry["epoch"])
+            if len(seen) == 1:
+                raise KeyboardInterrupt
+
+        return train_victim(*args, **keywords, progress=progress)
+
+    monkeypatch.setattr(trials, "train_victim", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        measure([one], tmp_path / "records.jsonl", progress=False)
+    assert len(list((tmp_path / "work").glob("victims/*/training.safetensors"))) == 1
+    measure([one], tmp_path / "records.jsonl", progress=False)
+    assert seen == [1, 2]
+    assert not list((tmp_path / "work").glob("victims/*"))
+    details = results_by_trial(tmp_path / "records.jsonl", what="victim")[one.name]["value"]
+    alone = train_victim(TRAIN, TEST, **options)
+    assert details["knn_accuracy"] == alone.knn_accuracy and details["confusion"] == alone.confusion.tolist()
+    assert details["best_accuracy"] is None and details["train_accuracy"] is None
+    assert set(spread_over_seeds([one], tmp_path / "records.jsonl")) == {"accuracy", "knn_accuracy"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"probe": TRAIN}, "probe is a set of images, .* None .* 'supervised'"),
+        ({"recipe": SIMCLR, "method": "simclr"}, "probe is None, .* 'simclr'"),
+        ({"method": "simclr", "probe": TRAIN}, "recipe is 'smoke' of method 'supervised', .* 'simclr'"),
+        ({"method": "swav"}, "method is 'swav'"),
+        (
+            {"recipe": SIMCLR, "method": "simclr", "probe": TRAIN, "countermeasure": "mixup"},
+            "countermeasure is 'mixup', .* 'simclr'",
+        ),
+    ],
+)
+def test_a_way_of_learning_that_does_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        trial(**changes)
 
 
 def test_an_error_names_the_trial(tmp_path):

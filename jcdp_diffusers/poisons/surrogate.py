@@ -17,6 +17,8 @@ def build(
     """A surrogate with weights drawn from `seed`: one of our own victims, for the classes of `labels`, on `device`."""
     with seeded(seed):
         model = victims.get(name)(int(labels.max()) + 1, in_channels=images.shape[1], width=width)
+    if hasattr(model, "whiten"):
+        model.whiten(images)
     return model.to(device=device, memory_format=torch.channels_last)
 
 

@@ -12,13 +12,14 @@ from importlib import import_module
 from typing import Any
 
 
-NAMES = ("resnet18", "vgg16", "densenet121", "mobilenet_v2", "vit")
+NAMES = ("resnet18", "convnet94", "vgg16", "densenet121", "mobilenet_v2", "vit")
 METHODS = ("supervised", "simclr", "moco-v2", "byol")
 
 # Name -> module. Each is imported when the name is first used, so that the names above cost no import of torch.
 _MODULES = {
     "HOOK_METHODS": "training",
     "RECIPES": "recipes",
+    "RECIPE_NAMES": "recipes",
     "Recipe": "recipes",
     "ContrastiveRecipe": "recipes",
     "get_recipe": "recipes",

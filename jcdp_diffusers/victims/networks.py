@@ -110,6 +110,92 @@ def resnet18(num_classes: int, *, in_channels: int = 3, width: int = 64) -> ResN
     return ResNet18(num_classes, in_channels=in_channels, width=width)
 
 
+class ConvNet94(nn.Module):
+    """
+    The network of airbench94 (Jordan, 2024; KellerJordan/cifar10-airbench), which learns CIFAR-10 in minutes.
+
+    A frozen 2x2 convolution whitens patches. Three groups of two 3x3 convolutions follow, each with a max-pooling,
+    batch normalisation without scale, and GELU. The last maps are 3x3 for 32x32 images; features are their maxima,
+    whatever the size. Until [`~ConvNet94.whiten`] is called, the first layer has random weights. With `width=64` and
+    10 classes it has 1,972,802 parameters.
+
+    Args:
+        num_classes (`int`): Number of logits.
+        in_channels (`int`, defaults to 3): Channels of the images, 1 or 3.
+        width (`int`, defaults to 64): Channels of the first group; the others have 4 times as many.
+
+    Raises:
+        ValueError: If the width is no positive integer.
+    """
+
+    smallest_side = 9  # of images, whose last maps have one pixel
+
+    def __init__(self, num_classes: int, *, in_channels: int = 3, width: int = 64):
+        super().__init__()
+        _check_width("convnet94", width)
+        self.num_features = 4 * width
+        mean, std = torch.tensor([[0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]])  # of CIFAR-10
+        if in_channels == 1:
+            mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
+        self.register_buffer("mean", mean.view(1, -1, 1, 1))
+        self.register_buffer("std", std.view(1, -1, 1, 1))
+        filters = 2 * in_channels * 4
+        self.whitening = nn.Conv2d(in_channels, filters, 2)
+        self.whitening.weight.requires_grad_(False)
+        widths = (filters, width, 4 * width, 4 * width)
+        self.groups = nn.ModuleList(ConvGroup(*pair) for pair in zip(widths, widths[1:]))
+        # No bias: it is here, at 0, for what replaces this layer.
+        self.head = nn.Linear(4 * width, num_classes)
+        nn.init.zeros_(self.head.bias).requires_grad_(False)
+
+    @torch.no_grad()
+    def whiten(self, images: torch.Tensor) -> None:
+        """
+        Makes the first layer whiten 2x2 patches: filters are their principal directions at a variance of 1, and the
+        negatives of those.
+
+        Args:
+            images (`torch.Tensor`): uint8 (N, C, H, W), or float in [0, 1]; the first 5,000 are looked at.
+        """
+        scale = 1 / 255 if images.dtype == torch.uint8 else 1
+        images = (images[:5000].to(self.mean.device, torch.float32) * scale - self.mean) / self.std
+        patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1).double().cpu()
+        moments = patches.T @ patches / len(patches)  # not about the mean, as in the authors' program
+        variances, directions = torch.linalg.eigh(moments)
+        filters = (directions / (variances + 5e-4).sqrt()).T.reshape(len(variances), -1, 2, 2)
+        self.whitening.weight.copy_(torch.cat([filters, -filters]))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """The largest values (B, 4 * width) of the last maps."""
+        x = F.gelu(self.whitening((images - self.mean) / self.std))
+        for group in self.groups:
+            x = group(x)
+        return x.amax(dim=(2, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(images)) / 9
+
+
+class ConvGroup(nn.Module):
+    """Two 3x3 convolutions with batch normalisation without scale and GELU; the first halves height and width."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn1, self.bn2 = (nn.BatchNorm2d(out_channels, eps=1e-12, momentum=0.4) for _ in range(2))
+        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2)):
+            nn.init.dirac_(conv.weight.data[: conv.in_channels])  # as many filters as there are inputs pass them on
+            norm.weight.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.bn1(F.max_pool2d(self.conv1(x), 2)))
+        return F.gelu(self.bn2(self.conv2(x)))
+
+
+convnet94 = ConvNet94  # its attributes tell `train_victim` what it needs
+
+
 def vgg16(num_classes: int, *, in_channels: int = 3, width: int = 64) -> nn.Module:
     """
     VGG-16 with batch normalisation (Simonyan and Zisserman, ICLR 2015).

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 
-SCHEDULES = ("steps", "cosine", "one_cycle", "warmup_cosine")
+SCHEDULES = ("steps", "cosine", "one_cycle", "warmup_cosine", "triangular")
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,12 @@ class Recipe:
         schedule (`str`, defaults to `"cosine"`): `"steps"` (multiplied by `gamma` at each of `milestones`),
             `"cosine"` (from `learning_rate` to 0, changed once an epoch), `"one_cycle"` (rises and falls once,
             changed at every step; Smith and Topin), or `"warmup_cosine"` (rises linearly from 0.01 to a cosine from
-            `learning_rate` to a thousandth of it, changed at every step).
+            `learning_rate` to a thousandth of it, changed at every step), or `"triangular"` (rises linearly from a
+            fifth of `learning_rate` and falls linearly to 0.07 of it, changed at every step).
         milestones (`tuple` of `int`): Epochs, counted from 0, at whose start `"steps"` multiplies the learning rate.
         gamma (`float`, defaults to 0.1): The factor of `"steps"`.
-        warmup (`float`, defaults to 0.3): The fraction of all steps in which `"one_cycle"` and `"warmup_cosine"` rise.
+        warmup (`float`, defaults to 0.3): The fraction of all steps in which `"one_cycle"`, `"warmup_cosine"` and
+            `"triangular"` rise.
         momentum (`float`, defaults to 0.9): Of SGD.
         nesterov (`bool`, defaults to `False`): Whether the momentum is Nesterov's.
         weight_decay (`float`, defaults to 5e-4): Of SGD, on every parameter.
@@ -65,6 +67,8 @@ class Recipe:
     smoke: bool = False
 
     drop_last: ClassVar[bool] = False  # whether an epoch leaves out the images that do not fill a batch
+    padding: ClassVar[str] = "zeros"  # what is added for a crop: "zeros" or "reflect"
+    label_smoothing: ClassVar[float] = 0.0
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -99,6 +103,71 @@ class Recipe:
         return replace(self, batch_size=batch_size, learning_rate=learning_rate)
 
 
+@dataclass(frozen=True)
+class AirbenchRecipe(Recipe):
+    """
+    How the network of airbench94 is trained (Jordan, 2024; KellerJordan/cifar10-airbench), for sets of any size.
+
+    Images are mirrored in turn: half of them in the first epoch, the others in the second, and so on. Crops are padded
+    by reflection. Weights are averaged by look-ahead. Biases of batch normalisation learn faster. The authors sum the
+    loss over a batch of 1,024 images with a learning rate of 0.001465 and a weight decay of 1.362; the same steps with
+    the mean are 1.5 and 0.00133.
+
+    Args:
+        batch_size (`int`, *optional*): None for what suits the training set, see [`~AirbenchRecipe.for_images`].
+        learning_rate (`float`, defaults to 1.5): Where `batch_size` is None, that of 1,024 images per step.
+        label_smoothing (`float`, defaults to 0.2): The fraction of each label that all classes share.
+        bias_factor (`float`, defaults to 64): The learning rate of a batch normalisation's bias is multiplied by it,
+            its weight decay divided.
+        look_ahead_steps (`int`, defaults to 5): Steps between two averages.
+        look_ahead_decay (`float`, defaults to 0.95): How much of itself, per step, the average keeps at the end.
+        whitening_epochs (`int`, defaults to 3): Epochs in which the bias of the whitening layer is trained.
+    """
+
+    batch_size: int | None = None
+    learning_rate: float = 1.5
+    schedule: str = "triangular"
+    warmup: float = 0.23
+    momentum: float = 0.85
+    nesterov: bool = True
+    weight_decay: float = 1.362 / 1024
+    crop_padding: int = 2
+    flip: bool = False
+    bfloat16: bool = True
+    label_smoothing: float = 0.2
+    bias_factor: float = 64.0
+    look_ahead_steps: int = 5
+    look_ahead_decay: float = 0.95
+    whitening_epochs: int = 3
+
+    drop_last: ClassVar[bool] = True
+    padding: ClassVar[str] = "reflect"
+
+    def for_images(self, count: int) -> "AirbenchRecipe":
+        """
+        The recipe with the batch size and epochs that it has for a training set of `count` images.
+
+        Where `batch_size` is None, that is 1,024 images, halved down to 32 until an epoch has 39 steps, as it has for
+        10,000 images in batches of 256; the learning rate is proportional to the batch, the weight decay stays. Sets
+        below 40,000 images get twice the epochs.
+
+        Args:
+            count (`int`): Number of training images.
+
+        Returns:
+            [`AirbenchRecipe`]: Itself, where it has a batch size.
+        """
+        if self.batch_size is not None:
+            return self
+        batch_size = 1024
+        while batch_size > 32 and count < 39 * batch_size:
+            batch_size //= 2
+        epochs = self.epochs if count >= 40_000 else 2 * self.epochs
+        return replace(
+            self, batch_size=batch_size, learning_rate=self.learning_rate * batch_size / 1024, epochs=epochs
+        )
+
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -127,6 +196,8 @@ RECIPES = {
             bfloat16=True,
             width=16,
         ),
+        # The network of airbench94, in its authors' epochs at 50,000 images.
+        AirbenchRecipe("airbench", epochs=10),
         Recipe("smoke", epochs=2, batch_size=64, schedule="one_cycle", width=8, max_steps_per_epoch=20, smoke=True),
     )
 }
@@ -233,6 +304,10 @@ def _contrastive(method: str) -> tuple[ContrastiveRecipe, ...]:
 
 
 CONTRASTIVE_RECIPES = {method: {recipe.name: recipe for recipe in _contrastive(method)} for method in CONTRASTIVE}
+
+
+# Of all methods, for the choices of a command.
+RECIPE_NAMES = tuple(dict.fromkeys(name for known in (RECIPES, *CONTRASTIVE_RECIPES.values()) for name in known))
 
 
 def recipes_of(method: str) -> dict[str, Recipe]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .recipes import Recipe, get_recipe
+from .recipes import AirbenchRecipe, Recipe, get_recipe
 from .training import Hooks, Objective, autocast, network_input, train
 
 
@@ -44,12 +44,40 @@ class Supervised(Objective):
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         recipe, hooks = self.recipe, self.hooks
-        images = random_crop_flip(images, generator, crop_padding=recipe.crop_padding, flip=recipe.flip)
+        images = random_crop_flip(
+            images, generator, crop_padding=recipe.crop_padding, flip=recipe.flip, padding=recipe.padding
+        )
         images, labels = hooks.before_forward(network_input(images), labels)
         with autocast(recipe.bfloat16, images.device):
             if hooks.replacing_loss is not None:
                 return hooks.replacing_loss.loss(self.network, images, labels, hooks.generator)
-            return F.cross_entropy(self.network(images), labels)
+            return F.cross_entropy(self.network(images), labels, label_smoothing=recipe.label_smoothing)
+
+
+def supervised_objective(
+    network: nn.Module,
+    recipe: Recipe,
+    hooks: Sequence[Any],
+    count: int,
+    seed: int,
+    device: str | torch.device,
+) -> Supervised:
+    """
+    The objective that a recipe asks for, with all its hooks.
+
+    Args:
+        network (`nn.Module`): As for [`Supervised`].
+        recipe ([`Recipe`]): For the number of images.
+        hooks (`Sequence`): Countermeasures while training.
+        count (`int`): Number of training images.
+        seed (`int`), device (`str` or `torch.device`): Of the training.
+    """
+    if isinstance(recipe, AirbenchRecipe):
+        from .airbench import Airbench, AlternatingFlip, WhiteningBias
+
+        own = (AlternatingFlip(seed), WhiteningBias(network, recipe.whitening_epochs))
+        return Airbench(network, recipe, Hooks((*hooks, *own), seed=seed, device=device), count)
+    return Supervised(network, recipe, Hooks(hooks, seed=seed, device=device))
 
 
 def train_model(
@@ -87,14 +115,19 @@ def train_model(
         FloatingPointError: If the loss is no longer finite.
     """
     recipe = get_recipe(recipe).for_images(len(images))
-    hooks = Hooks(hooks, seed=seed, device=device)
-    objective = Supervised(model, recipe, hooks)
+    objective = supervised_objective(model, recipe, hooks, len(images), seed, device)
+    hooks = objective.hooks
     train(objective, images, labels, recipe=recipe, seed=seed, device=device, hooks=hooks, progress=after_epoch)
     return model
 
 
 def random_crop_flip(
-    images: torch.Tensor, generator: torch.Generator, *, crop_padding: int = 4, flip: bool = True
+    images: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    crop_padding: int = 4,
+    flip: bool = True,
+    padding: str = "zeros",
 ) -> torch.Tensor:
     """
     Crop and mirror each image of a batch on its own, on the batch's device; differentiable for floating point.
@@ -102,9 +135,11 @@ def random_crop_flip(
     Args:
         images (`torch.Tensor`): (B, C, H, W) of any dtype.
         generator (`torch.Generator`): On the images' device.
-        crop_padding (`int`, defaults to 4): Zero pixels added on each side before cropping (H, W) from a uniform
+        crop_padding (`int`, defaults to 4): Pixels added on each side before cropping (H, W) from a uniform
             position; 0 for no crop.
         flip (`bool`, defaults to `True`): Whether each image is mirrored left to right with probability 1/2.
+        padding (`str`, defaults to `"zeros"`): What the added pixels are, `"zeros"` or, mirrored at the edge without
+            repeating it, `"reflect"`.
 
     Returns:
         `torch.Tensor`: (B, C, H, W), the same dtype.
@@ -113,9 +148,20 @@ def random_crop_flip(
     if crop_padding:
         positions = 2 * crop_padding + 1
         top, left = torch.randint(positions, (2, count), generator=generator, device=images.device)
-        windows = F.pad(images, (crop_padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+        if padding == "reflect":
+            padded = images[:, :, _reflected(height, crop_padding, images.device)]
+            padded = padded[:, :, :, _reflected(width, crop_padding, images.device)]
+        else:
+            padded = F.pad(images, (crop_padding,) * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
         images = windows[torch.arange(count, device=images.device), :, top, left]
     if flip:
         mirrored = torch.rand(count, 1, 1, 1, generator=generator, device=images.device) < 0.5
         images = torch.where(mirrored, images.flip(-1), images)
     return images
+
+
+def _reflected(size: int, padding: int, device: torch.device) -> torch.Tensor:
+    """Which rows of an image a reflected image of `size + 2 * padding` rows shows."""
+    rows = torch.arange(-padding, size + padding, device=device).abs()
+    return size - 1 - (size - 1 - rows).abs()

@@ -82,6 +82,10 @@ class Objective(nn.Module):
     def after_step(self) -> None:
         """Called after each step of the optimizer."""
 
+    def parameter_groups(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """What the optimizer changes, with its own `lr` and `weight_decay` where they are not the recipe's."""
+        return [{"params": list(self.parameters())}]
+
 
 class Hooks:
     """
@@ -193,7 +197,7 @@ def train(
     images = images.to(device)
     labels = None if labels is None else labels.to(device)
     objective.to(device=device, memory_format=torch.channels_last)
-    optimizer, scheduler = _optimizer(objective, recipe, len(_batches(torch.arange(len(images)), recipe)))
+    optimizer, scheduler = _optimizer(objective, recipe, steps_per_epoch(len(images), recipe))
     generator = torch.Generator(device).manual_seed(_seeds(seed)[0])
 
     with reproducible(seed, device):  # dropout draws from the global state
@@ -282,6 +286,11 @@ def _seeds(seed: int) -> tuple[int, int]:
     return data_seed, hook_seed
 
 
+def steps_per_epoch(count: int, recipe: Recipe) -> int:
+    """Steps of the optimizer in an epoch of `count` images."""
+    return len(_batches(torch.arange(count), recipe))
+
+
 def _batches(order: torch.Tensor, recipe: Recipe) -> list[torch.Tensor]:
     batches = list(order.split(recipe.batch_size))
     # Batch normalisation has nothing to normalise in a last batch of one image.
@@ -291,37 +300,40 @@ def _batches(order: torch.Tensor, recipe: Recipe) -> list[torch.Tensor]:
 
 
 def _optimizer(
-    objective: Objective, recipe: Recipe, steps_per_epoch: int
+    objective: Objective, recipe: Recipe, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """SGD, and the learning rate of a recipe, to be stepped after every step of the optimizer."""
+    """SGD, and the learning rate of a recipe with so many steps per epoch, to be stepped after each of them."""
     optimizer = torch.optim.SGD(
-        objective.parameters(),
+        objective.parameter_groups(recipe),
         lr=recipe.learning_rate,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
     )
     if recipe.schedule == "steps":
-        milestones = [milestone * steps_per_epoch for milestone in recipe.milestones]
+        milestones = [milestone * steps for milestone in recipe.milestones]
         return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=recipe.gamma)
     if recipe.schedule == "cosine":
         return optimizer, torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: (1 + math.cos(math.pi * (step // steps_per_epoch) / recipe.epochs)) / 2
+            optimizer, lambda step: (1 + math.cos(math.pi * (step // steps) / recipe.epochs)) / 2
         )
     if recipe.schedule == "warmup_cosine":
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(recipe, steps_per_epoch))
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(recipe, recipe.epochs * steps))
+    if recipe.schedule == "triangular":
+        total = recipe.epochs * steps
+        corners = (0, recipe.warmup * total, total), (0.2, 1.0, 0.07)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(np.interp(step, *corners)))
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         recipe.learning_rate,
-        total_steps=recipe.epochs * steps_per_epoch,
+        total_steps=recipe.epochs * steps,
         pct_start=recipe.warmup,
         cycle_momentum=False,
     )
 
 
-def _warmup_cosine(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
-    """The factor of the learning rate at each step."""
-    steps = recipe.epochs * steps_per_epoch
+def _warmup_cosine(recipe: Recipe, steps: int) -> Callable[[int], float]:
+    """The factor of the learning rate at each of all steps."""
     rising = recipe.warmup * steps
     first, last = 0.01 / recipe.learning_rate, 1e-3
 

@@ -16,7 +16,7 @@ from ..data import LabelledImages
 from ..devices import has_bfloat16
 from . import evaluation
 from .recipes import ContrastiveRecipe, Recipe, get_recipe
-from .supervised import Supervised
+from .supervised import supervised_objective
 from .training import Hooks, Objective, reproducible, train
 
 
@@ -75,6 +75,7 @@ def train_victim(
     device: str | torch.device = "cpu",
     num_classes: int | None = None,
     hooks: Sequence[Any] = (),
+    whitening: LabelledImages | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
     checkpoint_dir: str | Path | None = None,
 ) -> VictimResult:
@@ -100,6 +101,8 @@ def train_victim(
         num_classes (`int`, *optional*): By default the number of class names, or the highest label plus one where
             there are none.
         hooks (`Sequence`, *optional*): Countermeasures while training; see [`training`].
+        whitening ([`LabelledImages`], *optional*): For `"convnet94"`, the images whose patches its first layer
+            whitens, such as clean collected ones; the training images by default.
         progress (`Callable`, *optional*): Called with each entry of the history as soon as it is there.
         checkpoint_dir (`str` or `Path`, *optional*): Folder in which the training is kept after each epoch, so that
             the same call goes on where it was cut off. Each training needs a folder of its own.
@@ -123,6 +126,7 @@ def train_victim(
     elif probe is None:
         raise ValueError(f"probe is None, but must be labelled images for method {method!r}.")
     _check_shapes(sets)
+    _check_network(victim, train, whitening)
     if method != "supervised":
         _check_sizes(train, recipe)
         del sets["train"]  # its labels are not used
@@ -132,6 +136,8 @@ def train_victim(
     start = time.perf_counter()
     with reproducible(seed, device):
         model = victims.get(victim)(num_classes, in_channels=train.images.shape[-1], width=width)
+    if hasattr(model, "whiten"):
+        model.to(device).whiten(_on_device(train if whitening is None else whitening, device)[0])
     training = Training(train, probe, test, num_classes, recipe, seed, device, hooks, progress, checkpoint_dir)
     figures = training.supervised(model) if method == "supervised" else training.contrastive(model)
     return VictimResult(
@@ -145,6 +151,7 @@ def train_victim(
             "train_images": len(train),
             "test_images": len(test),
             **({} if probe is None else {"probe_images": len(probe)}),
+            **({} if whitening is None else {"whitening_images": len(whitening)}),
             "recipe": asdict(recipe),
             "hooks": [type(hook).__name__ for hook in hooks],
             "precision": "bfloat16" if recipe.bfloat16 and has_bfloat16(device) else "float32",
@@ -177,8 +184,8 @@ class Training:
 
     def supervised(self, model: nn.Module) -> dict[str, Any]:
         """Cross-entropy, scored after each epoch."""
-        hooks = Hooks(self.hooks, seed=self.seed, device=self.device)
         images, labels = _on_device(self.train, self.device)
+        objective = supervised_objective(model, self.recipe, self.hooks, len(images), self.seed, self.device)
         test = _on_device(self.test, self.device)
         confusions = []
 
@@ -186,7 +193,7 @@ class Training:
             confusions.append(self._confusion(model, *test))
             return {"test_accuracy": evaluation.accuracy(confusions[-1])}
 
-        history = self._run(Supervised(model, self.recipe, hooks), images, labels, hooks, evaluate)
+        history = self._run(objective, images, labels, evaluate)
         # A training that a checkpoint shows to be complete evaluates nothing.
         confusion = confusions[-1] if confusions else self._confusion(model, *test)
         return {
@@ -218,7 +225,7 @@ class Training:
             features = [evaluation.features(model, part[0], bfloat16=recipe.bfloat16) for part in (probe, test)]
             return {"knn_accuracy": knn_accuracy(features[0], probe[1], features[1], test[1])}
 
-        history = self._run(objective, images, None, hooks, evaluate)
+        history = self._run(objective, images, None, evaluate)
         best = fit_probe(
             model,
             *probe,
@@ -247,7 +254,6 @@ class Training:
         objective: Objective,
         images: torch.Tensor,
         labels: torch.Tensor | None,
-        hooks: Hooks,
         evaluate: Callable[[int], dict[str, float]],
     ) -> list[dict[str, float]]:
         return train(
@@ -257,7 +263,7 @@ class Training:
             recipe=self.recipe,
             seed=self.seed,
             device=self.device,
-            hooks=hooks,
+            hooks=objective.hooks,
             evaluate=evaluate,
             progress=self.progress,
             checkpoint_dir=self.checkpoint_dir,
@@ -277,6 +283,25 @@ def _check_shapes(sets: dict[str, LabelledImages]) -> None:
             raise ValueError(
                 f"{name} has images of shape {_shape(data)}, but must have those of test, {_shape(sets['test'])}."
             )
+
+
+def _check_network(victim: str, train_set: LabelledImages, whitening: LabelledImages | None) -> None:
+    network = victims.get(victim)
+    smallest = getattr(network, "smallest_side", 1)
+    if min(train_set.images.shape[1:3]) < smallest:
+        raise ValueError(
+            f"train has images of shape {_shape(train_set)}, but must have sides of at least {smallest} pixels for "
+            f"victim {victim!r}."
+        )
+    if whitening is None:
+        return
+    if not hasattr(network, "whiten"):
+        raise ValueError(f"whitening has {len(whitening)} images, but must be None for victim {victim!r}.")
+    if whitening.images.shape[3] != train_set.images.shape[3]:
+        raise ValueError(
+            f"whitening has images of {whitening.images.shape[3]} channels, but must have those of train, "
+            f"{train_set.images.shape[3]}."
+        )
 
 
 def _shape(data: LabelledImages) -> str:
