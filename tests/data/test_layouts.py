@@ -25,7 +25,7 @@ from jcdp_diffusers.data import load_images, open_dataset
 
 datasets.disable_progress_bars()
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 
 FOLDERS = st.sampled_from(
     [
