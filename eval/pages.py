@@ -5,7 +5,7 @@ The tables and figures of README.md and docs/, written again from the records in
     python eval/pages.py --check    # changes nothing; fails if a page does not say what the records say
 
 A table stands between `<!-- name -->` and `<!-- /name -->` (`PAGES`). A figure in a sentence stands between
-`<!-- n:KEY -->` and `<!-- /n -->` (`FIGURES`).
+`<!-- n:KEY -->` and `<!-- /n -->` (`eval/page_figures.py`).
 """
 
 import argparse
@@ -16,9 +16,11 @@ from pathlib import Path
 
 
 sys.path.append(str(Path(__file__).parents[1]))
+from eval import purify_scaling
 from eval.measured import NOT_MEASURED, POISONS, Measured, spread
+from eval.page_figures import figure
 from eval.speed_tables import speed_table
-from eval.studies import detection
+from eval.studies import detection, finetune_versus_scratch
 from eval.tables import grid_table, markdown_table, poison_table
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.results import read_records, summarise
@@ -128,35 +130,13 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "speed": lambda: speed_table(read_records(RESULTS / "throughput.jsonl"), "ddpm-cifar10"),
         "evaluations": lambda: grid_table(Measured(read_records(RESULTS / "evaluations_cifar10_3k.jsonl")), "cifar10"),
     },
+    "docs/scaling.md": {"measured": lambda: purify_scaling.table(read_records(RESULTS / "purify_scaling.jsonl"))},
+    "training/README.md": {
+        "finetune": lambda: finetune_versus_scratch.table(read_records(RESULTS / "finetune_versus_scratch.jsonl"))
+    },
 }
 
 
-def mini_accuracy(row: str) -> float:
-    """Mean test accuracy in points of what `make cifar10-mini` measured in a row."""
-    records = read_records(RESULTS / "cifar10_mini/records.jsonl")
-    means = {
-        found["settings.row"]: found["mean"]
-        for found in summarise([r for r in records if r["what"] == "accuracy"], by=("settings.row",))
-    }
-    return 100 * means[row]
-
-
-def speed_entry(row: str, column: str) -> str:
-    """An entry of the table of docs/speed.md, by the beginnings of its row's and its column's title."""
-    lines = [line.strip("| ").split(" | ") for line in PAGES["docs/speed.md"]["speed"]().splitlines() if " | " in line]
-    place = next(place for place, title in enumerate(lines[0]) if title.startswith(column))
-    return next(line for line in lines if line[0].startswith(row))[place]
-
-
-# What sentences quote, by key.
-FIGURES: dict[str, Callable[[], str]] = {
-    "mini.lost": lambda: f"{mini_accuracy('clean') - mini_accuracy('protected'):.1f}",
-    "mini.regained": lambda: f"{mini_accuracy('purified') - mini_accuracy('protected'):.1f}",
-    "speed.guided_step": lambda: speed_entry(
-        "step with both guides / bare UNet, batch 64", "AMD EPYC, AVX-512 BF16: f"
-    ),
-    "speed.authors": lambda: speed_entry("the same, times the authors' loop", "AMD EPYC, AVX-512 BF16: f"),
-}
 FIGURE = re.compile(r"(<!-- n:([\w.-]+) -->).*?(<!-- /n -->)", re.DOTALL)
 
 
@@ -174,12 +154,10 @@ def written(page: str) -> str:
             raise ValueError(f"{page} has no <!-- {name} --> ... <!-- /{name} -->, where a table belongs.")
         text = place.sub(lambda found, table=table: found[1] + table() + "\n" + found[2], text)
 
-    def figure(found: re.Match) -> str:
-        if found[2] not in FIGURES:
-            raise ValueError(f"{page} asks for the figure {found[2]!r}, but it must be one of {tuple(FIGURES)}.")
-        return found[1] + FIGURES[found[2]]() + found[3]
-
-    return FIGURE.sub(figure, text)
+    try:
+        return FIGURE.sub(lambda found: found[1] + figure(found[2]) + found[3], text)
+    except ValueError as error:
+        raise ValueError(f"{page}: {error}") from error
 
 
 def main() -> None:
@@ -191,7 +169,8 @@ def main() -> None:
             text = written(page)
             if args.check and text != (ROOT / page).read_text(encoding="utf-8"):
                 raise ValueError(f"{page} does not say what the records say: python eval/pages.py writes its tables.")
-            (ROOT / page).write_text(text, encoding="utf-8")
+            if not args.check:
+                (ROOT / page).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

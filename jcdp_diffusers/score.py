@@ -28,7 +28,7 @@ from .purification_config import PurificationConfig
 from .results import code_version, package_versions
 from .train.provenance import check_trained_on
 from .trials import Trial, given_seeds, is_model_of, measure, results_by_trial, spread_over_seeds
-from .victims import RECIPES, Recipe
+from .victims import Recipe, get_recipe, recipes_of
 
 
 # Of a trial, what every victim of a score has in common. What the trial leaves out is None.
@@ -44,6 +44,7 @@ REQUESTED = (
     "draws",
     "train",
     "test",
+    "probe",
 )
 
 
@@ -53,6 +54,7 @@ def score(
     *,
     victim: str = "resnet18",
     method: str = "supervised",
+    probe: LabelledImages | None = None,
     width: int | None = None,
     protocol: str | Recipe = "fast",
     seeds: int | Sequence[int] = 3,
@@ -77,8 +79,11 @@ def score(
             altered.
         victim (`str`, defaults to `"resnet18"`): One of `victims.NAMES`.
         method (`str`, defaults to `"supervised"`): How victims learn, one of `victims.METHODS`.
+        probe (`LabelledImages`, *optional*): For a method without labels, clean labelled images of the same classes
+            and size, which a linear layer on the victim's features is trained on.
         width (`int`, *optional*): The network's width; by default the recipe's.
-        protocol (`str` or `Recipe`, defaults to `"fast"`): The victims' recipe: a name of `RECIPES`, or a recipe.
+        protocol (`str` or `Recipe`, defaults to `"fast"`): The victims' recipe: a name of `recipes_of(method)`, or a
+            recipe.
         seeds (`int` or `Sequence[int]`, defaults to 3): How many victims, with seeds 0, 1, ..., or the seeds
             themselves.
         countermeasure (`str`, *optional*): One of `countermeasures.NAMES`, or several joined by `"+"`.
@@ -108,13 +113,12 @@ def score(
         ValueError: If the sets do not suit each other, overlap, or a name is unknown.
     """
     seeds = given_seeds(seeds)
-    if isinstance(protocol, str) and protocol not in RECIPES:
-        raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(RECIPES)}.")
-    recipe = RECIPES[protocol] if isinstance(protocol, str) else protocol
+    if isinstance(protocol, str) and protocol not in (known := recipes_of(method)):
+        raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(known)} for method {method!r}.")
+    recipe = get_recipe(protocol, method)
     victims.get(victim)
-    if method not in victims.METHODS:
-        raise ValueError(f"method is {method!r}, but must be one of {', '.join(victims.METHODS)}.")
     train, test, names = check_pair(train, test, overlap_budget)
+    probe = _checked_probe(probe, method, test, overlap_budget)
     countermeasure = countermeasure or "none"
     _check_purifier(countermeasure, purifier, purification, train, test)
     with contextlib.ExitStack() as stack:
@@ -127,6 +131,7 @@ def score(
                 seed,
                 victim=victim,
                 method=method,
+                probe=probe,
                 width=width,
                 countermeasure=countermeasure,
                 purifier=purifier,
@@ -177,6 +182,23 @@ def check_pair(
                 "image must not be trained on."
             )
     return train, test, list(train.class_names or map(str, range(train.num_classes)))
+
+
+def _checked_probe(
+    probe: LabelledImages | None, method: str, test: LabelledImages, overlap_budget: float | None
+) -> LabelledImages | None:
+    """The images that features are probed with, their labels in the space of the test's, none of them a test image."""
+    if (probe is None) != (method == "supervised"):
+        raise ValueError(
+            f"probe is {None if probe is None else f'{len(probe)} images'}, but must be "
+            f"{'None' if method == 'supervised' else 'labelled images'} for method {method!r}."
+        )
+    if probe is None:
+        return None
+    try:
+        return check_pair(probe, test, overlap_budget)[0]
+    except ValueError as error:
+        raise ValueError(f"probe, in place of train: {error}") from error
 
 
 def _check_purifier(countermeasure: str, purifier, purification, train: LabelledImages, test: LabelledImages) -> None:
@@ -256,6 +278,7 @@ def _run(trial: Trial, accuracy: float, details: dict) -> dict[str, Any]:
         "accuracy": accuracy,
         "best_accuracy": details["best_accuracy"],
         "train_accuracy": details["train_accuracy"],
+        "knn_accuracy": details["knn_accuracy"],
         "per_class_accuracy": (confusion.diagonal() / confusion.sum(axis=1)).tolist(),
         "confusion": details["confusion"],
         "history": details["history"],
@@ -278,6 +301,11 @@ def _write(path: Path, value: dict) -> None:
     os.replace(temporary, path)
 
 
+def _recipe_names() -> tuple[str, ...]:
+    """Those of every method, each once."""
+    return tuple(dict.fromkeys(name for method in victims.METHODS for name in recipes_of(method)))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `jcdp score`."""
     what = parser.add_argument_group("what to score")
@@ -285,6 +313,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--test", required=True, help="clean test set of the same classes")
     what.add_argument("--train_split", help="the only one if not given, and so the next")
     what.add_argument("--test_split")
+    what.add_argument("--probe", help="clean labelled images for a method without labels")
+    what.add_argument("--probe_split")
     what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
     what.add_argument("--label_column")
     what.add_argument("--image_size", type=int, help="side in pixels to which images are brought first")
@@ -296,7 +326,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--method", default="supervised", choices=victims.METHODS, help="how victims learn")
     how.add_argument("--width", type=int, help="of the network; the recipe's if not given")
     how.add_argument(
-        "--recipe", "--protocol", dest="protocol", default="fast", choices=tuple(RECIPES), help="the victims' recipe"
+        "--recipe", "--protocol", dest="protocol", default="fast", choices=_recipe_names(), help="the victims' recipe"
     )
     how.add_argument("--seeds", type=int, default=3, help="number of victims")
     how.add_argument(
@@ -318,12 +348,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`jcdp score`, from parsed options to a line with the figure."""
-    train, test = (_load(args, role) for role in ("train", "test"))
+    train, test, probe = (_load(args, role) for role in ("train", "test", "probe"))
     result = score(
         train,
         test,
         victim=args.victim,
         method=args.method,
+        probe=probe,
         width=args.width,
         protocol=args.protocol,
         seeds=args.seeds,
@@ -345,20 +376,31 @@ def run(args: argparse.Namespace) -> None:
 
 def sentence(result: dict[str, Any]) -> str:
     """The figure in words."""
-    accuracy, best, request = result["accuracy"], result["best_accuracy"], result["request"]
+    accuracy, request = result["accuracy"], result["request"]
     count = len(accuracy["values"])
+    learner = request["victim"] if request["method"] == "supervised" else f"{request['victim']} by {request['method']}"
     victims_said = "1 victim" if count == 1 else f"{count} victims"
     spread = "" if accuracy["std"] is None else f" (standard deviation {100 * accuracy['std']:.1f})"
     with_measure = "" if request["countermeasure"] == "none" else f" with {request['countermeasure']}"
+    other = "".join(
+        f"; {words} {100 * result[figure]['mean']:.1f} %"
+        for figure, words in (
+            ("best_accuracy", "the best accuracy over epochs was"),
+            ("knn_accuracy", "the nearest neighbours of their features got"),
+        )
+        if figure in result
+    )
     smoke = " This was a smoke run: the figures mean nothing." if result["smoke"] else ""
     return (
-        f"{victims_said} ({request['victim']}, width {request['width']}, recipe {request['recipe']['name']})"
+        f"{victims_said} ({learner}, width {request['width']}, recipe {request['recipe']['name']})"
         f"{with_measure} got {100 * accuracy['mean']:.1f} %{spread} of {request['test']['images']} test images right "
-        f"after the last epoch; the best accuracy over epochs was {100 * best['mean']:.1f} %.{smoke}"
+        f"after the last epoch{other}.{smoke}"
     )
 
 
-def _load(args: argparse.Namespace, role: str) -> LabelledImages:
+def _load(args: argparse.Namespace, role: str) -> LabelledImages | None:
+    if getattr(args, role) is None:
+        return None
     try:
         return load_images(
             getattr(args, role),
@@ -368,5 +410,5 @@ def _load(args: argparse.Namespace, role: str) -> LabelledImages:
             image_size=args.image_size,
             channels=args.channels,
         )
-    except ValueError as error:  # says what is wrong, but not which of the two options it is about
+    except ValueError as error:  # says what is wrong, but not which option it is about
         raise ValueError(f"--{role} (with --{role}_split): {error}") from error

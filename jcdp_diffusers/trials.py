@@ -39,7 +39,7 @@ PREPARATION_SEED = 0
 PROVENANCE = ("grid", "poison_seconds", "poison_norms")
 # Fields of a trial that came after the first records: left out at the value that was meant before, as in `results`.
 LATER = {"draws": 1, "method": "supervised"}
-FIGURES = ("accuracy", "best_accuracy", "train_accuracy")
+FIGURES = ("accuracy", "best_accuracy", "train_accuracy", "knn_accuracy")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +53,8 @@ class Trial:
         seed (`int`): Of the victim.
         victim (`str`): One of `victims.NAMES`.
         method (`str`): How the victim learns, one of `victims.METHODS`.
+        probe (`LabelledImages`, *optional*): For a method without labels, the images that its features are probed
+            with.
         width (`int`, *optional*): Of the network; the recipe's by default.
         countermeasure (`str`): A name of `countermeasures`, or several joined by `+`.
         purifier (`str`, `os.PathLike` or `JointConditionalPurificationPipeline`, *optional*): Folder, Hub id or
@@ -71,6 +73,7 @@ class Trial:
     seed: int
     victim: str = "resnet18"
     method: str = "supervised"
+    probe: LabelledImages | None = None
     width: int | None = None
     countermeasure: str = "none"
     purifier: str | os.PathLike | JointConditionalPurificationPipeline | None = None
@@ -96,6 +99,8 @@ class Trial:
             "train": describe_images(self.train),
             "test": describe_images(self.test),
         }
+        if self.probe is not None:
+            settings["probe"] = describe_images(self.probe)
         if countermeasure.needs_purifier:
             settings |= {"purifier": None, "purification": purification}
             if self.purifier is not None:
@@ -211,7 +216,7 @@ def spread_over_seeds(trials: Sequence[Trial], records: str | os.PathLike) -> di
             {"what": figure, "value": value[figure], "seed": trial.seed}
             for figure in FIGURES
             for trial, value in zip(trials, values)
-            if value[figure] is not None
+            if value.get(figure) is not None
         ),
         by=("what",),
     )
@@ -363,6 +368,7 @@ def _train(trial: Trial, records: Path, device: torch.device) -> float:
             trial.test,
             victim=trial.victim,
             method=trial.method,
+            probe=trial.probe,
             width=trial.width,
             recipe=trial.recipe,
             seed=trial.seed,
@@ -394,6 +400,7 @@ def _details(result: VictimResult) -> dict[str, Any]:
     return {
         "best_accuracy": result.best_accuracy,
         "train_accuracy": result.train_accuracy,
+        "knn_accuracy": result.knn_accuracy,
         "per_class_accuracy": [
             None if np.isnan(accuracy) else round(accuracy, 4) for accuracy in result.per_class_accuracy
         ],

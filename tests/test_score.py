@@ -224,6 +224,19 @@ def test_the_model_of_another_score_is_not_taken_for_ones_own(train, test, tmp_p
         score(train, test, **options)
 
 
+def test_a_method_without_labels_is_scored_by_a_probe(folders, capsys):
+    write_dataset(folders / "probe", digits(220, 340))
+    asked = arguments(folders, "--seeds", "1", "--method", "simclr", "--width", "2")
+    assert main(asked) == 1 and "probe is None" in capsys.readouterr().err
+    assert main([*asked, "--probe", str(folders / "test")]) == 1 and "in common" in capsys.readouterr().err
+    assert main([*asked, "--probe", str(folders / "probe")]) == 0
+    assert "(resnet18 by simclr, width 2, recipe smoke)" in capsys.readouterr().out
+    result = json.loads((folders / "score.json").read_text())
+    assert result["request"]["method"] == "simclr" and result["request"]["probe"]["images"] == 120
+    assert result["knn_accuracy"]["values"] == [result["runs"][0]["knn_accuracy"]]
+    assert "best_accuracy" not in result and np.sum(result["confusion"]) == 100
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 

@@ -10,10 +10,15 @@ plot. The same command goes on with a run that was interrupted.
 """
 
 import argparse
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusers import DDPMPipeline
 
+
+sys.path.append(str(Path(__file__).parents[2]))
+from eval.tables import markdown_table
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.results import append_record, read_records
 from jcdp_diffusers.train.loop import TrainingConfig, train_purifier
@@ -24,6 +29,7 @@ from jcdp_diffusers.train.unets import UNETS, ddpm_scheduler, named_unet
 ROOT = Path(__file__).resolve().parents[2]
 WHAT = "held-out denoising loss"
 SOURCE = "the source itself"
+SHOWN = (0, 50, 100, 200, 400)  # steps in the table
 ARMS = {
     "scratch, all timesteps": (False, False),
     "scratch, first timesteps": (False, True),
@@ -157,6 +163,42 @@ def write_records(args: argparse.Namespace, arm: str, record: dict) -> None:
             device=record["device"],
             seconds=record["seconds"],
         )
+
+
+def curves(records: Sequence[Mapping]) -> dict[str, dict[int, float]]:
+    """
+    Loss by step of each arm, of the comparison that was recorded last; of equal steps the last counts.
+
+    Args:
+        records (`list[dict]`): Of `results/finetune_versus_scratch.jsonl`.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for record in _last_comparison(records):
+        found.setdefault(record["settings"]["arm"], {})[record["settings"]["step"]] = record["value"]
+    return {arm: dict(sorted(points.items())) for arm, points in found.items()}
+
+
+def table(records: Sequence[Mapping]) -> str:
+    """The losses at some steps in Markdown, for training/README.md; an arm in each row."""
+    found = curves(records)
+    steps = [step for step in SHOWN if all(step in found[arm] for arm in ARMS)]
+    first = _last_comparison(records)[-1]["settings"]["first_timesteps"]
+    rows = [
+        [
+            "fine-tuned" if finetuned else "scratch",
+            f"the first {first}" if restricted else "all",
+            *(f"{found[arm][step]:.3f}" for step in steps),
+        ]
+        for arm, (finetuned, restricted) in ARMS.items()
+    ]
+    return markdown_table(["start", "timesteps trained", *(f"{step} steps" for step in steps)], rows)
+
+
+def _last_comparison(records: Sequence[Mapping]) -> list[Mapping]:
+    def compared(record: Mapping) -> tuple:
+        return record["seed"], {name: v for name, v in record["settings"].items() if name not in ("arm", "step")}
+
+    return [record for record in records if compared(record) == compared(records[-1])]
 
 
 def plot(args: argparse.Namespace) -> None:
