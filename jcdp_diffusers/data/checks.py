@@ -15,6 +15,7 @@ from .perturbations import measured_norms
 
 
 ROLES = ("disjoint", "paper")
+RESEMBLANCE = 0.3  # of originals and what was made from them; CUDA leaves more, images of other rows have nearly none
 
 
 def check_sets(
@@ -106,7 +107,8 @@ def match_originals(clean: LabelledImages, protected: LabelledImages) -> Labelle
     The clean original of each protected image, by id, in the order of the protected ones.
 
     Raises:
-        ValueError: If one is missing, or has another label or shape.
+        ValueError: If one is missing, or has another label or shape, or if the images do not resemble each other: ids
+            that are row numbers agree by chance where two sources have another order.
     """
     rows = {id_: row for row, id_ in enumerate(clean.ids)}
     missing = [id_ for id_ in protected.ids if id_ not in rows]
@@ -129,7 +131,23 @@ def match_originals(clean: LabelledImages, protected: LabelledImages) -> Labelle
                 f"clean and protected label {len(differing)} images differently, the first {protected.ids[row]!r} as "
                 f"{clean.labels[row]} and {protected.labels[row]}, but an original has its image's label."
             )
+    if len(clean) > 1 and (like := _likeness(clean.images, protected.images)) < RESEMBLANCE:
+        raise ValueError(
+            f"clean and protected have the same ids, such as {protected.ids[0]!r}, but their images do not resemble "
+            f"each other (correlation {like:.2f}); originals under the ids of what was made from them are accepted."
+        )
     return clean
+
+
+def _likeness(one: np.ndarray, other: np.ndarray) -> float:
+    """Correlation of what sets them apart from the mean image of each set, over all values."""
+    means = [images.mean(axis=0) for images in (one, other)]
+    products = np.zeros(3)
+    for start in range(0, len(one), 1024):
+        first, second = (images[start : start + 1024] - mean for images, mean in zip((one, other), means))
+        products += (first * second).sum(), np.square(first).sum(), np.square(second).sum()
+    spread = np.sqrt(products[1] * products[2])
+    return 1.0 if spread == 0 else float(products[0] / spread)
 
 
 def few_of_each_class(data: LabelledImages, count: int) -> LabelledImages:
