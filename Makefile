@@ -20,9 +20,9 @@ $(VENV)/ready: pyproject.toml
 quickstart: $(VENV)/ready
 	$(BIN)/jcdp quickstart --output runs/quickstart
 
-# The same story on real CIFAR-10: `make cifar10-mini DATA=path/to/cifar10`, a folder with train and test Parquet files.
+# The same on real CIFAR-10: `make cifar10-mini DATA=path/to/cifar10`, a folder with train and test Parquet files.
 cifar10-mini: $(VENV)/ready
-	$(BIN)/jcdp quickstart --telling cifar10-mini --data $(DATA) --output runs/cifar10-mini
+	$(BIN)/jcdp quickstart --preset cifar10-mini --data $(DATA) --output runs/cifar10-mini
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -14,8 +14,7 @@ import numpy as np
 
 # A script is started with its own folder alone on the path, and a package has its own name for what is beside it.
 sys.path.append(str(Path(__file__).parents[1]))
-from eval.tables import (
-    POISONS,
+from eval.measured import (
     ROLES_SAID,
     Key,
     Measured,
@@ -25,106 +24,9 @@ from eval.tables import (
     refuse_differences,
     spread,
 )
+from eval.pictures import add_poisons_arguments, add_purified_arguments, draw_poisons, draw_purified
 from jcdp_diffusers.cli import ends_in_one_sentence
-from jcdp_diffusers.data import load_images
-from jcdp_diffusers.poisons.protect import read_card
 from jcdp_diffusers.purification_config import PurificationConfig
-
-
-def add_poisons_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clean", required=True, help="the clean images that were protected, with labels")
-    parser.add_argument("--split", default="train", help="of the clean images")
-    parser.add_argument("--protected", required=True, nargs="+", help="folders that `jcdp poison` or a grid wrote")
-    parser.add_argument("--shown", type=int, default=8, help="images, one of each of the first classes")
-    parser.add_argument("--output", default="results/figures/poisons.png")
-
-
-def draw_poisons(args: argparse.Namespace) -> None:
-    """One row per poison: the same images with its noise, and beside them the noise, magnified to fill the scale."""
-    source = load_images(args.clean, split=args.split)
-    row_of = {id_: row for row, id_ in enumerate(source.ids)}
-    shown = {}
-    for folder in args.protected:
-        card, data = read_card(folder), load_images(folder)
-        if unknown := [id_ for id_ in data.ids if id_ not in row_of]:
-            raise SystemExit(f"figures: protected {folder!r} has the id {unknown[0]!r}, but clean has no such image.")
-        clean = source.subset([row_of[id_] for id_ in data.ids])
-        chosen = [int(np.argmax(clean.labels == label)) for label in range(args.shown)]
-        shown.setdefault("clean", (clean.images[chosen], None))
-        norms, name = card["measured"], POISONS.get(card["method"], card["method"])
-        title = (
-            f"{name} ({card['preset']})\nlargest change {norms['linf']:.0f}/255\n"
-            f"L2 norm {norms['l2_mean']:.2f}\nchanged pixels {norms['l0_mean']:.0f}"
-        )
-        shown[title] = (data.images[chosen], magnified(clean.images[chosen], data.images[chosen]))
-    save_rows(shown, args.output)
-
-
-def magnified(clean: np.ndarray, poisoned: np.ndarray) -> np.ndarray:
-    """The change on middle grey, stretched until its largest value is black or white; uint8 (N, H, W, C)."""
-    change = poisoned.astype(np.float32) - clean
-    largest = np.abs(change).max(axis=(1, 2, 3), keepdims=True).clip(min=1)
-    return np.rint(127.5 + 127.5 * change / largest).astype(np.uint8)
-
-
-def save_rows(shown: dict[str, tuple[np.ndarray, np.ndarray | None]], output: str) -> None:
-    """Rows of images, uint8 (N, H, W, C), with their change, magnified, if any, at the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    count = len(next(iter(shown.values()))[0])
-    figure, axes = plt.subplots(
-        len(shown),
-        2 * count + 1,
-        figsize=(2 * count * 0.66, len(shown) * 0.75),
-        width_ratios=[*[1] * count, 0.3, *[1] * count],
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, (title, (images, noise)) in enumerate(shown.items()):
-        axes[row, 0].text(-0.15, 0.5, title, transform=axes[row, 0].transAxes, ha="right", va="center", fontsize=7)
-        for column, image in enumerate([*images, *([] if noise is None else noise)]):
-            axis = axes[row, column + (column >= count)]
-            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axes[0, 0].set_title("images", fontsize=8, loc="left")
-    axes[1, count + 1].set_title(
-        "difference from the first row, magnified to the full grey scale", fontsize=8, loc="left"
-    )
-    figure.subplots_adjust(left=0, right=1, top=1, bottom=0, wspace=0.04, hspace=0.06)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    # Titles stand outside the axes: tight makes room for them, whatever the number of rows and images.
-    figure.savefig(output, dpi=100, bbox_inches="tight", pad_inches=0.05)
-    plt.close(figure)
-
-
-def add_purified_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--sets", required=True, nargs="+", metavar="TITLE=DIR", help="data sets with the same ids, clean images first"
-    )
-    parser.add_argument("--split", help="of all sets; the only one if not given")
-    parser.add_argument("--shown", type=int, default=8, help="images, one of each of the first classes")
-    parser.add_argument("--output", default="results/figures/purified.png")
-
-
-def draw_purified(args: argparse.Namespace) -> None:
-    """After the paper's Figure 2: the same images clean, protected, purified, and how they differ from the first."""
-    sources = {title: source for title, _, source in (entry.partition("=") for entry in args.sets)}
-    sets = {title: load_images(source, split=args.split) for title, source in sources.items()}
-    if len(sets) < 2:
-        raise SystemExit(f"figures: sets is {' '.join(args.sets)}, but two at least are accepted, clean images first.")
-    first = next(iter(sets.values()))
-    classes = np.unique(first.labels)[: args.shown]
-    ids = [first.ids[int(np.argmax(first.labels == label))] for label in classes]
-    shown = {}
-    for title, data in sets.items():
-        rows = {id_: row for row, id_ in enumerate(data.ids)}
-        if missing := [id_ for id_ in ids if id_ not in rows]:
-            raise SystemExit(f"figures: {title} lacks the image {missing[0]!r}, but all sets must have the same ids.")
-        images = data.images[[rows[id_] for id_ in ids]]
-        shown[title] = (images, magnified(next(iter(shown.values()))[0], images) if shown else None)
-    save_rows(shown, args.output)
 
 
 def add_curves_arguments(parser: argparse.ArgumentParser) -> None:

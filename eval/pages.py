@@ -1,8 +1,11 @@
 """
-The tables of README.md and docs/, written again from the records in results/.
+The tables and figures of README.md and docs/, written again from the records in results/.
 
-    python eval/pages.py            # replaces what stands between <!-- name --> and <!-- /name -->
+    python eval/pages.py            # replaces what stands between the marks
     python eval/pages.py --check    # changes nothing; fails if a page does not say what the records say
+
+A table stands between `<!-- name -->` and `<!-- /name -->` (`PAGES`). A figure in a sentence stands between
+`<!-- n:KEY -->` and `<!-- /n -->` (`eval/page_figures.py`).
 """
 
 import argparse
@@ -13,15 +16,25 @@ from pathlib import Path
 
 
 sys.path.append(str(Path(__file__).parents[1]))
-from eval.tables import NOT_MEASURED, POISONS, Measured, grid_table, markdown_table, poison_table, spread
-from eval.throughput import speed_table
+from eval import purify_scaling
+from eval.measured import NOT_MEASURED, POISONS, Measured, spread
+from eval.page_figures import figure
+from eval.speed_tables import speed_table
+from eval.studies import detection, finetune_versus_scratch
+from eval.tables import grid_table, markdown_table, poison_table
 from jcdp_diffusers.cli import ends_in_one_sentence
-from jcdp_diffusers.quickstart import ROWS
 from jcdp_diffusers.results import read_records, summarise
 
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
+# Rows of results/cifar10_mini, whose control was Gaussian noise.
+STORY_ROWS = {
+    "clean": "clean",
+    "protected": "protected by LSP",
+    "random_noise": "random noise of the same norm",
+    "purified": "protected, then purified",
+}
 # What a reader of README.md compares: the best known of each family, and ours. All rows are in docs/results.md.
 HEADLINE = {
     "none": "nothing",
@@ -43,13 +56,13 @@ def measured(name: str) -> Measured:
     return Measured(read_records(RESULTS / f"{name}_cifar10_mini.jsonl"))
 
 
-def story_table() -> str:
+def mini_table() -> str:
     """What `make cifar10-mini` shows."""
     records = read_records(RESULTS / "cifar10_mini/records.jsonl")
     records = [r for r in records if r["what"] in ("accuracy", "train_accuracy")]
     found = {(row["what"], row["settings.row"]): row for row in summarise(records, by=("what", "settings.row"))}
     rows = []
-    for row, title in ROWS.items():
+    for row, title in STORY_ROWS.items():
         test, training = (found[what, row]["values"] for what in ("accuracy", "train_accuracy"))
         rows.append([title, *(spread([100 * value for value in values]) for values in (test, training))])
     return markdown_table(["victim trained on", "test accuracy in %", "training accuracy in %"], rows)
@@ -100,7 +113,7 @@ def recipe_in_words(record: dict) -> str:
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"story": story_table, "headline": headline_table},
+    "README.md": {"cifar10-mini": mini_table, "headline": headline_table},
     "docs/results.md": {
         "poisons": lambda: poison_table(measured("poisons"), "cifar10"),
         "countermeasures": grid_of("countermeasures"),
@@ -109,19 +122,30 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "guides": grid_of("guides"),
         "coloured": grid_of("coloured"),
     },
+    "docs/detection.md": {
+        "false alarms": lambda: detection.false_alarm_table(read_records(RESULTS / "detection.jsonl")),
+        "detection": lambda: detection.table(read_records(RESULTS / "detection.jsonl")),
+    },
     "docs/speed.md": {
         "speed": lambda: speed_table(read_records(RESULTS / "throughput.jsonl"), "ddpm-cifar10"),
         "evaluations": lambda: grid_table(Measured(read_records(RESULTS / "evaluations_cifar10_3k.jsonl")), "cifar10"),
     },
+    "docs/scaling.md": {"measured": lambda: purify_scaling.table(read_records(RESULTS / "purify_scaling.jsonl"))},
+    "training/README.md": {
+        "finetune": lambda: finetune_versus_scratch.table(read_records(RESULTS / "finetune_versus_scratch.jsonl"))
+    },
 }
+
+
+FIGURE = re.compile(r"(<!-- n:([\w.-]+) -->).*?(<!-- /n -->)", re.DOTALL)
 
 
 def written(page: str) -> str:
     """
-    A page's text with its tables as the records have them.
+    A page's text with its tables and figures as the records have them.
 
     Raises:
-        ValueError: If the page lacks the place of a table.
+        ValueError: If the page lacks the place of a table, or asks for a figure that nobody knows.
     """
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, table in PAGES[page].items():
@@ -129,7 +153,11 @@ def written(page: str) -> str:
         if not place.search(text):
             raise ValueError(f"{page} has no <!-- {name} --> ... <!-- /{name} -->, where a table belongs.")
         text = place.sub(lambda found, table=table: found[1] + table() + "\n" + found[2], text)
-    return text
+
+    try:
+        return FIGURE.sub(lambda found: found[1] + figure(found[2]) + found[3], text)
+    except ValueError as error:
+        raise ValueError(f"{page}: {error}") from error
 
 
 def main() -> None:
@@ -141,7 +169,8 @@ def main() -> None:
             text = written(page)
             if args.check and text != (ROOT / page).read_text(encoding="utf-8"):
                 raise ValueError(f"{page} does not say what the records say: python eval/pages.py writes its tables.")
-            (ROOT / page).write_text(text, encoding="utf-8")
+            if not args.check:
+                (ROOT / page).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,20 @@ import argparse
 import multiprocessing
 import os
 import resource
+import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import sklearn.datasets
 import torch
 
+
+sys.path.append(str(Path(__file__).parents[1]))
+from eval.tables import markdown_table
 from jcdp_diffusers.data import LabelledImages, open_dataset, write_dataset
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.purify.dataset import purify_to_folder
@@ -115,6 +121,42 @@ def measure_codec(sizes: list[int], output: str) -> None:
         }
         settings = {"image_size": size, "photographs": "scikit-learn's two, 640x427 JPEG"}
         record(output, "cost of reading and writing an image", value, None, settings, encoded - start)
+
+
+def table(records: Sequence[Mapping]) -> str:
+    """What was measured, in Markdown, for docs/scaling.md; of a figure that was measured again, the last counts."""
+
+    def values(what: str, **settings) -> list:
+        return [r["value"] for r in records if r["what"] == what and settings.items() <= r["settings"].items()]
+
+    def memory(source: str) -> str:
+        used = (values("purification peak memory (MiB)", source=source, rows=rows)[-1] for rows in (1000, 100_000))
+        return "{:,.0f} and {:,.0f} MiB".format(*used)
+
+    def speed(arrangement: str) -> float:
+        return statistics.median(values("purification images per second", arrangement=arrangement)[-3:])
+
+    kills = values("random kills survived by a purification")[-1]
+    small, large = (values("cost of reading and writing an image", image_size=size)[-1] for size in (64, 256))
+    reading = f"{small['decode and resize (ms)']:.1f} and {large['decode and resize (ms)']:.1f} ms"
+    writing = " and ".join(f"{cost['encode (ms)']:.1f} ms, {cost['bytes'] / 1e3:.1f} kB" for cost in (small, large))
+    efficiency = values("purification efficiency of one process per core")[-1]["against one core"]
+    done = "{rows lost} rows lost, {rows duplicated} repeated, {rows altered} altered".format(**kills)
+    rows = [
+        ["Memory of a process, at its peak", "1,000 and 100,000 rows of Parquet, 8x8", memory("folder")],
+        ["", "the same as a stream of unknown length", memory("stream")],
+        ["Random `kill -9`", f"{kills['kills']} in {kills['runs']} runs of {kills['rows per run']} rows", done],
+        ["Reading 640x427 JPEG, one core", "decode and resize, to 64x64 and 256x256", reading],
+        ["Writing PNG, one core", "64x64 and 256x256", writing],
+        ["One process, one core", "`small32`, 32x32, median of 3", f"{speed('one process, one core'):.0f} images/s"],
+        [
+            "One process per core, two cores",
+            "the same",
+            f"{speed('one process per core'):.0f} images/s: efficiency {efficiency:.2f}",
+        ],
+        ["One process, two cores", "the same", f"{speed('one process, all cores'):.0f} images/s"],
+    ]
+    return markdown_table(["What", "Where", "Result"], rows)
 
 
 def run(source: Path, out: Path, kind: str, what: dict, workers: list[list[int]]) -> tuple[float, float]:

@@ -4,27 +4,36 @@ import argparse
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from .acceleration.allocation import keep_freed_memory
 from .engines import FAILURES
 
 
-# Each command's room offers `add_arguments(parser)` and `run(args)`; it is imported only when its command is given, so
-# that `jcdp --help` answers at once.
+# Each command's module offers `add_arguments(parser)` and `run(args)`. It is imported only when its command is given,
+# so that `jcdp --help` answers at once.
 COMMANDS = {
     "quickstart": ("jcdp_diffusers.quickstart", "protect, purify and score real images, end to end, in minutes"),
     "poison": ("jcdp_diffusers.poisons.protect", "protect a data set with an unlearnable-examples method"),
     "purify": ("jcdp_diffusers.purify.command", "turn a protected data set into a learnable one"),
     "score": ("jcdp_diffusers.score", "train victims on one data set and test them on another"),
     "detect": ("jcdp_diffusers.detect", "find out whether a set of images carries a protection"),
-    "audit": ("jcdp_diffusers.audit.run", "find out whether a protection survives purification"),
+    "audit": ("jcdp_diffusers.audit.command", "find out whether a protection survives purification"),
 }
 
 
-def sentence(command: str, error: Exception) -> str:
-    """What a command says of a failure, in one line."""
-    return f"{command}: {' '.join(str(error).split())}"
+def sentence(command: str, error: Exception, options: Collection[str] = ()) -> str:
+    """
+    What a command says of a failure, in one line.
+
+    Args:
+        command (`str`): Its name, which comes first.
+        error (`Exception`): Whose sentence begins with the name of an argument in Python.
+        options (`Collection[str]`): Names of the command's options, without dashes. An argument that is one of them
+            is called by its option.
+    """
+    said = " ".join(str(error).split())
+    return f"{command}: {'--' if said.split(' ', 1)[0] in options else ''}{said}"
 
 
 @contextlib.contextmanager
@@ -52,20 +61,20 @@ def main(arguments: list[str] | None = None) -> int:
         prog="jcdp", description="Audit unlearnable examples: does a protection survive purification?"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (module, summary) in COMMANDS.items():
+    for name, (path, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if arguments[:1] == [name]:
-            room = importlib.import_module(module)
-            room.add_arguments(command)
+            module = importlib.import_module(path)
+            module.add_arguments(command)
     args = parser.parse_args(arguments)
     keep_freed_memory()
     try:
-        room.run(args)
+        module.run(args)
     except KeyboardInterrupt:
         print("jcdp: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except FAILURES as error:
-        print(sentence(f"jcdp {args.command}", error), file=sys.stderr)
+        print(sentence(f"jcdp {args.command}", error, options=vars(args)), file=sys.stderr)
         return 1
     return 0
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from .audit.shortcut import PIXEL_MODELS, SHORTCUT_IMAGES, SHORTCUT_VALUES, PixelModel, gap_of
 from .data import LabelledImages, find_overlap, load_images
+from .outputs import check_output_file, write_atomically
 from .results import package_versions
 from .spectrum import describe_difference
 
@@ -247,6 +248,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`jcdp detect`, from parsed options to a sentence."""
+    if args.output is not None:
+        sources = {f"--{name}": getattr(args, name) for name in ("dataset", "collected", "purified")}
+        check_output_file(args.output, sources=sources, name="--output")
     sets = {}
     for role, split in (("dataset", args.split), ("collected", args.collected_split), ("purified", None)):
         if (source := getattr(args, role)) is not None:
@@ -260,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None:
         path = Path(args.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found | {"packages": package_versions()}, indent=2) + "\n")
+        write_atomically(path, json.dumps(found | {"packages": package_versions()}, indent=2) + "\n")
     print(found["sentence"])
     if found["protected"] and found["shortcut"] is not None and "carriers" in found["shortcut"]:
         carriers, classes = found["shortcut"]["carriers"], found["shortcut"]["classes"]

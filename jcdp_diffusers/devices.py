@@ -44,6 +44,21 @@ def cpu_threads(threads: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def drawn_from(generator: torch.Generator) -> Iterator[None]:
+    """
+    Torch's global random state is seeded from a generator inside the block and as it was before after it.
+
+    This is for libraries that draw from the global state, as kornia does.
+
+    Args:
+        generator (`torch.Generator`): One number is drawn from it. Its device's state is seeded too.
+    """
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    with seeded(seed, generator.device):
+        yield
+
+
+@contextlib.contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """
     Torch's global random state is seeded inside the block and as it was before after it.

@@ -22,16 +22,19 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -237,11 +240,11 @@ class _Tally:
 
 def _run_task(task: Task, worker: Any) -> Any:
     global _inside_task
-    _inside_task = True
+    before, _inside_task = _inside_task, True
     try:
         return task.run(worker)
     finally:
-        _inside_task = False
+        _inside_task = before
 
 
 def _run_on_ranks(own: list[Task], open_worker: Callable[[], Any], tally: _Tally) -> None:
@@ -271,18 +274,20 @@ def _run_in_processes(tasks: list[Task], open_worker: Callable[[], Any], process
     numbers = spawn.SimpleQueue()
     for number in range(processes):
         numbers.put(number)
-    pool = ProcessPoolExecutor(min(processes, len(tasks)), spawn, _begin_process, (open_worker, numbers))
+    # A process that dies of a signal can say nothing: it has left the name of its task here.
+    at_work = tempfile.mkdtemp()
+    beginning = (open_worker, numbers, processes, at_work)
+    pool = ProcessPoolExecutor(min(processes, len(tasks)), spawn, _begin_process, beginning)
     others = set(multiprocessing.active_children())
     try:
         futures = {pool.submit(_run_in_process, task): task for task in tasks}
+        workers = set(multiprocessing.active_children()) - others
         for future in as_completed(futures):
             try:
                 result = future.result()
             except BrokenProcessPool as error:
-                raise RuntimeError(
-                    f"processes is {processes}, and the system ended one of them (is memory short?): give the same "
-                    "command again, with fewer of them."
-                ) from error
+                pool.shutdown()  # until then the processes that end with the one that died may lack an exit code
+                raise RuntimeError(_end_of_a_process(workers, Path(at_work))) from error
             except _NotOpened as error:
                 raise RuntimeError(str(error)) from error
             except FAILURES as error:
@@ -296,6 +301,17 @@ def _run_in_processes(tasks: list[Task], open_worker: Callable[[], Any], process
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        shutil.rmtree(at_work)
+
+
+def _end_of_a_process(workers: Iterable[BaseProcess], at_work: Path) -> str:
+    """Which task a process died at, and how; the pool has ended the other processes by SIGTERM since."""
+    ended = [process for process in workers if process.exitcode]
+    ended.sort(key=lambda process: process.exitcode == -signal.SIGTERM)
+    code, task = ended[0].exitcode, at_work / str(ended[0].pid)
+    how = f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with exit code {code}"
+    at = f"{task.read_text()}: its process" if task.exists() else "A process, before its first task,"
+    return f"{at} was ended {how}: give the same command again, with fewer processes if memory is short."
 
 
 class _NotOpened(Exception):
@@ -304,13 +320,15 @@ class _NotOpened(Exception):
 
 _open_worker: Callable[[], Any]
 _workers: list = []
+_at_work: Path
 
 
-def _begin_process(open_worker: Callable[[], Any], numbers) -> None:
-    global _open_worker
+def _begin_process(open_worker: Callable[[], Any], numbers, processes: int, at_work: str) -> None:
+    global _open_worker, _at_work
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # as a launcher says it, for whoever shares out the cores
     live_as_long_as_parent()
     keep_freed_memory()
-    _open_worker = open_worker
+    _open_worker, _at_work = open_worker, Path(at_work) / str(os.getpid())
     _take_gpu(numbers.get())
 
 
@@ -320,6 +338,7 @@ def _run_in_process(task: Task) -> Any:
             _workers.append(_open_worker())
         except FAILURES as error:
             raise _NotOpened(_sentence(error)) from error
+    _at_work.write_text(task.name)
     return _run_task(task, _workers[0])
 
 

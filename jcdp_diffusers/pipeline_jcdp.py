@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import os
 import secrets
 import shutil
@@ -15,27 +14,42 @@ import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-from .acceleration.feature_cache import FeatureReuse, check_reusable
+from .acceleration.feature_cache import FeatureCache, check_cacheable
 from .guidance import earlier_chain_noise, in_window, perceptual_gradient, pixel_gradient, strength
 from .hub import create_repository, push_purifier
+from .images import Images, pictures_of, to_bytes, within_unit_range
 from .noise import coloured, content_id, image_keys, normal_noise, times_covariance
-from .perceptual import LPIPSModel
-from .purification_config import CONFIG_NAME, PRESETS, PurificationConfig
+from .perceptual import LPIPSModel, load_perceptual
+from .purification_config import CONFIG_NAME, PurificationConfig
+from .repository import check_folder, check_on_hub, only_variant
 from .scheduling_guided_ddim import GuidedDDIMScheduler
-from .scheduling_guided_ddpm import GuidedDDPMScheduler
+from .scheduling_guided_ddpm import GuidedDDPMScheduler, guided, settings_of
 
 
-Images = Image.Image | list[Image.Image] | np.ndarray | torch.Tensor
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 MICRO_BATCH = {"cpu": 16}  # beyond it activations leave a CPU's cache and up to a third of the speed is lost
 PIXELS_ON_ACCELERATOR = 256 * 32 * 32  # of a micro-batch: 256 images of CIFAR-10, and as much memory for larger ones
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from PIL import Image
+        >>> from jcdp_diffusers import JointConditionalPurificationPipeline
+
+        >>> pipe = JointConditionalPurificationPipeline.from_pretrained("google/ddpm-cifar10-32")
+        >>> protected = [Image.open("protected.png").convert("RGB").resize((32, 32))]
+        >>> purified = pipe(protected, seed=0).images[0]
+        >>> purified.save("purified.png")
+
+        >>> # fewer forward steps, and the pixel guide, which keeps the result closer to the image
+        >>> closer = pipe(protected, diffusion_steps=50, pixel_guidance_scale=1000.0, seed=0).images[0]
+        ```
+"""
 
 
 @dataclasses.dataclass
@@ -66,7 +80,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
 
     Args:
         unet (`UNet2DModel`): Noise predictor, trained on raw images in [-1, 1].
-        scheduler (`GuidedDDPMScheduler`): A plain `DDPMScheduler` is converted; its configuration is kept.
+        scheduler (`GuidedDDPMScheduler`): A `DDPMScheduler`, or another one with the same noise schedule (DDIM's, for
+            example), is converted, and its configuration kept.
         perceptual (`LPIPSModel`, *optional*): Needed for a positive perceptual scale only.
     """
 
@@ -78,8 +93,11 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, perceptual: LPIPSModel | None = None):
         super().__init__()
-        if type(scheduler) is DDPMScheduler:
-            scheduler = GuidedDDPMScheduler.from_config(settings_of(scheduler))
+        if not isinstance(scheduler, GuidedDDPMScheduler):
+            scheduler = guided(scheduler)
+        size = getattr(unet.config, "sample_size", None)
+        if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
+            unet.register_to_config(sample_size=size[0])  # the other way in which diffusers writes a square
         self.register_modules(unet=unet, scheduler=scheduler, perceptual=perceptual)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self.purification_config: PurificationConfig | None = None
@@ -97,29 +115,23 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
 
         Raises:
             OSError: If it is neither a folder with a DDPM nor the name of a repository that can be loaded.
+            ValueError: If a file of it is broken; the sentence names the file.
         """
         name, folder = str(pretrained_model_name_or_path), Path(pretrained_model_name_or_path)
-        if not (folder / "model_index.json").is_file() and (folder.exists() or not _could_be_on_hub(name)):
-            why = "holds no model_index.json" if folder.is_dir() else "is neither a folder nor a repository's name"
-            raise OSError(f"purifier is {name!r}, which {why}; a DDPM's folder or Hub id is accepted.")
-        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        hub_options = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+        files = check_folder(folder) if folder.exists() else check_on_hub(name, **hub_options)
+        kwargs.setdefault("variant", only_variant(files))
         try:
-            pipe = super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
-        except OSError as error:
-            if folder.is_dir():
-                raise
-            reason = type(error.__cause__ or error).__name__
-            raise OSError(
-                f"purifier is {name!r}, which is no folder here and could not be loaded from the Hub ({reason}); a "
-                "DDPM's folder or Hub id is accepted."
-            ) from error
+            pipe = super().from_pretrained(name, **kwargs)
+        except Exception as error:  # whatever diffusers says of files that nobody here has written
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise OSError(f"purifier is {name!r}, but must be a DDPM that can be loaded ({reason:.300}).") from error
         if not folder.is_dir():
             # diffusers downloads only what model_index.json names; the same snapshot gets what lies beside it.
-            beside = [CONFIG_NAME, "perceptual/*"]
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=beside, **hub_options))
+            folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, "perceptual/*"], **hub_options))
         pipe.purification_config = PurificationConfig.from_pretrained(folder)
         if "perceptual" not in kwargs and (folder / "perceptual").is_dir():
-            pipe.register_modules(perceptual=LPIPSModel.from_pretrained(folder / "perceptual"))
+            pipe.register_modules(perceptual=load_perceptual(folder / "perceptual"))
         return pipe
 
     @classmethod
@@ -163,8 +175,9 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         """
         if push_to_hub:  # whoever may not push learns it first
             repo_id = create_repository(repo_id or Path(save_directory).name, private=private, token=token)
-        scheduler = DDPMScheduler.from_config(settings_of(self.scheduler))
-        DDPMPipeline(self.unet, scheduler).save_pretrained(save_directory, **kwargs)
+        DDPMPipeline(self.unet, DDPMScheduler.from_config(settings_of(self.scheduler))).save_pretrained(
+            save_directory, **kwargs
+        )
         if self.purification_config is not None:
             self.purification_config.save_pretrained(save_directory)
         else:  # of a purifier that was saved here before
@@ -182,6 +195,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
 
     @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         images: Images,
@@ -219,8 +233,9 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         power of two of threads. Equal bits are promised for equal settings on one kind of machine.
 
         Args:
-            images (`PIL.Image.Image`, `list`, `np.ndarray` or `torch.Tensor`): PIL images of one size; or a float
-                array (N, H, W, C) or tensor (N, C, H, W) in [0, 1]. C is the UNet's number of channels.
+            images (`PIL.Image.Image`, `list`, `np.ndarray` or `torch.Tensor`): PIL images of one size, of any mode
+                that has an RGB or grey image without loss; or a float array (N, H, W, C) or tensor (N, C, H, W) in
+                [0, 1]. C is the UNet's number of channels.
             preset (`str` or `PurificationConfig`, *optional*): `"unconditional"`, `"tuned"`, `"paper"`, `"code"`,
                 `"gdmp"`, or settings. With a purifier of coloured noise (`noise_corner`) none of them is the
                 published method.
@@ -247,13 +262,20 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 (N, C, H, W).
             callback_on_step_end_tensor_inputs (`tuple[str, ...]`): `"sample"` is all there is.
 
+        Examples:
+
+        Returns:
+            [`PurificationOutput`] or `tuple`: The purified images, the seed and the ids.
+
         Raises:
             ValueError: For images, settings or components that cannot be used, in one sentence.
             TypeError: For images of a type that is not listed above.
         """
         # 1. Check and settle
-        self.check_inputs(images, seed, ids, generator, output_type, callback_on_step_end_tensor_inputs)
-        overrides = dict(
+        self.check_inputs(seed, ids, generator, micro_batch_size, output_type, callback_on_step_end_tensor_inputs)
+        self.check_unet()
+        config = self.resolve_config(
+            preset,
             diffusion_steps=diffusion_steps,
             num_inference_steps=num_inference_steps,
             num_rounds=num_rounds,
@@ -267,12 +289,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             sampler=sampler,
             feature_reuse=feature_reuse,
         )
-        config = self.resolve_config(preset, **overrides)
-        device = self._execution_device
-        if micro_batch_size is not None and (not isinstance(micro_batch_size, Integral) or micro_batch_size < 1):
-            raise ValueError(f"micro_batch_size is {micro_batch_size!r}, but must be at least 1, a whole number.")
-        images = list(images) if isinstance(images, tuple) else images  # diffusers knows lists only
-        original = self.image_processor.preprocess(images).to(device, torch.float32)
+        original = self.prepare_images(images)
         count = len(original)
         if generator is None:
             seed = secrets.randbits(63) if seed is None else int(seed)
@@ -283,6 +300,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         self.check_colour(config, *original.shape[-2:])
 
         # 2. Pad to whole micro-batches, so that the networks see one shape only
+        device = self._execution_device
+        original = original.to(device)
         size = micro_batch_size or usual_micro_batch(device.type, *original.shape[-2:])
         batches = [slice(start, start + size) for start in range(0, count, size)]
         original = torch.cat([original, original.new_zeros(-count % size, *original.shape[1:])])
@@ -291,7 +310,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         # 3. Timesteps, on schedulers of this call's own
         schedulers = [self.prepare_scheduler(config, round_index) for round_index in range(config.num_rounds)]
         start_level = config.diffusion_steps - (0 if config.start_one_level_higher else 1)
-        start_bar = schedulers[0].alphas_cumprod[start_level].item()
+        start_bar = schedulers[0].alpha_bars[start_level]
 
         # 4. N rounds of forward and reverse
         sample = original.clone()
@@ -305,7 +324,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             for round_index, scheduler in enumerate(schedulers):
                 networks = [self.unet] * len(batches)
                 if config.feature_reuse > 1:
-                    networks = [FeatureReuse(self.unet, config.feature_reuse) for _ in batches]
+                    networks = [FeatureCache(self.unet, config.feature_reuse) for _ in batches]
                 for index, rows in enumerate(batches):
                     noise = draw_noise(rows, round_index, 0, "start").mul_((1 - start_bar) ** 0.5)
                     sample[rows] = sample[rows].mul_(start_bar**0.5).add_(noise)
@@ -329,7 +348,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                         changed = callback_on_step_end(self, steps_done + step_index, timestep, given) or {}
                         if unknown := sorted(set(changed) - set(self._callback_tensor_inputs)):
                             raise ValueError(
-                                f"callback_on_step_end returned {unknown[0]!r}, but only 'sample' is accepted."
+                                f"callback_on_step_end returned {unknown[0]!r}, but must return 'sample'."
                             )
                         sample[:count] = changed.get("sample", sample[:count])
                 steps_done += len(scheduler.timesteps)
@@ -337,10 +356,10 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         # 5. Back to images
         sample = sample[:count]
         if not torch.isfinite(sample).all():
-            guided = config.pixel_guidance_scale > 0 or config.perceptual_guidance_scale > 0
+            scales = " and the scales of the guides" if config.is_guided else ""
             raise ValueError(
-                f"unet of type {self.unet.dtype} returned values that are not finite: check its weights or type"
-                f"{' and the scales of the guides' if guided else ''}."
+                f"unet of type {self.unet.dtype} returned values that are not finite, but images must be: check its "
+                f"weights or type{scales}."
             )
         purified = self.image_processor.postprocess(sample, output_type=output_type)
         self.maybe_free_model_hooks()
@@ -365,7 +384,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             chain_bar (`float`): alpha_bar that `chain_noise` belongs to.
             draw_noise (`Callable[[str], torch.Tensor]`): From a use to noise of the sample's shape, standard normal or
                 coloured with the settings' `noise_corner`.
-            network (`UNet2DModel` or `FeatureReuse`, *optional*): Predicts in place of `unet`.
+            network (`UNet2DModel` or `FeatureCache`, *optional*): Predicts in place of `unet`.
 
         Returns:
             `tuple[torch.Tensor, float]`: x_{t-1} and the chain's alpha_bar.
@@ -376,11 +395,11 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         prediction = network(sample.to(self.unet.dtype), time, return_dict=False)[0]
         # The state's type and layout: sums of tensors that lie differently cost several times as much.
         prediction = prediction.to(torch.float32, memory_format=torch.contiguous_format)
+        gradient = None
         pixel = config.pixel_guidance_scale > 0 and in_window(timestep, config.pixel_guidance_window)
         perceptual = config.perceptual_guidance_scale > 0 and in_window(timestep, config.perceptual_guidance_window)
-        gradient = None
         if pixel or perceptual:
-            bar = scheduler.alphas_cumprod[timestep].item()
+            bar = scheduler.alpha_bars[timestep]
             if config.reference == "fresh":
                 noise = draw_noise("reference").mul_((1 - bar) ** 0.5)
             else:
@@ -388,9 +407,9 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                     chain_noise.copy_(earlier_chain_noise(chain_noise, chain_bar, bar, draw_noise("reference")))
                 noise, chain_bar = chain_noise, bar
             reference = (original * bar**0.5).add_(noise)
-            factor = -strength(config.guidance_strength, bar) * (
-                config.final_variance_factor if timestep == 0 else 1.0
-            )
+            factor = -strength(config.guidance_strength, bar)
+            if timestep == 0:
+                factor *= config.final_variance_factor
             if pixel:
                 gradient = pixel_gradient(sample, reference).mul_(factor * config.pixel_guidance_scale)
             if perceptual:
@@ -399,86 +418,41 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 gradient = slope if gradient is None else gradient.add_(slope)
             # A mean is shifted by its covariance times the gradient, of which the scheduler knows the scalar part.
             gradient = times_covariance(gradient, config.noise_corner)
-        variance_noise = None
-        if scheduler.draws_noise:
-            if scheduler.previous_timestep(timestep) >= 0:
-                variance_noise = draw_noise("variance")
-            elif timestep > 0:  # the last of few evaluations goes to x_0, but diffusers would add noise above t = 0
-                variance_noise = torch.zeros_like(sample)
-        previous = scheduler.step(prediction, timestep, sample, gradient=gradient, variance_noise=variance_noise)
+        noise = draw_noise("variance") if scheduler.adds_noise(timestep) else torch.zeros_like(sample)
+        previous = scheduler.step(prediction, timestep, sample, gradient=gradient, variance_noise=noise)
         return previous.prev_sample, chain_bar
 
-    def resolve_config(self, preset: str | PurificationConfig | None = None, **overrides) -> PurificationConfig:
+    def resolve_config(self, preset: str | PurificationConfig | None = None, **arguments) -> PurificationConfig:
         """
-        The settings that a call with these arguments uses: argument, else preset, else repository, else package
-        default.
+        The settings that a call with these arguments uses, looked up by `PurificationConfig.resolve` and checked.
 
         Args:
             preset (`str` or `PurificationConfig`, *optional*): A preset's name, or settings.
-            overrides: Fields of `PurificationConfig`; None is not given.
+            arguments: Fields of `PurificationConfig`; None is not given.
 
         Raises:
             ValueError: If the preset is unknown, or this purifier cannot do what the settings ask.
         """
-        repository = self.purification_config
-        if preset is not None and not isinstance(preset, PurificationConfig) and preset not in PRESETS:
-            raise ValueError(f"preset is {preset!r}, but must be one of {tuple(PRESETS)} or a PurificationConfig.")
-        base = PRESETS[preset] if isinstance(preset, str) else preset or repository or PRESETS["unconditional"]
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        # What the network was trained on is a fact of the repository, whatever settings are used.
-        known = base if repository is None else repository
-        trained, corner = known.trained_timesteps, known.noise_corner
-        asked = overrides.pop("noise_corner", base.noise_corner or corner)
-        if asked != corner:
-            raise ValueError(
-                f"noise_corner is {asked!r}, but this purifier was trained with {corner:g}, and only that is accepted."
-            )
-        steps = overrides.get("diffusion_steps", base.diffusion_steps)
-        inherited = base.num_inference_steps  # which a smaller T_p may not be able to have
-        if isinstance(inherited, tuple):
-            overrides.setdefault("num_inference_steps", tuple(min(evaluations, steps) for evaluations in inherited))
-        elif inherited is not None and isinstance(steps, Integral):  # else it is refused below
-            overrides.setdefault("num_inference_steps", min(inherited, steps))
-        config = dataclasses.replace(base, **overrides, trained_timesteps=trained, noise_corner=corner)
-        asked = "variance_type" in overrides or isinstance(preset, PurificationConfig) and preset.variance_type
-        if min(config.evaluations_per_round) < config.diffusion_steps and not asked:
-            # The larger variance is that of the whole stride: respaced, it leaves noise in x_0 that no later step
-            # removes.
-            config = dataclasses.replace(config, variance_type="fixed_small")
-
-        end = self.scheduler.config.num_train_timesteps if trained is None else trained[1]
-        highest = config.diffusion_steps + config.start_one_level_higher
-        if highest > end:
-            raise ValueError(
-                f"diffusion_steps is {config.diffusion_steps}, but this purifier knows only timesteps below {end}, "
-                f"so at most {end - config.start_one_level_higher} is accepted."
-            )
-        if trained is not None and trained[0] > 0:
-            raise ValueError(
-                f"trained_timesteps is {trained}, but purification ends at t = 0, so a purifier must know every "
-                "timestep from 0 on."
-            )
-        takes = inspect.signature(self.scheduler.step).parameters
-        if "gradient" not in takes or not hasattr(self.scheduler, "draws_noise"):
-            raise ValueError(
-                f"scheduler is a {type(self.scheduler).__name__}, whose step takes no gradient: set "
-                "pipe.scheduler = GuidedDDPMScheduler.from_config(pipe.scheduler.config)."
-            )
-        variance_type = config.variance_type or self.scheduler.config.variance_type
-        if variance_type not in ("fixed_small", "fixed_large"):
-            raise ValueError(
-                f"variance_type of the scheduler is {variance_type!r}, but purification accepts 'fixed_small' and "
-                "'fixed_large': pass one of them as variance_type."
-            )
+        config = PurificationConfig.resolve(preset, repository=self.purification_config, **arguments)
+        self.check_timesteps(config)
+        self.check_scheduler(config)
         if config.feature_reuse > 1:
-            check_reusable(self.unet, config.feature_reuse)
-        guided = config.pixel_guidance_scale > 0 or config.perceptual_guidance_scale > 0
-        alone = min(config.evaluations_per_round) == 1
-        if guided and alone and config.sampler == "ddpm" and variance_type == "fixed_small":
+            check_cacheable(self.unet, config.feature_reuse)
+        if config.perceptual_guidance_scale > 0:
+            self.check_perceptual(config)
+        return config
+
+    def check_timesteps(self, config: PurificationConfig) -> None:
+        """Refuse timesteps that the network was not trained on, and guides that act at none of a run's timesteps."""
+        trained = config.trained_timesteps
+        if trained is not None and trained[0] > 0:
+            raise ValueError(f"trained_timesteps is {trained}, but must begin at 0, where purification ends.")
+        end = self.scheduler.config.num_train_timesteps if trained is None else trained[1]
+        most = end - config.start_one_level_higher
+        if config.diffusion_steps > most:
             raise ValueError(
-                f"num_inference_steps is {config.num_inference_steps} and diffusion_steps {config.diffusion_steps}, "
-                "but a guide needs at least 2 evaluations per round: the last step of the sampler 'ddpm' has no "
-                "variance that could be shifted by; sampler='ddim' takes 1."
+                f"diffusion_steps is {config.diffusion_steps}, but must be at most {most}: this purifier knows only "
+                f"timesteps below {end}."
             )
         for guide in ("pixel_guidance", "perceptual_guidance"):
             window = getattr(config, f"{guide}_window")
@@ -487,33 +461,48 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                     f"{guide}_window is {window}, but must begin below diffusion_steps ({config.diffusion_steps}), or "
                     "the guide never acts."
                 )
-        if config.perceptual_guidance_scale > 0:
-            wanted = None if "perceptual_guidance_scale" in overrides else config.perceptual_network
-            if self.perceptual is None or wanted not in (None, self.perceptual.name):
-                has = "no network" if self.perceptual is None else repr(self.perceptual.name)
-                trunk = (wanted or "lpips-alex").removeprefix("lpips-")
-                loading, option = (
-                    ("from_trunk_file(PATH)", "PATH") if trunk == wanted else (f"from_lpips({trunk!r})", trunk)
-                )
-                raise ValueError(
-                    f"perceptual_guidance_scale is {config.perceptual_guidance_scale:g} and needs "
-                    f"{repr(wanted) if wanted else 'a perceptual network'}, but the pipeline has {has}: give "
-                    f"--perceptual {option} to jcdp purify or to an audit that trains its purifier, perceptual: "
-                    f"{option} to such a grid, or perceptual=LPIPSModel.{loading} to from_pretrained, whose "
-                    "save_pretrained puts it into a purifier's folder for everything else; or take "
-                    "perceptual_guidance_scale=0."
-                )
-        return config
+
+    def check_scheduler(self, config: PurificationConfig) -> None:
+        """Refuse schedulers that cannot be guided, and guides at a step whose variance is zero."""
+        if not isinstance(self.scheduler, GuidedDDPMScheduler):
+            raise ValueError(
+                f"scheduler is a {type(self.scheduler).__name__}, but must be a GuidedDDPMScheduler: "
+                "GuidedDDPMScheduler.from_config(pipe.scheduler.config) makes one."
+            )
+        variance_type = config.variance_type or self.scheduler.config.variance_type
+        if variance_type not in ("fixed_small", "fixed_large"):
+            raise ValueError(
+                f"variance_type is {variance_type!r} in the scheduler's configuration, but must be 'fixed_small' or "
+                "'fixed_large': pass one of them as variance_type."
+            )
+        alone = min(config.evaluations_per_round) == 1
+        if config.is_guided and alone and config.sampler == "ddpm" and variance_type == "fixed_small":
+            raise ValueError(
+                f"num_inference_steps is {config.num_inference_steps} and diffusion_steps {config.diffusion_steps}, "
+                "but a guide needs at least 2 evaluations per round: the last step of the sampler 'ddpm' has no "
+                "variance that could be shifted by; sampler='ddim' takes 1."
+            )
+
+    def check_perceptual(self, config: PurificationConfig) -> None:
+        """Refuse to guide by another perceptual network than the one that the scale was tuned for."""
+        wanted, present = config.perceptual_network, None if self.perceptual is None else self.perceptual.name
+        if present is None or wanted not in (None, present):
+            trunk = (wanted or "lpips-alex").removeprefix("lpips-")
+            loading = f"from_lpips({trunk!r})" if trunk != wanted else "from_trunk_file(PATH)"
+            raise ValueError(
+                f"perceptual is {present!r}, but must be {repr(wanted) if wanted else 'a network'} for a "
+                f"perceptual_guidance_scale of {config.perceptual_guidance_scale:g}: LPIPSModel.{loading} makes one."
+            )
 
     def check_colour(self, config: PurificationConfig, height: int, width: int) -> None:
         """Refuse images in which coloured noise is not what the network was trained on: it is per image, not pixel."""
         size = self.unet.config.sample_size
         size = (size, size) if isinstance(size, int) else size
         if config.noise_corner and (size is None or (height, width) != tuple(size)):
-            trained = "none, for its unet's sample_size is None," if size is None else f"{size[0]}x{size[1]}"
+            trained = "which its unet's sample_size (None) does not say" if size is None else f"{size[0]}x{size[1]}"
             raise ValueError(
-                f"images are {height}x{width}, but this purifier's noise_corner ({config.noise_corner:g} cycles per "
-                f"image) goes with the size that it was trained on alone: {trained} is accepted."
+                f"images are {height}x{width}, but must have the size that this purifier's noise_corner "
+                f"({config.noise_corner:g} cycles per image) was trained with: {trained}."
             )
 
     def prepare_scheduler(self, config: PurificationConfig, round_index: int = 0) -> DDPMScheduler:
@@ -547,94 +536,75 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
 
         return draw
 
-    def check_inputs(self, images, seed, ids, generator, output_type, callback_tensor_inputs):
-        """Refuse what cannot be purified, each with one sentence."""
-        if seed is not None and not isinstance(seed, Integral):
+    def check_inputs(self, seed, ids, generator, micro_batch_size, output_type, callback_tensor_inputs):
+        """Refuse arguments that cannot be used, before anything is computed."""
+        if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool)):
             raise TypeError(f"seed is {seed!r}, but must be a whole number.")
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
         if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
             raise TypeError(f"generator is {generator!r}, but must be a torch.Generator or a list, one per image.")
         if generator is not None and (seed is not None or ids is not None):
-            raise ValueError(
-                "generator is given together with seed or ids, but noise comes from one of the two: drop either."
-            )
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type is {output_type!r}, but must be 'pil', 'np' or 'pt'.")
-        if unknown := [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]:
-            raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}, but only 'sample' is accepted.")
+            raise ValueError("generator is given together with seed or ids, but must be given alone: it is the noise.")
         listed = isinstance(ids, Collection) and not isinstance(ids, str)
         if ids is not None and not (listed and all(isinstance(one, str) for one in ids)):
             raise TypeError(f"ids is {ids!r:.80}, but must be a list of strings, one per image.")
-        channels = self.unet.config.in_channels
-        if channels not in (1, 3):
+        if micro_batch_size is not None and (not isinstance(micro_batch_size, Integral) or micro_batch_size < 1):
+            raise ValueError(f"micro_batch_size is {micro_batch_size!r}, but must be at least 1, a whole number.")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type is {output_type!r}, but must be 'pil', 'np' or 'pt'.")
+        if unknown := [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]:
+            raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}, but must have 'sample' or none.")
+
+    def check_unet(self):
+        """Refuse networks that are not a plain noise predictor of grey or RGB images."""
+        config = self.unet.config
+        if config.in_channels not in (1, 3):
+            raise ValueError(f"unet takes {config.in_channels} channels, but must take 1 or 3: those of images.")
+        if config.out_channels != config.in_channels:
             raise ValueError(
-                f"unet takes {channels} channels, but only networks of 1 or 3 are accepted: those of images."
-            )
-        if self.unet.config.out_channels != channels:
-            raise ValueError(
-                f"unet gives {self.unet.config.out_channels} channels for {channels}, but must give as many as it "
+                f"unet gives {config.out_channels} channels for {config.in_channels}, but must give as many as it "
                 "takes: its prediction alone, without a variance."
             )
-        if self.unet.config.class_embed_type is not None or self.unet.config.num_class_embeds is not None:
+        if config.class_embed_type is not None or config.num_class_embeds is not None:
             raise ValueError("unet is conditioned on classes, but must be unconditional: labels are never read.")
+
+    def prepare_images(self, images: Images) -> torch.Tensor:
+        """Images as float32 in [-1, 1], shape (N, C, H, W), on the CPU or where they are; refuses what is none."""
+        channels = self.unet.config.in_channels
         if isinstance(images, (Image.Image, list, tuple)):
-            images = [images] if isinstance(images, Image.Image) else list(images)
-            if not images:
-                raise ValueError("images is an empty list, but at least one image is needed.")
-            if wrong := [i for i in images if not isinstance(i, Image.Image)]:
-                raise TypeError(f"images is a list with a {type(wrong[0]).__name__}, but a list must hold PIL images.")
-            modes = {1: "L", 3: "RGB"}
-            if wrong := [i for i in images if i.mode != modes.get(channels)]:
-                raise ValueError(
-                    f"images has a PIL image of mode {wrong[0].mode!r}, but this UNet takes {channels} channels, mode "
-                    f"{modes.get(channels)!r}: convert it first."
-                )
-            sizes = {i.size for i in images}
-            if len(sizes) > 1:
-                raise ValueError(
-                    f"images has sizes {sorted(sizes)[:3]}, but all images of one call must have the same size."
-                )
-            (width, height), given = sizes.pop(), channels
+            images = pictures_of([images] if isinstance(images, Image.Image) else list(images), channels)
+            (width, height), given = images[0].size, channels
         elif isinstance(images, (np.ndarray, torch.Tensor)):
-            floating = images.is_floating_point() if isinstance(images, torch.Tensor) else images.dtype.kind == "f"
-            if not floating:
-                raise ValueError(
-                    f"images is of type {images.dtype}, but must be a float type in [0, 1]: divide by 255."
-                )
-            if images.ndim != 4 or 0 in images.shape:
-                raise ValueError(f"images has shape {tuple(images.shape)}, but must have four non-empty dimensions.")
+            images = within_unit_range(images)
             given, height, width = (
                 images.shape[1:] if isinstance(images, torch.Tensor) else (images.shape[3], *images.shape[1:3])
             )
-            if not bool((images == images).all()):
-                raise ValueError("images has NaN values, but every value must be a number in [0, 1].")
-            low, high = float(images.min()), float(images.max())
-            if low < 0 or high > 1:
-                raise ValueError(f"images has values from {low:g} to {high:g}, but must lie in [0, 1].")
         else:
             raise TypeError(
                 f"images is a {type(images).__name__}, but must be a PIL image, a list of them, a NumPy array or a "
                 "torch tensor."
             )
         if given != channels:
-            raise ValueError(f"images has {given} channels, but this UNet takes {channels}.")
+            raise ValueError(f"images has {given} channels, but must have {channels}, which this UNet takes.")
         multiple = 2 ** (len(self.unet.config.block_out_channels) - 1)
         if height % multiple or width % multiple:
             raise ValueError(
-                f"images are {height}x{width}, but height and width must be multiples of {multiple} for this UNet."
+                f"images are {height}x{width}, but must have a height and width that are multiples of {multiple} for "
+                "this UNet."
             )
+        return self.image_processor.preprocess(images).to(torch.float32)
 
     def check_lengths(self, original, ids, generator):
         """Refuse ids or generators that are not one per image; equal images may share an id, as those made here do."""
         count, first = len(original), {}
         if ids is not None and len(ids) != count:
-            raise ValueError(f"ids has {len(ids)} entries, but there are {count} images.")
+            raise ValueError(f"ids has {len(ids)} entries, but must have one for each of the {count} images.")
         for row, one in enumerate(ids or ()):  # ids are made of 8-bit images, so these decide
             same = first.setdefault(one, row)
             if same != row and not torch.equal(to_bytes(original[same]), to_bytes(original[row])):
-                raise ValueError(f"ids has {one!r} for two different images, but each image needs its own.")
+                raise ValueError(f"ids has {one!r} for two different images, but must have an id for each.")
         if isinstance(generator, (list, tuple)) and len(generator) != count:
-            raise ValueError(f"generator has {len(generator)} entries, but there are {count} images.")
+            raise ValueError(f"generator has {len(generator)} entries, but must have one for each of {count} images.")
 
 
 def usual_micro_batch(device_type: str, height: int, width: int) -> int:
@@ -653,21 +623,6 @@ def without_dropout(network: torch.nn.Module):
         network.train(was_training)
 
 
-def to_bytes(images: torch.Tensor) -> torch.Tensor:
-    """From [-1, 1] to uint8 on the CPU, rounded once: what an image's content id is made from."""
-    return images.mul(127.5).add_(127.5).round_().clamp_(0, 255).to("cpu", torch.uint8)
-
-
-def settings_of(scheduler: DDPMScheduler) -> dict:
-    """
-    A scheduler's configuration without diffusers' own entries.
-
-    One of those lists the values that were left at their defaults, positional arguments among them by mistake, and
-    `from_config` resets what it lists: `DDPMScheduler(50)` would come back with 1,000 timesteps.
-    """
-    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-
-
 @contextlib.contextmanager
 def power_of_two_threads(device: torch.device):
     """
@@ -682,11 +637,3 @@ def power_of_two_threads(device: torch.device):
     finally:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-
-
-def _could_be_on_hub(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name

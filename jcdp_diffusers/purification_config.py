@@ -6,11 +6,13 @@ import os
 from numbers import Integral, Real
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .guidance import STRENGTHS
 from .noise import checked_corner
+from .repository import read_json
 
 
 CONFIG_NAME = "purification_config.json"
@@ -49,7 +51,7 @@ class PurificationConfig:
         sampler (`str`): `"ddpm"`, the stochastic reverse process; or `"ddim"`, the deterministic one
             (`GuidedDDIMScheduler`), which draws no noise after the start.
         feature_reuse (`int`): Of each round's evaluations, the first and every `feature_reuse`-th after it run the
-            whole network, the others its full resolution alone (`FeatureReuse`); 1 is off.
+            whole network, the others its full resolution alone (`FeatureCache`); 1 is off.
         perceptual_network (`str`, *optional*): `LPIPSModel.name` that the perceptual scale was tuned for.
         trained_timesteps (`tuple[int, int]`, *optional*): First timestep (inclusive) and end (exclusive) that the
             network was trained on; a T_p beyond it is refused. None is the whole schedule.
@@ -77,23 +79,51 @@ class PurificationConfig:
     noise_corner: float = 0.0
 
     def __post_init__(self):
+        self._settle_types()
+        for name in ("diffusion_steps", "num_rounds", "feature_reuse"):
+            value = getattr(self, name)
+            if not _is_whole(value) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but must be at least 1, a whole number.")
         for name in ("pixel_guidance_window", "perceptual_guidance_window", "trained_timesteps"):
             pair = getattr(self, name)
-            if pair is not None:
-                if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
-                    raise ValueError(f"{name} is {pair}, but must be two timesteps 0 <= first <= last, or None.")
-                object.__setattr__(self, name, tuple(pair))  # JSON has lists only
+            whole = pair is None or isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_whole, pair))
+            if not whole or pair is not None and not 0 <= pair[0] <= pair[1]:
+                raise ValueError(f"{name} is {pair!r}, but must be two timesteps 0 <= first <= last, or None.")
         if self.trained_timesteps is not None and self.trained_timesteps[0] == self.trained_timesteps[1]:
             raise ValueError(f"trained_timesteps is {self.trained_timesteps}, but must hold one timestep at least.")
         if not isinstance(self.start_one_level_higher, bool):
             raise ValueError(f"start_one_level_higher is {self.start_one_level_higher!r}, but must be True or False.")
-        if isinstance(self.num_inference_steps, list):
-            object.__setattr__(self, "num_inference_steps", tuple(self.num_inference_steps))
-        for name in ("diffusion_steps", "num_rounds", "feature_reuse"):
+        self._check_evaluations()
+        for name in ("pixel_guidance_scale", "perceptual_guidance_scale", "final_variance_factor"):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} is {value!r}, but must be at least 1, a whole number.")
-        if not all(isinstance(evaluations, Integral) for evaluations in self.evaluations_per_round):
+            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value!r}, but must be a finite number of at least 0.")
+        object.__setattr__(self, "noise_corner", checked_corner(self.noise_corner))
+        if not isinstance(self.perceptual_network, str | None):
+            raise ValueError(f"perceptual_network is {self.perceptual_network!r}, but must be a name or None.")
+        for name, accepted in (
+            ("guidance_strength", STRENGTHS),
+            ("reference", REFERENCES),
+            ("variance_type", (None, "fixed_small", "fixed_large")),
+            ("sampler", SAMPLERS),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {accepted}.")
+
+    def _settle_types(self) -> None:
+        """JSON has lists where these are tuples, and can hold Python's numbers but not NumPy's."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                value = tuple(value)
+            if isinstance(value, np.generic):
+                value = value.item()
+            elif isinstance(value, tuple):
+                value = tuple(entry.item() if isinstance(entry, np.generic) else entry for entry in value)
+            object.__setattr__(self, field.name, value)
+
+    def _check_evaluations(self) -> None:
+        if not all(map(_is_whole, self.evaluations_per_round)):
             raise ValueError(
                 f"num_inference_steps is {self.num_inference_steps!r}, but must be a whole number, a tuple of them or "
                 "None."
@@ -108,25 +138,17 @@ class PurificationConfig:
                 f"num_inference_steps is {self.num_inference_steps}, but must lie between 1 and diffusion_steps "
                 f"({self.diffusion_steps})."
             )
-        for name in ("pixel_guidance_scale", "perceptual_guidance_scale", "final_variance_factor"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 <= value < float("inf"):
-                raise ValueError(f"{name} is {value!r}, but must be a finite number of at least 0.")
-        object.__setattr__(self, "noise_corner", checked_corner(self.noise_corner))
-        for name, accepted in (
-            ("guidance_strength", STRENGTHS),
-            ("reference", REFERENCES),
-            ("variance_type", (None, "fixed_small", "fixed_large")),
-            ("sampler", SAMPLERS),
-        ):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {accepted}.")
 
     @property
     def evaluations_per_round(self) -> tuple[int, ...]:
         """UNet evaluations between T_p - 1 and 0, of each round."""
         given = self.diffusion_steps if self.num_inference_steps is None else self.num_inference_steps
         return given if isinstance(given, tuple) else (given,) * self.num_rounds
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a guide has a scale."""
+        return self.pixel_guidance_scale > 0 or self.perceptual_guidance_scale > 0
 
     @property
     def evaluations_per_image(self) -> int:
@@ -162,15 +184,68 @@ class PurificationConfig:
                 return None
         if not path.is_file():
             return None
-        try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is no JSON ({error}), but must hold the fields of PurificationConfig."
-            ) from error
+        values = read_json(path)
         if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls)}):
             raise ValueError(f"{path} holds {unknown[0]!r}, which is no field of PurificationConfig.")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}") from error
+
+    @classmethod
+    def resolve(
+        cls,
+        preset: "str | PurificationConfig | None" = None,
+        *,
+        repository: "PurificationConfig | None" = None,
+        **arguments,
+    ) -> "PurificationConfig":
+        """
+        Look settings up: the argument if given, else the preset's, else the repository's, else the package's default.
+
+        What the network was trained on, `trained_timesteps` and `noise_corner`, is the repository's whatever settings
+        are used. Where steps are left out and nobody asks for a variance, it is `"fixed_small"`.
+
+        Args:
+            preset (`str` or `PurificationConfig`, *optional*): A preset's name, or settings.
+            repository (`PurificationConfig`, *optional*): What the purifier's own `purification_config.json` holds.
+            arguments: Fields of `PurificationConfig`; None is not given.
+
+        Raises:
+            ValueError: If the preset is unknown, or a setting impossible.
+        """
+        if preset is not None and not isinstance(preset, cls) and preset not in PRESETS:
+            raise ValueError(f"preset is {preset!r}, but must be one of {tuple(PRESETS)} or a PurificationConfig.")
+        base = PRESETS[preset] if isinstance(preset, str) else preset or repository or PRESETS["unconditional"]
+        given = {name: value for name, value in arguments.items() if value is not None}
+        facts = base if repository is None else repository
+        corner = given.pop("noise_corner", base.noise_corner or facts.noise_corner)
+        if corner != facts.noise_corner:
+            raise ValueError(
+                f"noise_corner is {corner!r}, but must be {facts.noise_corner:g}, as this purifier was trained."
+            )
+        given |= {"trained_timesteps": facts.trained_timesteps, "noise_corner": facts.noise_corner}
+        if "perceptual_guidance_scale" in given:  # a scale of the caller's own was tuned for no network that is known
+            given.setdefault("perceptual_network", None)
+        steps = given.get("diffusion_steps", base.diffusion_steps)
+        if "num_inference_steps" not in given and _is_whole(steps):  # a smaller T_p takes the evaluations with it
+            given["num_inference_steps"] = _at_most(base.num_inference_steps, steps)
+        config = dataclasses.replace(base, **given)
+        asked = "variance_type" in given or isinstance(preset, cls) and preset.variance_type
+        if min(config.evaluations_per_round) < config.diffusion_steps and not asked:
+            # The larger variance is that of the whole stride: it leaves noise in x_0 that no later step removes.
+            config = dataclasses.replace(config, variance_type="fixed_small")
+        return config
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _at_most(evaluations: int | tuple[int, ...] | None, steps: int) -> int | tuple[int, ...] | None:
+    if isinstance(evaluations, tuple):
+        return tuple(min(each, steps) for each in evaluations)
+    return None if evaluations is None else min(evaluations, steps)
 
 
 # Per-image scales of the authors' code, which divides the gradient of a batch mean over 500 images by

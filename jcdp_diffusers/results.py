@@ -49,13 +49,14 @@ def as_settings(config: Any) -> dict:
     A setting that came after the first records is left out at the value that was meant before, so that whatever is
     named by its settings keeps its name. So in the dataclasses that it holds.
     """
-    return _without_later(dataclasses.asdict(config))
+    return without_later(dataclasses.asdict(config))
 
 
-def _without_later(value: Any) -> Any:
+def without_later(value: Any) -> Any:
+    """Settings without those of `LATER` at the value that was meant before, at any depth."""
     if not isinstance(value, dict):
         return value
-    return {name: _without_later(entry) for name, entry in value.items() if name not in LATER or entry != LATER[name]}
+    return {name: without_later(entry) for name, entry in value.items() if name not in LATER or entry != LATER[name]}
 
 
 def append_record(
@@ -95,13 +96,13 @@ def append_record(
         raise ValueError(f"settings is {settings!r}; a dict is accepted.")
     record = {
         "what": what,
-        "value": _plain(value, "value"),
-        "seed": _plain(seed, "seed"),
+        "value": plain(value, "value"),
+        "seed": plain(seed, "seed"),
         "protocol": protocol,
-        "settings": _plain(settings, "settings"),
+        "settings": plain(settings, "settings"),
         "packages": package_versions(),
         "device": device,
-        "seconds": _plain(seconds, "seconds"),
+        "seconds": plain(seconds, "seconds"),
         "commit": code_version(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
     }
@@ -204,8 +205,17 @@ def _key(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _plain(value: Any, name: str) -> Any:
-    """`value` in JSON's own types; `name` is where it stands, for the error."""
+def plain(value: Any, name: str) -> Any:
+    """
+    A value in JSON's own types, as it would be after writing and reading it.
+
+    Args:
+        value: Numbers, strings, NumPy arrays, and dicts, lists and tuples of them.
+        name (`str`): What the value is called in errors.
+
+    Raises:
+        ValueError: If a number is not finite, or there is something else in it.
+    """
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
@@ -213,15 +223,16 @@ def _plain(value: Any, name: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry, f"{name}[{key!r}]") for key, entry in value.items()}
+        return {str(key): plain(entry, f"{name}[{key!r}]") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry, f"{name}[{index}]") for index, entry in enumerate(value)]
+        return [plain(entry, f"{name}[{index}]") for index, entry in enumerate(value)]
     raise ValueError(f"{name} is a {type(value).__name__}; strings, numbers, lists and dicts are accepted.")
 
 
 def _append_line(path: Path, line: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    # A link in its place would lead to another file.
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = os.fstat(descriptor).st_size

@@ -24,7 +24,9 @@ class GuidedDDIMScheduler(GuidedDDPMScheduler):
     the probability flow. As there, x_0 is clipped first, so x_s may leave [-1, 1].
     """
 
-    draws_noise = False
+    def adds_noise(self, timestep: int) -> bool:
+        """Never."""
+        return False
 
     def step(
         self,
@@ -50,16 +52,16 @@ class GuidedDDIMScheduler(GuidedDDPMScheduler):
                 times the noise's covariance where that is not the identity (`noise.times_covariance`).
         """
         bar, bar_next = self._bars(timestep)
-        original = self._predicted_original(model_output, timestep, sample)
+        original = self._predicted_original(model_output, bar, sample)
         if self.config.prediction_type == "epsilon":
             noise = model_output
         elif self.config.prediction_type == "v_prediction":
-            noise = bar.sqrt() * model_output + (1 - bar).sqrt() * sample
+            noise = bar**0.5 * model_output + (1 - bar) ** 0.5 * sample
         else:
-            noise = (sample - bar.sqrt() * model_output) / (1 - bar).sqrt()
-        following = bar_next.sqrt() * original + (1 - bar_next).sqrt() * noise
+            noise = (sample - bar**0.5 * model_output) / (1 - bar) ** 0.5
+        following = bar_next**0.5 * original + (1 - bar_next) ** 0.5 * noise
         if gradient is not None:
-            shift = (1 - bar).sqrt() * ((bar_next / bar).sqrt() * (1 - bar).sqrt() - (1 - bar_next).sqrt())
+            shift = (1 - bar) ** 0.5 * ((bar_next / bar * (1 - bar)) ** 0.5 - (1 - bar_next) ** 0.5)
             following = following + shift * gradient
         output = DDPMSchedulerOutput(prev_sample=following, pred_original_sample=original)
         return output if return_dict else (output.prev_sample, output.pred_original_sample)

@@ -1,37 +1,51 @@
-"""`jcdp score`: train victims on one data set, test them on another, and say how much was learned.
+"""
+`jcdp score`: train victims on one data set, test them on another, and say how much was learned.
 
-The figure is the test accuracy after the last epoch, its mean and spread over seeds. The peak over the epochs is kept
-beside it and never in its place.
+The figure is the test accuracy after the last epoch, its mean and standard deviation over seeds. The best accuracy
+over the epochs is kept beside it and never in its place.
 """
 
 import argparse
-import hashlib
+import contextlib
 import json
 import os
-import statistics
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from tqdm import tqdm
 
 from . import countermeasures, victims
 from .countermeasures.purifiers import check_purifier_suits
 from .data import LabelledImages, find_overlap, load_images
 from .data.checks import check_sets
-from .devices import device_in_words
+from .devices import default_device
 from .pipeline_jcdp import JointConditionalPurificationPipeline
-from .results import as_settings, code_version, package_versions
+from .purification_config import PurificationConfig
+from .results import code_version, package_versions
 from .train.provenance import check_trained_on
-from .victims.supervised import RECIPES, Recipe, VictimResult, train_victim
+from .trials import Trial, given_seeds, is_model_of, measure, results_by_trial, spread_over_seeds
+from .victims import Recipe, get_recipe, recipes_of
 
 
-FIGURES = ("accuracy", "best_accuracy", "train_accuracy")
+# Of a trial, what every victim of a score has in common. What the trial leaves out is None.
+REQUESTED = (
+    "victim",
+    "method",
+    "width",
+    "recipe",
+    "countermeasure",
+    "countermeasure_settings",
+    "purification",
+    "purifier",
+    "draws",
+    "train",
+    "test",
+    "probe",
+)
 
 
 def score(
@@ -39,141 +53,125 @@ def score(
     test: LabelledImages,
     *,
     victim: str = "resnet18",
+    method: str = "supervised",
+    probe: LabelledImages | None = None,
     width: int | None = None,
     protocol: str | Recipe = "fast",
     seeds: int | Sequence[int] = 3,
     countermeasure: str | None = None,
-    purifier: Any = None,
-    purification: Any = None,
+    purifier: str | os.PathLike | JointConditionalPurificationPipeline | None = None,
+    purification: PurificationConfig | str | None = None,
     draws: int = 1,
     device: str | torch.device = "cpu",
+    processes: int | None = 1,
     overlap_budget: float | None = 16 / 255,
     output: str | Path | None = None,
     checkpoint_dir: str | Path | None = None,
     model_dir: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Scores a training set by the victims that learn from it.
+    """
+    Score a training set by the victims that learn from it.
 
     Args:
-        train: the training set: clean, protected or purified.
-        test: clean images of the same classes and size, none of which is in `train`; they are never altered.
-        victim: one of `victims.NAMES`.
-        width: the network's width; by default the recipe's.
-        protocol: name of the victim's recipe, one of `RECIPES`, or a recipe.
-        seeds: how many victims, with seeds 0, 1, ..., or the seeds themselves.
-        countermeasure: one of `countermeasures.NAMES`, or several joined by `"+"`. What it does before training is
-            done once, with the first seed.
-        purifier, purification: for a countermeasure that purifies; see `countermeasures.Context`.
-        draws: how often a countermeasure that purifies does it; victims train on one draw per epoch in turn.
-        device: where everything runs.
-        overlap_budget: a training image within this distance of a test image, as `data.check_roles` measures it, is
-            refused as the same image under a perturbation, images in [0, 1]; None does not compare.
-        output: JSON file for the result. Finished victims are kept beside it until all are done, so that the same call
-            goes on where it was cut off.
-        checkpoint_dir: folder for a countermeasure's costly work.
-        model_dir: folder for the trained networks, as `<victim>-<seed>.safetensors`.
-        progress: whether to show a bar.
+        train (`LabelledImages`): The training set: clean, protected or purified.
+        test (`LabelledImages`): Clean images of the same classes and size, none of which is in `train`; they are never
+            altered.
+        victim (`str`, defaults to `"resnet18"`): One of `victims.NAMES`.
+        method (`str`, defaults to `"supervised"`): How victims learn, one of `victims.METHODS`.
+        probe (`LabelledImages`, *optional*): For a method without labels, clean labelled images of the same classes
+            and size, which a linear layer on the victim's features is trained on.
+        width (`int`, *optional*): The network's width; by default the recipe's.
+        protocol (`str` or `Recipe`, defaults to `"fast"`): The victims' recipe: a name of `recipes_of(method)`, or a
+            recipe.
+        seeds (`int` or `Sequence[int]`, defaults to 3): How many victims, with seeds 0, 1, ..., or the seeds
+            themselves.
+        countermeasure (`str`, *optional*): One of `countermeasures.NAMES`, or several joined by `"+"`.
+        purifier, purification (*optional*): For a countermeasure that purifies; see `trials.Trial`.
+        draws (`int`, defaults to 1): How often a countermeasure that purifies does it; victims train on one draw per
+            epoch in turn.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where networks run.
+        processes (`int`, *optional*, defaults to 1): Victims at a time on a CPU; None for one per processor.
+        overlap_budget (`float`, *optional*, defaults to 16/255): A training image within this distance of a test
+            image, as `data.check_roles` measures it, is refused as the same image under a perturbation. Images are in
+            [0, 1]; None does not compare.
+        output (`str` or `Path`, *optional*): JSON file for the result. The records of finished victims are kept beside
+            it until all are done, so that the same call goes on where it was cut off.
+        checkpoint_dir (`str` or `Path`, *optional*): Folder for a countermeasure's costly work.
+        model_dir (`str` or `Path`, *optional*): Folder for the trained networks, as `<victim>-<seed>.safetensors`.
+        progress (`bool`, defaults to `False`): Show a bar.
 
     Returns:
-        What `output` holds: `request`, everything that decides the figures; `accuracy`, `best_accuracy` and
-        `train_accuracy`, each with `mean`, `std` (over seeds, None for one) and `values`; `per_class_accuracy`, mean
-        over seeds by class; `confusion`, test images of class row called class column, summed over seeds; `runs`, one
-        entry per seed with its own figures, confusion, history and seconds; `prepare_seconds`, what the countermeasure
-        took before training; `smoke`, whether the figures mean nothing. Accuracies are shares in [0, 1].
+        `dict`: What `output` holds. `request` has everything that decides the figures, a purifier by its content.
+        `accuracy`, `best_accuracy` and `train_accuracy` each have `mean`, `std` (over seeds, None for one) and
+        `values`, all fractions in [0, 1]. `per_class_accuracy` is the mean over seeds by class; `confusion` counts
+        test images of class row that were called class column, summed over seeds. `runs` has one entry per seed:
+        figures, confusion, history, seconds and the trial's name. `prepare_seconds` is what the countermeasure took
+        before training; `smoke` says that the figures mean nothing.
 
     Raises:
-        ValueError: if the sets do not suit each other, overlap, or a name is unknown.
+        ValueError: If the sets do not suit each other, overlap, or a name is unknown.
     """
-    seeds = _seeds(seeds)
-    recipe = (protocol if isinstance(protocol, Recipe) else _recipe(protocol)).for_images(len(train))
+    seeds = given_seeds(seeds)
+    if isinstance(protocol, str) and protocol not in (known := recipes_of(method)):
+        raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(known)} for method {method!r}.")
+    recipe = get_recipe(protocol, method)
     victims.get(victim)
-    measure = countermeasures.get(countermeasure or "none")
-    measure.require(purifier)
-    names = check_pair(train, test, overlap_budget)
-    if measure.needs_purifier:
-        given = isinstance(purifier, JointConditionalPurificationPipeline)
-        pipe = purifier if given else JointConditionalPurificationPipeline.from_pretrained(purifier)
-        check_purifier_suits(measure, pipe, purification, train)
-        if not given:
-            check_trained_on(purifier, {"train": train, "test": test}, roles="disjoint")
-    width = recipe.width if width is None else width
-    request = {
-        "victim": victim,
-        "width": width,
-        "recipe": asdict(recipe),
-        "seeds": seeds,
-        "countermeasure": measure.name,
-        "countermeasure_settings": dict(measure.settings),
-        "purification": purification
-        if purification is None or isinstance(purification, str)
-        else as_settings(purification),
-        "purifier": _purifier_name(purifier),
-        "draws": draws,
-        "class_names": names,
-        "train": _description(train, len(names)),
-        "test": _description(test, len(names)),
-    }
-    request = json.loads(json.dumps(request))
-    kept = _Kept(output, request)
-    models = {seed: None if model_dir is None else Path(model_dir) / f"{victim}-{seed}.safetensors" for seed in seeds}
-    for run in kept.runs:
-        if (path := models[run["seed"]]) is not None and not path.exists():
-            raise ValueError(
-                f"model_dir is {str(model_dir)!r}, but {str(output)!r} has the figures of the victim with seed "
-                f"{run['seed']}, whose model was not kept: another output trains it again."
-            )
-    if kept.result is not None:
-        return kept.result
-
-    prepared = None
-    with tqdm(total=recipe.epochs * len(seeds), unit="epoch", desc="score", disable=not progress) as bar:
-        bar.update(recipe.epochs * len(kept.runs))
-        for seed in seeds[len(kept.runs) :]:
-            if prepared is None:
-                prepared = measure.prepare(
-                    train,
-                    seed=seeds[0],
-                    device=device,
-                    num_classes=len(names),
-                    purifier=purifier,
-                    purification=purification,
-                    checkpoint_dir=checkpoint_dir,
-                    draws=draws,
-                    progress=progress,
-                )
-            result = train_victim(
-                prepared.data,
+    train, test, names = check_pair(train, test, overlap_budget)
+    probe = _checked_probe(probe, method, test, overlap_budget)
+    countermeasure = countermeasure or "none"
+    _check_purifier(countermeasure, purifier, purification, train, test)
+    with contextlib.ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        trials = [
+            Trial(
+                train,
                 test,
+                recipe,
+                seed,
                 victim=victim,
+                method=method,
+                probe=probe,
                 width=width,
-                recipe=recipe,
-                seed=seed,
-                device=device,
-                num_classes=len(names),
-                hooks=prepared.hooks,
-                progress=lambda entry: (bar.set_postfix_str(f"test {entry['test_accuracy']:.1%}"), bar.update()),
+                countermeasure=countermeasure,
+                purifier=purifier,
+                purification=purification,
+                draws=draws,
+                work_dir=temporary if checkpoint_dir is None else Path(checkpoint_dir),
+                model_path=None if model_dir is None else Path(model_dir) / f"{victim}-{seed}.safetensors",
             )
-            if models[seed] is not None:
-                _save_model(result, models[seed])
-            kept.add(_run(result, seed) | {"prepare_seconds": round(prepared.seconds, 3)})
-    return kept.finish(_summary(request, kept.runs, names, device))
+            for seed in seeds
+        ]
+        request = _request(trials, names)
+        if output is not None and (finished := _finished(Path(output), request, trials)) is not None:
+            return finished
+        records = temporary / "records.jsonl" if output is None else _records_beside(Path(output))
+        measure(trials, records, device=device, processes=processes, progress=progress)
+        result = _result(request, trials, records, names, purifier)
+    if output is not None:
+        _write(Path(output), result)
+        records.unlink()
+    return result
 
 
-def check_pair(train: LabelledImages, test: LabelledImages, overlap_budget: float | None = 16 / 255) -> list[str]:
-    """Makes sure, before any costly work, that a victim can learn from one set and be tested on the other.
+def check_pair(
+    train: LabelledImages, test: LabelledImages, overlap_budget: float | None = 16 / 255
+) -> tuple[LabelledImages, LabelledImages, list[str]]:
+    """
+    Make sure, before any costly work, that a victim can learn from one set and be tested on the other.
 
     Args:
-        train, test: the two roles.
-        overlap_budget: see `score`.
+        train, test (`LabelledImages`): The two roles.
+        overlap_budget (`float`, *optional*): See `score`.
 
     Returns:
-        The names of the classes; their numbers where neither set has names.
+        `tuple[LabelledImages, LabelledImages, list[str]]`: The two sets with their labels in one space, and the names
+        of the classes; their numbers where neither set has names.
 
     Raises:
-        ValueError: in one sentence that names the set, the class or the images concerned.
+        ValueError: In one sentence that names the set, the class or the images concerned.
     """
-    check_sets({"train": train, "test": test}, {})
+    train, test = check_sets({"train": train, "test": test}, {}).values()
     if overlap_budget is not None:
         pairs = find_overlap(train, test, budget=overlap_budget)
         if len(pairs):
@@ -183,125 +181,129 @@ def check_pair(train: LabelledImages, test: LabelledImages, overlap_budget: floa
                 f"{255 * overlap_budget:.0f}/255), the first {train.ids[first]!r} and {test.ids[second]!r}; a test "
                 "image must not be trained on."
             )
-    names = train.class_names or test.class_names
-    return list(names) if names else [str(label) for label in range(int(train.labels.max()) + 1)]
+    return train, test, list(train.class_names or map(str, range(train.num_classes)))
 
 
-class _Kept:
-    """Finished victims, kept in a file beside the output until all are done."""
-
-    def __init__(self, output: str | Path | None, request: dict):
-        self.output = None if output is None else Path(output)
-        self.request = request
-        self.runs: list[dict] = []
-        self.result = None
-        if self.output is None:
-            return
-        self.part = self.output.with_name(f"{self.output.name}.part")
-        for path in (self.output, self.part):
-            if not path.exists():
-                continue
-            found = json.loads(path.read_text())
-            for name, wanted in request.items():
-                if found.get("request", {}).get(name) != wanted:
-                    raise ValueError(
-                        f"output is {str(self.output)!r}, but {path.name} holds a score with another {name}; give "
-                        "another file."
-                    )
-            self.runs = found["runs"]
-            if path == self.output:
-                self.result = found
-                return
-
-    def add(self, run: dict) -> None:
-        self.runs.append(run)
-        if self.output is not None:
-            _write(self.part, {"request": self.request, "runs": self.runs})
-
-    def finish(self, result: dict) -> dict:
-        if self.output is not None:
-            _write(self.output, result)
-            self.part.unlink(missing_ok=True)
-        return result
+def _checked_probe(
+    probe: LabelledImages | None, method: str, test: LabelledImages, overlap_budget: float | None
+) -> LabelledImages | None:
+    """The images that features are probed with, their labels in the space of the test's, none of them a test image."""
+    if (probe is None) != (method == "supervised"):
+        raise ValueError(
+            f"probe is {None if probe is None else f'{len(probe)} images'}, but must be "
+            f"{'None' if method == 'supervised' else 'labelled images'} for method {method!r}."
+        )
+    if probe is None:
+        return None
+    try:
+        return check_pair(probe, test, overlap_budget)[0]
+    except ValueError as error:
+        raise ValueError(f"probe, in place of train: {error}") from error
 
 
-def _write(path: Path, value: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+def _check_purifier(countermeasure: str, purifier, purification, train: LabelledImages, test: LabelledImages) -> None:
+    """Refuse a purifier that does not suit the images or the settings, or has seen them, before any costly work."""
+    chosen = countermeasures.get(countermeasure)
+    chosen.require(purifier)
+    if not chosen.needs_purifier:
+        return
+    if isinstance(purifier, JointConditionalPurificationPipeline):
+        check_purifier_suits(chosen, purifier, purification, train)
+        return
+    pipe = JointConditionalPurificationPipeline.from_pretrained(purifier)
+    check_purifier_suits(chosen, pipe, purification, train)
+    check_trained_on(purifier, {"train": train, "test": test}, roles="disjoint")
 
 
-def _run(result: VictimResult, seed: int) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        **{name: getattr(result, name) for name in FIGURES},
-        "per_class_accuracy": result.per_class_accuracy.tolist(),
-        "confusion": result.confusion.tolist(),
-        "history": list(result.history),
-        "seconds": round(result.seconds, 3),
-        "precision": result.settings["precision"],
-        "threads": result.settings["threads"],
-    }
+def _request(trials: list[Trial], names: list[str]) -> dict[str, Any]:
+    """Everything that decides the figures."""
+    settings = {"method": trials[0].method, "draws": trials[0].draws} | trials[0].settings
+    request = {name: settings.get(name) for name in REQUESTED}
+    for role, data in (("train", trials[0].train), ("test", trials[0].test)):
+        counts = np.bincount(data.labels, minlength=len(names)).tolist()
+        request[role] = request[role] | {"images_per_class": counts}
+    return request | {"seeds": [trial.seed for trial in trials], "class_names": names}
 
 
-def _summary(request: dict, runs: list[dict], names: list[str], device: str | torch.device) -> dict[str, Any]:
-    figures = {}
-    for name in FIGURES:
-        values = [run[name] for run in runs]
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        figures[name] = {"mean": statistics.fmean(values), "std": spread, "values": values}
-    per_class = zip(names, zip(*(run["per_class_accuracy"] for run in runs)))
-    device = torch.device(device)
+def _records_beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}.records.jsonl")
+
+
+def _finished(output: Path, request: dict, trials: list[Trial]) -> dict[str, Any] | None:
+    """The result in the output if it is that of the same request; None if there is none yet."""
+    if not output.exists():
+        return None
+    found = json.loads(output.read_text())
+    for name, wanted in request.items():
+        if found.get("request", {}).get(name) != wanted:
+            raise ValueError(
+                f"output is {str(output)!r}, but that file holds a score with another {name}; give another file."
+            )
+    for trial in trials:
+        if trial.model_path is not None and not is_model_of(trial):
+            raise ValueError(
+                f"model_dir is {str(trial.model_path.parent)!r}, but {str(output)!r} has the figures of the victim "
+                f"with seed {trial.seed}, whose model was not kept: another output trains it again."
+            )
+    return found
+
+
+def _result(request: dict, trials: list[Trial], records: Path, names: list[str], purifier: Any) -> dict[str, Any]:
+    """What `output` holds, from the records alone."""
+    accuracy, details = (results_by_trial(records, what=what) for what in ("accuracy", "victim"))
+    runs = [_run(trial, accuracy[trial.name]["value"], details[trial.name]["value"]) for trial in trials]
+    per_class = zip(names, np.mean([run["per_class_accuracy"] for run in runs], axis=0).tolist())
     return {
         "request": request,
+        "purifier": None if purifier is None else _title(purifier),
         "smoke": request["recipe"]["smoke"],
-        **figures,
-        "per_class_accuracy": {name: statistics.fmean(values) for name, values in per_class},
+        **spread_over_seeds(trials, records),
+        "per_class_accuracy": dict(per_class),
         "confusion": np.sum([run["confusion"] for run in runs], axis=0).tolist(),
         "runs": runs,
         "prepare_seconds": runs[0]["prepare_seconds"],
         "train_seconds": sum(run["seconds"] for run in runs),
-        "device": device_in_words(device),
+        "device": accuracy[trials[0].name]["device"],
         "packages": package_versions(),
         "commit": code_version(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _description(data: LabelledImages, num_classes: int) -> dict[str, Any]:
-    content = hashlib.blake2b(np.ascontiguousarray(data.images), digest_size=16)
-    content.update(data.labels.tobytes())
+def _run(trial: Trial, accuracy: float, details: dict) -> dict[str, Any]:
+    confusion = np.array(details["confusion"])
     return {
-        "images": len(data),
-        "shape": list(data.images.shape[1:]),
-        "images_per_class": np.bincount(data.labels, minlength=num_classes).tolist(),
-        "content": content.hexdigest(),
+        "seed": trial.seed,
+        "trial": trial.name,
+        "accuracy": accuracy,
+        "best_accuracy": details["best_accuracy"],
+        "train_accuracy": details["train_accuracy"],
+        "knn_accuracy": details["knn_accuracy"],
+        "per_class_accuracy": (confusion.diagonal() / confusion.sum(axis=1)).tolist(),
+        "confusion": details["confusion"],
+        "history": details["history"],
+        "seconds": details["train_seconds"],
+        "prepare_seconds": details["prepare_seconds"],
+        "precision": details["precision"],
+        "threads": details["threads"],
     }
 
 
-def _save_model(result: VictimResult, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in result.model.state_dict().items()}, path)
+def _title(purifier: Any) -> str:
+    """What the caller calls the purifier, which its digest in the request does not say."""
+    pipeline = isinstance(purifier, JointConditionalPurificationPipeline)
+    return str(purifier.config.get("_name_or_path") if pipeline else purifier)
 
 
-def _purifier_name(purifier: Any) -> str | None:
-    if purifier is None or isinstance(purifier, (str, os.PathLike)):
-        return None if purifier is None else str(purifier)
-    return str(purifier.config.get("_name_or_path"))
+def _write(path: Path, value: dict) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
 
 
-def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"seeds is {seeds}, but at least one victim, each with a seed of its own, is needed.")
-    return chosen
-
-
-def _recipe(protocol: str) -> Recipe:
-    if protocol not in RECIPES:
-        raise ValueError(f"protocol is {protocol!r}, but accepted are {', '.join(RECIPES)}.")
-    return RECIPES[protocol]
+def _recipe_names() -> tuple[str, ...]:
+    """Those of every method, each once."""
+    return tuple(dict.fromkeys(name for method in victims.METHODS for name in recipes_of(method)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -311,6 +313,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--test", required=True, help="clean test set of the same classes")
     what.add_argument("--train_split", help="the only one if not given, and so the next")
     what.add_argument("--test_split")
+    what.add_argument("--probe", help="clean labelled images for a method without labels")
+    what.add_argument("--probe_split")
     what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
     what.add_argument("--label_column")
     what.add_argument("--image_size", type=int, help="side in pixels to which images are brought first")
@@ -319,8 +323,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("how")
     how.add_argument("--victim", default="resnet18", choices=victims.NAMES)
+    how.add_argument("--method", default="supervised", choices=victims.METHODS, help="how victims learn")
     how.add_argument("--width", type=int, help="of the network; the recipe's if not given")
-    how.add_argument("--protocol", default="fast", choices=tuple(RECIPES), help="the victim's recipe")
+    how.add_argument(
+        "--recipe", "--protocol", dest="protocol", default="fast", choices=_recipe_names(), help="the victims' recipe"
+    )
     how.add_argument("--seeds", type=int, default=3, help="number of victims")
     how.add_argument(
         "--countermeasure", default="none", help=f"{', '.join(countermeasures.NAMES)}, or several joined by '+'"
@@ -335,16 +342,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--budget", type=int, default=16, metavar="N", help=near)
     how.add_argument("--checkpoint_dir", help="folder in which purified images are kept")
     how.add_argument("--model_dir", help="folder for the trained victims")
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    how.add_argument("--device", default=default_device())
+    how.add_argument("--processes", type=int, help="victims at a time on a CPU; one per processor if not given")
 
 
 def run(args: argparse.Namespace) -> None:
     """`jcdp score`, from parsed options to a line with the figure."""
-    train, test = (_load(args, role) for role in ("train", "test"))
+    train, test, probe = (_load(args, role) for role in ("train", "test", "probe"))
     result = score(
         train,
         test,
         victim=args.victim,
+        method=args.method,
+        probe=probe,
         width=args.width,
         protocol=args.protocol,
         seeds=args.seeds,
@@ -353,6 +363,7 @@ def run(args: argparse.Namespace) -> None:
         purification=args.preset,
         draws=args.draws,
         device=args.device,
+        processes=args.processes,
         overlap_budget=args.budget / 255,
         output=args.output,
         checkpoint_dir=args.checkpoint_dir,
@@ -365,20 +376,31 @@ def run(args: argparse.Namespace) -> None:
 
 def sentence(result: dict[str, Any]) -> str:
     """The figure in words."""
-    accuracy, peak, request = result["accuracy"], result["best_accuracy"], result["request"]
+    accuracy, request = result["accuracy"], result["request"]
     count = len(accuracy["values"])
+    learner = request["victim"] if request["method"] == "supervised" else f"{request['victim']} by {request['method']}"
     victims_said = "1 victim" if count == 1 else f"{count} victims"
     spread = "" if accuracy["std"] is None else f" (standard deviation {100 * accuracy['std']:.1f})"
     with_measure = "" if request["countermeasure"] == "none" else f" with {request['countermeasure']}"
+    other = "".join(
+        f"; {words} {100 * result[figure]['mean']:.1f} %"
+        for figure, words in (
+            ("best_accuracy", "the best accuracy over epochs was"),
+            ("knn_accuracy", "the nearest neighbours of their features got"),
+        )
+        if figure in result
+    )
     smoke = " This was a smoke run: the figures mean nothing." if result["smoke"] else ""
     return (
-        f"{victims_said} ({request['victim']}, width {request['width']}, protocol {request['recipe']['name']})"
+        f"{victims_said} ({learner}, width {request['width']}, recipe {request['recipe']['name']})"
         f"{with_measure} got {100 * accuracy['mean']:.1f} %{spread} of {request['test']['images']} test images right "
-        f"after the last epoch; the peak over epochs was {100 * peak['mean']:.1f} %.{smoke}"
+        f"after the last epoch{other}.{smoke}"
     )
 
 
-def _load(args: argparse.Namespace, role: str) -> LabelledImages:
+def _load(args: argparse.Namespace, role: str) -> LabelledImages | None:
+    if getattr(args, role) is None:
+        return None
     try:
         return load_images(
             getattr(args, role),
@@ -388,5 +410,5 @@ def _load(args: argparse.Namespace, role: str) -> LabelledImages:
             image_size=args.image_size,
             channels=args.channels,
         )
-    except ValueError as error:  # says what is wrong, but not which of the two options it is about
+    except ValueError as error:  # says what is wrong, but not which option it is about
         raise ValueError(f"--{role} (with --{role}_split): {error}") from error

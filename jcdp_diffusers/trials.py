@@ -1,44 +1,45 @@
 """
-Trials of a comparison: one victim each, measured once, kept as records, shared out among any number of processes.
+The unit of every comparison: one victim, measured once and kept on record.
 
-A trial is named by the content of everything that decides its figure, so a comparison that is given again, or was cut
-off, or grew, measures only what is missing. Processes that work on one file of records claim their trials beside it.
+A trial is named by the content of everything that decides its figure. So a comparison that is given again, was cut
+off, or has grown measures only what is missing. `score`, `audit`, `quickstart` and `eval/benchmark.py` build trials,
+call `measure` and read the records.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
-import threading
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import connection
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from . import countermeasures
-from .acceleration.allocation import keep_freed_memory
+from . import countermeasures, engines
 from .data import LabelledImages
-from .devices import device_in_words
+from .devices import available_cores, cpu_threads, device_in_words
+from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .purification_config import PurificationConfig
 from .purify.manifest import RUN_NAME
-from .purify.shards import Claims
-from .results import append_record, as_settings, read_records
-from .victims.supervised import Recipe, train_victim
+from .results import append_record, as_settings, plain, read_records, summarise, without_later
+from .victims import Recipe, VictimResult, train_victim
 
 
 # Countermeasures are prepared once for all victims, as the papers do it.
 PREPARATION_SEED = 0
 # Facts that a record keeps and that decide nothing: what a comparison is called, what a poison took and measures.
 PROVENANCE = ("grid", "poison_seconds", "poison_norms")
-ATTEMPTS_SECONDS = 1.0  # between looks at trials that other processes have claimed
+# Fields of a trial that came after the first records: left out at the value that was meant before, as in `results`.
+LATER = {"draws": 1, "method": "supervised"}
+FIGURES = ("accuracy", "best_accuracy", "train_accuracy", "knn_accuracy")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,12 +52,17 @@ class Trial:
         recipe (`Recipe`): Of the victim.
         seed (`int`): Of the victim.
         victim (`str`): One of `victims.NAMES`.
+        method (`str`): How the victim learns, one of `victims.METHODS`.
+        probe (`LabelledImages`, *optional*): For a method without labels, the images that its features are probed
+            with.
         width (`int`, *optional*): Of the network; the recipe's by default.
         countermeasure (`str`): A name of `countermeasures`, or several joined by `+`.
-        purifier (`str`, *optional*): Folder or Hub id, for countermeasures that purify.
+        purifier (`str`, `os.PathLike` or `JointConditionalPurificationPipeline`, *optional*): Folder, Hub id or
+            pipeline, for countermeasures that purify.
         purification (`PurificationConfig` or `str`, *optional*): Replaces the countermeasure's own settings.
         draws (`int`): Purifications of each image, of which the victim sees one per epoch in turn.
         work_dir (`Path`, *optional*): Where purified images are kept, so that the victims of all seeds share them.
+        model_path (`Path`, *optional*): Safetensors file in which the trained network is kept.
         about (`dict`): What the images are, for the record: poison, roles and the like. Part of the trial's name, but
             for `PROVENANCE`.
     """
@@ -66,12 +72,15 @@ class Trial:
     recipe: Recipe
     seed: int
     victim: str = "resnet18"
+    method: str = "supervised"
+    probe: LabelledImages | None = None
     width: int | None = None
     countermeasure: str = "none"
-    purifier: str | None = None
+    purifier: str | os.PathLike | JointConditionalPurificationPipeline | None = None
     purification: PurificationConfig | str | None = None
     draws: int = 1
     work_dir: Path | None = None
+    model_path: Path | None = None
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -86,17 +95,19 @@ class Trial:
             "width": self.recipe.width if self.width is None else self.width,
             "recipe": dataclasses.asdict(self.recipe.for_images(len(self.train))),
             "countermeasure": countermeasure.name,
-            "countermeasure_settings": dict(countermeasure.settings),
+            "countermeasure_settings": deciding_settings(countermeasure, purification),
             "train": describe_images(self.train),
             "test": describe_images(self.test),
         }
+        if self.probe is not None:
+            settings["probe"] = describe_images(self.probe)
         if countermeasure.needs_purifier:
-            settings |= {"purifier": self.purifier and purifier_digest(self.purifier), "purification": purification}
-            if self.purifier and (corner := _noise_corner(self.purifier)):
-                settings["noise_corner"] = corner
-        if self.draws > 1:
-            settings["draws"] = self.draws
-        settings = json.loads(json.dumps(settings))
+            settings |= {"purifier": None, "purification": purification}
+            if self.purifier is not None:
+                settings["purifier"] = purifier_digest(self.purifier)
+                settings["noise_corner"] = _noise_corner(self.purifier)
+        settings |= {name: getattr(self, name) for name, before in LATER.items() if getattr(self, name) != before}
+        settings = without_later(plain(settings, "settings"))
         return settings | {"trial": trial_name(settings, self.seed)}
 
     @property
@@ -104,12 +115,27 @@ class Trial:
         """32 hexadecimal digits."""
         return self.settings["trial"]
 
+    @property
+    def title(self) -> str:
+        """Row or poison, column and seed, as people know them."""
+        row = self.about.get("row") or self.about.get("poison")
+        return " ".join(filter(None, (row, self.about.get("column", self.countermeasure), f"seed {self.seed}")))
+
 
 def trial_name(settings: Mapping[str, Any], seed: int) -> str:
     """32 hexadecimal digits from all that decides a figure, images that nobody uses and `PROVENANCE` excepted."""
     nothing = (*PROVENANCE, "trial") + (() if "purifier" in settings else ("collected",))
     deciding = {name: value for name, value in settings.items() if name not in nothing}
-    return _hash(json.dumps([deciding, seed], sort_keys=True).encode())
+    return _hash([deciding, seed])
+
+
+def deciding_settings(countermeasure: countermeasures.Countermeasure, purification: Any) -> dict:
+    """A countermeasure's settings, without those of purifying parts where `purification` replaces them."""
+    if purification is None:
+        return dict(countermeasure.settings)
+    if not countermeasure.parts:
+        return {}
+    return {part.name: {} if part.needs_purifier else dict(part.settings) for part in countermeasure.parts}
 
 
 def measure(
@@ -117,58 +143,54 @@ def measure(
     records: str | os.PathLike,
     *,
     device: str | torch.device = "cpu",
-    processes: int = 1,
+    processes: int | None = 1,
+    engine: str = "local",
+    address: str | None = None,
     progress: bool = True,
 ) -> None:
     """
-    Measure what is not on record, alone or together with any number of other processes, and return when all is.
+    Measure what is not on record, and return when all is.
 
     On a CPU a victim has one thread: small networks gain little from a second one, and a victim's weights depend on
     the number of threads.
 
     Args:
         trials (`Sequence[Trial]`): In the order in which they are begun.
-        records (`str` or `os.PathLike`): JSON Lines file. A trial adds two: `victim`, with peak and training accuracy,
+        records (`str` or `os.PathLike`): JSON Lines file. A trial adds two: `victim`, with best and training accuracy,
             accuracy per class, confusion, learning curve and seconds; then `accuracy`, which says that it is done.
         device (`str` or `torch.device`): Where networks run.
-        processes (`int`): On a CPU, how many victims at a time.
+        processes (`int`, *optional*): Victims at a time on this machine, each on a GPU of its own where there are
+            several; None for one per processor on a CPU, and one on a GPU. On Ray, victims at a time on the cluster;
+            None for as many as it has room for.
+        engine (`str`), address (`str`, *optional*): See `engines.run`. The ranks of a launcher take turns.
         progress (`bool`): Show a bar.
 
     Raises:
+        ValueError: If another command writes these records, or an option cannot be used.
         RuntimeError: If a trial fails; the sentence begins with its row or poison, column and seed.
     """
     records, device = Path(records), torch.device(device)
-    if processes < 1:
-        raise ValueError(f"processes is {processes}, but must be at least 1.")
-    claims_folder(records).mkdir(parents=True, exist_ok=True)
+    rank, world = engines.ranks()
+    if engine == "local" and processes is None:
+        processes = min(available_cores(), max(1, len(trials))) if device.type == "cpu" and world == 1 else 1
+    tasks = [_Task(trial, records, device) for trial in trials]
+    records.parent.mkdir(parents=True, exist_ok=True)
+    lock = engines.folder_lock(records.with_name(f".{records.name}.lock"))
     with (
-        Claims(claims_folder(records)) as claims,
-        tqdm(total=len(trials), unit="victim", desc="victims", disable=not progress) as bar,
+        contextlib.ExitStack() as stack,
+        tqdm(total=len(tasks), unit="victim", desc="victims", disable=not progress or rank > 0) as bar,
     ):
-        while missing := missing_trials(trials, records):
-            bar.update(len(trials) - len(missing) - bar.n)
-            if device.type == "cpu" and processes > 1:
-                begun = _in_a_pool(missing, records, processes, bar)
-            else:
-                begun = 0
-                for trial in missing:
-                    if (measured := _measure_claimed(trial, records, device, claims)) is not None:
-                        begun += 1
-                        _tell(bar, trial, measured)
-            if not begun:
-                time.sleep(ATTEMPTS_SECONDS)
-        bar.update(len(trials) - bar.n)
-
-
-def claims_folder(records: Path) -> Path:
-    """Where processes that write into a file of records claim their trials."""
-    return records.with_name(f".{records.name}.claims") / "trials"
-
-
-def missing_trials(trials: Iterable[Trial], records: str | os.PathLike) -> list[Trial]:
-    """Those without an accuracy on record."""
-    done = results_by_trial(records, what="accuracy")
-    return [trial for trial in trials if trial.name not in done]
+        engines.first_rank_decides(lambda: stack.enter_context(lock))
+        bar.update(len(tasks) - sum(not task.is_done() for task in tasks))
+        engines.run(
+            tasks,
+            open_worker=_no_worker,
+            engine=engine,
+            processes=processes,
+            address=address,
+            on_done=lambda task, accuracy: _show(bar, task.trial, accuracy),
+            gpus=int(device.type == "cuda"),
+        )
 
 
 def results_by_trial(records: str | os.PathLike, *, what: str) -> dict[str, dict]:
@@ -179,15 +201,158 @@ def results_by_trial(records: str | os.PathLike, *, what: str) -> dict[str, dict
     return {record["settings"]["trial"]: record for record in found if "trial" in record["settings"]}
 
 
-def measure_trial(trial: Trial, records: Path, device: torch.device) -> float:
+def spread_over_seeds(trials: Sequence[Trial], records: str | os.PathLike) -> dict[str, dict]:
+    """
+    The `FIGURES` of trials that differ in their seed alone, from the records.
+
+    Returns:
+        `dict`: By figure `mean`, `std` (sample standard deviation, None for one seed) and `values`, all fractions in
+        [0, 1]. A figure that a way of learning does not know is left out.
+    """
+    accuracy, details = (results_by_trial(records, what=what) for what in ("accuracy", "victim"))
+    values = [{"accuracy": accuracy[one.name]["value"]} | details[one.name]["value"] for one in trials]
+    rows = summarise(
+        (
+            {"what": figure, "value": value[figure], "seed": trial.seed}
+            for figure in FIGURES
+            for trial, value in zip(trials, values)
+            if value.get(figure) is not None
+        ),
+        by=("what",),
+    )
+    return {row["what"]: {name: row[name] for name in ("mean", "std", "values")} for row in rows}
+
+
+def given_seeds(seeds: int | Sequence[int]) -> list[int]:
+    """
+    Seeds of victims: 0, 1, ... for a number of them, or the seeds themselves.
+
+    Raises:
+        ValueError: If there is none, or one is there twice.
+    """
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"seeds is {seeds}, but at least one victim, each with a seed of its own, is needed.")
+    return chosen
+
+
+@functools.lru_cache(maxsize=64)
+def describe_images(data: LabelledImages) -> dict:
+    """What tells one labelled set from another: number, shape, and a hash of pixels and labels in order."""
+    digest = hashlib.blake2b(np.ascontiguousarray(data.images), digest_size=16)
+    if data.labels is not None:
+        digest.update(data.labels.tobytes())
+    return {"images": len(data), "shape": list(data.images.shape[1:]), "content": digest.hexdigest()}
+
+
+def purifier_digest(purifier: str | os.PathLike | JointConditionalPurificationPipeline) -> str:
+    """
+    What a purifier is known by: its content, whatever it is called.
+
+    Of a folder, a hash of networks, scheduler and noise spectrum; of a pipeline, a hash of the same as they are in
+    memory; of a Hub id, the id and the commit that it stands for now.
+    """
+    if isinstance(purifier, JointConditionalPurificationPipeline):
+        return _digest_of_pipeline(purifier)
+    folder = Path(purifier)
+    if not folder.is_dir():
+        # Every purifier has this file. It lies in a folder of the cache that bears the commit's name.
+        return f"{purifier}@{Path(hf_hub_download(str(purifier), 'model_index.json')).parent.name}"
+    parts = [folder / part for part in ("unet", "scheduler", "perceptual")]
+    files = [path for part in parts for path in sorted(part.glob("*"))]
+    if not (folder / "unet").is_dir():  # a network that lies beside model_index.json, as in google/ddpm-cifar10-32
+        names = ("config.json", "scheduler_config.json", "diffusion_pytorch_model*")
+        files += [path for name in names for path in sorted(folder.glob(name))]
+    states = (path.stat() for path in files)
+    return _digest_of_files(
+        tuple((path, state.st_size, state.st_mtime_ns, state.st_ino) for path, state in zip(files, states)),
+        _noise_corner(purifier),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of_files(files: tuple[tuple[Path, int, int, int], ...], noise_corner: float) -> str:
+    """A hash of files, read again where one is of another size, time or inode than before."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, *_ in files:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    if noise_corner:
+        digest.update(f"noise_corner {noise_corner}".encode())
+    return digest.hexdigest()
+
+
+def _digest_of_pipeline(pipe: JointConditionalPurificationPipeline) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (pipe.unet, pipe.perceptual):
+        for name, tensor in {} if part is None else sorted(part.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for part in (pipe.unet, pipe.scheduler):
+        # What begins with an underscore says where the part is from.
+        config = {name: value for name, value in part.config.items() if not name.startswith("_")}
+        digest.update(json.dumps(plain(config, "config"), sort_keys=True).encode())
+    digest.update(f"noise_corner {_noise_corner(pipe)}".encode())
+    return digest.hexdigest()
+
+
+def _noise_corner(purifier: str | os.PathLike | JointConditionalPurificationPipeline) -> float:
+    """What a pipeline or a folder says; a Hub repository says it when it is opened, and its commit stands for it."""
+    if isinstance(purifier, JointConditionalPurificationPipeline):
+        config = purifier.purification_config
+    else:
+        config = PurificationConfig.from_pretrained(purifier) if Path(purifier).is_dir() else None
+    return 0.0 if config is None else config.noise_corner
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Task:
+    """A trial, as an engine runs it."""
+
+    trial: Trial
+    records: Path
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        return f"trial {self.trial.title}"
+
+    def is_done(self) -> bool:
+        if not self.records.exists() or self.trial.name not in _names_on_record(self.records, self.records.stat()):
+            return False
+        return self.trial.model_path is None or is_model_of(self.trial)
+
+    def run(self, worker: None) -> float:
+        try:
+            return _train(self.trial, self.records, self.device)
+        except engines.FAILURES as error:
+            raise RuntimeError(f"{self.trial.title}: {error}") from error
+
+
+def is_model_of(trial: Trial) -> bool:
+    """Whether `model_path` has the network that this trial trains, rather than none or that of another trial."""
+    if not trial.model_path.exists():
+        return False
+    with safe_open(trial.model_path, framework="pt") as file:
+        return (file.metadata() or {}).get("trial") == trial.name
+
+
+@functools.lru_cache(maxsize=4)
+def _names_on_record(records: Path, state: os.stat_result) -> frozenset[str]:
+    """Trials with an accuracy; the file is read again when it has grown."""
+    return frozenset(results_by_trial(records, what="accuracy"))
+
+
+def _no_worker() -> None:
+    """What a trial needs it opens itself: trials have purifiers of their own, and most have none."""
+
+
+def _train(trial: Trial, records: Path, device: torch.device) -> float:
     """Train one victim, append its records, and return its accuracy."""
     countermeasure = countermeasures.get(trial.countermeasure)
-    num_classes = _num_classes(trial)
+    num_classes = max(trial.train.num_classes, trial.test.num_classes)
     work_dir = None if trial.work_dir is None else trial.work_dir / _preparation(trial)
-    threads = torch.get_num_threads()
-    try:
-        if device.type == "cpu":
-            torch.set_num_threads(1)
+    with cpu_threads(1 if device.type == "cpu" else None):
         prepared = countermeasure.prepare(
             trial.train,
             seed=PREPARATION_SEED,
@@ -202,6 +367,8 @@ def measure_trial(trial: Trial, records: Path, device: torch.device) -> float:
             prepared.data,
             trial.test,
             victim=trial.victim,
+            method=trial.method,
+            probe=trial.probe,
             width=trial.width,
             recipe=trial.recipe,
             seed=trial.seed,
@@ -209,8 +376,8 @@ def measure_trial(trial: Trial, records: Path, device: torch.device) -> float:
             num_classes=num_classes,
             hooks=prepared.hooks,
         )
-    finally:
-        torch.set_num_threads(threads)
+    if trial.model_path is not None:
+        _keep_model(result, trial)
     common = {
         "seed": trial.seed,
         "protocol": trial.recipe.name,
@@ -218,16 +385,9 @@ def measure_trial(trial: Trial, records: Path, device: torch.device) -> float:
         "device": device_in_words(device),
         "seconds": round(result.seconds, 2),
     }
-    details = {
-        "best_accuracy": result.best_accuracy,
-        "train_accuracy": result.train_accuracy,
-        "per_class_accuracy": [None if np.isnan(share) else round(share, 4) for share in result.per_class_accuracy],
-        "confusion": result.confusion.tolist(),
-        "history": [{name: round(value, 5) for name, value in entry.items()} for entry in result.history],
-        "train_seconds": round(result.seconds, 2),
-        "prepare_seconds": round(_seconds_of_work(work_dir, trial.draws, prepared.seconds), 2),
-        "precision": result.settings["precision"],
-        "threads": result.settings["threads"],
+    prepare_seconds = _seconds_of_work(work_dir, trial.draws, prepared.seconds)
+    details = _details(result) | {
+        "prepare_seconds": round(prepare_seconds, 2),
         "purified_in": _precision_of_purification(work_dir),
     }
     append_record(records, what="victim", value=details, **common)
@@ -235,96 +395,35 @@ def measure_trial(trial: Trial, records: Path, device: torch.device) -> float:
     return result.accuracy
 
 
-@functools.lru_cache(maxsize=64)
-def describe_images(data: LabelledImages) -> dict:
-    """What tells one labelled set from another: number, shape, and a hash of pixels and labels in order."""
-    digest = hashlib.blake2b(np.ascontiguousarray(data.images), digest_size=16)
-    if data.labels is not None:
-        digest.update(data.labels.tobytes())
-    return {"images": len(data), "shape": list(data.images.shape[1:]), "content": digest.hexdigest()}
+def _details(result: VictimResult) -> dict[str, Any]:
+    """What a record says of a victim beside its accuracy."""
+    return {
+        "best_accuracy": result.best_accuracy,
+        "train_accuracy": result.train_accuracy,
+        "knn_accuracy": result.knn_accuracy,
+        "per_class_accuracy": [
+            None if np.isnan(accuracy) else round(accuracy, 4) for accuracy in result.per_class_accuracy
+        ],
+        "confusion": result.confusion.tolist(),
+        "history": [{name: round(value, 5) for name, value in entry.items()} for entry in result.history],
+        "train_seconds": round(result.seconds, 2),
+        "precision": result.settings["precision"],
+        "threads": result.settings["threads"],
+    }
 
 
-@functools.cache
-def purifier_digest(purifier: str) -> str:
-    """A Hub id as it is, or a hash of networks, scheduler and colour of the noise in a folder, whatever its name."""
-    folder = Path(purifier)
-    if not folder.is_dir():
-        return purifier
-    digest = hashlib.blake2b(digest_size=16)
-    for part in ("unet", "scheduler", "perceptual"):
-        for path in sorted((folder / part).glob("*")):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
-    if corner := _noise_corner(purifier):
-        digest.update(f"noise_corner {corner}".encode())
-    return digest.hexdigest()
+def _keep_model(result: VictimResult, trial: Trial) -> None:
+    trial.model_path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = trial.model_path.with_name(f".{trial.model_path.name}.tmp")
+    weights = {name: tensor.contiguous() for name, tensor in result.model.state_dict().items()}
+    save_file(weights, temporary, metadata={"trial": trial.name})
+    os.replace(temporary, trial.model_path)
 
 
-def _noise_corner(purifier: str) -> float:
-    """What the folder of a purifier says; a Hub repository says it when it is opened, and its id stands for it."""
-    config = PurificationConfig.from_pretrained(purifier) if Path(purifier).is_dir() else None
-    return 0.0 if config is None else config.noise_corner
-
-
-def _measure_claimed(trial: Trial, records: Path, device: torch.device, claims: Claims) -> float | None:
-    """The accuracy, or None if another process has claimed or finished the trial."""
-    if not claims.take(trial.name):
-        return None
-    try:
-        return measure_trial(trial, records, device) if missing_trials([trial], records) else None
-    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
-        raise RuntimeError(f"{_title(trial)}: {error}") from error
-    finally:
-        claims.release(trial.name)
-
-
-def _in_a_pool(trials: Sequence[Trial], records: Path, processes: int, bar: tqdm) -> int:
-    """Measure trials in processes of their own; how many of them this command measured."""
-    spawn = multiprocessing.get_context("spawn")  # a forked copy of torch's thread pools may hang
-    begun = 0
-    pool = ProcessPoolExecutor(min(processes, len(trials)), spawn, initializer=_begin_process)
-    try:
-        futures = {pool.submit(_measure_in_a_process, trial, records): trial for trial in trials}
-        for future in as_completed(futures):
-            if (measured := future.result()) is not None:
-                begun += 1
-                _tell(bar, futures[future], measured)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return begun
-
-
-def _measure_in_a_process(trial: Trial, records: Path) -> float | None:
-    with Claims(claims_folder(records)) as claims:
-        return _measure_claimed(trial, records, torch.device("cpu"), claims)
-
-
-def _begin_process() -> None:
-    """Of a pool: it ends with its owner, where it would otherwise wait for work for ever."""
-    keep_freed_memory()
-    parent = multiprocessing.parent_process().sentinel
-
-    def watch():
-        connection.wait([parent])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _tell(bar: tqdm, trial: Trial, accuracy: float) -> None:
-    bar.set_postfix_str(f"{_title(trial)}: {accuracy:.1%}")
+def _show(bar: tqdm, trial: Trial, accuracy: float | None) -> None:
+    if accuracy is not None:  # else a process died after it had put the trial on record
+        bar.set_postfix_str(f"{trial.title}: {accuracy:.1%}")
     bar.update()
-
-
-def _title(trial: Trial) -> str:
-    """A trial's row or poison, column and seed, as people know them."""
-    row = trial.about.get("row") or trial.about.get("poison")
-    return " ".join(filter(None, (row, trial.about.get("column", trial.countermeasure), f"seed {trial.seed}")))
-
-
-def _num_classes(trial: Trial) -> int:
-    names = trial.train.class_names or trial.test.class_names
-    return len(names) if names else int(max(trial.train.labels.max(), trial.test.labels.max())) + 1
 
 
 def _preparation(trial: Trial) -> str:
@@ -333,11 +432,9 @@ def _preparation(trial: Trial) -> str:
     that differ only in what is done while training, or in the number of draws, share it.
     """
     countermeasure = countermeasures.get(trial.countermeasure)
-    before = [
-        [part.name, dict(part.settings)] for part in countermeasure.parts or (countermeasure,) if part.kind != "hook"
-    ]
-    deciding = [trial.settings["train"], before, trial.settings.get("purifier"), trial.settings.get("purification")]
-    return _hash(json.dumps(deciding, sort_keys=True).encode())
+    parts = countermeasure.parts or (countermeasure,)
+    before = [[part.name, dict(part.settings)] for part in parts if part.kind != "hook"]
+    return _hash([trial.settings["train"], before, *map(trial.settings.get, ("purifier", "purification"))])
 
 
 def _seconds_of_work(work_dir: Path | None, draws: int, seconds: float) -> float:
@@ -355,5 +452,5 @@ def _precision_of_purification(work_dir: Path | None) -> str | None:
     return json.loads(runs[0].read_text())["arithmetic"]["dtype"] if runs else None
 
 
-def _hash(text: bytes) -> str:
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,11 +1,19 @@
-"""Fixtures that every room's tests may use; nothing reaches for the network."""
+"""Fixtures that all tests may use; nothing reaches for the network."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# `datasets` finds a folder with a card in its cache by the folder's name alone, so that a test would see the images
+# of an earlier run of the tests.
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="jcdp-tests-datasets-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest  # noqa: E402
 from diffusers import DDPMPipeline, DDPMScheduler  # noqa: E402

@@ -1,113 +1,80 @@
+"""The quickstart: it protects, and the rest is an audit."""
+
 import dataclasses
 import json
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from jcdp_diffusers import PurificationConfig
+from jcdp_diffusers.audit.run import audit
+from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.data.examples import digits
-from jcdp_diffusers.quickstart import ROWS, Telling, guides_in_words, random_noise, run_quickstart
+from jcdp_diffusers.data.perturbations import measured_norms
+from jcdp_diffusers.poisons.protect import read_card
+from jcdp_diffusers.quickstart import PRESETS, Preset, run_quickstart
 from jcdp_diffusers.results import read_records
-from jcdp_diffusers.train.loop import TrainingConfig
+from jcdp_diffusers.train.config import TrainingConfig
+from jcdp_diffusers.train.default_purifier import Plan
+from jcdp_diffusers.trials import describe_images, results_by_trial
 
 
-SHORT = Telling(
-    name="short",
+SHORT = Preset(
     title="Digits, too few and too short to mean anything",
     sizes=(60, 40, 60),
-    unet="tiny32",
-    training=TrainingConfig(
-        max_train_steps=2,
-        train_batch_size=4,
-        trained_timesteps=(0, 50),
-        noise_corner=4.0,
-        validation_steps=2,
-        checkpointing_steps=1,
+    plan=Plan(
+        "tiny32",
+        TrainingConfig(
+            max_train_steps=2,
+            train_batch_size=4,
+            trained_timesteps=(0, 50),
+            noise_corner=4.0,
+            validation_steps=2,
+            checkpointing_steps=1,
+        ),
+        PurificationConfig(diffusion_steps=10, num_inference_steps=2),
     ),
-    purification=PurificationConfig(diffusion_steps=10, num_inference_steps=2),
     recipe="smoke",
     seeds=2,
 )
+ROWS = ("clean", "control", "protected", "purified")
 
 
-def test_random_noise_has_each_images_norm():
-    generator = np.random.default_rng(0)
-    clean = generator.integers(60, 180, (5, 8, 8, 3), dtype=np.uint8)
-    protected = (clean + generator.integers(-9, 9, clean.shape)).astype(np.uint8)
-    noise = random_noise(clean, protected, 0)
-    expected = np.linalg.norm((protected.astype(float) - clean).reshape(5, -1) / 255, axis=1)
-    np.testing.assert_allclose(noise.flatten(1).norm(dim=1), expected, rtol=1e-5)
-    assert torch.equal(noise, random_noise(clean, protected, 0))
-    assert not torch.equal(noise, random_noise(clean, protected, 1))
-
-
-def test_guides_are_named_from_the_settings():
-    assert guides_in_words(PurificationConfig()) == "no guide"
-    assert guides_in_words(PurificationConfig(pixel_guidance_scale=100.0)) == "pixel guide at scale 100"
-    both = PurificationConfig(pixel_guidance_scale=3e4, perceptual_guidance_scale=60.0, perceptual_network="lpips-vgg")
-    assert guides_in_words(both) == "pixel guide at scale 30000 and perceptual guide (lpips-vgg) at scale 60"
-
-
-def test_an_interruption_costs_no_seconds_and_one_victim_has_no_spread(tmp_path):
-    class Interrupted(Exception):
-        pass
-
-    def stop_before_the_victims(line):
-        if line.startswith("Training 4 victims"):
-            raise Interrupted
-
-    story = dataclasses.replace(SHORT, seeds=1)
-    with pytest.raises(Interrupted):
-        run_quickstart(tmp_path, telling=story, say=stop_before_the_victims)
-    trained = json.loads((tmp_path / "purifier/training_record.json").read_text())["seconds"]
-    purified = json.loads((tmp_path / "purified/summary.json").read_text())["seconds_of_work"]
-    report = run_quickstart(tmp_path, telling=story, say=lambda line: None)
-    counted = {
-        record["settings"]["stage"]: record["value"]
-        for record in read_records(tmp_path / "records.jsonl")
-        if record["what"] == "seconds"
-    }
-    assert counted["train"] == trained and counted["purify"] == purified
-    assert report["seconds"] >= trained + purified
-    assert "one victim" in (tmp_path / "report.md").read_text()
+def run(folder, preset=SHORT, **options):
+    return run_quickstart(folder, preset=preset, processes=1, say=lambda line: None, **options)
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quickstart")
-    return folder, run_quickstart(folder, telling=SHORT, say=lambda line: None)
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart") / "out"
+    return folder, run(folder)
 
 
-def test_the_report_holds_what_it_promises(told):
-    folder, report = told
+def test_the_report_is_an_audit_with_a_control(finished):
+    folder, report = finished
     assert json.loads((folder / "report.json").read_text()) == report
-    for row in ROWS:
-        values = report[f"{row}_accuracy"]
-        assert len(values) == 2 and all(0 <= value <= 1 for value in values)
-    assert report["seconds"] > 0 and report["guide"] == "no guide"
-    text = (folder / "report.md").read_text()
-    for row, name in ROWS.items():
-        assert f"| {name} | {100 * np.mean(report[f'{row}_accuracy']):.1f} % |" in text
-    picture = Image.open(folder / "pictures.png")
-    assert picture.width > 1000 and len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 100
+    assert [row["row"] for row in report["rows"]] == list(ROWS)
+    assert report["victims"]["seeds"] == [0, 1] and report["purifier"]["trained_here"]
+    for name in ("report.html", "report.md", "pictures/images.png", "pictures/curves.png"):
+        assert (folder / name).stat().st_size > 1000
+    assert "trained on clean images with noise of the same size" in (folder / "report.md").read_text()
+    assert "noise of corner frequency 4 cycles per image" in (folder / "report.md").read_text()
 
 
-def test_every_figure_is_on_record(told):
-    folder, report = told
-    records = read_records(folder / "records.jsonl")
-    for row in ROWS:
-        values = [r["value"] for r in records if r["what"] == "accuracy" and r["settings"]["row"] == row]
-        assert values == report[f"{row}_accuracy"]
-    assert report["seconds"] == sum(r["value"] for r in records if r["what"] == "seconds")
+def test_every_figure_is_on_record_once(finished):
+    folder, report = finished
+    records = [record for record in read_records(folder / "records.jsonl") if record["what"] == "accuracy"]
+    assert len(records) == 8
+    for row in report["rows"]:
+        values = [record["value"] for record in records if record["settings"]["row"] == row["row"]]
+        assert values == row["accuracy"]["values"]
 
 
-def test_the_data_sets_are_aligned_by_id(told):
-    folder, _ = told
-    clean, *others = digits(SHORT.sizes)
-    for role, images in zip(("clean", "collected", "test"), (clean, *others)):
+def test_the_data_sets_are_aligned_by_id(finished):
+    folder, _ = finished
+    clean, collected, test = digits(SHORT.sizes)
+    for role, images in {"clean": clean, "collected": collected, "test": test}.items():
         written = load_images(folder / role)
         assert written.ids == images.ids and np.array_equal(written.images, images.images)
     protected, purified = load_images(folder / "protected"), load_images(folder / "purified")
@@ -115,77 +82,115 @@ def test_the_data_sets_are_aligned_by_id(told):
     assert np.array_equal(protected.labels, clean.labels) and np.array_equal(purified.labels, clean.labels)
     assert not np.array_equal(protected.images, clean.images)
     assert not np.array_equal(purified.images, protected.images)
+    card = read_card(folder / "protected")
+    assert (card["method"], card["preset"], card["source"]) == ("lsp", "published", "clean")
 
 
-def test_the_purifier_keeps_how_the_story_purified(told):
-    kept = PurificationConfig.from_pretrained(told[0] / "purifier")
-    assert kept == dataclasses.replace(SHORT.purification, trained_timesteps=(0, 50), noise_corner=4.0)
+def test_each_victim_gets_the_images_of_its_row(finished):
+    folder, _ = finished
+    records = results_by_trial(folder / "records.jsonl", what="accuracy").values()
+    trained_on = {record["settings"]["row"]: record["settings"]["train"]["content"] for record in records}
+    for row in ("clean", "protected", "purified"):
+        assert trained_on[row] == describe_images(load_images(folder / row))["content"]
+    assert len(set(trained_on.values())) == 4
+    test = describe_images(load_images(folder / "test"))
+    assert all(record["settings"]["test"] == test for record in records)
 
 
-def test_the_colour_of_the_noise_is_on_record_and_in_the_report(told):
-    folder, _ = told
-    purified = [r["settings"] for r in read_records(folder / "records.jsonl") if "purification" in r["settings"]]
-    assert len(purified) > 3 and all(settings["purification"]["noise_corner"] == 4.0 for settings in purified)
-    assert "noise of corner frequency 4 cycles per image" in (folder / "report.md").read_text()
+def test_the_control_is_the_protections_own_noise_on_other_images(finished):
+    from jcdp_diffusers.audit.rows import control_images
+
+    folder, _ = finished
+    clean, protected = load_images(folder / "clean"), load_images(folder / "protected")
+    control = control_images(clean, protected, 0)
+    records = results_by_trial(folder / "records.jsonl", what="accuracy").values()
+    trained_on = {record["settings"]["row"]: record["settings"]["train"]["content"] for record in records}
+    assert trained_on["control"] == describe_images(control)["content"]
+    ours, theirs = (measured_norms(clean.images, other.images) for other in (protected, control))
+    assert ours["linf"] == theirs["linf"] and ours["l2_mean"] == pytest.approx(theirs["l2_mean"], rel=1e-3)
+    assert not np.array_equal(control_images(clean, protected, 1).images, control.images)
 
 
-def test_the_same_command_again_measures_nothing_anew(told):
-    folder, report = told
+def test_the_purifier_keeps_how_it_was_used(finished):
+    kept = PurificationConfig.from_pretrained(finished[0] / "purifier")
+    assert kept == dataclasses.replace(SHORT.plan.purification, trained_timesteps=(0, 50), noise_corner=4.0)
+
+
+def test_the_same_command_again_measures_nothing_anew(finished):
+    folder, report = finished
     before = (folder / "records.jsonl").read_bytes()
-    again = run_quickstart(folder, telling=SHORT, say=lambda line: None)
-    assert again == report and (folder / "records.jsonl").read_bytes() == before
+    again = run(folder)
+    assert again | {"time": None} == report | {"time": None}
+    assert (folder / "records.jsonl").read_bytes() == before
 
 
-def test_a_lost_record_is_measured_again_to_the_same_figure(told):
-    folder, report = told
-    path = folder / "records.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    lost = next(i for i, line in enumerate(lines) if '"what": "accuracy"' in line and '"purified"' in line)
-    path.write_text("".join(lines[:lost] + lines[lost + 1 :]))
-    again = run_quickstart(folder, telling=SHORT, say=lambda line: None)
-    assert {k: v for k, v in again.items() if k.endswith("accuracy")} == {
-        k: v for k, v in report.items() if k.endswith("accuracy")
+def test_an_interruption_costs_what_was_begun_and_no_more(tmp_path, finished):
+    """Cut off before the victims; the second call trains no purifier and comes to the same figures."""
+
+    class Interrupted(Exception):
+        pass
+
+    def stop_before_the_victims(line):
+        if line.startswith("Victims"):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run_quickstart(tmp_path / "out", preset=SHORT, processes=1, say=stop_before_the_victims)
+    weights = next((tmp_path / "out/purifier/unet").glob("*.safetensors"))
+    before, lines = weights.stat().st_mtime_ns, []
+    report = run_quickstart(tmp_path / "out", preset=SHORT, processes=1, say=lines.append)
+    assert "Purifier: trained before" in lines and weights.stat().st_mtime_ns == before
+    assert [row["accuracy"] for row in report["rows"]] == [row["accuracy"] for row in finished[1]["rows"]]
+
+
+def test_an_audit_of_what_it_leaves_gives_the_same_figures(finished, tmp_path):
+    """The same trials by name and bits, with the purifier given instead of trained."""
+    folder, report = finished
+    again = audit(
+        **{role: folder / role for role in ("clean", "protected", "test")},
+        purifier=folder / "purifier",
+        preset=SHORT.plan.purification,
+        output_dir=tmp_path / "audit",
+        protocol="smoke",
+        seeds=(0, 1),
+        processes=1,
+        device="cpu",
+        say=lambda line: None,
+    )
+    figures = {row["row"]: row["accuracy"] for row in report["rows"]}
+    assert {row["row"]: row["accuracy"] for row in again["rows"]} == {
+        row: figures[row] for row in ("clean", "protected", "purified")
     }
 
 
-def test_other_settings_do_not_pass_for_finished(told, tmp_path):
-    folder, report = told
-    other = dataclasses.replace(SHORT, purification=PurificationConfig(diffusion_steps=20, num_inference_steps=1))
-    before = (folder / "protected" / "train-00000-of-00001.parquet").read_bytes()
-    for arguments, what in ((dict(telling=other), "purification"), (dict(telling=SHORT, seed=1), "seed")):
-        with pytest.raises(ValueError, match=f"where a story with another {what} was begun: take an empty folder"):
-            run_quickstart(folder, say=lambda line: None, **arguments)
-    assert (folder / "protected" / "train-00000-of-00001.parquet").read_bytes() == before
+def test_other_settings_do_not_pass_for_finished(finished):
+    folder, _ = finished
+    plan = dataclasses.replace(SHORT.plan, purification=PurificationConfig(diffusion_steps=20, num_inference_steps=1))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for options, what in (({"preset": dataclasses.replace(SHORT, plan=plan)}, "plan"), ({"seed": 1}, "seed")):
+        with pytest.raises(ValueError, match=f"where a quickstart with another {what} was begun"):
+            run(folder, **options)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_each_victim_gets_the_images_of_its_row(told, tmp_path, monkeypatch):
-    """Which images reach which victim, from the mean distance of each training set to the clean images."""
-    folder, _ = told
-    clean = digits(SHORT.sizes)[0].images.astype(float)
-    expected = {
-        "clean": 0.0,
-        "protected": np.abs(load_images(folder / "protected").images - clean).mean(),
-        "purified": np.abs(load_images(folder / "purified").images - clean).mean(),
-    }
-
-    def measure(work, device):
-        for training_set, test, *_ in work:
-            assert test.ids == digits(SHORT.sizes)[2].ids
-            distance = np.abs(training_set.images - clean).mean()
-            yield dict(accuracy=distance, best_accuracy=0.0, train_accuracy=0.0, seconds=0.0)
-
-    monkeypatch.setattr("jcdp_diffusers.quickstart.train_victims", measure)
-    report = run_quickstart(tmp_path / "again", telling=SHORT, say=lambda line: None)
-    for row, distance in expected.items():
-        assert report[f"{row}_accuracy"] == [distance] * 2
-    noise = report["random_noise_accuracy"][0]
-    assert noise not in expected.values() and 0.5 < noise / expected["protected"] < 2
+def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path, capsys):
+    (tmp_path / "photo.png").write_text("precious")
+    assert main(["quickstart", "--output", str(tmp_path)]) == 1
+    assert "'photo.png'" in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["photo.png"]
 
 
 def test_wrong_arguments_get_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="telling is 'mnist', but must be one of"):
-        run_quickstart(tmp_path, telling="mnist")
-    with pytest.raises(ValueError, match="data is None, but 'cifar10-mini' needs CIFAR-10's folder"):
-        run_quickstart(tmp_path, telling="cifar10-mini")
-    with pytest.raises(ValueError, match="data is 'x', but .* digits bring their own"):
+    with pytest.raises(ValueError, match="preset is 'mnist', but must be one of digits, cifar10-mini"):
+        run_quickstart(tmp_path, preset="mnist")
+    with pytest.raises(ValueError, match="data is None, but must be CIFAR-10's folder"):
+        run_quickstart(tmp_path, preset="cifar10-mini")
+    with pytest.raises(ValueError, match="data is 'x', but must be .* absent for others"):
         run_quickstart(tmp_path, data="x")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_what_an_audit_takes(name):
+    preset = PRESETS[name]
+    assert preset.seeds == 3
+    start, end = preset.plan.training.trained_timesteps
+    assert start == 0 and preset.plan.purification.diffusion_steps <= end

@@ -46,8 +46,11 @@ def test_without_keywords_the_step_is_bit_equal_to_the_parents(schedule, predict
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_given_noise_equals_the_parents_own_draw(schedule, prediction_type, variance_type, thresholding):
+    """Against diffusers' own step, with its tables in float64: in float32 they have four digits where beta is small."""
     config = dict(variance_type=variance_type, prediction_type=prediction_type, thresholding=thresholding)
     parent, ours = pair(schedule, **config)
+    parent.alphas = 1 - parent.betas.double()
+    parent.alphas_cumprod = parent.alphas.cumprod(0)
     output, sample = tensors(2)
     for t in SCHEDULES[schedule][1]:
         noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(7))
@@ -84,8 +87,18 @@ def test_a_gradient_moves_the_mean_by_the_variance(schedule, large, given_noise)
         how = {"variance_noise": noise} if given_noise else {"generator": torch.Generator().manual_seed(7)}
         actual = ours.step(output, t, sample, gradient=gradient, **how).prev_sample
         expected = closed_form(t, previous, output, sample, gradient, noise, large)
-        # diffusers takes 1 - alpha from float32 products, which costs four digits where beta is small
-        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
+def test_levels_are_those_of_the_parent_and_more_exact(beta_schedule, rescaled):
+    scheduler = GuidedDDPMScheduler(beta_schedule=beta_schedule, rescale_betas_zero_snr=rescaled)
+    torch.testing.assert_close(torch.tensor(scheduler.alpha_bars), scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    exact = 1.0
+    for beta, bar in zip(scheduler.betas[:20].tolist(), scheduler.alpha_bars):
+        exact *= 1 - beta
+        assert 1 - bar == pytest.approx(1 - exact, rel=1e-9)
 
 
 def test_tuple_output_is_the_same_as_the_dataclass():
@@ -100,7 +113,7 @@ def test_tuple_output_is_the_same_as_the_dataclass():
 @pytest.mark.parametrize("variance_type", ["fixed_small_log", "fixed_large_log", "learned", "learned_range"])
 def test_variance_types_that_are_no_variances_are_refused(variance_type):
     output, sample, gradient = tensors(3)
-    message = f"variance_type is '{variance_type}', but guided steps accept only 'fixed_small' and 'fixed_large'"
+    message = f"variance_type is '{variance_type}', but must be 'fixed_small' or 'fixed_large'"
     for given in ({"gradient": gradient}, {"variance_noise": gradient}):
         with pytest.raises(ValueError, match=message):
             GuidedDDPMScheduler(variance_type=variance_type).step(output, 10, sample, **given)

@@ -14,13 +14,12 @@ from purifying import quick_pipe
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from jcdp_diffusers import score as score_module
-from jcdp_diffusers import victims
+from jcdp_diffusers import trials, victims
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, write_dataset
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.score import check_pair, score
-from jcdp_diffusers.victims.supervised import Recipe, predict, train_victim
+from jcdp_diffusers.victims import Recipe, predict, train_victim
 
 
 QUICK = Recipe("quick", epochs=2, batch_size=32, learning_rate=0.05, schedule="one_cycle", width=2)
@@ -59,7 +58,7 @@ def folders(train, test, tmp_path):
 
 def arguments(folders, *more):
     return ["score", "--train", str(folders / "train"), "--test", str(folders / "test"), "--protocol", "smoke",
-            "--output", str(folders / "score.json"), "--device", "cpu", *more]  # fmt: skip
+            "--output", str(folders / "score.json"), "--device", "cpu", "--processes", "1", *more]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -76,7 +75,9 @@ def test_figures_are_those_of_victims_trained_alone(result, train, test):
     for run, victim in zip(result["runs"], alone):
         assert run["confusion"] == victim.confusion.tolist()
         assert run["per_class_accuracy"] == victim.per_class_accuracy.tolist()
-        assert run["accuracy"] == run["history"][-1]["test_accuracy"]
+        assert [epoch["test_accuracy"] for epoch in run["history"]] == pytest.approx(
+            [epoch["test_accuracy"] for epoch in victim.history], abs=5e-6
+        )
     assert result["confusion"] == sum(victim.confusion for victim in alone).tolist()
     per_class = np.mean([victim.per_class_accuracy for victim in alone], axis=0)
     assert result["per_class_accuracy"] == pytest.approx(dict(zip(NAMES, per_class)))
@@ -137,7 +138,7 @@ def test_goes_on_where_it_was_cut_off(result, train, test, tmp_path, monkeypatch
         trained.append(seed)
         return train_victim(*args, seed=seed, **options)
 
-    monkeypatch.setattr(score_module, "train_victim", interrupted)
+    monkeypatch.setattr(trials, "train_victim", interrupted)
     with pytest.raises(KeyboardInterrupt):
         score(train, test, protocol=QUICK, output=output)
     assert not output.exists()
@@ -145,13 +146,13 @@ def test_goes_on_where_it_was_cut_off(result, train, test, tmp_path, monkeypatch
     resumed = score(train, test, protocol=QUICK, output=output)
     assert resumed["accuracy"] == result["accuracy"] and resumed["confusion"] == result["confusion"]
     assert json.loads(output.read_text()) == resumed
-    assert [path.name for path in output.parent.iterdir()] == ["score.json"]
+    assert [path.name for path in output.parent.glob("[!.]*")] == ["score.json"]
 
 
 def test_what_is_finished_is_not_done_again(train, test, tmp_path, monkeypatch):
     output = tmp_path / "score.json"
     first = score(train, test, protocol=QUICK, seeds=1, output=output)
-    monkeypatch.setattr(score_module, "train_victim", None)
+    monkeypatch.setattr(trials, "train_victim", None)
     assert score(train, test, protocol=QUICK, seeds=1, output=output) == first
 
 
@@ -169,9 +170,71 @@ def test_another_scores_file_is_not_overwritten(train, test, tmp_path, change, n
     options = {"train": train, "test": test, "protocol": QUICK, "seeds": 1, "output": output}
     score(**options)
     before = output.read_text()
-    with pytest.raises(ValueError, match=f"score.json holds a score with another {name}; give another file"):
+    with pytest.raises(ValueError, match=f"score.json.* holds a score with another {name}; give"):
         score(**options | change)
     assert output.read_text() == before
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_a_purifier_trained_again_in_place_is_measured_again_or_refused(as_object, tmp_path, monkeypatch):
+    """Never its old figure: neither that of a finished score nor that of a victim whose score was cut off."""
+    small = [data.with_images(data.images[:, ::2, ::2].copy()) for data in (digits(0, 60), digits(60, 120))]
+    pipe = quick_pipe()
+    options = {
+        "protocol": dataclasses.replace(QUICK, epochs=1),
+        "seeds": 2,
+        "countermeasure": "unconditional",
+        "purifier": pipe if as_object else tmp_path / "purifier",
+        "purification": PurificationConfig(diffusion_steps=100, num_inference_steps=2),
+        "checkpoint_dir": tmp_path / "purified",
+    }
+
+    def cut_off(*args, seed, **others):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return train_victim(*args, seed=seed, **others)
+
+    pipe.save_pretrained(tmp_path / "purifier")
+    score(*small, output=tmp_path / "finished.json", **options)
+    monkeypatch.setattr(trials, "train_victim", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        score(*small, output=tmp_path / "cut-off.json", **options)
+    monkeypatch.undo()
+
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            parameter.mul_(1.5)
+    pipe.save_pretrained(tmp_path / "purifier")
+    with pytest.raises(ValueError, match="finished.json.* another purifier"):
+        score(*small, output=tmp_path / "finished.json", **options)
+    resumed = score(*small, output=tmp_path / "cut-off.json", **options)
+    fresh = score(*small, **options | {"checkpoint_dir": None})
+    assert [run["confusion"] for run in resumed["runs"]] == [run["confusion"] for run in fresh["runs"]]
+    assert [run["trial"] for run in resumed["runs"]] == [run["trial"] for run in fresh["runs"]]
+    old = json.loads((tmp_path / "finished.json").read_text())
+    assert resumed["request"]["purifier"] != old["request"]["purifier"]
+    assert resumed["runs"][0]["history"][0]["train_loss"] != old["runs"][0]["history"][0]["train_loss"]
+
+
+def test_the_model_of_another_score_is_not_taken_for_ones_own(train, test, tmp_path):
+    options = {"protocol": QUICK, "seeds": 1, "model_dir": tmp_path / "models", "output": tmp_path / "score.json"}
+    score(train, test, **options)
+    score(train, test, **options | {"protocol": dataclasses.replace(QUICK, epochs=1), "output": tmp_path / "o.json"})
+    with pytest.raises(ValueError, match="model_dir is .*score.json.*seed 0"):
+        score(train, test, **options)
+
+
+def test_a_method_without_labels_is_scored_by_a_probe(folders, capsys):
+    write_dataset(folders / "probe", digits(220, 340))
+    asked = arguments(folders, "--seeds", "1", "--method", "simclr", "--width", "2")
+    assert main(asked) == 1 and "probe is None" in capsys.readouterr().err
+    assert main([*asked, "--probe", str(folders / "test")]) == 1 and "in common" in capsys.readouterr().err
+    assert main([*asked, "--probe", str(folders / "probe")]) == 0
+    assert "(resnet18 by simclr, width 2, recipe smoke)" in capsys.readouterr().out
+    result = json.loads((folders / "score.json").read_text())
+    assert result["request"]["method"] == "simclr" and result["request"]["probe"]["images"] == 120
+    assert result["knn_accuracy"]["values"] == [result["runs"][0]["knn_accuracy"]]
+    assert "best_accuracy" not in result and np.sum(result["confusion"]) == 100
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -197,19 +260,19 @@ def slightly_changed(data):
             "train has no image of class '3', '4', but every one of the 10 classes",
         ),
         (
-            lambda d: dataclasses.replace(d, class_names=NAMES[::-1]),
+            lambda d: dataclasses.replace(d, class_names=("00", *NAMES[1:], "0")),
             lambda d: d,
-            "must name the same classes in the same order, but number 0 is '9' in train and '0' in test",
+            "train has the class '0' twice",
         ),
         (
             lambda d: dataclasses.replace(d, class_names=(*NAMES, "ten", "x")),
             lambda d: dataclasses.replace(d, class_names=(*NAMES[:9], "nine")),
-            "but only train has '9', 'ten', 'x' and only test has 'nine'",
+            "train has no image of class 'nine', but every one of the 11 classes",
         ),
         (
-            lambda d: dataclasses.replace(d, class_names=(*NAMES, "ten")),
-            lambda d: dataclasses.replace(d, class_names=(*NAMES, "ten")),
-            "train has no image of class 'ten', but every one of the 11 classes needs some",
+            lambda d: without(d, 0, 1, 2, 3, 4, 5, 6, 7, 8),
+            lambda d: without(d, 0, 1, 2, 3, 4, 5, 6, 7, 8),
+            "train has images of one class only",
         ),
         (
             lambda d: without(dataclasses.replace(d, class_names=None), 8, 9),
@@ -219,7 +282,7 @@ def slightly_changed(data):
         (
             lambda d: dataclasses.replace(d, labels=d.labels + 1, class_names=None),
             lambda d: d,
-            "train has label 10, but there are names for 10 classes",
+            "train has no image of class '0', but every one of the 11 classes",
         ),
         (lambda d: d, lambda d: d.with_images(d.images[:, ::2, ::2]), "train has images of 16x16x3 and test of 8x8x3"),
         (lambda d: digits(0, 121), lambda d: d, "train and test have 1 images in common .* the first 'digits/120'"),
@@ -236,8 +299,8 @@ def test_sets_that_do_not_suit_each_other(train, test, change_train, change_test
 
 
 def test_comparison_can_be_left_out(test):
-    assert check_pair(slightly_changed(test), test, overlap_budget=None) == list(NAMES)
-    assert check_pair(dataclasses.replace(test, class_names=None), test, overlap_budget=None) == list(NAMES)
+    assert check_pair(slightly_changed(test), test, overlap_budget=None)[2] == list(NAMES)
+    assert check_pair(dataclasses.replace(test, class_names=None), test, overlap_budget=None)[2] == list(NAMES)
 
 
 def test_a_purifier_that_does_not_suit_is_refused_before_any_work(train, test, tmp_path):
@@ -254,9 +317,9 @@ def test_a_purifier_that_does_not_suit_is_refused_before_any_work(train, test, t
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"protocol": "slow"}, "protocol is 'slow', but accepted are bridgepure, iss, emn"),
-        ({"victim": "lenet"}, "victim 'lenet' is unknown"),
-        ({"countermeasure": "prayer"}, "countermeasure is 'prayer', but accepted are none"),
+        ({"protocol": "slow"}, "protocol is 'slow', but must be one of bridgepure, iss, emn"),
+        ({"victim": "lenet"}, "victim is 'lenet'"),
+        ({"countermeasure": "prayer"}, "countermeasure is 'prayer', but must be one of none"),
         ({"countermeasure": "gdmp"}, "purifier is None, but countermeasure 'gdmp' needs one"),
         ({"seeds": 0}, "seeds is 0, but at least one victim"),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\], but at least one victim, each with a seed of its own"),
@@ -275,7 +338,7 @@ def test_command(folders, capsys):
     result = json.loads((folders / "score.json").read_text())
     said = capsys.readouterr().out
     assert f"got {100 * result['accuracy']['mean']:.1f} % (standard deviation" in said
-    assert "2 victims (resnet18, width 8, protocol smoke) with gray" in said
+    assert "2 victims (resnet18, width 8, recipe smoke) with gray" in said
     assert "This was a smoke run: the figures mean nothing." in said
     assert result["smoke"] and len(result["runs"]) == 2 and result["request"]["class_names"] == list(NAMES)
 
@@ -307,5 +370,5 @@ def test_script_for_a_data_set_with_both_splits(train, test, tmp_path, monkeypat
     options = ["--dataset", tmp_path / "both", "--output", tmp_path / "s.json", "--protocol", "smoke", "--seeds", 1]
     monkeypatch.setattr(sys, "argv", ["score.py", *map(str, options), "--device", "cpu"])
     runpy.run_path(str(Path(__file__).parents[1] / "eval" / "score.py"), run_name="__main__")
-    assert "1 victim (resnet18, width 8, protocol smoke) got" in capsys.readouterr().out
+    assert "1 victim (resnet18, width 8, recipe smoke) got" in capsys.readouterr().out
     assert json.loads((tmp_path / "s.json").read_text())["request"]["train"]["images"] == len(train)

@@ -1,32 +1,32 @@
-"""Trials of a comparison: named by content, measured once, shared out, taken up after a crash."""
+"""Trials: named by content, measured once, by one command at a time, and taken up after a crash."""
 
 import dataclasses
 import multiprocessing
 import os
 import signal
-import threading
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hub_server import HubServer
 from purifying import quick_pipe
 
-from jcdp_diffusers import trials as module
 from jcdp_diffusers.data import LabelledImages
+from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.purification_config import PurificationConfig
-from jcdp_diffusers.purify.shards import Claims
 from jcdp_diffusers.results import read_records
 from jcdp_diffusers.trials import (
     Trial,
-    claims_folder,
     measure,
-    missing_trials,
     purifier_digest,
     results_by_trial,
     trial_name,
 )
-from jcdp_diffusers.victims.supervised import RECIPES
+from jcdp_diffusers.victims import RECIPES
 
 
 QUICK = dataclasses.replace(RECIPES["smoke"], epochs=1, max_steps_per_epoch=2, batch_size=8)
@@ -49,7 +49,7 @@ def accuracies(records) -> list[dict]:
     return [record for record in read_records(records) if record["what"] == "accuracy"]
 
 
-def test_a_cell_is_named_by_the_content_of_all_that_decides_it():
+def test_a_trial_is_named_by_the_content_of_all_that_decides_it():
     same = LabelledImages(TRAIN.images.copy(), TRAIN.labels.copy(), tuple(f"x{row}" for row in range(24)))
     assert trial().name == trial(train=same).name  # whatever the images are called
     touched = TRAIN.images.copy()
@@ -62,6 +62,7 @@ def test_a_cell_is_named_by_the_content_of_all_that_decides_it():
         trial(recipe=dataclasses.replace(QUICK, learning_rate=0.05)),
         trial(width=4),
         trial(victim="vgg16"),
+        trial(method="by another method"),
         trial(countermeasure="gray"),
         trial(about={"poison": "lsp"}),
     ]
@@ -71,7 +72,7 @@ def test_a_cell_is_named_by_the_content_of_all_that_decides_it():
     assert trial(about=told).name == trial().name  # neither what a comparison is called nor what nobody uses
 
 
-def test_a_setting_that_came_later_renames_no_cell_at_the_value_that_was_meant():
+def test_a_setting_that_came_later_renames_no_trial_at_the_value_that_was_meant():
     purifying = lambda **settings: trial(countermeasure="unconditional", purification=PurificationConfig(**settings))
     assert "noise_corner" not in str(purifying().settings)
     assert purifying(noise_corner=0.0).name == purifying().name != purifying(noise_corner=8.0).name
@@ -97,9 +98,10 @@ def test_the_colour_of_a_purifiers_noise_is_on_record_and_in_the_name(tmp_path):
     assert len({purifier_digest(one.purifier) for one in found}) == 3
 
 
-def test_the_collected_images_decide_where_a_purifier_is_used():
+def test_the_collected_images_decide_where_a_purifier_is_used(tmp_path):
+    (tmp_path / "unet").mkdir()
     names = {
-        trial(countermeasure="unconditional", purifier="owner/name", about={"collected": name}).name
+        trial(countermeasure="unconditional", purifier=tmp_path, about={"collected": name}).name
         for name in ("here", "elsewhere")
     }
     assert len(names) == 2
@@ -110,10 +112,10 @@ def test_a_purifier_in_a_folder_is_known_by_its_weights(tmp_path):
         (tmp_path / name / "unet").mkdir(parents=True)
         (tmp_path / name / "unet/model.safetensors").write_bytes(weights)
     one, copy, other = (purifier_digest(str(tmp_path / name)) for name in ("one", "copy", "other"))
-    assert one == copy != other and purifier_digest("owner/name") == "owner/name"
+    assert one == copy != other
 
 
-def test_cells_that_differ_while_training_share_what_is_purified(tmp_path):
+def test_trials_that_differ_while_training_share_what_is_purified(tmp_path):
     quick_pipe().save_pretrained(tmp_path / "purifier")
     how = dict(
         purifier=str(tmp_path / "purifier"),
@@ -142,7 +144,7 @@ def test_only_what_is_missing_is_measured(tmp_path):
     wanted = [trial(0, about={"row": "a"}), trial(1, about={"row": "a"})]
     measure(wanted, records, progress=False)
     found = accuracies(records)
-    assert [record["seed"] for record in found] == [0, 1] and missing_trials(wanted, records) == []
+    assert [record["seed"] for record in found] == [0, 1]
     details = results_by_trial(records, what="victim")[wanted[0].name]["value"]
     assert np.sum(details["confusion"]) == 10 and len(details["history"]) == 1 and details["threads"] == 1
     before = records.read_text()
@@ -166,54 +168,121 @@ def test_what_is_measured_does_not_depend_on_the_number_of_processes(tmp_path):
     assert values[0] == values[1] and len(values[0]) == 3
 
 
-def test_a_cell_that_another_process_has_claimed_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ATTEMPTS_SECONDS", 0.05)
-    records = tmp_path / "records.jsonl"
-    first, second = trial(0), trial(1)
-    claims_folder(records).mkdir(parents=True)
-    with Claims(claims_folder(records)) as claims:
-        assert claims.take(first.name)
-        worker = threading.Thread(target=measure, args=([first, second], records), kwargs={"progress": False})
-        worker.start()
-        while not records.exists() or len(accuracies(records)) < 1:
-            time.sleep(0.05)
-        assert [record["seed"] for record in accuracies(records)] == [1] and worker.is_alive()
-        claims.release(first.name)
-        worker.join(60)
-    assert sorted(record["seed"] for record in accuracies(records)) == [0, 1]
-
-
-def test_a_cell_whose_process_was_killed_is_taken_over(tmp_path):
-    """The slow trial is claimed, its process dies by SIGKILL, and its claim does not hold anybody up."""
+def test_a_second_command_on_the_same_records_is_refused_and_told_who_is_there(tmp_path):
+    """The slow trial is begun by another process, which is then killed: its records are free at once."""
     records = tmp_path / "records.jsonl"
     spawn = multiprocessing.get_context("spawn")
-    slow = trial(0, recipe=SLOW)
-    worker = spawn.Process(target=measure, args=([slow], records), kwargs={"progress": False})
+    worker = spawn.Process(target=measure, args=([trial(0, recipe=SLOW)], records), kwargs={"progress": False})
     worker.start()
-    claim = claims_folder(records) / slow.name
-    while not claim.exists():
+    lock = tmp_path / ".records.jsonl.lock"
+    while not lock.exists() or not lock.read_text():
         assert worker.is_alive()
         time.sleep(0.05)
+    with pytest.raises(ValueError, match=f"pid {worker.pid}"):
+        measure([trial(0)], records, progress=False)
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
-    assert claim.exists() and not records.exists()
-    with Claims(claims_folder(records)) as claims:
-        assert claims.take(slow.name)
+    assert not records.exists()
+    measure([trial(0)], records, progress=False)
+    assert len(accuracies(records)) == 1
 
 
-def test_an_error_ends_the_command_and_frees_the_cell(tmp_path):
-    records = tmp_path / "records.jsonl"
+def test_an_error_names_the_trial(tmp_path):
     about = {"poison": "lsp", "column": "plain"}
     bad = trial(0, test=LabelledImages(TEST.images, TEST.labels * 0, TEST.ids), about=about)
-    with pytest.raises(RuntimeError, match="^lsp plain seed 0: train has images of class 1, but test has none"):
-        measure([bad], records, progress=False)
-    assert list(claims_folder(records).iterdir()) == []
-    with pytest.raises(ValueError, match="processes is 0, but must be at least 1"):
-        measure([bad], records, processes=0)
+    with pytest.raises(RuntimeError, match="^lsp plain seed 0: .*class 1"):
+        measure([bad], tmp_path / "records.jsonl", progress=False)
+    with pytest.raises(ValueError, match="processes is 0"):
+        measure([bad], tmp_path / "records.jsonl", processes=0)
 
 
 @pytest.mark.long
-def test_an_error_in_a_process_of_its_own_is_the_commands_error(tmp_path):
+def test_an_error_in_a_process_of_its_own_does_not_keep_the_others_from_being_measured(tmp_path):
     bad = LabelledImages(TEST.images, TEST.labels * 0, TEST.ids)
-    with pytest.raises(RuntimeError, match="^none seed [01]: train has images of class 1, but test has none"):
-        measure([trial(0, test=bad), trial(1, test=bad)], tmp_path / "r.jsonl", processes=2, progress=False)
+    wanted = [trial(0, test=bad), trial(1), trial(2)]
+    with pytest.raises(RuntimeError, match="^none seed 0: .*class 1"):
+        measure(wanted, tmp_path / "r.jsonl", processes=2, progress=False)
+    assert sorted(record["seed"] for record in accuracies(tmp_path / "r.jsonl")) == [1, 2]
+
+
+class Deadly(LabelledImages):
+    """A training set that ends the process that trains on it, as a fault in a kernel would."""
+
+    @property
+    def num_classes(self) -> int:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_process_that_dies_of_a_signal_is_one_sentence_that_names_the_trial(tmp_path):
+    deadly = Deadly(TRAIN.images, TRAIN.labels, TRAIN.ids)
+    ended = r"^trial none seed 7: its process was ended by signal 11 \(SIGSEGV\)"
+    with pytest.raises(RuntimeError, match=ended) as told:
+        measure([trial(7, train=deadly), trial(8, recipe=SLOW)], tmp_path / "r.jsonl", processes=2, progress=False)
+    assert "\n" not in str(told.value) and "process pool" not in str(told.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- purifiers
+
+
+def test_a_purifier_trained_again_in_place_is_another_purifier(tmp_path):
+    pipe = quick_pipe()
+    pipe.save_pretrained(tmp_path / "purifier")
+    known = purifier_digest(tmp_path / "purifier"), purifier_digest(pipe)
+    assert known == (purifier_digest(str(tmp_path / "purifier")), purifier_digest(pipe))
+    with torch.no_grad():
+        next(pipe.unet.parameters()).add_(1)
+    pipe.save_pretrained(tmp_path / "purifier")
+    again = purifier_digest(tmp_path / "purifier"), purifier_digest(pipe)
+    assert not set(known) & set(again)
+    loaded = JointConditionalPurificationPipeline.from_pretrained(tmp_path / "purifier")
+    assert purifier_digest(loaded) == purifier_digest(pipe)
+    pipe.scheduler.register_to_config(beta_end=0.03)
+    assert purifier_digest(pipe) != purifier_digest(loaded)
+
+
+def test_a_network_that_lies_beside_model_index_is_part_of_the_content(tmp_path):
+    for name, weights in (("one", b"weights"), ("other", b"Weights")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "diffusion_pytorch_model.safetensors").write_bytes(weights)
+    assert purifier_digest(tmp_path / "one") != purifier_digest(tmp_path / "other")
+
+
+PRINT_DIGESTS = """
+import sys
+from jcdp_diffusers.trials import purifier_digest
+for name in sys.stdin:
+    print(purifier_digest(name.strip()), flush=True)
+"""
+
+
+def test_a_hub_id_is_known_by_its_commit(tmp_path):
+    asked = [sys.executable, "-c", PRINT_DIGESTS]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with HubServer() as hub:
+        hub.repos["models/tester/purifier"] = files = {"model_index.json": b"{}"}
+        with subprocess.Popen(asked, env=os.environ | hub.environment(tmp_path), **pipes) as process:
+            commits = set()
+            for content in (b"{}", b"{ }"):
+                files["unet/config.json"] = content
+                commits.add(hub.revision("models/tester/purifier"))
+                process.stdin.write("tester/purifier\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == f"tester/purifier@{hub.revision('models/tester/purifier')}\n"
+            process.stdin.close()
+    assert len(commits) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ committed records
+
+
+def test_every_trial_on_record_has_the_name_that_its_settings_give():
+    results = Path(__file__).parents[1] / "results"
+    found = [
+        (path.name, record)
+        for path in (*results.glob("*.jsonl"), *results.glob("*/records.jsonl"))
+        for record in read_records(path)
+        if "trial" in record["settings"]
+    ]
+    assert len(found) > 700
+    for name, record in found:
+        assert trial_name(record["settings"], record["seed"]) == record["settings"]["trial"], name

@@ -126,7 +126,7 @@ def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, DDPMScheduler]:
     if args.pretrained:
         try:
             pipe = DDPMPipeline.from_pretrained(args.pretrained, revision=args.revision)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:  # TypeError: JSON that is no object
             raise ValueError(
                 f"pretrained is {args.pretrained!r}, but must be a DDPM repository on the Hub or in a folder: "
                 f"{_first_line(error)}"

@@ -20,6 +20,7 @@ import numpy as np
 
 
 sys.path.append(str(Path(__file__).parents[2]))
+from eval.measured import NOT_MEASURED
 from eval.tables import markdown_table  # noqa: E402
 from jcdp_diffusers import poisons  # noqa: E402
 from jcdp_diffusers.cli import ends_in_one_sentence  # noqa: E402
@@ -98,30 +99,51 @@ def poisoned(args: argparse.Namespace, data: LabelledImages) -> None:
                 measure(args.output, settings, seed, suspicious.with_images(images), collected)
 
 
-def table(output: str) -> str:
-    """Shares of repetitions in which a protection was found, by labels and by spectrum."""
+def false_alarm_table(records: list[dict]) -> str:
+    """How many clean sets were called protected, by data set and size."""
     groups: dict[tuple, list[dict]] = {}
-    for record in read_records(output):
-        settings = record["settings"]
-        key = (settings["dataset"], settings["images"], settings["poison"], settings["fraction"])
-        groups.setdefault(key, []).append(record["value"])
-    rows = []
-    for (dataset, images, poison, fraction), values in groups.items():
-        by_labels = [value["linear"]["found"] or value["two-layer"]["found"] for value in values]
-        by_spectrum = [value["spectrum"]["finding"] == "noise" for value in values]
-        called = [value["protected"] for value in values]
-        shares = (f"{sum(found)} of {len(values)}" for found in (by_labels, by_spectrum, called))
-        rows.append([dataset, str(images), poison, f"{100 * fraction:g} %", *shares])
-    head = [
-        "data set",
-        "images",
-        "poison",
-        "protected fraction",
-        "found by labels",
-        "by the spectrum",
-        "called protected",
+    for record in records:
+        if record["settings"]["poison"] == "none":
+            key = (record["settings"]["dataset"], record["settings"]["images"])
+            groups.setdefault(key, []).append(record["value"])
+    rows = [
+        [name, str(images), str(len(values)), str(sum(value["protected"] for value in values)), _largest(values)]
+        for (name, images), values in groups.items()
     ]
-    return markdown_table(head, rows)
+    return markdown_table(
+        ["clean data set", "images", "sets", "called protected", "largest gap of a linear model"], rows
+    )
+
+
+def _largest(values: list[dict]) -> str:
+    return f"{100 * max(value['linear']['gap'] for value in values):.1f} points"
+
+
+def table(records: list[dict]) -> str:
+    """What gave a protection away, by poison and protected fraction."""
+    groups: dict[str, dict[float, list[dict]]] = {}
+    for record in records:
+        settings = record["settings"]
+        if settings["poison"] != "none":
+            groups.setdefault(settings["poison"], {}).setdefault(settings["fraction"], []).append(record["value"])
+    rows = [
+        [
+            poison.upper(),
+            *(_evidence(found[fraction]) if fraction in found else NOT_MEASURED for fraction in FRACTIONS),
+        ]
+        for poison, found in groups.items()
+    ]
+    return markdown_table(["poison", *(f"{100 * fraction:g} %" for fraction in FRACTIONS)], rows)
+
+
+def _evidence(values: list[dict]) -> str:
+    """The evidence that was found in all repetitions, or in how many of them anything was."""
+    labels = [value["linear"]["found"] or value["two-layer"]["found"] for value in values]
+    spectrum = [value["spectrum"]["finding"] == "noise" for value in values]
+    if all(labels) or all(spectrum):
+        return "both" if all(labels) and all(spectrum) else "labels" if all(labels) else "spectrum"
+    found = sum(a or b for a, b in zip(labels, spectrum))
+    return f"{found} of {len(values)}" if found else "no"
 
 
 def main() -> None:
@@ -138,7 +160,8 @@ def main() -> None:
     args = parser.parse_args()
     with ends_in_one_sentence("detection"):
         if args.question == "table":
-            print(table(args.output))
+            records = read_records(args.output)
+            print(false_alarm_table(records), table(records), sep="\n\n")
         elif args.question == "digits":
             args.name, everything = "digits", digits((1795, 1, 1))[0]
             args.images = min(args.images, len(everything) // 2)

@@ -1,5 +1,5 @@
 """
-Feature reuse between neighbouring steps: the deep levels of the UNet run at every n-th evaluation only.
+Feature caching between neighbouring steps: the deep levels of the UNet run at every n-th evaluation only.
 
 What a UNet makes of x_t at low resolution changes less from step to step than x_t does (DeepCache, Ma et al., CVPR
 2024). So an evaluation may run the full resolution alone and take the rest from an earlier one. What that saves and
@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UpBlock2D
 
 
-class FeatureReuse:
+class FeatureCache:
     """
     A UNet for one micro-batch in one round; it is whole at the first, the (n + 1)-th, ... of its evaluations.
 
@@ -24,7 +24,7 @@ class FeatureReuse:
     micro-batch to a call.
 
     Args:
-        unet (`UNet2DModel`): One that `check_reusable` accepts. It runs as it is, and nothing stays attached to it.
+        unet (`UNet2DModel`): One that `check_cacheable` accepts. It runs as it is, and nothing stays attached to it.
         interval (`int`): n. At 1 every evaluation is whole.
     """
 
@@ -66,8 +66,8 @@ class FeatureReuse:
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
 
 
-def check_reusable(unet: UNet2DModel, interval: int) -> None:
-    """Refuse networks whose full resolution is more than the two blocks that `FeatureReuse` runs."""
+def check_cacheable(unet: UNet2DModel, interval: int) -> None:
+    """Refuse networks whose full resolution is more than the two blocks that `FeatureCache` runs."""
     if unet._compiled_call_impl is not None:  # it would not see that its features are asked for
         raise ValueError(f"feature_reuse is {interval}, but this UNet is compiled, for which only 1 is accepted.")
     blocks = (*unet.down_blocks, *unet.up_blocks)

@@ -1,5 +1,5 @@
 """
-Where a purifier runs and in which arithmetic: one choice for every command, sensible by default for the device.
+Where a pipeline runs and in which arithmetic: one choice for every command, sensible by default for the device.
 
 The network runs in bfloat16 where the device has instructions for it, which is about twice as fast, and in float32
 elsewhere; its weights lie channels last, and on a CPU its upsampling is folded into the convolutions behind it and
@@ -11,10 +11,10 @@ owner loaded it, unless it is placed.
 from collections.abc import Callable
 
 import torch
+from diffusers import DiffusionPipeline
 
 from ..devices import has_bfloat16
 from ..noise import normal_noise
-from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from .folded_upsampling import fold_upsampling
 from .winograd import use_winograd
 
@@ -28,17 +28,18 @@ def compiled_normal_noise() -> Callable[..., torch.Tensor]:
 
 
 def place(
-    pipe: JointConditionalPurificationPipeline,
+    pipe: DiffusionPipeline,
     device: torch.device | str,
     *,
     precision: str = "auto",
     compiled: bool = False,
-) -> JointConditionalPurificationPipeline:
+) -> DiffusionPipeline:
     """
-    Put a purifier on a device in the way that is fast there.
+    Put a pipeline on a device in the way that is fast there.
 
     Args:
-        pipe (`JointConditionalPurificationPipeline`): Changed in place.
+        pipe (`DiffusionPipeline`): Any with a `unet` of class `UNet2DModel`; changed in place. Where it has a
+            `normal_noise`, as a purifier has, that is compiled or not along with the network.
         device (`torch.device` or `str`): Where it is to run.
         precision (`str`): Of the UNet: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 where the device
             has instructions for it, else float32.
@@ -47,10 +48,15 @@ def place(
             sixth at best.
 
     Returns:
-        `JointConditionalPurificationPipeline`: The same.
+        `DiffusionPipeline`: The same.
+
+    Raises:
+        ValueError: If `precision` is unknown, or the pipeline has no `unet`.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, but must be one of {PRECISIONS}.")
+    if not isinstance(getattr(pipe, "unet", None), torch.nn.Module):
+        raise ValueError(f"pipe is a {type(pipe).__name__} without a network, but must have one as unet.")
     if precision == "auto":
         precision = "bfloat16" if has_bfloat16(device) else "float32"
     pipe.to(device)
@@ -62,5 +68,6 @@ def place(
         use_winograd(pipe.unet)
     if compiled:
         pipe.unet.compile(dynamic=False)  # in place, so that weights keep their names
-    pipe.normal_noise = compiled_normal_noise() if compiled else normal_noise
+    if hasattr(pipe, "normal_noise"):
+        pipe.normal_noise = compiled_normal_noise() if compiled else normal_noise
     return pipe

@@ -171,7 +171,7 @@ def use_winograd(unet: UNet2DModel) -> None:
     size = unet.config.sample_size
     side = size if isinstance(size, int | None) else min(size)
     deepest = len(unet.down_blocks) - 1
-    levels = [*enumerate(unet.down_blocks), (deepest, unet.mid_block)]
+    levels = [*enumerate(unet.down_blocks)] + ([] if unet.mid_block is None else [(deepest, unet.mid_block)])
     levels += [(deepest - index, block) for index, block in enumerate(unet.up_blocks)]
     for level, block in levels:
         if side is None or side >> level >= SMALLEST_SIDE:

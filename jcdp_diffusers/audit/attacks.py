@@ -25,11 +25,11 @@ class Attack:
 
     Args:
         name (`str`): What the row is called.
-        measure (`Countermeasure`): What is done to the images that it takes, and while training.
+        countermeasure (`Countermeasure`): What is done to the images that it takes, and while training.
     """
 
     name: str
-    measure: Countermeasure
+    countermeasure: Countermeasure
 
     @property
     def takes_purified(self) -> bool:
@@ -49,14 +49,14 @@ class Attack:
             ValueError: If it cannot, in one sentence.
         """
         if not self.purifies_as_the_audit:
-            for part in self.measure.parts or (self.measure,):
+            for part in self.countermeasure.parts or (self.countermeasure,):
                 if part.needs_purifier:
                     pipe.resolve_config(PurificationConfig(**part.settings))
 
     def as_done(self, config: PurificationConfig, *, smoke: bool) -> Countermeasure:
         """For a report: the countermeasure, with the settings that purification had in it; `config` is the audit's."""
-        if not self.measure.needs_purifier or not (smoke or self.purifies_as_the_audit):
-            return self.measure
+        if not self.countermeasure.needs_purifier or not (smoke or self.purifies_as_the_audit):
+            return self.countermeasure
 
         def done(part: Countermeasure) -> Countermeasure:
             if not part.needs_purifier:
@@ -65,7 +65,9 @@ class Attack:
                 return purifying(PURIFIED, "this audit's purification", config)
             return purifying(part.name, part.source, config)
 
-        return countermeasures.join(self.name, [done(part) for part in self.measure.parts or (self.measure,)])
+        return countermeasures.join(
+            self.name, [done(part) for part in self.countermeasure.parts or (self.countermeasure,)]
+        )
 
 
 def attack(name: str) -> Attack:

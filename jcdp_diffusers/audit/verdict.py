@@ -1,189 +1,263 @@
-"""The verdict of an audit: one sentence that its figures bear out, and what it leaves open."""
+"""The verdict of an audit: one sentence that its figures bear out, or that they are not enough and what would be."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from .intervals import Interval, Sample, interval
 
 
-# Two training sets are told apart when their mean accuracies differ by this much and by two standard errors.
-LEAST_DIFFERENCE = 0.02
+# A difference of accuracies below this is called none. "No protection" and "survives" are said only where the whole
+# interval of a difference lies below it, which is a test of equivalence (Schuirmann, J. Pharmacokinet. Biopharm. 15,
+# 1987).
+MARGIN = 0.05
 # Of what the protection took away; from here on it counts as broken.
-BROKEN_SHARE = 0.5
+BROKEN_FRACTION = 0.5
+# Probability of a wrong statement; with several attacks it is shared among them (Bonferroni).
+ERROR = 0.05
+# Two victims show a spread. To say that there is nothing, three are needed.
+LEAST_SEEDS, LEAST_SEEDS_FOR_NOTHING = 2, 3
+NO_ATTACKS = ("clean", "protected", "control")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+# How much more could be measured: victims per row, and test images in multiples of those at hand.
+MORE_SEEDS = (3, 4, 5, 6, 8, 10, 15, 20, 30, 50)
+MORE_IMAGES = (1, 2, 3, 5, 7, 10, 20, 30, 50, 70, 100, 200, 300)
+MOST_IMAGES = 50_000
 
 
-def verdict(accuracies: Mapping[str, Sequence[float]], titles: Mapping[str, str], *, smoke: bool = False) -> dict:
+@dataclass(frozen=True)
+class Finding:
+    """
+    What follows from the figures.
+
+    Args:
+        status (`str`): As `verdict` returns it, but for `"smoke"`.
+        attack (`str`): Row of the attack that the status speaks of.
+        open_question (`str`): What could not be told, if the status is `"undecided"`.
+    """
+
+    status: str
+    attack: str
+    open_question: str = ""
+
+
+def verdict(
+    accuracies: Mapping[str, Sequence[float]],
+    titles: Mapping[str, str],
+    *,
+    test_images: int,
+    smoke: bool = False,
+) -> dict:
     """
     Judge a protection by what victims learn from protected images, and from the same after an attack.
 
+    Every statement rests on an interval of the difference of two rows, over seeds and test images: see `intervals`.
+    It is wrong in at most one case of twenty (`ERROR`).
+
     Args:
         accuracies (`dict`): Test accuracies of the victims in [0, 1], one per seed, by row: `"protected"`; `"clean"`
-            where the originals are known; every other row is an attack on the protection.
+            where the originals are known; `"control"`, which is not judged; every other row is an attack on the
+            protection.
         titles (`dict`): What the attacks are called.
+        test_images (`int`): How many images scored each victim.
         smoke (`bool`): Whether the victims were trained for seconds only, so that nothing can be said.
 
     Returns:
-        `dict`: `status`; `sentence`; `attack`, the row of the strongest attack; `regained_share`, of the accuracy that
-        the protection took away (None where that is unknown or nothing). The status is one of
+        `dict`: `status`; `sentence`; `attack`, the row that the sentence speaks of; `regained_share`, of the accuracy
+        that the protection took away (None where that is unknown or nothing); `differences`, estimate, low and high of
+        what the protection took (`lost`) and of what the attack won back (`gained`), with None for a limit that is not
+        known; `enough`, `seeds` and `test_images` that would decide, None where nothing is open or no number up to 50
+        seeds and 50,000 images would. The status is one of
 
         - `"broken"`: at least half of what the protection took away is regained;
         - `"weakened"`: a part of it is regained;
         - `"undone"`: accuracy rises clearly, and without clean images nobody knows by what share;
-        - `"withstands"`: nothing that was tried helps;
-        - `"ineffective"`: there is no protection to begin with;
+        - `"withstands"`: no attack wins back 5 points (`MARGIN`) on average, and none half of it in a single victim;
+        - `"ineffective"`: the protection takes less than 5 points;
         - `"exchanged"`: victims learn clearly more from the protected images than from the clean ones, which no
           protection brings about; the sets were most likely given for each other;
         - `"open"`: nothing helps, and without clean images that may mean anything;
+        - `"undecided"`: seeds and test images are too few to tell;
         - `"smoke"`.
     """
-    attacks = {row: values for row, values in accuracies.items() if row not in ("protected", "clean")}
-    if "protected" not in accuracies or not attacks:
-        raise ValueError(f"accuracies has the rows {tuple(accuracies)}, but 'protected' and an attack are needed.")
-    attack = max(attacks, key=lambda row: statistics.fmean(attacks[row]))
-    protected, attacked, clean = accuracies["protected"], attacks[attack], accuracies.get("clean")
-    gained = statistics.fmean(attacked) - statistics.fmean(protected)
-    helps = gained > least_difference(protected, attacked)
-    lost = None if clean is None else statistics.fmean(clean) - statistics.fmean(protected)
-    share = gained / lost if lost is not None and lost > least_difference(protected, clean) else None
-
-    name = titles.get(attack, attack)
-    figures = f"{_percent(protected)} -> {_percent(attacked)} by {name}"
-    if clean is not None:
-        figures += f", clean {_percent(clean)}"
-    figures += f", {_seeds(protected)}"
-    if smoke:
-        status, sentence = "smoke", f"A first try in seconds, from which nothing follows ({figures})."
-    elif lost is not None and lost < -least_difference(protected, clean):
-        status = "exchanged"
-        sentence = (
-            f"No verdict: the protected and the clean images seem to be exchanged, for victims get "
-            f"{_percent(protected)} from those given as protected and {_percent(clean)} from those given as clean, "
-            f"{_seeds(protected)}."
-        )
-    elif lost is not None and share is None:
-        status = "ineffective"
-        sentence = (
-            f"There is no protection to remove: victims get {_percent(protected)} from the protected images and "
-            f"{_percent(clean)} from the clean ones, {_seeds(protected)}."
-        )
-    elif helps and lost is None:
-        status = "undone"
-        sentence = (
-            f"The protection does not hold: {figures}; how much of it is left cannot be known without clean images."
-        )
-    elif helps and share >= BROKEN_SHARE:
-        status, sentence = "broken", f"The protection does not survive: {figures}."
-    elif helps:
-        status = "weakened"
-        sentence = f"The protection survives in part: {figures}, which wins back {100 * share:.0f} % of what it took."
-    elif lost is not None:
-        status = "withstands"
-        sentence = f"The protection survives what was tried: {figures}; a stronger attack may still break it."
-    else:
-        status = "open"
-        sentence = (
-            f"No verdict: {figures}; without clean images, a protection that survives cannot be told from images that "
-            "teach little."
-        )
+    if "protected" not in accuracies or not set(accuracies) - set(NO_ATTACKS):
+        raise ValueError(f"accuracies has the rows {tuple(accuracies)}, but must have 'protected' and an attack.")
+    rows = {row: Sample.of(values, test_images) for row, values in accuracies.items()}
+    found = Finding("smoke", _attacks(rows)[0]) if smoke else find(rows, largest=_largest(accuracies))
+    enough = what_would_decide(rows, _largest(accuracies)) if found.status == "undecided" else None
+    lost = _lost(rows)
+    gained = interval([(1, rows[found.attack]), (-1, rows["protected"])])
+    share = None
+    if lost is not None and found.status not in ("exchanged", "ineffective") and lost.estimate > 0:
+        share = round(gained.estimate / lost.estimate, 4)
     return {
-        "status": status,
-        "sentence": sentence,
-        "attack": attack,
-        "regained_share": None if share is None else round(share, 4),
+        "status": found.status,
+        "sentence": _sentence(found, accuracies, titles, test_images, share, enough),
+        "attack": found.attack,
+        "regained_share": share,
+        "differences": {"lost": _as_json(lost), "gained": _as_json(gained)},
+        "enough": enough,
     }
 
 
-def least_difference(one: Sequence[float], other: Sequence[float]) -> float:
+def find(rows: Mapping[str, Sample], *, largest: Mapping[str, float]) -> Finding:
     """
-    How far two means must lie apart to be told apart: twice the standard error of their difference, at least
-    `LEAST_DIFFERENCE`; where a set has a single figure, and so no spread, more than twice that much.
-    """
-    if len(one) < 2 or len(other) < 2:
-        return 0.05
-    error = math.sqrt(statistics.variance(one) / len(one) + statistics.variance(other) / len(other))
-    return max(LEAST_DIFFERENCE, 2 * error)
-
-
-def limits(
-    status: str,
-    *,
-    victim: str,
-    seeds: int,
-    test_images: int,
-    clean_known: bool,
-    roles: str,
-    listed: int | None,
-    training: Mapping | None,
-    attacks: Sequence[str],
-) -> list[str]:
-    """
-    What the figures of an audit do not say, in sentences.
+    What the figures say.
 
     Args:
-        status (`str`): Of the verdict.
-        victim (`str`): The network that was trained.
-        seeds (`int`): Victims per row.
-        test_images (`int`): How many scored them.
-        clean_known (`bool`): Whether the originals of the protected images were given.
-        roles (`str`): `"disjoint"` or `"paper"`.
-        listed (`int`, *optional*): How many images trained the purifier, where that is known.
-        training (`dict`, *optional*): The record of the purifier's training, if it was trained for the audit.
-        attacks (`Sequence[str]`): What was tried beside purification.
+        rows (`dict`): By name, as in `verdict`.
+        largest (`dict`): The best victim of each attack, for no protection survives that one victim got around.
     """
-    error = 100 * 1.96 * math.sqrt(0.25 / test_images)
-    found = [
-        f"Victims were of one kind ({victim}), trained by one recipe. Another network or a longer training may learn "
-        "more, from the protected images as well.",
-        "An attack that fails proves nothing about a stronger one; an attack that succeeds settles the matter.",
-        f"{test_images} test images: a figure is uncertain by up to {error:.1f} points (95 %) for that reason alone, "
-        "beside the spread over seeds.",
-    ]
-    if seeds < 3:
-        found.append(f"{seeds} victim(s) per row: too few to know the spread; three or more are usual.")
-    if not clean_known:
-        found.append(
-            "No clean originals were given: what the protection took away, and so what share of it came back, is not "
-            "known; neither is the size of the noise, nor whether originals of images whose protection changes much "
-            "more than the budget are among the collected or test images."
-        )
-    if roles == "paper":
-        found.append(
-            "Roles as in the paper: the purifier has been trained on the very test images that score the victims. "
-            "Such figures are for comparison with the paper and not with those of disjoint roles."
-        )
-    if listed is None:
-        found.append(
-            "The purifier's repository does not list the images that trained it (trained_on.json): whether it has "
-            "seen originals of protected images or test images is not known."
-        )
-    elif training is None and not clean_known:
-        found.append(
-            f"The purifier was trained on none of the test images, by the list of {listed} images in its repository; "
-            "whether originals of protected images are among them is not known without these originals."
-        )
-    if training is not None:
-        found.append(
-            f"The purifier was trained here, on {listed} images in {training['steps']} steps and "
-            f"{training['seconds']:.0f} s; a larger one, trained longer on more images, purifies better."
-        )
-    if "eclipse" in attacks:
-        found.append(
-            "The row eclipse purifies with the purifier of this audit, where its authors train one of few images."
-        )
-    if attacks and status != "exchanged":
-        found.append(
-            f"The verdict speaks of the strongest of {len(attacks) + 1} attacks, chosen by the same test images; with "
-            "close figures that flatters it by a little."
-        )
-    if status == "smoke":
-        found.insert(0, "This is a smoke run: purifier and victims were hardly trained, and no figure means anything.")
-    return found
+    attacks = _attacks(rows)
+    return _without_clean(rows, attacks) if "clean" not in rows else _with_clean(rows, attacks, largest)
+
+
+def _with_clean(rows: Mapping[str, Sample], attacks: Sequence[str], largest: Mapping[str, float]) -> Finding:
+    strongest, each = attacks[0], ERROR / len(attacks)
+    enough_seeds = min(row.seeds for row in rows.values()) >= LEAST_SEEDS_FOR_NOTHING
+    lost = _lost(rows)
+    if lost.high < -MARGIN:
+        return Finding("exchanged", strongest)
+    if lost.high < MARGIN and enough_seeds:
+        return Finding("ineffective", strongest)
+    if lost.low <= 0:
+        return Finding("undecided", strongest, "whether there is a protection to remove")
+    for attack in attacks:
+        if _above_half(rows, attack, each).low > 0:
+            return Finding("broken", attack)
+    gained = {attack: interval([(1, rows[attack]), (-1, rows["protected"])]) for attack in attacks}
+    half = rows["protected"].mean + BROKEN_FRACTION * lost.estimate
+    if enough_seeds and all(
+        gained[attack].high < MARGIN and _above_half(rows, attack, ERROR).high < 0 and largest[attack] < half
+        for attack in attacks
+    ):
+        return Finding("withstands", strongest)
+    for attack in attacks:
+        if interval([(1, rows[attack]), (-1, rows["protected"])], error=each).low > 0:
+            return Finding("weakened", attack)
+    return Finding("undecided", strongest, "whether the protection survives")
+
+
+def _without_clean(rows: Mapping[str, Sample], attacks: Sequence[str]) -> Finding:
+    for attack in attacks:
+        if interval([(1, rows[attack]), (-1, rows["protected"])], error=ERROR / len(attacks)).low > MARGIN:
+            return Finding("undone", attack)
+    gained = [interval([(1, rows[attack]), (-1, rows["protected"])]) for attack in attacks]
+    if all(one.high < MARGIN for one in gained):
+        return Finding("open", attacks[0])
+    return Finding("undecided", attacks[0], "whether the protection holds")
+
+
+def what_would_decide(rows: Mapping[str, Sample], largest: Mapping[str, float]) -> dict | None:
+    """
+    Numbers of seeds and test images that would decide, if means and spreads stayed as they are.
+
+    Args:
+        rows, largest: As for `find`.
+
+    Returns:
+        `dict`: `seeds`, victims per row, and `test_images`, the pair with the smallest product; None if a row has a
+        single victim, whose spread nobody knows, or if no pair is enough.
+    """
+    if any(row.std is None for row in rows.values()):
+        return None
+    seeds, images = max(row.seeds for row in rows.values()), rows["protected"].test_images
+    numbers = [(seeds, *(more for more in MORE_SEEDS if more > seeds))]
+    numbers.append([_rounded(images * more) for more in MORE_IMAGES if images * more <= max(images, MOST_IMAGES)])
+    for product, more, other in sorted((one * two, one, two) for one in numbers[0] for two in numbers[1]):
+        planned = {name: replace(row, seeds=more, test_images=other) for name, row in rows.items()}
+        if find(planned, largest=largest).status != "undecided":
+            return {"seeds": more, "test_images": other}
+    return None
+
+
+def _rounded(count: int) -> int:
+    """Numbers above a hundred to two digits, upwards."""
+    step = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // step) * step if count >= 100 else count
+
+
+def _attacks(rows: Mapping[str, Sample]) -> list[str]:
+    """Rows that are attacks, the strongest first."""
+    return sorted((row for row in rows if row not in NO_ATTACKS), key=lambda row: -rows[row].mean)
+
+
+def _largest(accuracies: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {row: max(values) for row, values in accuracies.items()}
+
+
+def _lost(rows: Mapping[str, Sample]) -> Interval | None:
+    """What the protection takes away; None where the clean images are not known."""
+    return interval([(1, rows["clean"]), (-1, rows["protected"])], error=ERROR) if "clean" in rows else None
+
+
+def _above_half(rows: Mapping[str, Sample], attack: str, error: float) -> Interval:
+    """How far an attack gets beyond half of what the protection took away."""
+    protected, clean = rows["protected"], rows["clean"]
+    terms = [(1, rows[attack]), (BROKEN_FRACTION - 1, protected), (-BROKEN_FRACTION, clean)]
+    return interval(terms, error=error)
+
+
+def _as_json(one: Interval | None) -> dict | None:
+    if one is None:
+        return None
+    known = math.isfinite(one.low)
+    return {
+        "estimate": round(one.estimate, 4),
+        "low": round(one.low, 4) if known else None,
+        "high": round(one.high, 4) if known else None,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- sentences
+
+
+def _sentence(found: Finding, accuracies, titles, test_images: int, share: float | None, enough: dict | None) -> str:
+    protected, attacked, clean = (accuracies.get(row) for row in ("protected", found.attack, "clean"))
+    seeds, images = _counted(len(protected), "seed"), _counted(test_images, "test image")
+    figures = f"{_percent(protected)} -> {_percent(attacked)} by {titles.get(found.attack, found.attack)}"
+    both = ""
+    if clean is not None:
+        figures += f", clean {_percent(clean)}"
+        both = f"{_percent(protected)} from the protected images and {_percent(clean)} from the clean ones, {seeds}"
+    figures += f", {seeds}"
+    points = f"{100 * MARGIN:.0f} points"
+    if found.status == "undecided":
+        said = both if "there is" in found.open_question else figures
+        return f"Not enough to tell {found.open_question}: {said}, {images}. {_needed(accuracies, enough)}"
+    return {
+        "smoke": f"A first try in seconds, from which nothing follows ({figures}).",
+        "exchanged": f"No verdict: the protected and the clean images seem to be exchanged. Victims get {both}.",
+        "ineffective": f"There is no protection to remove: victims get {both}; it takes less than {points}.",
+        "undone": f"The protection does not hold: {figures}; how much of it is left cannot be known without clean "
+        "images.",
+        "broken": f"The protection does not survive: {figures}.",
+        "weakened": f"The protection is weakened: {figures}, which wins back {100 * (share or 0):.0f} % of what it "
+        "took.",
+        "withstands": f"The protection survives what was tried: {figures}; no attack wins back {points}, but a "
+        "stronger one may still break it.",
+        "open": f"No verdict: {figures}; without clean images, a protection that survives cannot be told from images "
+        "that teach little.",
+    }[found.status]
+
+
+def _needed(accuracies: Mapping[str, Sequence[float]], enough: dict | None) -> str:
+    """What would be enough to tell."""
+    if min(map(len, accuracies.values())) < LEAST_SEEDS:
+        return f"A single victim shows no spread: at least {NUMBERS[LEAST_SEEDS_FOR_NOTHING]} seeds are needed."
+    if enough is None:
+        return "The figures scatter so much that even 50 seeds and 50,000 test images might not tell."
+    return (
+        f"If means and spreads stay as they are, {_counted(enough['seeds'], 'seed')} and "
+        f"{_counted(enough['test_images'], 'test image')} are enough."
+    )
+
+
+def _counted(count: int, what: str) -> str:
+    number = NUMBERS[count] if count < len(NUMBERS) and what == "seed" else f"{count:,}"
+    return f"{number} {what}{'s' * (count != 1)}"
 
 
 def _percent(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.0f} %"
-
-
-def _seeds(values: Sequence[float]) -> str:
-    count = len(values)
-    return f"{NUMBERS[count] if count < len(NUMBERS) else count} seed{'s' * (count != 1)}"

@@ -1,11 +1,12 @@
-"""Countermeasures: what someone who wants to learn from protected images does against the protection.
+"""
+Countermeasures: what someone who wants to learn from protected images does against the protection.
 
 A countermeasure is one of three kinds, each a function with one signature:
 
 * `"dataset"`, data set to data set, before training: `function(data, context) -> LabelledImages`;
 * `"transform"`, a per-image transform at load: `function(image) -> image`, uint8 (H, W, C), without chance;
 * `"hook"`, a hook around the training step: `function(data, context) -> hook`, the hook being what
-  `victims.supervised` describes.
+  `victims.training` describes.
 
 `get(name).prepare(train)` hides the difference, so that any countermeasure goes with any poison and victim by name:
 
@@ -34,10 +35,16 @@ from .draws import Draws
 
 
 KINDS = ("dataset", "transform", "hook", "combination")
+LEARNING = ("supervised", "contrastive")
+FORMS = ("bytes", "floats")
 
 _FILES = {
     "gray": "iss",
     "jpeg-10": "iss",
+    "jpeg-30": "iss",
+    "jpeg-50": "iss",
+    "jpeg-70": "iss",
+    "jpeg-90": "iss",
     "bdr-2": "iss",
     "impulse-filter": "impulse",
     "jcdp": "purifiers",
@@ -47,6 +54,8 @@ _FILES = {
     "diffpure": "purifiers",
     "diffpure-l2": "purifiers",
     "gdmp": "purifiers",
+    "d-vae": "d_vae",
+    "d-vae-small": "d_vae",
     "eclipse-purifier": "eclipse",
     "corruption": "eclipse",
     "orthogonal-projection": "orthogonal_projection",
@@ -60,11 +69,9 @@ _FILES = {
     "ueraser-max": "ueraser",
     "at-4": "adversarial_training",
     "at-8": "adversarial_training",
+    "rsk": "convolution",
+    "coin": "convolution",
 }
-# Files whose hooks replace the loss, which only one hook may (`victims.supervised`).
-_REPLACING_LOSS = ("ueraser", "adversarial_training")
-# Of stored images in training: one makes floating-point numbers of them, the other needs their bytes.
-_FLOATS, _8_BIT = "orthogonal-projection", "fast-autoaugment"
 # Several that a paper takes together; "none" is plain training.
 _COMBINATIONS = {"none": "", "eclipse": "eclipse-purifier+corruption"}
 NAMES = (*_COMBINATIONS, *_FILES)
@@ -72,16 +79,21 @@ NAMES = (*_COMBINATIONS, *_FILES)
 
 @dataclass(frozen=True)
 class Context:
-    """What a countermeasure may use beside the images.
+    """
+    What a countermeasure may use beside the images.
 
     Args:
-        seed: of whatever chance it has before training; hooks draw from the generator that training gives them.
-        device: where networks run.
-        num_classes: number of classes.
-        purifier: a `JointConditionalPurificationPipeline`, or the folder or Hub id of one; None where there is none.
-        purification: settings that replace those of the purifying countermeasures; see `PurificationConfig`.
-        checkpoint_dir: folder in which costly work is kept, so that the same call goes on where it was cut off.
-        progress: whether to show a bar.
+        seed (`int`, *optional*, defaults to 0): Of whatever is random before training; hooks draw from the generator
+            that training gives them.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where networks run.
+        num_classes (`int`, *optional*): Number of classes.
+        purifier (`JointConditionalPurificationPipeline`, `str` or `Path`, *optional*): A pipeline, or the folder or
+            Hub id of one; `None` where there is none.
+        purification (`PurificationConfig` or `str`, *optional*): Settings that replace those of the purifying
+            countermeasures.
+        checkpoint_dir (`Path`, *optional*): Folder in which costly work is kept, so that the same call continues an
+            interrupted one.
+        progress (`bool`, *optional*, defaults to `False`): Show a bar.
     """
 
     seed: int = 0
@@ -95,12 +107,13 @@ class Context:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A training set and the hooks to train with.
+    """
+    A training set and the hooks to train with.
 
     Args:
-        data: the training set after everything that is done before training.
-        hooks: for `train_victim`.
-        seconds: what it took.
+        data (`LabelledImages`): The training set after everything that is done before training.
+        hooks (`tuple`): For `train_victim`.
+        seconds (`float`): What it took.
     """
 
     data: LabelledImages
@@ -110,17 +123,25 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Countermeasure:
-    """One countermeasure.
+    """
+    One countermeasure, and what it declares.
 
     Args:
-        name: what it is called in commands and records.
-        kind: `"dataset"`, `"transform"`, `"hook"`, or `"combination"` of several in the order of `parts`.
-        source: the paper and, where there is one, the released program that it follows.
-        cost: what it costs beside plain training, in words.
-        function: see the module's description; None for a combination.
-        settings: every number of the method, for records.
-        needs_purifier: whether `prepare` needs a `purifier`.
-        parts: of a combination.
+        name (`str`): What commands and records call it.
+        kind (`str`): `"dataset"`, `"transform"`, `"hook"`, or `"combination"` of several in the order of `parts`.
+        source (`str`): The paper and, where there is one, the released program that it follows.
+        cost (`str`): What it costs beside plain training, in words.
+        function (`Callable`, *optional*): See the module's description; `None` for a combination.
+        settings (`dict`, *optional*): Every number of the method, for records.
+        needs_purifier (`bool`, *optional*, defaults to `False`): Whether `prepare` needs a `purifier`.
+        suits (`tuple[str]`, *optional*, defaults to all of `LEARNING`): Ways of learning that it goes with. A hook
+            that changes labels or the loss, or needs labels, suits `"supervised"` alone.
+        replaces_loss (`bool`, *optional*, defaults to `False`): Whether its hook takes the place of the loss.
+        takes (`str`, *optional*, defaults to `"floats"`): Form of the stored images that it needs when it is applied:
+            `"bytes"`, or `"floats"` for one that works on floats too.
+        gives (`str`, *optional*, defaults to `"bytes"`): `"floats"` where it leaves stored images that have no 8-bit
+            form. A hook that acts after crop and flip leaves the stored images as they are.
+        parts (`tuple[Countermeasure]`, *optional*): Of a combination.
     """
 
     name: str
@@ -130,6 +151,10 @@ class Countermeasure:
     function: Callable | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     needs_purifier: bool = False
+    suits: tuple[str, ...] = LEARNING
+    replaces_loss: bool = False
+    takes: str = "floats"
+    gives: str = "bytes"
     parts: tuple["Countermeasure", ...] = ()
 
     def prepare(
@@ -145,17 +170,21 @@ class Countermeasure:
         draws: int = 1,
         progress: bool = False,
     ) -> Prepared:
-        """Does what is done before training, and makes the hooks for what is done while training.
+        """
+        Do what is done before training, and make the hooks for what is done while training.
 
         Args:
-            data: the training set; it is not changed.
-            num_classes: by default the number of class names, or the highest label plus one where there are none.
-            draws: how often a countermeasure that purifies does it, with seed, seed + 1, ...; the victim trains on
-                one draw per epoch in turn.
-            seed, device, purifier, purification, checkpoint_dir, progress: see `Context`.
+            data (`LabelledImages`): The training set; it is not changed.
+            num_classes (`int`, *optional*): By default `data.num_classes`.
+            draws (`int`, *optional*, defaults to 1): How often a countermeasure that purifies does it, with seed,
+                seed + 1, ...; the victim trains on one draw per epoch in turn.
+            seed, device, purifier, purification, checkpoint_dir, progress: See [`Context`].
+
+        Returns:
+            [`Prepared`]
 
         Raises:
-            ValueError: if a purifier is needed and none given, the countermeasure cannot use these images, or several
+            ValueError: If a purifier is needed and none given, the countermeasure cannot use these images, or several
                 draws are asked of one without a purifier.
         """
         if draws < 1 or (draws > 1 and not self.needs_purifier):
@@ -163,7 +192,7 @@ class Countermeasure:
             raise ValueError(f"draws is {draws}, but for countermeasure {self.name!r} it must be {accepted}.")
         self.require(purifier)
         if num_classes is None and data.labels is not None:
-            num_classes = len(data.class_names) if data.class_names else int(data.labels.max()) + 1
+            num_classes = data.num_classes
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         context = Context(seed, device, num_classes, purifier, purification, folder, progress)
         start = time.perf_counter()
@@ -178,10 +207,30 @@ class Countermeasure:
         return Prepared(sets[0], tuple(hooks), time.perf_counter() - start)
 
     def require(self, purifier: Any) -> None:
-        """Raises a ValueError if a purifier is needed and none given."""
+        """
+        Check that a purifier is there where one is needed.
+
+        Raises:
+            ValueError: If it is not.
+        """
         if self.needs_purifier and purifier is None:
             raise ValueError(
                 f"purifier is None, but countermeasure {self.name!r} needs one: a pipeline, a folder or a Hub id."
+            )
+
+    def require_learning(self, method: str) -> None:
+        """
+        Check that it goes with a way of learning, such as `"simclr"`: all but `"supervised"` are contrastive.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        learning = "supervised" if method == "supervised" else "contrastive"
+        if learning not in self.suits:
+            unsuited = [part.name for part in self._parts if learning not in part.suits]
+            raise ValueError(
+                f"countermeasure is {self.name!r}, but must be another for method {method!r}: {unsuited[0]} changes "
+                "labels or the loss of supervised training."
             )
 
     def before_training(self, data: LabelledImages, context: Context) -> LabelledImages:
@@ -196,10 +245,11 @@ class Countermeasure:
 
 
 def get(name: str) -> Countermeasure:
-    """The countermeasure called `name`, or the combination of several called `"one+other"`.
+    """
+    The countermeasure called `name`, or the combination of several called `"one+other"`.
 
     Raises:
-        ValueError: if there is no countermeasure of that name, two of a combination replace the loss, or one leaves no
+        ValueError: If there is no countermeasure of that name, two of a combination replace the loss, or one leaves no
             image that the next could take.
     """
     if name in _FILES:
@@ -209,25 +259,20 @@ def get(name: str) -> Countermeasure:
     unknown = [part for part in members if part not in NAMES]
     if unknown:
         raise ValueError(
-            f"countermeasure is {unknown[0]!r}, but accepted are {', '.join(NAMES)}, and several joined by '+'."
-        )
-    replacing = [part for part in members if _FILES.get(part) in _REPLACING_LOSS]
-    if len(replacing) > 1:
-        raise ValueError(
-            f"countermeasure is {name!r}, but {' and '.join(replacing)} each replace the loss, which only one may."
-        )
-    behind = members[members.index(_FLOATS) + 1 :] if _FLOATS in members else []
-    if _8_BIT in behind:
-        raise ValueError(
-            f"countermeasure is {name!r}, but {_8_BIT} works on 8-bit images, which {_FLOATS} leaves none of: name it "
-            "first."
+            f"countermeasure is {unknown[0]!r}, but must be one of {', '.join(NAMES)}, or several joined by '+'."
         )
     return join(name, [get(part) for part in members])
 
 
 def join(name: str, members: list[Countermeasure]) -> Countermeasure:
-    """Several countermeasures as one, called `name`, in the order given."""
+    """
+    Several countermeasures as one, called `name`, in the order given.
+
+    Raises:
+        ValueError: If two replace the loss, or one leaves no image that the next could take.
+    """
     parts = tuple(part for member in members for part in (member.parts if member.kind == "combination" else (member,)))
+    _check_together(name, parts)
     return Countermeasure(
         name,
         "combination",
@@ -235,5 +280,30 @@ def join(name: str, members: list[Countermeasure]) -> Countermeasure:
         cost="; ".join(part.cost for part in parts) or "nothing",
         settings={part.name: dict(part.settings) for part in parts},
         needs_purifier=any(part.needs_purifier for part in parts),
+        suits=tuple(learning for learning in LEARNING if all(learning in part.suits for part in parts)),
+        replaces_loss=any(part.replaces_loss for part in parts),
+        takes="bytes" if any(part.takes == "bytes" for part in parts) else "floats",
+        gives="floats" if any(part.gives == "floats" for part in parts) else "bytes",
         parts=parts,
     )
+
+
+def _check_together(name: str, parts: tuple[Countermeasure, ...]) -> None:
+    replacing = [part.name for part in parts if part.replaces_loss]
+    if len(replacing) > 1:
+        raise ValueError(
+            f"countermeasure is {name!r}, but must have one part at most that replaces the loss: "
+            f"{' and '.join(replacing)} each do."
+        )
+    # What is done before training is done to bytes, whatever its place among the hooks.
+    floats = None
+    for part in parts:
+        if part.kind != "hook":
+            continue
+        if part.takes == "bytes" and floats is not None:
+            raise ValueError(
+                f"countermeasure is {name!r}, but must have {part.name} before {floats}: {part.name} needs 8-bit "
+                f"images, and {floats} leaves floats."
+            )
+        if part.gives == "floats":
+            floats = part.name

@@ -1,4 +1,5 @@
-"""Adversarial training (Madry et al., ICLR 2018): every step trains on images that attack the victim itself.
+"""
+Adversarial training (Madry et al., ICLR 2018): every step trains on images that attack the victim itself.
 
 At 8/255 the numbers are those of the attack in HanxunH/Unlearnable-Examples, liuzrcc/ImageShortcutSqueezing and
 APBench; at 4/255 those of fshp971/robust-unlearnable-examples. The bound decides more than anything else how a robust
@@ -17,13 +18,15 @@ STEPS = 10
 
 
 class AdversarialTraining:
-    """Takes the place of the cross-entropy; the attack sees the victim in eval mode.
+    """
+    Takes the place of the cross-entropy; the attack sees the victim in eval mode.
 
     Args:
-        epsilon: largest change of a value, images in [0, 1].
-        step_size: of each step along the gradient's sign.
-        steps: of the attack.
-        start: `"normal"`, noise of deviation `step_size`, or `"uniform"`, noise up to `epsilon`.
+        epsilon (`float`): Largest change of a value, images in [0, 1].
+        step_size (`float`): Length of a step along the gradient's sign.
+        steps (`int`, *optional*, defaults to 10): Of the attack.
+        start (`str`, *optional*, defaults to `"normal"`): `"normal"`, noise of standard deviation `step_size`, or
+            `"uniform"`, noise up to `epsilon`.
     """
 
     def __init__(self, epsilon: float, step_size: float, steps: int = STEPS, start: str = "normal"):
@@ -64,7 +67,8 @@ def _adversarial(name: str, source: str, **settings) -> Countermeasure:
         return AdversarialTraining(**settings)
 
     cost = f"{STEPS} further passes forward and backward per step: about {STEPS + 1} times plain training"
-    return Countermeasure(name, "hook", source, cost, function, {**settings, "steps": STEPS})
+    declared = {"suits": ("supervised",), "replaces_loss": True}
+    return Countermeasure(name, "hook", source, cost, function, {**settings, "steps": STEPS}, **declared)
 
 
 _SOURCE = "Adversarial training (Madry et al., ICLR 2018)"

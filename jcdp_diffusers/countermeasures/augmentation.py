@@ -6,17 +6,19 @@ import torch
 from torch.nn import functional as F
 
 from ..data import LabelledImages
+from ..devices import drawn_from
 from . import Context, Countermeasure
-from .randomness import drawn_from
 
 
 class Cutout:
-    """Sets one square of each image to zero; its centre is uniform over the pixels, so borders may cut it.
+    """
+    Sets one square of each image to zero; its centre is uniform over the pixels, so borders may cut it.
 
     torchvision's and kornia's random erasing keep the whole rectangle within the image.
 
     Args:
-        side: of the square, as a share of the image's height: 16 of 32 pixels.
+        side (`float`, *optional*, defaults to 0.5): Of the square, as a fraction of the image's height: 16 of 32
+            pixels.
     """
 
     def __init__(self, side: float = 0.5):
@@ -37,14 +39,15 @@ class Cutout:
 
 
 class Mix:
-    """Mixup or CutMix within the batch by kornia, with its defaults, as APBench has them.
+    """
+    Mixup or CutMix within the batch by kornia, with its defaults, as APBench has them.
 
-    Each image has a partner from a permutation of the batch and a share of its own, uniform between 0 and 1 for Mixup;
-    for CutMix the share is that of the area that the image keeps.
+    Each image has a partner from a permutation of the batch and a weight of its own. For Mixup the weight is uniform
+    between 0 and 1; for CutMix it is the fraction of the area that the image keeps.
 
     Args:
-        method: `"mixup"` or `"cutmix"`.
-        num_classes: columns of the labels that it gives.
+        method (`str`): `"mixup"` or `"cutmix"`.
+        num_classes (`int`): Columns of the labels that it returns.
     """
 
     def __init__(self, method: str, num_classes: int):
@@ -76,10 +79,11 @@ class Mix:
 
 
 class RandomNoise:
-    """Adds uniform noise and clips to [0, 1].
+    """
+    Adds uniform noise and clips to [0, 1].
 
     Args:
-        amplitude: largest change of a value, images in [0, 1].
+        amplitude (`float`, *optional*, defaults to 8 / 255): Largest change of a value, images in [0, 1].
     """
 
     def __init__(self, amplitude: float = 8 / 255):
@@ -126,6 +130,7 @@ COUNTERMEASURES = (
         _PER_STEP,
         mixup,
         {"probability": 1.0, "share": "uniform"},
+        suits=("supervised",),
     ),
     Countermeasure(
         "cutmix",
@@ -134,6 +139,7 @@ COUNTERMEASURES = (
         _PER_STEP,
         cutmix,
         {"probability": 1.0, "share": "uniform"},
+        suits=("supervised",),
     ),
     Countermeasure(
         "random-noise",

@@ -1,4 +1,5 @@
-"""Several purifications of the same images, one per epoch in turn.
+"""
+Several purifications of the same images, one per epoch in turn.
 
 Purification draws an image anew around the protected one. What it invents differs from draw to draw, so a victim that
 sees another draw in every epoch learns less of it by heart; what it keeps is in all of them.
@@ -12,10 +13,12 @@ from ..data import LabelledImages
 
 
 class Draws:
-    """A hook: epoch e trains on draw e modulo their number.
+    """
+    A hook: epoch e trains on draw e modulo their number.
 
     Args:
-        others: the draws after the first, which is the training set itself; the same rows in the same order.
+        others (`Sequence[LabelledImages]`): The draws after the first, which is the training set itself; the same rows
+            in the same order.
     """
 
     def __init__(self, others: Sequence[LabelledImages]):

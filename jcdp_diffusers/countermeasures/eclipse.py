@@ -1,4 +1,5 @@
-"""ECLIPSE (Wang et al., ESORICS 2024; CGCL-codes/ECLIPSE): weak purification, then training with corrupted images.
+"""
+ECLIPSE (Wang et al., ESORICS 2024; CGCL-codes/ECLIPSE): weak purification, then training with corrupted images.
 
 The authors diffuse to step 100 of a cosine schedule of 4000, where the noise has 0.0499 times the signal's scale, with
 a diffusion model trained on 2,000 images only (which is what is sparse). In the linear schedule of 1000 steps that our
@@ -19,11 +20,13 @@ SOURCE = "ECLIPSE (Wang et al., ESORICS 2024; CGCL-codes/ECLIPSE)"
 
 
 class Corruption:
-    """Corruption compensation, after crop and flip, anew at every step.
+    """
+    Corruption compensation, after crop and flip, anew at every step.
 
     Args:
-        gray_probability: of an image losing its colour.
-        noise_deviation: of Gaussian noise on every value, images in [0, 1]; the sum is clipped and rounded to 8 bits.
+        gray_probability (`float`, *optional*, defaults to 0.4): Of an image losing its colour.
+        noise_deviation (`float`, *optional*, defaults to 0.05): Standard deviation of Gaussian noise on every value,
+            images in [0, 1]; the sum is clipped and rounded to 8 bits.
     """
 
     def __init__(self, gray_probability: float = 0.4, noise_deviation: float = 0.05):

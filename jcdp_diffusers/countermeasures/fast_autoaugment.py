@@ -1,4 +1,5 @@
-"""Fast AutoAugment (Lim et al., NeurIPS 2019; kakaobrain/fast-autoaugment) with its published CIFAR-10 policy.
+"""
+Fast AutoAugment (Lim et al., NeurIPS 2019; kakaobrain/fast-autoaugment) with its published CIFAR-10 policy.
 
 Each image, before crop and flip, is given one of 493 pairs of operations, each of which is applied with its own
 probability at its own level; whatever has a direction takes either with probability 1/2. The policy was searched on
@@ -39,14 +40,15 @@ CUTOUT_COLOUR = (125, 123, 114)
 def apply_operation(
     picture: Image.Image, name: str, level: float, *, mirrored: bool = False, centre: tuple[float, float] = (0.5, 0.5)
 ) -> Image.Image:
-    """One operation of a policy.
+    """
+    One operation of a policy.
 
     Args:
-        picture: mode RGB or L.
-        name: one of `RANGES`.
-        level: in [0, 1], from one end of the operation's range to the other.
-        mirrored: whether an operation with a direction takes the other one.
-        centre: of Cutout, in [0, 1) of width and height.
+        picture (`Image.Image`): Mode RGB or L.
+        name (`str`): One of `RANGES`.
+        level (`float`): In [0, 1], from one end of the operation's range to the other.
+        mirrored (`bool`, *optional*, defaults to `False`): Whether an operation with a direction takes the other one.
+        centre (`tuple[float, float]`, *optional*, defaults to the middle): Of Cutout, in [0, 1) of width and height.
     """
     low, high = RANGES[name]
     value = low + level * (high - low)
@@ -99,7 +101,7 @@ class FastAutoAugment:
     def before_augmentation(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if images.dtype != torch.uint8:
             raise ValueError(
-                f"images holds {images.dtype}, but fast-autoaugment works on 8-bit images: name it first."
+                f"images holds {images.dtype}, but for fast-autoaugment must hold torch.uint8: name it first."
             )
         count = len(images)
         draw = {"generator": generator, "device": images.device}
@@ -130,5 +132,6 @@ COUNTERMEASURES = (
         "one or two operations of Pillow per image and step",
         fast_autoaugment,
         {"policy": "fa_reduced_cifar10", "pairs": 493},
+        takes="bytes",
     ),
 )

@@ -1,4 +1,5 @@
-"""A median filter for outliers only, against poisons that change single pixels by much (one-pixel shortcuts).
+"""
+A median filter for outliers only, against poisons that change single pixels by much (one-pixel shortcuts).
 
 Diffusion leaves such a pixel standing: a change of 0.7 is far beyond the noise that it can afford to add. A detector
 of impulse noise finds it without a network. ROAD (Garnett et al., "A universal noise removal algorithm with an impulse
@@ -46,5 +47,6 @@ COUNTERMEASURES = (
         "one filter per image",
         replace_impulses,
         {"neighbours": NEIGHBOURS, "threshold": THRESHOLD},
+        takes="bytes",
     ),
 )

@@ -1,10 +1,12 @@
-"""Image shortcut squeezing (Liu et al., ICML 2023; liuzrcc/ImageShortcutSqueezing): lossy encodings of each image.
+"""
+Image shortcut squeezing (Liu et al., ICML 2023; liuzrcc/ImageShortcutSqueezing): lossy encodings of each image.
 
 A poison that lives in colour is gone from a grey image, one that lives in small steps from a coarsely quantised one,
 and one that lives in high frequencies from a strongly compressed one. The authors apply them whenever an image is
 loaded; they have no chance in them, so once is the same.
 """
 
+import functools
 import io
 
 import numpy as np
@@ -14,7 +16,7 @@ from . import Countermeasure
 
 
 SOURCE = "Image shortcut squeezing (Liu, Zhao and Larson, ICML 2023; liuzrcc/ImageShortcutSqueezing)"
-JPEG_QUALITY = 10
+QUALITIES = (10, 30, 50, 70, 90)  # the authors' is 10
 BITS = 2
 
 
@@ -23,10 +25,10 @@ def gray(image: np.ndarray) -> np.ndarray:
     return _pixels(_picture(image).convert("L"), image)
 
 
-def jpeg(image: np.ndarray) -> np.ndarray:
-    """Through a JPEG file of quality 10, with Pillow's chroma subsampling (4:2:0)."""
+def jpeg(image: np.ndarray, quality: int = QUALITIES[0]) -> np.ndarray:
+    """Through a JPEG file, with Pillow's chroma subsampling (4:2:0)."""
     file = io.BytesIO()
-    _picture(image).save(file, format="JPEG", quality=JPEG_QUALITY)
+    _picture(image).save(file, format="JPEG", quality=quality)
     return _pixels(Image.open(file), image)
 
 
@@ -45,8 +47,18 @@ def _pixels(picture: Image.Image, like: np.ndarray) -> np.ndarray:
     return np.repeat(pixels, like.shape[2] // pixels.shape[2], axis=2)
 
 
+def _through_jpeg(quality: int) -> Countermeasure:
+    source = SOURCE if quality == QUALITIES[0] else f"{SOURCE}, at another quality"
+    function, settings = functools.partial(jpeg, quality=quality), {"quality": quality}
+    return Countermeasure(
+        f"jpeg-{quality}", "transform", source, "one JPEG per image", function, settings, takes="bytes"
+    )
+
+
 COUNTERMEASURES = (
-    Countermeasure("gray", "transform", SOURCE, "one conversion per image", gray),
-    Countermeasure("jpeg-10", "transform", SOURCE, "one JPEG per image", jpeg, {"quality": JPEG_QUALITY}),
-    Countermeasure("bdr-2", "transform", SOURCE, "one pass over the bytes", reduce_bit_depth, {"bits": BITS}),
+    Countermeasure("gray", "transform", SOURCE, "one conversion per image", gray, takes="bytes"),
+    *map(_through_jpeg, QUALITIES),
+    Countermeasure(
+        "bdr-2", "transform", SOURCE, "one pass over the bytes", reduce_bit_depth, {"bits": BITS}, takes="bytes"
+    ),
 )

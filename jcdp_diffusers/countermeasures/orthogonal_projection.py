@@ -1,4 +1,5 @@
-"""Orthogonal projection (Sandoval-Segura et al., NeurIPS 2023; psandovalsegura/learn-from-unlearnable).
+"""
+Orthogonal projection (Sandoval-Segura et al., NeurIPS 2023; psandovalsegura/learn-from-unlearnable).
 
 A linear classifier without bias is fitted to the protected pixels; its weights are the directions in which the poison
 tells the classes apart. The images are then projected onto what is orthogonal to all of them. That takes away a poison
@@ -30,19 +31,21 @@ LEARNING_RATE = 0.1
 
 
 def fit_linear(images: torch.Tensor, labels: torch.Tensor, num_classes: int, *, seed: int = 0) -> torch.Tensor:
-    """Weights of a linear classifier without bias, by plain SGD in the order given, as published.
+    """
+    Weights of a linear classifier without bias, by plain SGD in the order given, as published.
 
     The first weights matter: their sum over the classes never changes, and starting from zero would leave it to
     rounding, whose direction is that of the mean image.
 
     Args:
-        images: float (N, C, H, W) in [0, 1].
-        labels: int64 (N,).
-        num_classes: rows of the weights.
-        seed: of the first weights, which are uniform up to the inverse root of the number of values.
+        images (`torch.Tensor`): Float (N, C, H, W) in [0, 1].
+        labels (`torch.Tensor`): int64 (N,).
+        num_classes (`int`): Rows of the weights.
+        seed (`int`, *optional*, defaults to 0): Of the first weights, which are uniform up to the inverse root of the
+            number of values.
 
     Returns:
-        float32 (num_classes, C H W).
+        `torch.Tensor`: float32 (num_classes, C H W).
     """
     pixels = images.flatten(1)
     batches = list(zip(pixels.split(BATCH_SIZE), labels.split(BATCH_SIZE)))
@@ -66,10 +69,11 @@ def orthonormal_basis(weights: torch.Tensor) -> torch.Tensor:
 
 
 class OrthogonalProjection:
-    """Takes the given directions out of each image.
+    """
+    Takes the given directions out of each image.
 
     Args:
-        basis: float (rank, C H W), orthonormal rows.
+        basis (`torch.Tensor`): Float (rank, C H W), orthonormal rows.
     """
 
     def __init__(self, basis: torch.Tensor):
@@ -97,5 +101,7 @@ COUNTERMEASURES = (
         f"{EPOCHS} epochs of a linear model, then two matrix products per step",
         orthogonal_projection,
         {"epochs": EPOCHS, "least_steps": STEPS, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE},
+        suits=("supervised",),
+        gives="floats",
     ),
 )

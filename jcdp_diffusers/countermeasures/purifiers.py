@@ -1,4 +1,5 @@
-"""Purification with a diffusion model, before training; everything runs through the pipeline.
+"""
+Purification with a diffusion model, before training; everything runs through the pipeline.
 
 AVATAR is DiffPure applied to a training set: one pass, no guide, all steps from t* = 0.1, which is step 100 of 1000.
 Both integrate the reverse SDE by Euler's method in steps of 1/1000, whose noise has variance beta_t: diffusers'
@@ -23,23 +24,28 @@ def purifying(name: str, source: str, config: PurificationConfig) -> Countermeas
         return purify(data, config if context.purification is None else context.purification, context, name)
 
     cost = f"{config.evaluations_per_image} UNet evaluations per image, once"
-    return Countermeasure(name, "dataset", source, cost, function, as_settings(config), needs_purifier=True)
+    declared = {"needs_purifier": True, "takes": "bytes"}
+    return Countermeasure(name, "dataset", source, cost, function, as_settings(config), **declared)
 
 
 def purify(
     data: LabelledImages, config: PurificationConfig | str, context: Context, name: str = "purified"
 ) -> LabelledImages:
-    """Purifies images and rounds them to 8 bits.
+    """
+    Purify images and round them to 8 bits.
 
     Args:
-        data: images of any size; see `purify_to_folder`.
-        config: settings, or the name of a preset.
-        context: its `purifier` purifies, with noise from its `seed`; the images are kept in its `checkpoint_dir`. A
-            folder or Hub id is placed as suits the device, a pipeline runs as it is.
-        name: of the folder within `checkpoint_dir`.
+        data (`LabelledImages`): Images of any size; see `purify_to_folder`.
+        config (`PurificationConfig` or `str`): Settings, or the name of a preset.
+        context ([`Context`]): Its `purifier` purifies, with noise from its `seed`; the images are kept in its
+            `checkpoint_dir`. A folder or Hub id is placed as suits the device, a pipeline runs as it is.
+        name (`str`, *optional*, defaults to `"purified"`): Of the folder within `checkpoint_dir`.
 
     Returns:
-        The same rows in the same order.
+        `LabelledImages`: The same rows in the same order.
+
+    Raises:
+        ValueError: If the folder holds images of other ids.
     """
     pipe = context.purifier
     with tempfile.TemporaryDirectory() as temporary:
@@ -50,7 +56,7 @@ def purify(
         purify_to_folder(data, pipe, output_dir=folder, seed=context.seed, **options)
         purified = load_images(folder, channels=data.images.shape[3])
     if purified.ids != data.ids:
-        raise ValueError(f"checkpoint_dir {str(folder)!r} holds other ids than these images: give another folder.")
+        raise ValueError(f"checkpoint_dir is {str(context.checkpoint_dir)!r}, but must not hold images of other ids.")
     return data.with_images(purified.images)
 
 
@@ -82,16 +88,17 @@ def check_purifier_suits(
     purification: PurificationConfig | str | None,
     data: LabelledImages,
 ) -> None:
-    """Finds out before any costly work whether a countermeasure can purify these images as it would.
+    """
+    Check before any costly work that a countermeasure can purify these images.
 
     Args:
-        measure: one that needs a purifier.
-        pipe: the purifier.
-        purification: settings that replace the countermeasure's own.
-        data: images to purify.
+        measure ([`Countermeasure`]): One that needs a purifier.
+        pipe (`JointConditionalPurificationPipeline`): The purifier.
+        purification (`PurificationConfig` or `str`, *optional*): Settings that replace the countermeasure's own.
+        data (`LabelledImages`): Images to purify.
 
     Raises:
-        ValueError: if the purifier takes other images, was not trained on the timesteps, or lacks a network that a
+        ValueError: If the purifier takes other images, was not trained on the timesteps, or lacks a network that a
             guide needs.
     """
     check_purifier(pipe, data)

@@ -1,8 +1,13 @@
-"""UEraser (Qin et al., 2023; lafeat/ueraser): training on the hardest of several strong augmentations of each image.
+"""
+UEraser (Qin et al., 2023; lafeat/ueraser): training on the hardest of several strong augmentations of each image.
 
 The augmentations are kornia's: plasma brightness and contrast, channel shuffling, TrivialAugment. *Lite* draws one
 augmentation per image, *Max* draws five and keeps the one with the highest loss, and UEraser proper does the latter in
 the first quarter of the epochs (50 of its 200) and the former in the rest.
+
+Ours differs from the authors' program in one point. kornia's TrivialAugment draws one operation per call. The authors
+repeat the batch five times and augment it in one call, so that the five draws of an image share that operation; ours
+augments in five calls, so that each draw has an operation of its own. With one draw there is no difference.
 """
 
 import torch
@@ -10,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data import LabelledImages
+from ..devices import drawn_from
 from . import Context, Countermeasure
-from .randomness import drawn_from
 
 
 SOURCE = "UEraser, adversarial augmentation (Qin et al., 2023; lafeat/ueraser)"
@@ -34,13 +39,15 @@ def augmentation() -> nn.Module:
 
 
 class UEraser:
-    """Takes the place of the cross-entropy.
+    """
+    Takes the place of the cross-entropy.
 
     Args:
-        max_share: share of the epochs, from the first on, in which each image counts with the highest loss of all its
-            draws; in the rest it is drawn once.
-        draws: augmentations per image in those epochs.
-        augment: from a batch of float images in [0, 1] to augmented ones; `augmentation()` by default.
+        max_share (`float`): Fraction of the epochs, from the first on, in which each image counts with the highest
+            loss of all its draws; in the rest it is drawn once.
+        draws (`int`, *optional*, defaults to 5): Augmentations per image in those epochs.
+        augment (`nn.Module`, *optional*): From a batch of float images in [0, 1] to augmented ones; `augmentation()`
+            by default.
     """
 
     def __init__(self, max_share: float, draws: int = DRAWS, augment: nn.Module | None = None):
@@ -55,8 +62,7 @@ class UEraser:
     def loss(
         self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        # One operation of TrivialAugment serves a whole call, so each draw is a call of its own. A warp's grid is
-        # computed in matrix products, which would be off by pixels in bfloat16.
+        # A warp's grid is computed in matrix products, which would be off by pixels in bfloat16.
         with drawn_from(generator), torch.autocast(images.device.type, enabled=False):
             augmented = torch.cat([self.augment(images) for _ in range(self.draws_now)])
         augmented = augmented.contiguous(memory_format=torch.channels_last)
@@ -68,7 +74,8 @@ class UEraser:
 def _ueraser(name: str, max_share: float, cost: str) -> Countermeasure:
     def function(data: LabelledImages, context: Context) -> UEraser:
         if data.images.shape[3] != 3:
-            raise ValueError(f"data has images of {data.images.shape[3]} channel, but {name} shuffles 3.")
+            count = data.images.shape[3]
+            raise ValueError(f"data has images of {count} channel, but must have 3 for {name}, which shuffles them.")
         return UEraser(max_share)
 
     settings = {
@@ -78,7 +85,9 @@ def _ueraser(name: str, max_share: float, cost: str) -> Countermeasure:
         "roughness": ROUGHNESS,
         "intensity": INTENSITY,
     }
-    return Countermeasure(name, "hook", SOURCE, cost, function, settings)
+    source = SOURCE if max_share == 0 else f"{SOURCE}; ours: one TrivialAugment operation per draw, not one for all"
+    declared = {"suits": ("supervised",), "replaces_loss": True}
+    return Countermeasure(name, "hook", source, cost, function, settings, **declared)
 
 
 COUNTERMEASURES = (

@@ -6,10 +6,11 @@ An image is uint8 of shape (height, width, channels) here. Floats exist between 
 
 from .decoding import MAX_PIXELS, ImageRejected, decode_image
 from .labelled import LabelledImages, to_uint8
-from .names import choose_split, split_of
-from .parquet import parquet_files
+from .labels import join_labels
+from .parquet import parquet_files, parquet_shards
 from .roles import FEW, check_roles, find_overlap
 from .sources import load_images, open_dataset
+from .splits import choose_split
 from .writing import write_dataset
 
 
@@ -22,10 +23,11 @@ __all__ = [
     "choose_split",
     "decode_image",
     "find_overlap",
+    "join_labels",
     "load_images",
     "open_dataset",
     "parquet_files",
-    "split_of",
+    "parquet_shards",
     "to_uint8",
     "write_dataset",
 ]

@@ -1,15 +1,32 @@
 """Images as arrays, in memory or in NumPy files."""
 
+import math
 import os
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from .decoding import one_line
+from .decoding import is_lfs_pointer, one_line
 from .labelled import LabelledImages, check_image_array
 from .names import name_of
+
+
+LABEL_ARRAYS = ("labels", "label", "targets", "target", "y")
+MAX_UNPACKED = 2**30  # bytes of an array in a .npz; more is accepted where the file itself is of that order
+MAX_RATIO = 20  # images pack two or three times, synthetic ones ten times; zeros a thousand times
+ROUNDING = 1e-4  # what resizing and arithmetic in 16 bits leave beyond [0, 1]
+# What reading a damaged archive raises; an encrypted member is a RuntimeError.
+_DAMAGED = (
+    *(ValueError, EOFError, OSError, SyntaxError, TypeError, OverflowError, MemoryError, RuntimeError),
+    *(NotImplementedError, zipfile.BadZipFile, zlib.error),
+)
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def arrays_of(source: Any, split: str | None) -> LabelledImages | None:
@@ -35,20 +52,79 @@ def arrays_of(source: Any, split: str | None) -> LabelledImages | None:
 
 
 def _read_numpy_file(path: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    try:
-        stored = np.load(path, allow_pickle=False)
-        if path.suffix == ".npy":
-            return stored, None, None
-        with stored:
-            arrays = {name: stored[name] for name in ("images", "labels", "ids") if name in stored.files}
-            names = stored.files
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"source {name_of(path)} is no NumPy file without pickles: {one_line(error)}") from error
-    if "images" not in arrays:
+    if path.suffix == ".npy":
+        return read_npy(path), None, None
+    arrays = read_npz(path)
+    labels = [name for name in LABEL_ARRAYS if name in arrays]
+    others = [name for name in arrays if name not in ("images", "ids", *LABEL_ARRAYS)]
+    if "images" not in arrays or others or len(labels) > 1:
         raise ValueError(
-            f"source {name_of(path)} has the arrays {', '.join(names)}; images, labels and ids are accepted."
+            f"source {name_of(path)} has the arrays {', '.join(arrays)}; images, ids and one of "
+            f"{', '.join(LABEL_ARRAYS)} are accepted."
         )
-    return arrays["images"], arrays.get("labels"), arrays.get("ids")
+    return arrays["images"], arrays[labels[0]] if labels else None, arrays.get("ids")
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """
+    The array of a `.npy` file, which stays on disk until it is used.
+
+    Raises:
+        ValueError: If it is damaged, or holds Python objects.
+    """
+    try:
+        with open(path, "rb") as file:
+            _check_header(file, os.path.getsize(path))
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError, SyntaxError, TypeError, OverflowError) as error:
+        raise ValueError(f"source {name_of(path)} {_no_numpy(path, error)}") from error
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """
+    All arrays of a `.npz` file by name.
+
+    Raises:
+        ValueError: If it is damaged, holds Python objects, or is a bomb: an array above `MAX_UNPACKED` that is packed
+            more than `MAX_RATIO` times.
+    """
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.file_size > MAX_UNPACKED and member.file_size > MAX_RATIO * member.compress_size:
+                    raise ValueError(
+                        f"{member.filename} grows from {member.compress_size} to {member.file_size} bytes; at most "
+                        f"{MAX_RATIO} times above {MAX_UNPACKED} bytes is accepted"
+                    )
+                with archive.open(member) as file:
+                    _check_header(file, member.file_size)
+                with archive.open(member) as file:
+                    name = member.filename.removesuffix(".npy")
+                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+    except _DAMAGED as error:
+        raise ValueError(f"source {name_of(path)} {_no_numpy(path, error)}") from error
+    return arrays
+
+
+def _check_header(file: IO[bytes], size: int) -> None:
+    """Refuse a header that promises another number of bytes than there is, before memory is asked for."""
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"format version {version} is not known")
+    shape, _, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which would run code (save the plain array to convert it)")
+    promised = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or file.tell() + promised != size:
+        raise ValueError(f"its header promises {promised} bytes of shape {shape}, but it has {size - file.tell()}")
+
+
+def _no_numpy(path: Path, error: Exception) -> str:
+    with open(path, "rb") as file:
+        if is_lfs_pointer(file.read(64)):
+            return "is a Git LFS pointer; git lfs pull fetches the file."
+    return f"is no NumPy file without pickles: {one_line(error)}"
 
 
 def _levels(images: np.ndarray) -> np.ndarray:
@@ -57,8 +133,8 @@ def _levels(images: np.ndarray) -> np.ndarray:
         return images
     if not np.isfinite(images).all():
         raise ValueError("images holds NaN or infinity; uint8 and floats in [0, 1] are accepted.")
-    if images.size and (images.min() < 0 or images.max() > 1):
+    if images.size and (images.min() < -ROUNDING or images.max() > 1 + ROUNDING):
         raise ValueError(
-            f"images goes from {images.min():g} to {images.max():g}; uint8 and floats in [0, 1] are accepted."
+            f"images goes from {images.min():.9g} to {images.max():.9g}; uint8 and floats in [0, 1] are accepted."
         )
-    return np.rint(images * 255).astype(np.uint8)
+    return np.rint(images.clip(0, 1) * 255).astype(np.uint8)

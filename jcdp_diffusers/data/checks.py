@@ -10,19 +10,25 @@ from collections.abc import Mapping
 import numpy as np
 
 from . import LabelledImages, check_roles, find_overlap
+from .labels import join_labels
 from .perturbations import measured_norms
 
 
 ROLES = ("disjoint", "paper")
 
 
-def check_sets(sets: Mapping[str, LabelledImages], unlabelled: Mapping[str, LabelledImages]) -> None:
+def check_sets(
+    sets: Mapping[str, LabelledImages], unlabelled: Mapping[str, LabelledImages]
+) -> dict[str, LabelledImages]:
     """
-    Refuse sets that no victim could be trained and tested on together.
+    Bring sets to one space of labels, and refuse those that no victim could be trained and tested on together.
 
     Args:
-        sets (`dict`): By role, the first of them leading; they need labels, and the same classes.
+        sets (`dict`): By role, the first of them leading; they need labels, and images of the same classes.
         unlabelled (`dict`): Further sets by role, whose images must have the same shape.
+
+    Returns:
+        `dict`: All sets by role; those of `sets` as :func:`labels.join_labels` joins them.
 
     Raises:
         ValueError: In one sentence that names the role and what is wrong with it.
@@ -37,27 +43,11 @@ def check_sets(sets: Mapping[str, LabelledImages], unlabelled: Mapping[str, Labe
     for role, data in sets.items():
         if data.labels is None:
             raise ValueError(f"{role} has no labels, but every image of it needs one.")
-    named = {role: data.class_names for role, data in sets.items() if data.class_names is not None}
-    for role, names in named.items():
-        other, theirs = next(iter(named.items()))
-        if names != theirs:
-            raise ValueError(
-                f"{other} and {role} must name the same classes in the same order, but "
-                f"{_difference(other, theirs, role, names)}."
-            )
-    names = next(iter(named.values()), None)
-    if names is None:
-        names = tuple(str(label) for label in range(int(max(data.labels.max() for data in sets.values())) + 1))
-    for role, data in sets.items():
-        if data.labels.max() >= len(names):
-            raise ValueError(
-                f"{role} has label {data.labels.max()}, but there are names for {len(names)} classes only."
-            )
-        empty = [name for name, count in zip(names, np.bincount(data.labels, minlength=len(names))) if count == 0]
-        if empty:
-            raise ValueError(
-                f"{role} has no image of class {_few(empty)}, but every one of the {len(names)} classes needs some."
-            )
+    joined = join_labels(sets)
+    for role, data in joined.items():
+        if len(np.unique(data.labels)) == 1:
+            raise ValueError(f"{role} has images of one class only, but two at least are needed to tell them apart.")
+    return joined | dict(unlabelled)
 
 
 def check_separation(

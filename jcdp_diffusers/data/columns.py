@@ -10,7 +10,6 @@ from .names import name_of
 
 
 IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "labels", "fine_label")
 ID_COLUMNS = ("id",)
 ROW_ID = "row_id__"  # carries a stream's row numbers until it is known whether the source has ids of its own
 

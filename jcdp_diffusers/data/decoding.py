@@ -2,31 +2,34 @@
 
 import io
 import os
-import struct
-import zlib
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 
 # JPEG 2000 and AVIF are left out: Pillow reduces their 10 to 16 bits to 8 without a sign of it.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3  # what Pillow itself calls a decompression bomb
-# What Pillow's decoders raise on bytes that are no image (cutting and changing bytes of every format raised these).
-DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+MAX_FILE_BYTES = 2**30  # no picture of MAX_PIXELS needs more
+# Begins the path of a stored row that points to a file which the row's source has no right to.
+OUTSIDE = "outside:"
+_LFS_POINTER = b"version https://git-lfs"
+# What the orientation tag (0x0112) asks for. `ImageOps.exif_transpose` does the same, but writes all other tags anew
+# and fails where one of them is damaged.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageRejected(ValueError):
@@ -41,18 +44,19 @@ def decode_image(value: Any, channels: int = 3, image_size: int | None = None) -
     """One stored image as an array, or the reason why not.
 
     Lossless where the file is: palettes without transparency and 1-bit images are expanded, a grey image becomes RGB
-    by repetition for `channels=3`, an RGB image whose three channels agree becomes grey for `channels=1`. Refused,
-    because something would be lost silently: alpha and transparency of any kind, CMYK and other colour spaces, more
-    than 8 bits per channel, more than one frame, colour when `channels=1`. The orientation tag is applied (as
-    `datasets.Image` does); colour profiles are not.
+    by repetition for `channels=3`, an RGB image whose three channels agree becomes grey for `channels=1`, and an alpha
+    channel of 255 everywhere is left out. Refused, because something would be lost silently: any other alpha and
+    transparency, CMYK and other colour spaces, more than 8 bits per channel, more than one frame, colour when
+    `channels=1`. The orientation tag is applied (as `datasets.Image` does); colour profiles are not. A PNG is used
+    only if all of its checksums are right; the other formats have none.
 
     With `image_size`, the shorter side is brought to `image_size` with Pillow's antialiased Lanczos filter and the
     centre is cropped, in one step: the largest centred square of the source becomes the result, so the scale is the
     same in both directions. A square of that size stays as it is.
 
     Args:
-        value: `{"bytes": ..., "path": ...}` as `datasets.Image(decode=False)` gives, the bytes of a file, a path or a
-            PIL image.
+        value: `{"bytes": ..., "path": ...}` as `datasets.Image(decode=False)` gives, the bytes of a file, the path of
+            a regular file or a PIL image. Of URLs only `hf://` is opened, which a streamed data set of the Hub has.
         channels: 3 or 1.
         image_size: side of the square wanted, in pixels; None keeps the size.
 
@@ -66,53 +70,79 @@ def decode_image(value: Any, channels: int = 3, image_size: int | None = None) -
         raise ValueError(f"channels is {channels}; 1 and 3 are accepted.")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size is {image_size}; 1 and above are accepted.")
-    picture = _open_picture(value)
+    if not isinstance(value, (Mapping, Image.Image, str, os.PathLike, bytes, bytearray, memoryview, type(None))):
+        raise TypeError(f"value is a {type(value).__name__}; bytes, a path, a PIL image and their dict are accepted.")
+    stored = _stored(value)  # trouble on the way to the Hub is not the image's
     try:
+        picture = _open_picture(stored)
         _refuse_before_decoding(picture)
         picture.load()
-        if picture.getexif().get(0x0112, 1) != 1:
-            picture = ImageOps.exif_transpose(picture)
+        orientation = _orientation(picture)
+        if orientation in _UPRIGHT:
+            picture = picture.transpose(_UPRIGHT[orientation])
+        picture = _as_grey_or_rgb(picture)
+        if image_size is not None and picture.size != (image_size, image_size):
+            picture = _resize_and_crop(picture, image_size)
+        return _with_channels(np.asarray(picture), channels)
     except ImageRejected:
         raise
-    except DECODING_ERRORS as error:
+    except Exception as error:  # decoders raise whatever their bytes lead them to; it concerns this image alone
         raise ImageRejected(f"damaged or truncated ({one_line(error)})") from error
-    picture = _as_grey_or_rgb(picture)
-    if image_size is not None and picture.size != (image_size, image_size):
-        picture = _resize_and_crop(picture, image_size)
-    return _with_channels(np.asarray(picture), channels)
 
 
-def _open_picture(value: Any) -> Image.Image:
+def _stored(value: Any) -> Image.Image | bytes:
+    """The picture, or the bytes of its file."""
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if value is None:
         raise ImageRejected("no image (null)")
+    return _read_file(os.fspath(value)) if isinstance(value, (str, os.PathLike)) else value
+
+
+def _open_picture(value: Image.Image | bytes) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
-    if isinstance(value, (str, os.PathLike)):
-        value = _read_file(os.fspath(value))
-    if not isinstance(value, (bytes, bytearray, memoryview)):
-        raise TypeError(f"value is a {type(value).__name__}; bytes, a path, a PIL image and their dict are accepted.")
     if len(value) == 0:
         raise ImageRejected("empty file (0 bytes)")
+    if is_lfs_pointer(value):
+        raise ImageRejected("a Git LFS pointer, not the image (git lfs pull fetches it)")
     try:
-        return Image.open(io.BytesIO(value), formats=IMAGE_FORMATS)
+        picture = Image.open(io.BytesIO(value), formats=IMAGE_FORMATS)
     except Image.UnidentifiedImageError as error:
         raise ImageRejected(f"not a readable image ({', '.join(IMAGE_FORMATS)} are accepted)") from error
     except Image.DecompressionBombError as error:
         raise ImageRejected(f"decompression bomb: more than {MAX_PIXELS} pixels") from error
-    except DECODING_ERRORS as error:
-        raise ImageRejected(f"damaged or truncated ({one_line(error)})") from error
+    if picture.format == "PNG":
+        # Decoding alone passes over wrong checksums of the pixels.
+        Image.open(io.BytesIO(value), formats=("PNG",)).verify()
+    return picture
 
 
 def _read_file(path: str) -> bytes:
-    if "://" in path:  # a streamed Hub data set names its files like this; trouble on the way there is not the image's
+    if path.startswith(OUTSIDE):
+        raise ImageRejected(f"refers to {path.removeprefix(OUTSIDE)!r}, which is no file below its source")
+    if "://" in path:
+        if not path.split("::")[-1].startswith("hf://"):
+            raise ImageRejected(f"refers to {path!r}, but URLs are not opened")
         with fsspec.open(path, "rb") as file:
             return file.read()
     try:
+        # Opening a pipe waits for ever, and a device has no end.
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageRejected(f"cannot be read (no regular file: {path})")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ImageRejected(f"cannot be read ({status.st_size} bytes are no image: {path})")
         return Path(path).read_bytes()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise ImageRejected(f"cannot be read ({error.strerror}: {path})") from error
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return picture.getexif().get(0x0112, 1)
+    except Exception as error:
+        raise ImageRejected(f"damaged EXIF data, so that its orientation is unknown ({one_line(error)})") from error
 
 
 def _refuse_before_decoding(picture: Image.Image) -> None:
@@ -132,6 +162,8 @@ def _refuse_before_decoding(picture: Image.Image) -> None:
 
 def _as_grey_or_rgb(picture: Image.Image) -> Image.Image:
     mode = picture.mode
+    if mode in ("RGBA", "LA") and picture.getchannel("A").getextrema() == (255, 255):
+        return picture.convert(mode[:-1])
     if picture.has_transparency_data:
         raise ImageRejected(f"transparency (mode {mode}), which would be dropped")
     if mode.startswith("I") or mode == "F":
@@ -164,6 +196,11 @@ def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
             raise ImageRejected("colour, which would be dropped by channels=1")
         return np.ascontiguousarray(image[:, :, :1])
     return image
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether this is the beginning of what Git has of a large file that was not fetched."""
+    return bytes(content[: len(_LFS_POINTER)]) == _LFS_POINTER
 
 
 def one_line(error: BaseException) -> str:

@@ -1,29 +1,14 @@
-"""Names: of sources in sentences, of splits and of files."""
+"""Names: of sources in sentences, of files and of folders."""
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-SPLIT_NAMES = ("train", "validation", "test", "val", "valid", "dev")
-
-
-def choose_split(splits: Sequence[str] | Mapping, split: str | None, source: Any) -> str:
-    """The split that was asked for, or the only one there is; `source` is named in the error."""
-    if split is None and len(splits) == 1:
-        return next(iter(splits))
-    if split is None:
-        raise ValueError(
-            f"source {name_of(source)} has several splits and split is None; {', '.join(splits)} are accepted."
-        )
-    if split not in splits:
-        raise ValueError(
-            f"split is {split!r}, which source {name_of(source)} lacks; {', '.join(splits)} are accepted."
-        )
-    return split
 
 
 def no_rows(source: Any, split: str) -> ValueError:
@@ -36,15 +21,15 @@ def name_of(source: Any) -> str:
     return repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else f"({type(source).__name__})"
 
 
-def split_of(file: Path) -> str:
-    """The split that a Parquet file belongs to, by its name."""
-    shard = re.fullmatch(r"(\w+(?:\.\w+)*)-\d+(-of-\d+)?(-[0-9a-f]+)?", file.stem)
-    if shard:
-        return shard[1]
-    for name in (file.stem.split("-")[0], file.parent.name):
-        if name in SPLIT_NAMES:
-            return name
-    return "train"
+def folder_values(parts: Sequence[str]) -> dict[str, str | None]:
+    """What folders named `key=value` say of the rows below them; the key `split` is for :mod:`.splits`."""
+    values = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if equals and key and key != "split":
+            # As Hive, Spark and pyarrow write it.
+            values[key] = None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)
+    return values
 
 
 def is_visible(name: str) -> bool:

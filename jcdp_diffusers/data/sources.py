@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from .arrays import arrays_of
 from .columns import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
-    LABEL_COLUMNS,
     ROW_ID,
     find_column,
     renamed,
@@ -23,10 +23,14 @@ from .columns import (
     with_string_ids,
 )
 from .decoding import ImageRejected, decode_image, one_line
+from .fence import fenced_dataset, path_on_hub
+from .found import say_once
 from .image_folder import open_image_folder
 from .labelled import LabelledImages
-from .names import choose_split, name_of, no_rows
+from .labels import LABEL_COLUMNS, LIKE_LABELS, label_array
+from .names import name_of, no_rows
 from .parquet import open_parquet, parquet_files
+from .splits import choose_split
 from .writing import encoded
 
 
@@ -78,7 +82,7 @@ def load_images(
         raise ValueError(f"source {name_of(source)} has no image that can be used; at least one is accepted.")
     class_names = None
     if "label" in dataset.features:
-        labels, class_names = _label_array(labels, ids, dataset.features["label"], label_column)
+        labels, class_names = label_array(labels, ids, dataset.features["label"], label_column)
     else:
         labels = None
     return LabelledImages(_stack(images, ids), labels, tuple(ids), class_names, id_space)
@@ -146,7 +150,7 @@ def _open(
     if arrays is not None:
         dataset = encoded(arrays)
         return (dataset.to_iterable_dataset() if streaming else dataset), arrays.id_space
-    id_space = None
+    id_space, on_hub = None, False
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         split = choose_split(source, split, source)
         dataset = source[split]
@@ -159,12 +163,14 @@ def _open(
         )
     elif Path(source).exists():
         id_space = str(Path(source).resolve())
-        files = parquet_files(Path(source))
-        opener = open_parquet if files else open_image_folder
-        dataset, split = opener(Path(source), files, split, streaming)
+        if parquet_files(Path(source)):
+            dataset, split = open_parquet(Path(source), split, streaming, image_column)
+        else:
+            dataset, split = open_image_folder(Path(source), split)
     else:
         id_space = str(source)
         dataset, split = _open_hub(id_space, split, streaming)
+        on_hub = True
     if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
         raise no_rows(source, split)
     if dataset.features is None:
@@ -180,9 +186,13 @@ def _open(
             f"source {name_of(source)} has no image column among {', '.join(columns)}; image, img or the one "
             "named by image_column is accepted."
         )
+    if names["label"] is None and (like := [column for column in columns if column in LIKE_LABELS]):
+        say_once(f"source {name_of(source)} has no label column, but {like[0]!r}, which label_column can name.")
     dataset = renamed(dataset, names)
     dataset = with_row_ids(dataset, split) if names["id"] is None else with_string_ids(dataset, source)
     dataset = with_images_encoded(dataset, source)
+    if on_hub:
+        dataset = fenced_dataset(dataset, partial(path_on_hub, name=id_space.partition(":")[0]))
     first = [name for name in ("id", "image", "label") if name in dataset.features]
     others = [name for name in dataset.features if name not in (*first, ROW_ID)]
     dataset = dataset.select_columns(first + others)
@@ -265,24 +275,3 @@ def _stack(images: list[np.ndarray], ids: list[str]) -> np.ndarray:
             "brings them all to one."
         )
     return np.stack(images)
-
-
-def _label_array(values: list, ids: list[str], feature, label_column: str | None):
-    """Labels as int64 and the class names, as far as they are known."""
-    missing = [row for row, value in enumerate(values) if value is None or value == -1]
-    if len(missing) == len(values) and label_column is None:
-        return None, None
-    if missing:
-        raise ValueError(
-            f"the label column lacks {len(missing)} of {len(values)} labels (None or -1), the first at id "
-            f"{ids[missing[0]]!r}; a label for every image is accepted."
-        )
-    if isinstance(feature, datasets.ClassLabel):
-        return np.array(values, np.int64), tuple(feature.names)
-    if all(isinstance(value, str) for value in values):
-        names = sorted(set(values))
-        rank = {name: label for label, name in enumerate(names)}
-        return np.array([rank[value] for value in values], np.int64), tuple(names)
-    if all(isinstance(value, int) for value in values):
-        return np.array(values, np.int64), None
-    raise ValueError(f"the label column has the type {feature}; class labels, integers and strings are accepted.")

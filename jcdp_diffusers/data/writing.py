@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from PIL import Image
 
+from ..outputs import replacing
 from .columns import undecoded
 from .labelled import LabelledImages
 
@@ -76,21 +76,8 @@ def write_dataset(
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write one Parquet file that appears under its name only when it is whole and on disk."""
-    # The leading dot and the suffix keep every reader of `*.parquet` away from a file that is not finished.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            pq.write_table(table, file, row_group_size=1000)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, survives a power cut
-    finally:
-        os.close(folder)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        pq.write_table(table, file, row_group_size=1000)
 
 
 def _features(data: LabelledImages) -> datasets.Features:

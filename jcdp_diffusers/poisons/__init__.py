@@ -1,101 +1,94 @@
-"""Availability poisons: perturbations that keep a classifier from learning anything useful of a data set.
+"""
+Availability poisons: perturbations that keep a classifier from learning anything useful from a data set.
 
-A method is one file and one line in `_FILES`. The file offers
+A method is one file with a tuple `POISONS` of [`Poison`], and one line in `_FILES` for each name. A `Poison` declares
+what the method needs and promises; the command, the tables, the cards and the tests read it from there.
 
-* `SOURCE`: the paper and, where there is one, the released program that it follows;
-* `PRESETS`: name -> frozen dataclass with every number of the method: `published`, `cpu` (scaled down where the method
-  is costly) and `smoke` (a few steps, for tests) at least;
-* `budget(settings, shape)`: what the method promises of one image's perturbation, `shape` being `(C, H, W)`: a
-  dictionary with any of `linf` (in 1/255), `l2` (images in [0, 1]) and `l0` (pixels), empty where the method has no
-  budget;
-* `perturb(images, labels, settings, *, seed, device, checkpoint_dir, progress)`: the perturbation.
-
-`get` puts one signature and the checks of the input around the latter.
+    perturbation = poisons.get("lsp")(images, labels, seed=0, preset="published")
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 
+# Name -> file. Tables show the methods in this order.
 _FILES = {
-    "lsp": "lsp",
     "emn": "emn",
-    "emn-class": "emn_class",
+    "emn-class": "emn",
     "remn": "remn",
+    "lsp": "lsp",
     "tap": "tap",
     "ops": "ops",
     "ar": "ar",
     "cuda": "cuda",
+    "sem": "remn",
+    "pil": "pil",
+    "aue": "aue",
+    "aap": "aap",
+    "dune": "dune",
 }
 NAMES = tuple(_FILES)
 
 
-def method(name: str) -> ModuleType:
-    """The file of one method.
-
-    Raises:
-        ValueError: if there is no poison called `name`.
+@dataclass(frozen=True)
+class Poison:
     """
-    if name not in _FILES:
-        raise ValueError(f"method is {name!r}, but the poisons are {', '.join(NAMES)}.")
-    return importlib.import_module(f"{__name__}.{_FILES[name]}")
-
-
-def settings(name: str, preset: Any = "published") -> Any:
-    """The numbers of one method: a frozen dataclass.
+    One method, and what it declares.
 
     Args:
-        name: a poison's name, one of `NAMES`.
-        preset: the name of a preset, or an object of the method's own dataclass, which is returned as it is.
-
-    Raises:
-        ValueError: if the method or the preset is unknown.
+        name (`str`): What commands and records call it.
+        title (`str`): What tables call it.
+        source (`str`): The paper and, where there is one, the released program that it follows.
+        presets (`dict`): Name -> frozen dataclass with every number of the method: `published`, `cpu` (scaled down
+            where the method is costly) and `smoke` (a few steps, for tests) at least.
+        budget (`Callable`): `budget(settings, shape)`, what the method promises of one image's perturbation before
+            rounding to 8 bits, `shape` being `(C, H, W)`: a dict with any of `linf` (largest change of a value, in
+            1/255), `l2` (Euclidean norm, images in [0, 1]) and `l0` (pixels changed); empty where there is no budget.
+        perturb (`Callable`): `perturb(images, labels, settings, *, seed, device, checkpoint_dir, progress)`, which
+            returns the perturbation, float `(N, C, H, W)`. It is called with checked input.
+        uses_labels (`bool`, *optional*, defaults to `True`): Whether the perturbation depends on the labels. A method
+            that does not is called with `labels=None`.
+        surrogate (`str`, *optional*): What the network is trained for which the method optimises the perturbation:
+            `"supervised"` or `"contrastive"`. Such a method keeps its state in `checkpoint_dir`. `None`: no network.
+        uses_seed (`bool`, *optional*, defaults to `True`): Whether the seed changes anything.
     """
-    presets = method(name).PRESETS
-    if isinstance(preset, type(presets["published"])):
-        return preset
-    if preset not in presets:
-        raise ValueError(f"preset is {preset!r}, but {name} has {', '.join(presets)}.")
-    return presets[preset]
 
+    name: str
+    title: str
+    source: str
+    presets: Mapping[str, Any]
+    budget: Callable[[Any, tuple[int, int, int]], dict[str, float]]
+    perturb: Callable[..., torch.Tensor]
+    uses_labels: bool = True
+    surrogate: str | None = None
+    uses_seed: bool = True
 
-def budget(name: str, preset: Any, shape: tuple[int, int, int]) -> dict[str, float]:
-    """What a method promises of the perturbation of one image of shape `(C, H, W)`, before rounding to 8 bits.
+    def settings(self, preset: Any = "published") -> Any:
+        """
+        Every number of the method under one preset.
 
-    Returns:
-        Any of `linf` (largest change of a value, in 1/255), `l2` (Euclidean norm, images in [0, 1]) and `l0` (pixels
-        changed).
-    """
-    return method(name).budget(settings(name, preset), shape)
+        Args:
+            preset (`str` or dataclass): Name of a preset, or an object of the method's own dataclass, which is
+                returned as it is.
 
+        Raises:
+            ValueError: If the method has no such preset.
+        """
+        if type(preset) is type(self.presets["published"]):
+            return preset
+        if not isinstance(preset, str) or preset not in self.presets:
+            raise ValueError(f"preset is {preset!r}, but for {self.name} must be one of {', '.join(self.presets)}.")
+        return self.presets[preset]
 
-def get(name: str) -> Callable[..., torch.Tensor]:
-    """The poison called `name`.
-
-    Returns:
-        `poison(images, labels, *, seed=0, preset="published", device="cpu", checkpoint_dir=None, progress=False)`, a
-        function that returns the perturbation, float32 `(N, C, H, W)` on the CPU, to be added to images in [0, 1]
-        (`apply_perturbation`). It changes neither its arguments nor the state of any global random generator; the same
-        seed gives the same perturbation.
-
-        Its arguments: `images`, float `(N, C, H, W)` in [0, 1] with one or three channels; `labels`, int64 `(N,)`;
-        `preset`, a name or an object of the method's dataclass; `device`, where networks run; `checkpoint_dir`, a
-        folder in which a costly method keeps its state, so that the same call goes on where it was cut off;
-        `progress`, whether to show a bar with the time that remains.
-
-    Raises:
-        ValueError: if there is no poison called `name`.
-    """
-    module = method(name)
-
-    def poison(
+    def __call__(
+        self,
         images: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None = None,
         *,
         seed: int = 0,
         preset: Any = "published",
@@ -103,31 +96,79 @@ def get(name: str) -> Callable[..., torch.Tensor]:
         checkpoint_dir: str | Path | None = None,
         progress: bool = False,
     ) -> torch.Tensor:
-        chosen = settings(name, preset)
-        _check_images(images, labels)
-        return module.perturb(
+        """
+        The perturbation, to be added to the images and rounded once (`data.perturbations.apply_perturbation`).
+
+        Neither the arguments nor the state of a global random generator change. The same seed gives the same
+        perturbation.
+
+        Args:
+            images (`torch.Tensor`): Float `(N, C, H, W)` in [0, 1], one or three channels.
+            labels (`torch.Tensor`, *optional*): int64 `(N,)`, from 0 on; needed where `uses_labels`.
+            seed (`int`, *optional*, defaults to 0): Of everything random.
+            preset (`str` or dataclass, *optional*, defaults to `"published"`): See [`~Poison.settings`].
+            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where networks run.
+            checkpoint_dir (`str` or `Path`, *optional*): Folder in which a costly method keeps its state, so that the
+                same call continues an interrupted one.
+            progress (`bool`, *optional*, defaults to `False`): Show a bar with the time that remains.
+
+        Returns:
+            `torch.Tensor`: float32 `(N, C, H, W)` on the CPU.
+
+        Raises:
+            ValueError: If the images, the labels or the preset are not as described.
+        """
+        settings = self.settings(preset)
+        _check_images(images)
+        if self.uses_labels:
+            _check_labels(labels, len(images), self.name)
+        return self.perturb(
             images.detach().cpu().float(),
-            labels.detach().cpu(),
-            chosen,
+            labels.detach().cpu() if self.uses_labels else None,
+            settings,
             seed=seed,
             device=torch.device(device),
             checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
             progress=progress,
         )
 
-    poison.__name__ = poison.__qualname__ = module.__name__.rpartition(".")[2]
-    poison.__doc__ = module.__doc__
-    return poison
+
+def get(name: str) -> Poison:
+    """
+    The poison called `name`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in _FILES:
+        raise ValueError(f"method is {name!r}, but must be one of {', '.join(NAMES)}.")
+    offered = importlib.import_module(f"{__name__}.{_FILES[name]}").POISONS
+    return next(poison for poison in offered if poison.name == name)
 
 
-def _check_images(images: torch.Tensor, labels: torch.Tensor) -> None:
+def settings(name: str, preset: Any = "published") -> Any:
+    """The numbers of the poison called `name`; see [`~Poison.settings`]."""
+    return get(name).settings(preset)
+
+
+def budget(name: str, preset: Any, shape: tuple[int, int, int]) -> dict[str, float]:
+    """What the poison called `name` promises of the perturbation of one image of shape `(C, H, W)`; see [`Poison`]."""
+    return get(name).budget(settings(name, preset), shape)
+
+
+def _check_images(images: torch.Tensor) -> None:
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-        raise ValueError(f"images has shape {tuple(images.shape)}, but (N, 1 or 3, H, W) with N > 0 is needed.")
+        raise ValueError(f"images has shape {tuple(images.shape)}, but must have (N, 1 or 3, H, W) with N > 0.")
     if not images.is_floating_point() or images.min() < 0 or images.max() > 1:
         raise ValueError(
-            f"images holds {images.dtype} in [{images.min():g}, {images.max():g}], but floats in [0, 1] are needed."
+            f"images holds {images.dtype} in [{images.min():g}, {images.max():g}], but must hold floats in [0, 1]."
         )
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}, but {len(images)} images need as many labels.")
+
+
+def _check_labels(labels: torch.Tensor | None, count: int, name: str) -> None:
+    if labels is None:
+        raise ValueError(f"labels is None, but {name} needs one for every image.")
+    if labels.shape != (count,):
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, but {count} images must have as many labels.")
     if labels.dtype != torch.int64 or labels.min() < 0:
-        raise ValueError(f"labels holds {labels.dtype} from {labels.min()} on, but int64 from 0 on is needed.")
+        raise ValueError(f"labels holds {labels.dtype} from {labels.min()} on, but must hold int64 from 0 on.")

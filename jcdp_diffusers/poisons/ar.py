@@ -1,4 +1,5 @@
-"""AR: noise of an autoregressive process, one process per class, a fresh draw of it for every image.
+"""
+AR: noise of an autoregressive process, one process per class, a fresh draw of it for every image.
 
 A process has 3 x 3 coefficients for each channel, the last of which is 0 and which sum to 1: every pixel is the
 weighted sum of its eight predecessors in the 3 x 3 window that ends in it. A convolution with the same coefficients
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from . import Poison
+
 
 SOURCE = "Sandoval-Segura et al., Autoregressive Perturbations for Data Poisoning, NeurIPS 2022, and its program"
 
@@ -26,18 +29,19 @@ _BATCH = 1024
 
 @dataclass(frozen=True)
 class ARSettings:
-    """Numbers of AR.
+    """
+    Numbers of AR.
 
-    Attributes:
-        level: root mean square of the perturbation over all values of an image, images in [0, 1]. The published
-        norms, 1.0 for
-            3 x 32 x 32 and 3.0 for 3 x 96 x 96, are both 1 / sqrt(3072) of it.
-        required_response: least answer (sum of the positive part) of the filters kept so far to a candidate's noise,
-        for noise of
-            norm 1.0 on 3 x 32 x 32 values; by default the published 10 for up to ten classes and 3 for more.
-        largest_rms: largest root mean square of noise that starts from N(0, 1), before it is scaled: 50 /
-        sqrt(3072), published. trials: draws of a candidate's noise that must all stay below `largest_rms`.
-        max_candidates: how many candidates are tried before giving up.
+    Args:
+        level (`float`): Root mean square of the perturbation over all values of an image, images in [0, 1]. The
+            published norms, 1.0 for 3 x 32 x 32 and 3.0 for 3 x 96 x 96, are both 1 / sqrt(3072) of it.
+        required_response (`float`, *optional*): Least answer (sum of the positive part) of the filters kept so far to
+            a candidate's noise, for noise of norm 1.0 on 3 x 32 x 32 values; by default the published 10 for up to ten
+            classes and 3 for more.
+        largest_rms (`float`): Largest root mean square of noise that starts from N(0, 1), before it is scaled: 50 /
+            sqrt(3072), published.
+        trials (`int`): Draws of a candidate's noise that must all stay below `largest_rms`.
+        max_candidates (`int`): How many candidates are tried before giving up.
     """
 
     level: float = 1 / sqrt(3072)
@@ -51,6 +55,7 @@ PRESETS = {"published": ARSettings(), "cpu": ARSettings(), "smoke": ARSettings(r
 
 
 def budget(settings: ARSettings, shape: tuple[int, int, int]) -> dict[str, float]:
+    """See [`Poison`]."""
     return {"l2": settings.level * sqrt(np.prod(shape))}
 
 
@@ -64,10 +69,11 @@ def perturb(
     checkpoint_dir: Path | None,
     progress: bool,
 ) -> torch.Tensor:
-    """See `jcdp_diffusers.poisons.get`; at most minutes on one core, so neither `device` nor `checkpoint_dir` is used.
+    """
+    See [`Poison`]. It takes minutes at most on one core, so neither `device` nor `checkpoint_dir` is used.
 
     Raises:
-        ValueError: if the search finds too few processes.
+        ValueError: If the search finds too few processes.
     """
     shape = tuple(images.shape[1:])
     search, draw = (np.random.default_rng([seed, stream]) for stream in (0, 1))
@@ -82,15 +88,16 @@ def perturb(
 
 
 def generate(processes: np.ndarray, shape: tuple[int, int, int], draw: np.random.Generator) -> np.ndarray:
-    """One draw of noise of each process.
+    """
+    One draw of noise of each process.
 
     Args:
-        processes: coefficients `(B, C, 3, 3)`.
-        shape: `(C, H, W)` of the noise.
-        draw: source of the random start.
+        processes (`np.ndarray`): Coefficients `(B, C, 3, 3)`.
+        shape (`tuple[int, int, int]`): `(C, H, W)` of the noise.
+        draw (`np.random.Generator`): Source of the random start.
 
     Returns:
-        float64 `(B, C, H, W)`, not scaled; not finite where a process explodes.
+        `np.ndarray`: float64 `(B, C, H, W)`, not scaled; not finite where a process explodes.
     """
     channels, height, width = shape
     signals = draw.standard_normal((len(processes), channels, height + _MARGIN, width + _MARGIN))
@@ -112,13 +119,14 @@ def generate(processes: np.ndarray, shape: tuple[int, int, int], draw: np.random
 
 
 def coefficients(num_classes: int, channels: int, settings: ARSettings, draw: np.random.Generator) -> np.ndarray:
-    """Finds one process per class, on noise of 32 x 32 pixels whatever the images' size; see the file's text.
+    """
+    Find one process per class, on noise of 32 x 32 pixels whatever the images' size; see the file's text.
 
     Returns:
-        float64 `(num_classes, channels, 3, 3)`.
+        `np.ndarray`: float64 `(num_classes, channels, 3, 3)`.
 
     Raises:
-        ValueError: if `settings.max_candidates` do not hold enough of them.
+        ValueError: If `settings.max_candidates` do not hold enough of them.
     """
     shape = (channels, 32, 32)
     required = settings.required_response
@@ -147,7 +155,7 @@ def coefficients(num_classes: int, channels: int, settings: ARSettings, draw: np
             if len(found) == num_classes:
                 return np.stack(found)
     raise ValueError(
-        f"required_response is {required:g}, but only {len(found)} of {num_classes} processes were found."
+        f"required_response is {required:g}, but must be smaller: {len(found)} of {num_classes} processes were found."
     )
 
 
@@ -157,12 +165,16 @@ def _rms(signals: np.ndarray) -> np.ndarray:
 
 
 def response(process: np.ndarray, signal: np.ndarray) -> np.ndarray:
-    """The matching filter's answer to noise `(C, H, W)`, summed over channels.
+    """
+    The matching filter's answer to noise `(C, H, W)`, summed over channels.
 
     Returns:
-        `(H - 2, W - 2)`, 0 everywhere for noise of the same process.
+        `np.ndarray`: `(H - 2, W - 2)`, 0 everywhere for noise of the same process.
     """
     matching = process.copy()
     matching[:, 2, 2] = -1
     windows = np.lib.stride_tricks.sliding_window_view(signal, (3, 3), axis=(1, 2))
     return np.einsum("chwij,cij->hw", windows, matching)
+
+
+POISONS = (Poison("ar", "AR", SOURCE, PRESETS, budget, perturb),)

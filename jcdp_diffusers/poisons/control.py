@@ -1,22 +1,48 @@
-"""The control for a poison: noise of the very same size that means nothing."""
+"""The control for a poison: noise of the same size that carries no information about the classes."""
 
 import torch
 
+from ..data import LabelledImages
+from ..data.perturbations import apply_perturbation
+
+
+# What stands behind a poison's name where its control is meant.
+SUFFIX = "-control"
+
+
+def norm_matched(clean: LabelledImages, protected: LabelledImages, *, seed: int) -> LabelledImages:
+    """
+    The clean images with the poison's own noise, shuffled; see [`shuffled`].
+
+    Args:
+        clean (`LabelledImages`): The originals.
+        protected (`LabelledImages`): The same images, protected, in the same order.
+        seed (`int`): Of the shuffle.
+
+    Raises:
+        ValueError: If the two sets hold other ids or another order.
+    """
+    if clean.ids != protected.ids:
+        raise ValueError(f"protected has {len(protected)} ids, but must have those of clean in their order.")
+    noise = shuffled(protected.tensor() - clean.tensor(), seed=seed)
+    return clean.with_images(apply_perturbation(clean.images, noise))
+
 
 def shuffled(perturbation: torch.Tensor, seed: int) -> torch.Tensor:
-    """Gives each image the perturbation of one drawn at random, with its pixels in random places and random signs.
+    """
+    Give each image the perturbation of one drawn at random, with its pixels in random places and random signs.
 
     What remains is what a budget counts: the largest values, the Euclidean norms and the numbers of pixels changed, as
     a set over all images, before the images' valid range cuts anything off. A poison that protects better than this
-    does so by what it looks like, not by how much of it there is. Noise must change its image because sizes alone can
-    tell classes apart: of AR's noise, shuffled in place, a victim still learns the classes.
+    does so by its pattern and not by its size. The noise must move to another image because sizes alone can tell
+    classes apart: a victim still learns the classes from AR's noise that is shuffled in place.
 
     Args:
-        perturbation: float `(N, C, H, W)`.
-        seed: of the images, places and signs.
+        perturbation (`torch.Tensor`): Float `(N, C, H, W)`.
+        seed (`int`): Of the images, places and signs.
 
     Returns:
-        float32 `(N, C, H, W)`.
+        `torch.Tensor`: float32 `(N, C, H, W)`.
     """
     draw = torch.Generator().manual_seed(seed)
     values = perturbation.float().flatten(2)

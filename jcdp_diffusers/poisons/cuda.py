@@ -1,4 +1,5 @@
-"""CUDA, convolution-based unlearnable data: every class is blurred with a kernel of its own.
+"""
+CUDA, convolution-based unlearnable data: every class is blurred with a kernel of its own.
 
 A kernel has entries from U(0, `blur`), one of which, drawn at random, is replaced by 1; it is the same for all
 channels. The blurred image is divided by its largest value. (The acronym has nothing to do with the GPU toolkit.)
@@ -13,18 +14,21 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from . import Poison
+
 
 SOURCE = "Sadasivan et al., CUDA: Convolution-based Unlearnable Datasets, CVPR 2023, and its released program"
 
 
 @dataclass(frozen=True)
 class CUDASettings:
-    """Numbers of CUDA.
+    """
+    Numbers of CUDA.
 
-    Attributes:
-        kernel_size: side of the kernels, odd.
-        blur: upper end of the kernels' entries.
-        centre: value of the entry that is replaced.
+    Args:
+        kernel_size (`int`): Side of the kernels, odd.
+        blur (`float`): Upper end of the kernels' entries.
+        centre (`float`): Value of the entry that is replaced.
     """
 
     kernel_size: int = 3
@@ -36,11 +40,13 @@ PRESETS = {"published": CUDASettings(), "cpu": CUDASettings(), "smoke": CUDASett
 
 
 def budget(settings: CUDASettings, shape: tuple[int, int, int]) -> dict[str, float]:
+    """See [`Poison`]."""
     return {}
 
 
 def kernels(num_classes: int, settings: CUDASettings, seed: int) -> torch.Tensor:
-    """The kernel of every class, float32 `(num_classes, kernel_size, kernel_size)`.
+    """
+    The kernel of every class, float32 `(num_classes, kernel_size, kernel_size)`.
 
     The order of the draws, and NumPy's older generator, are those of the released program, so that a seed gives its
     kernels.
@@ -65,7 +71,7 @@ def perturb(
     checkpoint_dir: Path | None,
     progress: bool,
 ) -> torch.Tensor:
-    """See `jcdp_diffusers.poisons.get`; seconds on one core, so neither `device` nor `checkpoint_dir` is used."""
+    """See [`Poison`]. It takes seconds on one core, so neither `device` nor `checkpoint_dir` is used."""
     channels = images.shape[1]
     blurred = torch.empty_like(images)
     for label, kernel in enumerate(kernels(int(labels.max()) + 1, settings, seed)):
@@ -75,3 +81,6 @@ def perturb(
     # A black image stays black; any other has a positive largest value.
     largest = blurred.amax(dim=(1, 2, 3), keepdim=True)
     return torch.where(largest > 0, blurred / largest, blurred) - images
+
+
+POISONS = (Poison("cuda", "CUDA", SOURCE, PRESETS, budget, perturb),)

@@ -1,4 +1,5 @@
-"""LSP: linearly separable patches, added to the images of their class.
+"""
+LSP: linearly separable patches, added to the images of their class.
 
 Points of as many Gaussian clusters as there are classes, far apart, are drawn with scikit-learn's
 `make_classification`; each coordinate becomes one square patch of one colour channel, and each point, scaled to a
@@ -16,20 +17,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from . import Poison
+
 
 SOURCE = "Yu et al., Availability Attacks Create Shortcuts, KDD 2022; norm as in its released program"
 
 
 @dataclass(frozen=True)
 class LSPSettings:
-    """Numbers of LSP.
+    """
+    Numbers of LSP.
 
-    Attributes:
-        level: root mean square of the perturbation over all values of an image, images in [0, 1]; the norm is then
-            `level * sqrt(C * H * W)`.
-        norm: Euclidean norm, whatever the size of the images; takes the place of `level`.
-        patch: side of a patch in pixels; by default a quarter of the height and 32 at most (8 at 32, 32 at 224).
-        class_sep: half the distance between neighbouring clusters, in standard deviations.
+    Args:
+        level (`float`): Root mean square of the perturbation over all values of an image, images in [0, 1]; the norm
+            is then `level * sqrt(C * H * W)`.
+        norm (`float`, *optional*): Euclidean norm, whatever the size of the images; takes the place of `level`.
+        patch (`int`, *optional*): Side of a patch in pixels; by default a quarter of the height and 32 at most (8 at
+            32, 32 at 224).
+        class_sep (`float`): Half the distance between neighbouring clusters, in standard deviations.
     """
 
     level: float = 6 / 255
@@ -47,6 +52,7 @@ PRESETS = {
 
 
 def budget(settings: LSPSettings, shape: tuple[int, int, int]) -> dict[str, float]:
+    """See [`Poison`]."""
     if settings.norm is not None:
         return {"l2": settings.norm}
     return {"l2": settings.level * sqrt(np.prod(shape))}
@@ -62,23 +68,28 @@ def perturb(
     checkpoint_dir: Path | None,
     progress: bool,
 ) -> torch.Tensor:
-    """See `jcdp_diffusers.poisons.get`; seconds on one core, so neither `device` nor `checkpoint_dir` is used.
+    """
+    See [`Poison`]. It takes seconds on one core, so neither `device` nor `checkpoint_dir` is used.
 
     Raises:
-        ValueError: if the patches do not tile the images.
+        ValueError: If the patches do not tile the images, or are too few for the classes.
     """
     from sklearn.datasets import make_classification
 
     channels, height, width = images.shape[1:]
     patch = settings.patch or min(height // 4, 32)
     if patch == 0 or height % patch or width % patch:
-        raise ValueError(f"images are {height} x {width}, but patches of {patch} x {patch} pixels must tile them.")
+        raise ValueError(
+            f"images has {height} x {width} pixels, but must have multiples of the patches' {patch} x {patch} pixels."
+        )
 
     # As many points per class as the largest class has images; for classes of equal size this is the published draw.
     num_classes = int(labels.max()) + 1
     num_features = channels * (height // patch) * (width // patch)
     if num_features < np.log2(num_classes):
-        raise ValueError(f"labels has {num_classes} classes, but {num_features} patches tell 2^{num_features} apart.")
+        raise ValueError(
+            f"labels has {num_classes} classes, but must have at most 2^{num_features} for {num_features} patches."
+        )
     points, classes = make_classification(
         n_samples=num_classes * int(labels.bincount().max()),
         n_features=num_features,
@@ -101,3 +112,6 @@ def perturb(
         patterns *= norm / np.sqrt(np.square(patterns).sum(axis=(1, 2, 3), keepdims=True))
         perturbation[rows] = patterns
     return torch.from_numpy(perturbation)
+
+
+POISONS = (Poison("lsp", "LSP", SOURCE, PRESETS, budget, perturb),)

@@ -1,4 +1,5 @@
-"""OPS: one pixel of every image takes one colour, the same pixel and colour for all images of a class.
+"""
+OPS: one pixel of every image takes one colour, the same pixel and colour for all images of a class.
 
 For every class, every position and every corner of the colour cube are tried, and the pair is kept whose distance to
 the images of the class is large and steady: the mean of |colour - pixel| over its standard deviation, both over
@@ -12,16 +13,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from . import Poison
+
 
 SOURCE = "Wu et al., One-Pixel Shortcut: On the Learning Preference of Deep Neural Networks, ICLR 2023"
 
 
 @dataclass(frozen=True)
 class OPSSettings:
-    """Numbers of OPS: none but the number of pixels.
+    """
+    Numbers of OPS.
 
-    Attributes:
-        pixels: how many pixels of an image are changed.
+    Args:
+        pixels (`int`): How many pixels of an image are changed.
     """
 
     pixels: int = 1
@@ -31,6 +35,7 @@ PRESETS = {"published": OPSSettings(), "cpu": OPSSettings(), "smoke": OPSSetting
 
 
 def budget(settings: OPSSettings, shape: tuple[int, int, int]) -> dict[str, float]:
+    """See [`Poison`]."""
     return {"l0": settings.pixels}
 
 
@@ -44,17 +49,19 @@ def perturb(
     checkpoint_dir: Path | None,
     progress: bool,
 ) -> torch.Tensor:
-    """See `jcdp_diffusers.poisons.get`; nothing is random, so `seed` changes nothing, and no network takes part.
+    """
+    See [`Poison`]. Nothing is random, so `seed` changes nothing, and no network takes part.
 
     Raises:
-        ValueError: if there are more classes than pairs of a position and a colour.
+        ValueError: If there are more classes than pairs of a position and a colour.
     """
     channels, height, width = images.shape[1:]
     colours = np.array(list(product([0.0, 1.0], repeat=channels)))
     num_classes = int(labels.max()) + 1
     if num_classes * settings.pixels > len(colours) * height * width:
+        most = len(colours) * height * width // settings.pixels
         raise ValueError(
-            f"labels has {num_classes} classes, but {height} x {width} images offer {len(colours) * height * width}."
+            f"labels has {num_classes} classes, but must have at most {most} for images of {height} x {width} pixels."
         )
 
     perturbation = torch.zeros_like(images)
@@ -82,3 +89,6 @@ def _scores(images: np.ndarray, colours: np.ndarray) -> np.ndarray:
         # A pixel that never changes (the black margin of a scan) is the perfect shortcut in any colour but its own.
         scores[i] = np.divide(mean, spread, out=np.where(mean > 0, np.inf, 0.0), where=spread > 0)
     return scores
+
+
+POISONS = (Poison("ops", "OPS", SOURCE, PRESETS, budget, perturb, uses_seed=False),)

@@ -1,4 +1,5 @@
-"""`jcdp poison`: a data set in, the protected data set out, with a card that says what was done to it.
+"""
+`jcdp poison`: a data set in, the protected data set out, with a card that says what was done to it.
 
 The folder holds Parquet files with lossless images, ids and labels, and `README.md`, which is written last: a folder
 with it is complete. Until then the state of a costly poison lies beside it in a hidden folder, and the same command
@@ -6,7 +7,6 @@ goes on from there.
 """
 
 import argparse
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -21,12 +21,17 @@ import yaml
 from .. import poisons
 from ..data import LabelledImages, load_images, open_dataset, write_dataset
 from ..data.perturbations import apply_perturbation, measured_norms
+from ..devices import default_device
+from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
-from .published import read_perturbation
+from .published import ORDERS, read_perturbation
 
 
 CARD = "README.md"
 _STATE = ".poison-state"
+# By which a folder of this command is known, and what else it writes.
+MARKS, OWN_NAMES = (CARD, _STATE), ("*-*-of-*.parquet",)
+_FLAG = "protected"  # column that says which images are protected, where not all are
 
 
 def protect_dataset(
@@ -36,39 +41,47 @@ def protect_dataset(
     method: str,
     preset: Any = "published",
     seed: int = 0,
+    fraction: float = 1.0,
     split: str = "train",
     device: str | torch.device = "cpu",
     columns: Mapping[str, Any] | None = None,
     source: str | None = None,
     progress: bool = False,
 ) -> LabelledImages:
-    """Poisons a labelled data set and writes it to a folder; goes on where an earlier call was cut off.
+    """
+    Poison a data set and write it to a folder; continue where an earlier call was interrupted.
 
     Args:
-        data: images, labels and ids.
-        output_dir: folder, empty or of an earlier call with the same arguments.
-        method: one of `poisons.NAMES`.
-        preset: see `poisons.settings`.
-        seed: of the poison.
-        split: name of the split that is written.
-        device: where surrogates run.
-        columns: further columns to write, one value per image.
-        source: what the card calls the data set.
-        progress: whether to show a bar.
+        data (`LabelledImages`): Images and ids, and labels where the method needs them.
+        output_dir (`str` or `Path`): Folder, empty or of an earlier call with the same arguments.
+        method (`str`): One of `poisons.NAMES`.
+        preset (`str` or dataclass, *optional*, defaults to `"published"`): See [`~poisons.Poison.settings`].
+        seed (`int`, *optional*, defaults to 0): Of the poison and of the choice of images.
+        fraction (`float`, *optional*, defaults to 1.0): Fraction of the images that is protected, above 0 and at most
+            1; see [`protected_rows`]. The method is given these images alone. Below 1 the written rows have a column
+            `protected`.
+        split (`str`, *optional*, defaults to `"train"`): Name of the split that is written.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where surrogates run.
+        columns (`dict`, *optional*): Further columns to write, one value per image.
+        source (`str`, *optional*): What the card calls the data set.
+        progress (`bool`, *optional*, defaults to `False`): Show a bar.
 
     Returns:
-        The protected images, as written.
+        `LabelledImages`: All images, as written.
 
     Raises:
-        ValueError: if there are no labels, an argument is unknown, or the folder holds something else.
+        ValueError: If labels are missing, an argument is not accepted, or the folder holds something else.
     """
-    if data.labels is None:
-        raise ValueError("dataset has no labels, but a poison needs one for every image.")
+    poison = poisons.get(method)
+    if poison.uses_labels and data.labels is None:
+        raise ValueError(f"dataset has no labels, but {method} needs one for every image.")
+    rows = protected_rows(len(data), fraction, seed)
     request = {
         "method": method,
         "preset": preset if isinstance(preset, str) else "custom",
-        "settings": asdict(poisons.settings(method, preset)),
+        "settings": asdict(poison.settings(preset)),
         "seed": seed,
+        "fraction": fraction,
         "source": source,
         "images": len(data),
     }
@@ -77,18 +90,19 @@ def protect_dataset(
         return load_images(output_dir, split=done["split"], channels=data.images.shape[3])
 
     start = time.monotonic()
-    perturbation = poisons.get(method)(
-        data.tensor(),
-        torch.from_numpy(data.labels),
+    chosen = data.subset(rows)
+    perturbation = poison(
+        chosen.tensor(),
+        torch.from_numpy(chosen.labels) if poison.uses_labels else None,
         seed=seed,
         preset=preset,
         device=device,
         checkpoint_dir=output_dir / _STATE,
         progress=progress,
     )
-    facts = request | {"reference": poisons.method(method).SOURCE, "device": str(device)}
+    facts = request | {"reference": poison.source, "device": str(device)}
     facts |= {"promised": poisons.budget(method, preset, tuple(perturbation.shape[1:]))}
-    return _write(output_dir, data, perturbation, split, columns, facts, start)
+    return _write(output_dir, data, rows, perturbation, split, columns, facts, start)
 
 
 def protect_with_file(
@@ -98,47 +112,86 @@ def protect_with_file(
     perturbation: str | Path,
     kind: str | None = None,
     budget: Mapping[str, float] | None = None,
+    order: str = "checked",
+    in_order_of: LabelledImages | None = None,
+    seed: int = 0,
+    fraction: float = 1.0,
     split: str = "train",
     columns: Mapping[str, Any] | None = None,
     source: str | None = None,
 ) -> LabelledImages:
-    """Adds a published perturbation, or takes published poisoned images, and writes the result to a folder.
+    """
+    Add a published perturbation, or take published poisoned images, and write the result to a folder.
 
     Args:
-        data: the clean images, in the order that the perturbation was made for.
-        output_dir: folder, empty or of an earlier call with the same arguments.
-        perturbation, kind, budget: see `read_perturbation`.
-        split, columns, source: see `protect_dataset`.
+        data (`LabelledImages`): The clean images.
+        output_dir (`str` or `Path`): Folder, empty or of an earlier call with the same arguments.
+        perturbation, kind, budget, order, in_order_of: See [`read_perturbation`].
+        seed (`int`, *optional*, defaults to 0): Of the choice of images.
+        fraction, split, columns, source: See [`protect_dataset`].
 
     Returns:
-        The protected images, as written.
+        `LabelledImages`: All images, as written.
     """
+    rows = protected_rows(len(data), fraction, seed)
     request = {
         "perturbation": Path(perturbation).name,
         "promised": dict(budget or {}),
+        "fraction": fraction,
         "source": source,
         "images": len(data),
     }
+    if fraction < 1:
+        request["seed"] = seed
+    if order != "checked" or in_order_of is not None:
+        request["order"] = order if in_order_of is None else "of another set"
     output_dir = Path(output_dir)
     if (done := _finished(output_dir, request)) is not None:
         return load_images(output_dir, split=done["split"], channels=data.images.shape[3])
     start = time.monotonic()
-    delta, recognised = read_perturbation(perturbation, data, kind=kind, budget=budget)
-    return _write(output_dir, data, delta, split, columns, request | {"recognised": recognised}, start)
+    delta, recognised = read_perturbation(
+        perturbation, data, kind=kind, budget=budget, order=order, in_order_of=in_order_of
+    )
+    return _write(output_dir, data, rows, delta[rows], split, columns, request | {"recognised": recognised}, start)
+
+
+def protected_rows(count: int, fraction: float, seed: int) -> np.ndarray:
+    """
+    The rows of a data set that are protected, drawn at random whatever their class.
+
+    Args:
+        count (`int`): Rows of the data set.
+        fraction (`float`): Fraction of them, above 0 and at most 1. Rounded to a whole number of rows, one at least.
+        seed (`int`): Of the draw.
+
+    Returns:
+        `np.ndarray`: Row numbers, ascending; all of them for a fraction of 1.
+
+    Raises:
+        ValueError: If the fraction lies outside.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}, but must be above 0 and at most 1.")
+    chosen = max(1, round(fraction * count))
+    return np.sort(np.random.default_rng([seed, count]).permutation(count)[:chosen])
 
 
 def read_card(output_dir: str | Path) -> dict[str, Any]:
-    """What the card of a protected data set says of its poison.
+    """
+    What the card of a protected data set says of its poison.
 
     Raises:
-        ValueError: if the folder has no such card.
+        ValueError: If the folder has no such card.
     """
     path = Path(output_dir) / CARD
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     facts = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
     if not isinstance(facts, dict) or "poison" not in facts:
-        raise ValueError(f"output_dir is {str(output_dir)!r}, but its {CARD} is not the card of a protected data set.")
-    return facts["poison"]
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, but its {CARD} must be the card of a protected data set."
+        )
+    # The first cards are of sets that are protected as a whole, and do not say so.
+    return {"fraction": 1.0, "protected_images": facts["poison"].get("images")} | facts["poison"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,10 +210,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
     parser.add_argument("--output", required=True, help="folder for the protected data set")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the images, drawn by --seed")
     parser.add_argument("--preset", default="published", help="published, cpu, smoke or one of the method's own")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument(
         "--kind", choices=("sample-wise", "class-wise"), help="of --perturbation, where its length does not tell"
+    )
+    parser.add_argument(
+        "--order",
+        choices=ORDERS,
+        default="checked",
+        help="of --perturbation's rows: given takes noise that was never clipped, whose order cannot be checked",
+    )
+    parser.add_argument(
+        "--in_order_of",
+        help="the clean images in the order of --perturbation (torchvision's, say), where --dataset has another: "
+        "folder, .npz or Hub id",
     )
     for norm, unit in (("linf", "in 1/255"), ("l2", "images in [0, 1]"), ("l0", "pixels")):
         parser.add_argument(f"--{norm}", type=float, help=f"declared budget of --perturbation, {unit}")
@@ -168,6 +233,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`jcdp poison`, from parsed options to a line that says what was written."""
+    sources = {"--dataset": args.dataset, "--perturbation": args.perturbation}
+    check_output_folder(args.output, marks=MARKS, own=OWN_NAMES, sources=sources, name="--output")
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     data = load_images(args.dataset, split=args.split, image_size=args.image_size, channels=args.channels, **columns)
     others = _other_columns(args.dataset, args.split, columns)
@@ -179,41 +246,55 @@ def run(args: argparse.Namespace) -> None:
             method=args.method,
             preset=args.preset,
             seed=args.seed,
+            fraction=args.fraction,
             split=split,
             device=args.device,
             columns=others,
-            source=str(args.dataset),
+            source=public_name(args.dataset),
             progress=True,
         )
     else:
         declared = {norm: getattr(args, norm) for norm in ("linf", "l2", "l0") if getattr(args, norm) is not None}
+        sizes = {"image_size": args.image_size, "channels": args.channels}
+        ordered = None if args.in_order_of is None else load_images(args.in_order_of, split=args.split, **sizes)
         protect_with_file(
             data,
             args.output,
             perturbation=args.perturbation,
             kind=args.kind,
             budget=declared,
+            order=args.order,
+            in_order_of=ordered,
+            seed=args.seed,
+            fraction=args.fraction,
             split=split,
             columns=others,
-            source=str(args.dataset),
+            source=public_name(args.dataset),
         )
     card = read_card(args.output)
     if "recognised" in card:
         print("; ".join(f"{name}: {value}" for name, value in card["recognised"].items()))
     norms = ", ".join(f"{name} {value:.4g}" for name, value in card["measured"].items())
-    print(f"{len(data)} protected images in {args.output}; after 8-bit rounding: {norms}")
+    few = f"{card['protected_images']} protected images of {len(data)}"
+    print(f"{few} in {args.output}; after 8-bit rounding: {norms}")
 
 
 def _finished(output_dir: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The card of an earlier call with the same request; None if the folder waits to be filled."""
+    """
+    The card of an earlier call with the same request; None if the folder waits to be filled.
+
+    A folder that waits gets the folder of the poison's state, by which the next call knows it.
+    """
+    check_output_folder(output_dir, marks=MARKS, own=OWN_NAMES)
     if not (output_dir / CARD).exists():
+        (output_dir / _STATE).mkdir(parents=True, exist_ok=True)
         return None
     facts = read_card(output_dir)
     for name, wanted in yaml.safe_load(yaml.safe_dump(_plain(request))).items():
         if facts.get(name) != wanted:
             raise ValueError(
                 f"output is {str(output_dir)!r}, which holds a data set of {name} {facts.get(name)!r} instead of "
-                f"{wanted!r}; give an empty folder."
+                f"{wanted!r}, but must be an empty folder or one of the same request."
             )
     return facts
 
@@ -221,24 +302,31 @@ def _finished(output_dir: Path, request: Mapping[str, Any]) -> dict[str, Any] | 
 def _write(
     output_dir: Path,
     data: LabelledImages,
+    rows: np.ndarray,
     perturbation: torch.Tensor,
     split: str,
     columns: Mapping[str, Any] | None,
     facts: dict[str, Any],
     start: float,
 ) -> LabelledImages:
-    protected = data.with_images(apply_perturbation(data.images, perturbation))
+    """Add the perturbation to the rows that it is of, and write all rows and the card."""
+    columns = dict(columns or {})
+    images = data.images.copy()
+    images[rows] = apply_perturbation(data.images[rows], perturbation)
+    protected = data.with_images(images)
+    if len(rows) < len(data):
+        if _FLAG in columns:
+            raise ValueError(f"dataset has a column {_FLAG!r}, but a fraction below 1 needs that name for its own.")
+        columns[_FLAG] = np.isin(np.arange(len(data)), rows).tolist()
     write_dataset(output_dir, protected, split=split, columns=columns)
     facts |= {
         "split": split,
-        "measured": measured_norms(data.images, protected.images),
+        "protected_images": len(rows),
+        "measured": measured_norms(data.images[rows], images[rows]),
         "seconds": round(time.monotonic() - start, 1),
         "packages": package_versions(),
     }
-    path = output_dir / CARD
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(_card(_plain(facts)), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(output_dir / CARD, _card(_plain(facts)))
     shutil.rmtree(output_dir / _STATE, ignore_errors=True)
     return protected
 
@@ -248,26 +336,34 @@ def _card(facts: dict[str, Any]) -> str:
     name = facts.get("method", facts.get("perturbation"))
     lines = [
         f"---\n{front}---\n",
-        f"# Protected by {name}\n",
+        f"# Protected by {_cell(name)}\n",
         "The images carry a perturbation that is meant to keep classifiers from learning anything useful of them. "
         "A row's `id` is that of the clean image that it was made from; `label` is unchanged.\n",
         "| | |",
         "|---|---|",
-        f"| poison | {name} |",
+        f"| poison | {_cell(name)} |",
     ]
     for title, key in (("preset", "preset"), ("source", "reference"), ("seed", "seed"), ("clean images", "source")):
         if facts.get(key) is not None:
-            lines.append(f"| {title} | {facts[key]} |")
+            lines.append(f"| {title} | {_cell(facts[key])} |")
+    if facts["protected_images"] < facts["images"]:
+        few = f"{facts['protected_images']} of {facts['images']} (fraction {facts['fraction']:g})"
+        lines.append(f"| protected images | {few}; the column `{_FLAG}` says which |")
     published = asdict(poisons.settings(facts["method"])) if "method" in facts else {}
     for key, value in (facts.get("settings") or facts.get("recognised") or {}).items():
         scaled = "" if value == _plain(published.get(key, value)) else f" (published: {published[key]})"
-        lines.append(f"| `{key}` | {value}{scaled} |")
+        lines.append(f"| `{_cell(key)}` | {_cell(value)}{scaled} |")
     for key, value in facts["promised"].items():
         lines.append(f"| declared {key} | {value:g} |")
     for key, value in facts["measured"].items():
         lines.append(f"| measured {key}, after rounding to 8 bits | {value:.4g} |")
     lines.append("\nL-infinity is in 1/255, L2 for images in [0, 1], L0 in pixels; L2 and L0 are per image.\n")
     return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    """A value in a table of Markdown."""
+    return printable(str(value)).replace("|", r"\|").replace("<", r"\<")
 
 
 def _other_columns(source: str, split: str | None, columns: Mapping[str, str | None]) -> dict[str, list]:

@@ -1,44 +1,60 @@
-"""REMN (also REM): error-minimising noise that holds against adversarial training.
+"""
+REMN (also REM): error-minimising noise that holds against adversarial training.
 
 The noise lowers the loss that is left after an adversary of a smaller radius has raised it, under random crops and
 mirroring; the surrogate is trained on adversarial versions of the perturbed images meanwhile. At every step the
 noise of the batch is found anew from a random start; in the end, that of every image is found once more with the
 final surrogate.
 
-The released program leaves out the last incomplete batch in the end, so that a few images keep noise of an older
-surrogate. Ours does not.
+* `remn`: the noise is made against the adversary's steepest shift.
+* `sem` (stable error-minimising noise): the noise is made against a uniformly random shift within the adversary's
+  radius, which costs a tenth. The surrogate is trained on adversarial versions all the same, as in the released
+  program. Nothing of ours has been compared with its published noise.
+
+The released program of REMN leaves out the last incomplete batch in the end, so that a few images keep noise of an
+older surrogate. Ours does not.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from . import surrogate
-from .progress import Progress
+from . import Poison, surrogate
+from .checkpoint import Checkpoint
 
 
 SOURCE = (
     "Fu et al., Robust Unlearnable Examples: Protecting Data Against Adversarial Learning, ICLR 2022, and its program"
 )
+SEM_SOURCE = (
+    "Liu et al., Stable Unlearnable Example, AAAI 2024, and its program liuyixin-louis/Stable-Unlearnable-Example"
+)
 
 
 @dataclass(frozen=True)
 class REMNSettings:
-    """Numbers of REMN.
+    """
+    Numbers of REMN.
 
-    Attributes:
-        epsilon: bound of every value of the noise, in 1/255. step: length of a step of the descent, in 1/255. steps:
-        steps of the descent, from a uniformly random start. samples: augmentations over which the gradient of a step
-        is summed. adversary_epsilon, adversary_step, adversary_steps: the adversary's bound, length and number of
-        steps, in 1/255. crop_padding: of the augmentation. model_steps: training steps of the surrogate. batch_size:
-        images of a step. learning_rate, momentum, weight_decay: of the surrogate's SGD. decay_every: training steps
-        after which the learning rate falls to a tenth, again and again. surrogate: a victim's name. width: its
-        width. bfloat16: whether the surrogate runs in mixed precision.
+    Args:
+        epsilon (`float`): Bound of every value of the noise, in 1/255.
+        step (`float`): Length of a step of the descent, in 1/255.
+        steps (`int`): Steps of the descent, from a uniformly random start.
+        samples (`int`): Augmentations over which the gradient of a step is summed.
+        adversary_epsilon, adversary_step (`float`), adversary_steps (`int`): Bound, length of a step and number of
+            steps of the adversary, which starts at random within its bound; the former two in 1/255.
+        crop_padding (`int`): Of the augmentation, in pixels.
+        model_steps (`int`): Training steps of the surrogate.
+        batch_size (`int`): Images of a step.
+        learning_rate, momentum, weight_decay (`float`): Of the surrogate's SGD.
+        decay_every (`int`): Training steps after which the learning rate falls to a tenth, again and again.
+        surrogate (`str`): A victim's name.
+        width (`int`): Its width.
+        bfloat16 (`bool`): Whether the surrogate runs in mixed precision.
     """
 
     epsilon: float = 8.0
@@ -58,6 +74,24 @@ class REMNSettings:
     surrogate: str = "resnet18"
     width: int = 64
     bfloat16: bool = False
+
+    @property
+    def noise_adversary_steps(self) -> int:
+        """Steps of the adversary that the noise has to withstand while it is made."""
+        return self.adversary_steps
+
+
+@dataclass(frozen=True)
+class SEMSettings(REMNSettings):
+    """
+    Numbers of SEM: those of [`REMNSettings`], and one more.
+
+    Args:
+        noise_adversary_steps (`int`): Steps of the adversary while the noise is made. 0, published: the adversary's
+            random start alone.
+    """
+
+    noise_adversary_steps: int = 0
 
 
 _CPU = REMNSettings(
@@ -98,7 +132,12 @@ PRESETS = {
 }
 
 
+# The same numbers as REMN's, published and ours.
+SEM_PRESETS = {name: SEMSettings(**asdict(PRESETS[name])) for name in ("published", "gpu", "cpu", "smoke")}
+
+
 def budget(settings: REMNSettings, shape: tuple[int, int, int]) -> dict[str, float]:
+    """See [`Poison`]."""
     return {"linf": settings.epsilon}
 
 
@@ -112,8 +151,9 @@ def perturb(
     checkpoint_dir: Path | None,
     progress: bool,
 ) -> torch.Tensor:
-    """See `jcdp_diffusers.poisons.get`."""
-    kept = Progress(checkpoint_dir, "remn", settings, seed, images, labels)
+    """See [`Poison`]."""
+    name = "sem" if isinstance(settings, SEMSettings) else "remn"
+    kept = Checkpoint(checkpoint_dir, name, settings, seed, images, labels)
     model = surrogate.build(settings.surrogate, settings.width, images, labels, seed, device)
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -140,7 +180,7 @@ def perturb(
 
     batches = torch.arange(len(images)).split(settings.batch_size)
     total = settings.model_steps + len(batches)
-    with tqdm(total=total, initial=done, unit="batch", desc="remn", disable=not progress) as bar:
+    with tqdm(total=total, initial=done, unit="batch", desc=name, disable=not progress) as bar:
         while done < settings.model_steps:
             # An epoch's last, incomplete batch is left out.
             if len(order) < settings.batch_size:
@@ -150,7 +190,8 @@ def perturb(
             fixed = surrogate.frozen(model)
             noise[rows] = robust_noise(fixed, batch, targets, settings, augment, draw)
             seen = augment(batch + noise[rows].to(device) / 255).clamp(0, 1)
-            loss = _train_step(model, optimizer, adversarial(fixed, seen, targets, settings, draw), targets, settings)
+            attacked = adversarial(fixed, seen, targets, settings, draw, steps=settings.adversary_steps)
+            loss = surrogate.train_step(model, optimizer, attacked, targets, bfloat16=settings.bfloat16)
             schedule.step()
             done += 1
             bar.update()
@@ -185,7 +226,7 @@ def robust_noise(
         for _ in range(settings.samples):
             moved = (images + delta).requires_grad_()
             seen = augment(moved.clamp(0, 1))
-            attacked = adversarial(model, seen.detach(), labels, settings, draw)
+            attacked = adversarial(model, seen.detach(), labels, settings, draw, steps=settings.noise_adversary_steps)
             gradient, _ = surrogate.image_gradient(model, attacked, labels, bfloat16=settings.bfloat16)
             # The adversary is taken as a constant shift of the augmented image.
             total += torch.autograd.grad(seen, moved, gradient)[0]
@@ -194,34 +235,29 @@ def robust_noise(
 
 
 def adversarial(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, settings: REMNSettings, draw: torch.Generator
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    settings: REMNSettings,
+    draw: torch.Generator,
+    *,
+    steps: int,
 ) -> torch.Tensor:
-    """Adversarial versions of images: projected sign ascent from a random start, kept in [0, 1]."""
+    """Adversarial versions of images: `steps` of projected sign ascent from a random start, kept in [0, 1]."""
     epsilon = settings.adversary_epsilon / 255
     attacked = (images + _uniform(images, epsilon, draw)).clamp(0, 1)
-    for _ in range(settings.adversary_steps):
+    for _ in range(steps):
         gradient, _ = surrogate.image_gradient(model, attacked, labels, bfloat16=settings.bfloat16)
         shift = surrogate.sign_step(attacked - images, -gradient, settings.adversary_step / 255, epsilon)
         attacked = (images + shift).clamp(0, 1)
     return attacked
 
 
-def _train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    settings: REMNSettings,
-) -> float:
-    model.train()
-    with surrogate.precision(settings.bfloat16, images.device):
-        logits = model(images.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits.float(), labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
 def _uniform(images: torch.Tensor, epsilon: float, draw: torch.Generator) -> torch.Tensor:
     return epsilon * (2 * torch.rand(images.shape, generator=draw, device=images.device) - 1)
+
+
+POISONS = (
+    Poison("remn", "REMN", SOURCE, PRESETS, budget, perturb, surrogate="supervised"),
+    Poison("sem", "SEM", SEM_SOURCE, SEM_PRESETS, budget, perturb, surrogate="supervised"),
+)

@@ -1,4 +1,5 @@
-"""TAP: adversarial examples as training data.
+"""
+TAP: adversarial examples as training data.
 
 A surrogate is trained on the clean images; then every image is moved, within its budget, until that surrogate takes
 it for the next class (targeted, (label + 1) mod classes, the stronger variant) or for anything but its own
@@ -17,9 +18,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..victims.supervised import Recipe, train_model
-from . import surrogate
-from .progress import Progress
+from ..victims import Recipe, train_model
+from . import Poison, surrogate
+from .checkpoint import Checkpoint
 
 
 SOURCE = "Fowl et al., Adversarial Examples Make Strong Poisons, NeurIPS 2021, and its released program"
@@ -27,20 +28,21 @@ SOURCE = "Fowl et al., Adversarial Examples Make Strong Poisons, NeurIPS 2021, a
 
 @dataclass(frozen=True)
 class TAPSettings:
-    """Numbers of TAP.
+    """
+    Numbers of TAP.
 
-    Attributes:
-        targeted: whether the attack aims at the next class, or away from the image's own.
-        epsilon: bound of every value of the perturbation, in 1/255.
-        step: length of a step of the attack, in 1/255.
-        steps: steps of the attack.
-        restarts: random starts.
-        crop_padding: of the augmentation inside the attack.
-        batch_size: images attacked at a time; changes nothing but the random draws.
-        recipe: how the surrogate is trained on the clean images.
-        surrogate: a victim's name.
-        width: its width.
-        bfloat16: whether the attack runs in mixed precision.
+    Args:
+        targeted (`bool`): Whether the attack aims at the next class, or away from the image's own.
+        epsilon (`float`): Bound of every value of the perturbation, in 1/255.
+        step (`float`): Length of a step of the attack, in 1/255.
+        steps (`int`): Steps of the attack.
+        restarts (`int`): Random starts.
+        crop_padding (`int`): Of the augmentation inside the attack, in pixels.
+        batch_size (`int`): Images attacked at a time; changes nothing but the random draws.
+        recipe (`Recipe`): How the surrogate is trained on the clean images.
+        surrogate (`str`): A victim's name.
+        width (`int`): Its width.
+        bfloat16 (`bool`): Whether the attack runs in mixed precision.
     """
 
     targeted: bool = True
@@ -84,6 +86,7 @@ PRESETS = {
 
 
 def budget(settings: TAPSettings, shape: tuple[int, int, int]) -> dict[str, float]:
+    """See [`Poison`]."""
     return {"linf": settings.epsilon}
 
 
@@ -97,8 +100,8 @@ def perturb(
     checkpoint_dir: Path | None,
     progress: bool,
 ) -> torch.Tensor:
-    """See `jcdp_diffusers.poisons.get`; the surrogate's training is not cut in pieces, the attack is."""
-    kept = Progress(checkpoint_dir, "tap", settings, seed, images, labels)
+    """See [`Poison`]; an interruption repeats the surrogate's training as a whole, but not the attack."""
+    kept = Checkpoint(checkpoint_dir, "tap", settings, seed, images, labels)
     model = surrogate.build(settings.surrogate, settings.width, images, labels, seed, device)
     batches = torch.arange(len(images)).split(settings.batch_size)
     current, best = torch.zeros_like(images), torch.zeros_like(images)
@@ -152,10 +155,12 @@ def perturb(
 def attack(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, settings: TAPSettings, draw: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Projected sign descent on the attack's loss from a random start.
+    """
+    Projected sign descent on the attack's loss from a random start.
 
     Returns:
-        The perturbation `(B, C, H, W)`, on the CPU, and the loss of each image in the last step.
+        `tuple[torch.Tensor, torch.Tensor]`: The perturbation `(B, C, H, W)`, on the CPU, and the loss of each image in
+        the last step.
     """
     epsilon = settings.epsilon / 255
     num_classes = model(images[:1].contiguous(memory_format=torch.channels_last)).shape[1]
@@ -171,3 +176,6 @@ def attack(
         delta = surrogate.sign_step(delta, gradient, settings.step / 255, epsilon)
         delta = (images + delta).clamp(0, 1) - images
     return delta.cpu(), losses.cpu()
+
+
+POISONS = (Poison("tap", "TAP", SOURCE, PRESETS, budget, perturb, surrogate="supervised"),)

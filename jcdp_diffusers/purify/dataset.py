@@ -25,6 +25,7 @@ import torch
 from .. import engines
 from ..acceleration.placement import place
 from ..hub import push_dataset
+from ..outputs import check_output_folder
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from .dataset_card import SUMMARY_NAME, dataset_card, summarise_shards
 from .folder import Folder, explained
@@ -32,6 +33,10 @@ from .manifest import RUN_NAME, settle_run
 from .progress import Progress
 from .shards import ShardStore
 from .worker import Job, Worker
+
+
+# What a run writes into its folder beside run.json and hidden state.
+OWN_NAMES = ("*-*.parquet", "README.md", SUMMARY_NAME, "rejected")
 
 
 def purify_dataset(
@@ -101,8 +106,8 @@ def purify_to_folder(
         plan = worker.plan() if here else _planned_elsewhere(job, how)
         if plan["rows"] is None and not (here and engines.ranks()[1] == 1):
             raise ValueError(
-                f"engine is {engine!r} and processes {processes}, but must be 'local' and 1, without a launcher, for a "
-                "data set of unknown length."
+                f"engine is {engine!r} and processes {processes}, but must be 'local' and 1, without a launcher, for "
+                "a data set of unknown length."
             )
         run = engines.first_rank_decides(lambda: _begin(folder, plan, stack))
         store = ShardStore(folder, plan["split"], rows=plan["rows"], **run["shards"])
@@ -214,11 +219,13 @@ def _job(dataset: Any, pipe: Any, output_dir: str | os.PathLike, options: dict) 
 
 
 def _check(job: Job, folder: Folder, here: bool, engine: str, processes: int | None, push_to_hub: str | None) -> None:
+    if folder.local is not None:
+        check_output_folder(folder.local, marks=(RUN_NAME,), own=OWN_NAMES, sources={"dataset": job.dataset})
     job.check()
     if not here and isinstance(job.pipe, JointConditionalPurificationPipeline):
         raise ValueError(
-            f"pipe is an opened purifier, but must be a function that opens it where engine is {engine!r} and processes "
-            f"{processes}: functools.partial(open_purifier, NAME, DEVICE, output_dir=OUTPUT_DIR)."
+            f"pipe is an opened purifier, but must be a function that opens it where engine is {engine!r} and "
+            f"processes {processes}: functools.partial(open_purifier, NAME, DEVICE, output_dir=OUTPUT_DIR)."
         )
     if push_to_hub is not None and folder.local is None:
         raise ValueError(f"output_dir is {folder.url!r}, but must be a local folder where push_to_hub is given.")

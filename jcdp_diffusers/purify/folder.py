@@ -4,13 +4,14 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from ..outputs import replacing, write_atomically
 
 
 STATE = ".purify"  # with a leading dot, readers of the data set pass it by
@@ -61,15 +62,7 @@ class Folder:
         if self.local is None:
             self.fs.pipe_file(self.path(name), text.encode())
             return
-        path = self.local / name
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        try:
-            with open(temporary, "w") as file:
-                file.write(text)
-                flush(file)
-            self.put(temporary, name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(self.local / name, text)
 
     def put(self, temporary: Path, name: str) -> None:
         """Move a complete local file to its place."""
@@ -77,12 +70,8 @@ class Folder:
             self.fs.put_file(os.fspath(temporary), self.path(name))
             temporary.unlink()
             return
-        os.replace(temporary, self.local / name)
-        folder = os.open((self.local / name).parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too, survives a power cut
-        finally:
-            os.close(folder)
+        with replacing(self.local / name) as place:
+            os.replace(temporary, place)
 
     def rename(self, name: str, other: str) -> None:
         self.fs.mv(self.path(name), self.path(other))
@@ -103,12 +92,6 @@ def digest(path: str | os.PathLike, open=open) -> str:
     """SHA-256 of a file, local unless another `open` is given."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(file) -> None:
-    """Let what was written survive a power cut."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import torch
 from ..acceleration.folded_upsampling import is_folded
 from ..acceleration.winograd import uses_winograd
 from ..devices import available_cores
+from ..outputs import public_name
 from ..pipeline_jcdp import JointConditionalPurificationPipeline, usual_micro_batch
 from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions
@@ -74,7 +75,12 @@ def describe_run(
         "purifier": {**_name_and_revision(pipe), "content": content_of(pipe, config)},
         "settings": as_settings(config),
         "seed": job.seed,
-        "source": {"name": _public(rows.name), "split": rows.split, "rows": rows.length, "content": rows.fingerprint},
+        "source": {
+            "name": public_name(rows.name),
+            "split": rows.split,
+            "rows": rows.length,
+            "content": rows.fingerprint,
+        },
         "sizes": {"image_size": size, "fit": fit, "tile_overlap": job.overlap(size) if fit == "tile" else None},
         "shards": {"count": job.shards, "rows_per_shard": job.rows_per_shard},
         "packages": package_versions(),
@@ -162,15 +168,10 @@ def content_of(pipe: JointConditionalPurificationPipeline, config: PurificationC
 def _name_and_revision(pipe: JointConditionalPurificationPipeline) -> dict:
     name = pipe.config.get("_name_or_path")
     if not name or Path(name).exists():
-        return {"name": _public(name) if name else None, "revision": None}
+        return {"name": public_name(name) if name else None, "revision": None}
     # The weights were loaded from the cache's folder of one commit, whichever revision was asked for.
     commit = re.search(r"snapshots/([0-9a-f]{40})", Path(pipe.unet.config.get("_name_or_path", "")).as_posix())
     return {"name": name, "revision": commit[1] if commit else None}
-
-
-def _public(name: str) -> str:
-    """A repository's id as it is; of a path, which may tell more than its owner wants to publish, the last part."""
-    return Path(name).name if Path(name).exists() else name
 
 
 def _flat(value: dict, prefix: tuple[str, ...] = ()) -> dict:

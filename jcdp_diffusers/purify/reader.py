@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..data import choose_split, open_dataset, parquet_files, split_of
-from .shards import digest
+from ..data import open_dataset, parquet_files, parquet_shards
+from .folder import digest
 
 
 ROWS_AT_ONCE = 128
@@ -103,16 +103,16 @@ def open_rows(
 
 def _parquet_rows(source: Path, split: str | None, columns: dict) -> Rows:
     features = open_dataset(source, split=split, streaming=True, **columns).features  # and all of its checks
-    files = parquet_files(source)
-    split = choose_split({split_of(file): None for file in files}, split, source)
-    files = [file for file in files if split_of(file) == split]
-    ends = list(itertools.accumulate(pq.read_metadata(file).num_rows for file in files))
+    shards = parquet_shards(source, split, columns["image_column"])
+    split, files = shards.split, shards.files
+    ends = list(itertools.accumulate(shards.rows))
     numbered = columns["id_column"] is None and "id" not in pq.read_schema(files[0]).names
 
     def from_row(row):
         for index in range(bisect_right(ends, row), len(files)):
             first = ends[index - 1] if index else 0
             for table in _tables_of_file(files[index], row - first):
+                table = shards.adapted(table, index)
                 table = open_dataset(datasets.Dataset(datasets.table.InMemoryTable(table)), split=split, **columns)
                 table = table.with_format("arrow")[:]
                 if numbered:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .folder import STATE, Folder, digest, flush
+from .folder import STATE, Folder, digest
 
 
 ROWS_PER_GROUP = 256  # row groups are cut by rows alone, so that a file's bytes do not depend on how its rows arrived
@@ -200,7 +200,6 @@ class _GroupedFile:
         if len(table):  # `datasets` cannot read a row group without rows, but a file without row groups it can
             self._parquet.write_table(table.combine_chunks())
         self._parquet.close()
-        flush(self._file)
         self._file.close()
 
     def discard(self) -> None:

@@ -34,7 +34,7 @@ class Job:
     What is to be purified, and how. Workers in other processes get a copy, by pickle.
 
     Args:
-        dataset (`Any`): A path, Hub id, `datasets.Dataset`, `IterableDataset` or whatever else `data.open_dataset` takes.
+        dataset (`Any`): A path, Hub id, `datasets.Dataset`, `IterableDataset` or what else `data.open_dataset` takes.
         pipe (`JointConditionalPurificationPipeline` or `Callable`): The purifier, or a function that opens it.
         output_dir (`str` or `os.PathLike`): Made if needed; a path, or a URL of fsspec. The settings of the run are in
             its `run.json`, images that cannot be used in `rejected/`.
@@ -44,16 +44,16 @@ class Job:
         preset (`str` or `PurificationConfig`, *optional*): As for `pipe(...)`.
         image_size (`int`, *optional*): Side of the square that the purifier works on, the UNet's own by default.
         fit (`str`, *optional*): What happens to images of other sizes: `"exact"` sets them aside, and refuses a data
-            set that begins with one; `"resize"` and `"tile"` see `tiling`. By default what the run was begun with, else
-            `"exact"`.
+            set that begins with one; `"resize"` and `"tile"` see `tiling`. By default what the run was begun with,
+            else `"exact"`.
         tile_overlap (`int`, *optional*): Least overlap of tiles in pixels, a quarter of `image_size` by default.
         shards (`int`, *optional*): Number of files, not for streams. Instead of:
         rows_per_shard (`int`, *optional*): Rows of the source per file; eight micro-batches by default.
         micro_batch_size (`int`, *optional*): Images per call of the network. By default, and so for the next one: what
             the run was begun with, else what suits the device.
         threads (`int`, *optional*): Of a worker on a CPU, a power of two.
-        num_workers (`int`, *optional*): Processes of each worker that decode and encode images; 0 is the worker itself,
-            the default on a CPU; otherwise 4.
+        num_workers (`int`, *optional*): Processes of each worker that decode and encode images; 0 is the worker
+            itself, the default on a CPU; otherwise 4.
         settings (`Mapping`): Further options of `pipe(...)`.
     """
 

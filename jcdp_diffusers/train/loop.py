@@ -7,7 +7,6 @@ processes of batch 8 see the same total batch as one process of batch 16. Labels
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -26,15 +25,23 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..data import LabelledImages
 from ..devices import device_in_words
 from ..noise import coloured
 from ..purification_config import default_settings
-from ..results import LATER, package_versions
-from .checkpoints import PROGRESS_NAME, find_checkpoint, list_checkpoints, remove_leftovers, save_checkpoint
+from ..results import package_versions
+from .checkpoints import (
+    PROGRESS_NAME,
+    check_form,
+    find_checkpoint,
+    list_checkpoints,
+    load_states,
+    remove_leftovers,
+    save_checkpoint,
+    save_states,
+)
 from .config import FREE_SETTINGS, TrainingConfig
 from .denoising import (
     PREDICTION_TYPES,
@@ -47,8 +54,14 @@ from .denoising import (
     sample_timesteps,
 )
 from .images import BatchLayout, ImageFiles, micro_batches, normalize
-from .model_card import RECORD_NAME, write_card
+from .model_card import write_card
 from .provenance import image_digests, trained_on, write_trained_on
+from .reading import damaged, read_json
+from .record import RECORD_NAME, ema_horizon, fingerprint
+
+
+# Entries of a checkpoint's progress.json.
+_PROGRESS = {"step": int, "seconds": (int, float), "identity": dict, "history": list, "validation": list}
 
 
 def train_purifier(
@@ -91,6 +104,7 @@ def train_purifier(
     timesteps = config.timesteps(scheduler)
     _check(images, unet, scheduler)
     output_dir = Path(output_dir)
+    checkpoint = _start_from(output_dir, config.resume_from_checkpoint)
     # A second run in one process may want another precision than the first, which this singleton would refuse.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -106,7 +120,7 @@ def train_purifier(
     with torch.random.fork_rng(devices=devices):
         run = _Run(accelerator, images, unet, scheduler, output_dir, config, timesteps, validation_images)
         run.describe(base_model, data_description)
-        run.train(progress)
+        run.train(checkpoint, progress)
         run.finish()
     return output_dir
 
@@ -144,6 +158,24 @@ def _check(images, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
         raise ValueError(
             f"prediction_type is {scheduler.config.prediction_type!r}, but must be one of {PREDICTION_TYPES}."
         )
+
+
+def _start_from(output_dir: Path, wanted: str | None) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start; refuse a folder that holds what would be replaced."""
+    if wanted is None and (found := list_checkpoints(output_dir)):
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, which holds {found[-1].name} of an earlier run: give "
+            "resume_from_checkpoint='latest' to go on with it, or another folder."
+        )
+    checkpoint = None if wanted is None else find_checkpoint(output_dir, wanted)
+    if checkpoint is not None:
+        check_form(checkpoint)
+    elif (output_dir / RECORD_NAME).exists():
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, which holds a finished purifier ({RECORD_NAME}) and no checkpoint to "
+            "go on from, but must be another folder: it would be replaced."
+        )
+    return checkpoint
 
 
 class _Run:
@@ -188,23 +220,9 @@ class _Run:
             foreach=True,
         )
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
-        accelerator.register_for_checkpointing(self.lr_scheduler, self.ema)
-        accelerator.register_save_state_pre_hook(self._save_weights)
-        accelerator.register_load_state_pre_hook(self._load_weights)
         self.step, self.seconds = 0, 0.0
         self.history: list[dict] = []
         self.validation: list[dict] = []
-
-    # Without the prefix of DistributedDataParallel, so that a run can go on with another number of processes.
-    def _save_weights(self, models, weights, folder):
-        if self.accelerator.is_main_process:
-            state = {name: tensor.contiguous() for name, tensor in self.unet.state_dict().items()}
-            save_file(state, os.path.join(folder, "unet.safetensors"))
-        weights.clear()
-
-    def _load_weights(self, models, folder):
-        self.unet.load_state_dict(load_file(os.path.join(folder, "unet.safetensors")))
-        models.clear()
 
     def describe(self, base_model: str | None, data_description: dict | None) -> None:
         """Collect what the record says about the run, and what a continuation must share with it."""
@@ -215,7 +233,7 @@ class _Run:
         self.identity = {name: value for name, value in config.items() if name not in free}
         self.identity["trained_timesteps"] = list(self.timesteps)
         self.identity["total_batch_size"] = self.layout.total
-        self.identity["images"] = _fingerprint(self.images)
+        self.identity["images"] = fingerprint(self.images)
         self.identity["unet"] = _public(self.unet.config)
         self.identity["scheduler"] = _public(self.scheduler.config)
         self.base_model_on_hub = base_model is not None and not Path(base_model).exists()
@@ -229,9 +247,11 @@ class _Run:
         known = before is not None and isinstance(self.images, LabelledImages)
         self.trained_on = before.union(image_digests(self.images.images)) if known else None
 
-    def train(self, progress: bool) -> None:
+    def train(self, checkpoint: Path | None, progress: bool) -> None:
+        """All steps that are left, with their checkpoints, held-out losses and grids."""
         config, accelerator = self.config, self.accelerator
-        self._resume()
+        if checkpoint is not None:
+            self._resume(checkpoint)
         if config.report_to is not None:
             accelerator.init_trackers("train_purifier", config={k: str(v) for k, v in self.settings.items()})
         bar = tqdm(
@@ -367,12 +387,20 @@ class _Run:
             elif tracker.name == "wandb":
                 tracker.log_images({name: [picture]}, step=self.step)
 
+    def _others(self) -> dict:
+        """What has a state beside network, optimiser and average."""
+        scaler = self.accelerator.scaler  # of float16
+        return {"lr_scheduler": self.lr_scheduler} | ({} if scaler is None else {"scaler": scaler})
+
+    def _save_states(self, folder: Path) -> None:
+        save_states(folder, self.unet, self.optimizer, self._others(), self.ema)
+
     def _checkpoint(self) -> None:
         self._clock()
         save_checkpoint(
             self.output_dir,
             self.step,
-            self.accelerator.save_state,
+            self._save_states,
             {
                 "step": self.step,
                 "seconds": self.seconds,
@@ -385,35 +413,22 @@ class _Run:
             total_limit=self.config.checkpoints_total_limit,
         )
 
-    def _resume(self) -> None:
-        wanted = self.config.resume_from_checkpoint
-        if wanted is None and (found := list_checkpoints(self.output_dir)):
-            raise ValueError(
-                f"output_dir is {str(self.output_dir)!r}, which holds {found[-1].name} of an earlier run: give "
-                "resume_from_checkpoint='latest' to go on with it, or another folder."
-            )
-        checkpoint = None if wanted is None else find_checkpoint(self.output_dir, wanted)
-        if checkpoint is None:
-            if (self.output_dir / RECORD_NAME).exists():
-                raise ValueError(
-                    f"output_dir is {str(self.output_dir)!r}, which holds a finished purifier ({RECORD_NAME}) and no "
-                    "checkpoint to go on from, but must be another folder: it would be replaced."
-                )
-            return
-        saved = json.loads((checkpoint / PROGRESS_NAME).read_text())
-        identity = json.loads(json.dumps(self.identity))
-        before = {name: value for name, value in LATER.items() if name in identity} | saved["identity"]
-        for name, value in before.items():
+    def _resume(self, checkpoint: Path) -> None:
+        saved = read_json(checkpoint / PROGRESS_NAME, _PROGRESS)
+        identity = json.loads(json.dumps(self.identity))  # tuples are lists in JSON
+        if saved["identity"].keys() != identity.keys():
+            raise damaged(checkpoint / PROGRESS_NAME, "identity has other entries")
+        for entry in saved["history"] + saved["validation"]:
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+                raise damaged(checkpoint / PROGRESS_NAME, "an entry of history or validation has no step")
+        for name, value in saved["identity"].items():
             if identity[name] != value:
                 raise ValueError(f"{name} is {identity[name]!r}, but {checkpoint} was trained with {value!r}.")
         if saved["step"] > self.config.max_train_steps:
             raise ValueError(
                 f"max_train_steps is {self.config.max_train_steps}, but {checkpoint.name} has {saved['step']} already."
             )
-        self.accelerator.load_state(str(checkpoint))
-        # Its count of micro-batches is of the accumulation that the checkpoint had; a step of ours begins here.
-        self.accelerator.step = 0
-        self.ema.to(self.accelerator.device)
+        load_states(checkpoint, self.unet, self.optimizer, self._others(), self.ema)
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.history, self.validation = saved["history"], saved["validation"]
 
@@ -460,28 +475,6 @@ class _Run:
         return device_in_words(self.accelerator.device)
 
 
-def ema_horizon(ema: EMAModel, steps: int) -> dict:
-    """
-    How far back the averaged weights reach after a number of steps.
-
-    Returns:
-        `dict`: `weight_of_start`, the share of the weights as they were after the first step; `mean_age`, in steps.
-    """
-    share, age = 1.0, 0.0
-    for step in range(2, steps + 1):
-        decay = ema.get_decay(step)
-        share, age = share * decay, decay * (age + 1)
-    return {"weight_of_start": share, "mean_age": age}
-
-
 def _public(config: dict) -> dict:
     """A diffusers configuration without its own notes, such as the version that wrote it."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def _fingerprint(images: LabelledImages | ImageFiles) -> str:
-    """What tells one collection from another: every pixel if they are in memory, else the files and their form."""
-    if isinstance(images, ImageFiles):
-        form = f"{images.channels}x{images.resolution}x{images.resolution}, {images.center_crop=}"
-        return f"{len(images)} images, {form}, {images.fingerprint()}"
-    return hashlib.blake2b(np.ascontiguousarray(images.images), digest_size=16).hexdigest()

@@ -1,16 +1,16 @@
 """A purifier's model card, made from records alone."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .record import read_record
+
 
 # A link to model_card.md at the top of the repository, which documents its variables.
 TEMPLATE = Path(__file__).with_name("model_card.md")
-RECORD_NAME = "training_record.json"
 
 
 def purifier_card(
@@ -82,9 +82,12 @@ def write_card(
         repo_id (`str`, *optional*): The folder's name by default.
 
     Other arguments as in [`purifier_card`].
+
+    Raises:
+        ValueError: If the record is damaged; the sentence names the file.
     """
     folder = Path(folder)
-    record = json.loads((folder / RECORD_NAME).read_text())
+    record = read_record(folder)
     card = purifier_card(record, repo_id=repo_id or folder.resolve().name, license=license, results=results)
     card.save(folder / "README.md")
     return folder / "README.md"

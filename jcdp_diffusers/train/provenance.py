@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ..data import LabelledImages
+from .reading import damaged, read_json
 
 
 TRAINED_ON_NAME = "trained_on.json"
@@ -58,6 +59,9 @@ def trained_on(purifier: str | os.PathLike) -> frozenset[str] | None:
     Returns:
         `frozenset[str]`: See `image_digests`; None if the repository has no list, one of other weights, or cannot be
         reached.
+
+    Raises:
+        ValueError: If the list is damaged; the sentence names the file.
     """
     folder = Path(purifier)
     if not folder.is_dir():
@@ -68,7 +72,9 @@ def trained_on(purifier: str | os.PathLike) -> frozenset[str] | None:
     path = folder / TRAINED_ON_NAME
     if not path.is_file():
         return None
-    listed = json.loads(path.read_text())
+    listed = read_json(path, {"weights": str, "images": list})
+    if not all(isinstance(digest, str) for digest in listed["images"]):
+        raise damaged(path, "images holds something else than digests")
     return frozenset(listed["images"]) if listed["weights"] == _weights_digest(folder) else None
 
 

@@ -1,37 +1,65 @@
-"""Victims: the networks that are trained on a data set to see what can be learned from it.
+"""
+Victims: the networks that are trained on a data set to see what can be learned from it.
 
-`get(name)` returns a builder, `builder(num_classes, *, in_channels=3, width=64) -> nn.Module`, whose network maps
-images (B, C, H, W) in [0, 1] to logits (B, num_classes). A new victim is one such function and a line in `_BUILDERS`.
+`train_victim(train, test, victim=..., method=..., recipe=...)` trains one and scores it: `victim` names the network,
+`method` the way of learning, `recipe` the numbers. `get(name)` returns a network's builder,
+`builder(num_classes, *, in_channels=3, width=64) -> nn.Module`. A new network is one such function in `networks.py`
+and its name in `NAMES`.
 """
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
-from torch import nn
 
+NAMES = ("resnet18", "vgg16", "densenet121", "mobilenet_v2", "vit")
+METHODS = ("supervised", "simclr", "moco-v2", "byol")
 
-# Name -> module and function. Modules are imported on demand, because some of them need heavy libraries.
-_BUILDERS = {
-    "resnet18": ("jcdp_diffusers.victims.networks.resnet", "resnet18"),
-    "vgg16": ("jcdp_diffusers.victims.networks.transfer", "vgg16"),
-    "densenet121": ("jcdp_diffusers.victims.networks.transfer", "densenet121"),
-    "mobilenet_v2": ("jcdp_diffusers.victims.networks.transfer", "mobilenet_v2"),
-    "vit": ("jcdp_diffusers.victims.networks.transfer", "vit"),
+# Name -> module. Each is imported when the name is first used, so that the names above cost no import of torch.
+_MODULES = {
+    "HOOK_METHODS": "training",
+    "RECIPES": "recipes",
+    "Recipe": "recipes",
+    "ContrastiveRecipe": "recipes",
+    "get_recipe": "recipes",
+    "recipes_of": "recipes",
+    "VictimResult": "victim",
+    "confusion_matrix": "evaluation",
+    "predict": "evaluation",
+    "random_crop_flip": "supervised",
+    "train_model": "supervised",
+    "train_victim": "victim",
 }
 
-NAMES = tuple(_BUILDERS)
+__all__ = ["METHODS", "NAMES", "get", *_MODULES]
 
 
-def get(name: str) -> Callable[..., nn.Module]:
-    """Returns the builder of a victim.
+def get(name: str) -> Callable[..., Any]:
+    """
+    The builder of a network.
 
     Args:
-        name: one of `NAMES`.
+        name (`str`): One of `NAMES`.
+
+    Returns:
+        `Callable`: `builder(num_classes, *, in_channels=3, width=64) -> nn.Module`. The module maps images (B, C, H,
+        W) in [0, 1] to logits (B, num_classes), and has `features(images)`, (B, num_features), and `num_features`.
 
     Raises:
-        ValueError: if there is no victim of that name.
+        ValueError: If there is no network of that name.
     """
-    if name not in _BUILDERS:
-        raise ValueError(f"victim {name!r} is unknown; accepted are {', '.join(NAMES)}.")
-    module, function = _BUILDERS[name]
-    return getattr(import_module(module), function)
+    if name not in NAMES:
+        raise ValueError(f"victim is {name!r}, but must be one of {', '.join(NAMES)}.")
+    return getattr(import_module(".networks", __name__), name)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

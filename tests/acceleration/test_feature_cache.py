@@ -7,7 +7,7 @@ from purifying import source_folder
 from tiny import tiny_unet
 
 from jcdp_diffusers import GuidedDDPMScheduler, JointConditionalPurificationPipeline, PurificationConfig
-from jcdp_diffusers.acceleration.feature_cache import FeatureReuse
+from jcdp_diffusers.acceleration.feature_cache import FeatureCache
 from jcdp_diffusers.purify.dataset import purify_to_folder
 from jcdp_diffusers.train.unets import UNETS, named_unet
 
@@ -47,7 +47,7 @@ def test_bits_of_whole_and_reused_evaluations(name, dtype):
     x, expected = photos(2, 16).to(dtype), {}
     for t in (40, 39):
         expected[t] = unet(x, at(t)).sample
-    reuse = FeatureReuse(unet, 2)
+    reuse = FeatureCache(unet, 2)
     assert torch.equal(reuse(x, at(40))[0], expected[40])  # whole
     assert torch.equal(reuse(x, at(40))[0], expected[40])  # reused where nothing has changed
     assert torch.equal(reuse(x, at(39))[0], expected[39])
@@ -60,7 +60,7 @@ def test_bits_of_whole_and_reused_evaluations(name, dtype):
 def test_a_reused_evaluation_sees_the_present_image_and_time():
     """Against the network's own forward whose deeper levels are made to return what they did before."""
     unet, (x, other) = tiny_unet(), (photos(2), 1 - photos(2))
-    reuse = FeatureReuse(unet, 3)
+    reuse = FeatureCache(unet, 3)
     reuse(x, at(9))
     kept = reuse.features
     second, third = reuse(other, at(5))[0], reuse(other, at(4))[0]
@@ -72,7 +72,7 @@ def test_a_reused_evaluation_sees_the_present_image_and_time():
 
 
 def test_kept_numbers_are_those_of_the_docstring():
-    reuse = FeatureReuse(named_unet("ddpm-cifar10").eval().to(torch.bfloat16), 2)
+    reuse = FeatureCache(named_unet("ddpm-cifar10").eval().to(torch.bfloat16), 2)
     with torch.no_grad():
         reuse(photos(1).bfloat16(), at(3, 1))
     assert reuse.features.shape == (1, UNETS["ddpm-cifar10"]["block_out_channels"][1], 32, 32)

@@ -1,15 +1,19 @@
 """A purifier placed by one switch: the type and layout it runs in, its bits, and runs that go on as they were begun."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler
 from purifying import quick_pipe, read_back, same, source_folder
 from tiny import tiny_unet
 
 from jcdp_diffusers import JointConditionalPurificationPipeline, LPIPSModel
-from jcdp_diffusers.acceleration.placement import compiled_normal_noise, place
+from jcdp_diffusers.acceleration import PRECISIONS, place
+from jcdp_diffusers.acceleration.folded_upsampling import is_folded
+from jcdp_diffusers.acceleration.placement import compiled_normal_noise
 from jcdp_diffusers.devices import has_bfloat16
 from jcdp_diffusers.noise import image_keys, normal_noise
 from jcdp_diffusers.purify.__main__ import main
@@ -54,6 +58,31 @@ def test_what_is_placed_and_what_stays(pipe):
 def test_another_precision_is_refused(pipe):
     with pytest.raises(ValueError, match="precision is 'tf32', but must be one of"):
         place(pipe, "cpu", precision="tf32")
+
+
+def test_any_pipeline_with_a_unet_is_placed():
+    plain = DDPMPipeline(tiny_unet(), DDPMScheduler())
+    plain.set_progress_bar_config(disable=True)
+    run = lambda: plain(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    before = run()
+    assert place(plain, "cpu", precision="float32") is plain and not hasattr(plain, "normal_noise")
+    assert is_folded(plain.unet) and abs(run() - before).max() < 1e-4
+    with pytest.raises(ValueError, match="pipe is a Module without a network"):
+        place(torch.nn.Module(), "cpu")
+
+
+@pytest.mark.parametrize(
+    "first", ["acceleration", "pipeline_jcdp", "acceleration.placement", "acceleration.feature_cache"]
+)
+def test_acceleration_and_pipeline_may_be_imported_in_any_order(first):
+    rest = "from jcdp_diffusers.acceleration import PRECISIONS, place; from jcdp_diffusers import PurificationOutput"
+    subprocess.run([sys.executable, "-c", f"import jcdp_diffusers.{first}; {rest}"], check=True)
+
+
+def test_acceleration_has_no_other_names():
+    assert PRECISIONS[0] == "auto"
+    with pytest.raises(ImportError, match="teleport"):
+        from jcdp_diffusers.acceleration import teleport  # noqa: F401
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -11,21 +11,21 @@ AUDITS = PurificationConfig(diffusion_steps=40, num_inference_steps=4, num_round
 
 def test_a_countermeasure_by_its_name():
     one = attack("jpeg-10")
-    assert one.name == one.measure.name == "jpeg-10"
+    assert one.name == one.countermeasure.name == "jpeg-10"
     assert not one.takes_purified and not one.purifies_as_the_audit
-    assert one.as_done(AUDITS, smoke=False) is one.measure
+    assert one.as_done(AUDITS, smoke=False) is one.countermeasure
 
 
 def test_purified_in_front_takes_the_purified_images():
     one = attack("purified+corruption")
     assert one.takes_purified and not one.purifies_as_the_audit
-    assert one.measure.name == "corruption" and not one.measure.needs_purifier
+    assert one.countermeasure.name == "corruption" and not one.countermeasure.needs_purifier
 
 
 def test_purified_behind_others_purifies_what_they_leave_as_the_audit_does():
     one = attack("impulse-filter+purified+corruption")
     assert one.purifies_as_the_audit and not one.takes_purified
-    assert [part.name for part in one.measure.parts] == ["impulse-filter", "unconditional", "corruption"]
+    assert [part.name for part in one.countermeasure.parts] == ["impulse-filter", "unconditional", "corruption"]
     done = one.as_done(AUDITS, smoke=False)
     assert [part.name for part in done.parts] == ["impulse-filter", "purified", "corruption"]
     assert done.parts[1].settings["diffusion_steps"] == 40
@@ -33,8 +33,8 @@ def test_purified_behind_others_purifies_what_they_leave_as_the_audit_does():
 
 def test_another_purification_keeps_its_settings_except_in_a_smoke_run():
     one = attack("avatar")
-    assert one.as_done(AUDITS, smoke=False) is one.measure
-    assert one.measure.settings["diffusion_steps"] == 100
+    assert one.as_done(AUDITS, smoke=False) is one.countermeasure
+    assert one.countermeasure.settings["diffusion_steps"] == 100
     assert one.as_done(AUDITS, smoke=True).parts[0].settings["diffusion_steps"] == 40
 
 

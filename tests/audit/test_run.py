@@ -1,6 +1,5 @@
 """The audit from the command to the report, on digits of 16x16 and in smoke runs, which take seconds."""
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +11,6 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from sklearn.datasets import load_digits
 from tiny import tiny_unet
 
-from jcdp_diffusers import countermeasures
 from jcdp_diffusers.audit.run import audit
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
@@ -220,8 +218,7 @@ def test_a_guide_that_needs_a_network_is_refused_before_anything_is_trained(fold
     asked = command(folders, tmp_path / "out", "--countermeasures", "jcdp")
     asked[asked.index("smoke")] = "digits"
     assert main(asked) == 1
-    assert "needs 'lpips-alex', but the pipeline has no network" in (said := capsys.readouterr().err)
-    assert "give --perceptual alex to jcdp purify or to an audit that trains its purifier" in said
+    assert "--perceptual is None, but must be 'lpips-alex'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(command(folders, tmp_path / "out", "--perceptual", "nowhere")) == 1
     assert "perceptual is 'nowhere', but must be one of alex, vgg, squeeze, a folder" in capsys.readouterr().err
@@ -291,6 +288,57 @@ def test_an_output_of_another_audit_is_refused_before_any_work(changes, begun, f
     assert (output / "records.jsonl").read_text() == before
 
 
+def contents(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("planted", ["report.html", "records.jsonl", "pictures", "pictures/images.png", "purified"])
+def test_planted_links_are_not_written_through(planted, audited, folders, tmp_path, capfd):
+    output = shutil.copytree(audited, tmp_path / "out")
+    elsewhere = tmp_path / "elsewhere"
+    place = output / planted
+    if place.is_dir():
+        place.rename(elsewhere)
+    else:
+        elsewhere.write_text("precious")
+        place.unlink()
+    place.symlink_to(elsewhere)
+    before = contents(tmp_path)
+    assert main(command(folders, output)) == 1
+    assert f"--output is {str(output)!r}, which holds the link {planted!r}" in sentence(capfd)
+    assert contents(tmp_path) == before
+
+
+def test_what_is_read_and_files_of_others_stay_as_they_are(audited, folders, tmp_path, capfd):
+    roles = ("protected", "collected", "test", "clean")
+    own = {role: str(shutil.copytree(folders[role], tmp_path / role)) for role in roles}
+    before = contents(tmp_path)
+    for output, said in [(own[role], f"is that of --{role}") for role in own] + [
+        (f"{own['test']}/out", "lies inside that of --test"),
+        (str(tmp_path), "holds that of --protected"),
+        (str(audited / "purifier"), "which holds '"),
+    ]:
+        assert main(command(own, output, roles=roles)) == 1
+        assert f"--output is {output!r}, which {said}".replace("which which", "which") in sentence(capfd)
+    with pytest.raises(ValueError, match="output_dir is .* is that of purifier"):
+        audit(protected="x", test="y", purifier=audited / "purifier", output_dir=audited / "purifier")
+    assert contents(tmp_path) == before
+
+
+def test_a_report_names_folders_by_their_last_part(audited):
+    outside = str(audited.parent.parent)
+    for name in ("report.html", "report.md", "report.json", "records.jsonl", "purified/README.md"):
+        assert outside not in (audited / name).read_text(), name
+    assert (
+        "--protected protected --collected collected" in json.loads((audited / "report.json").read_text())["command"]
+    )
+
+
+def test_a_control_needs_the_clean_images(folders, tmp_path, capfd):
+    assert main(command(folders, tmp_path / "out", "--control")) == 1
+    assert "control is True, but without clean images" in sentence(capfd)
+
+
 def test_a_protection_beyond_its_budget_is_marked(folders, tmp_path):
     roles = ("protected", "collected", "test", "clean")
     assert main(command(folders, tmp_path / "out", "--budget", "8", roles=roles)) == 0
@@ -298,13 +346,6 @@ def test_a_protection_beyond_its_budget_is_marked(folders, tmp_path):
     assert "**!** The protection changes values by up to" in report and "more than its budget of 8/255" in report
     assert "lies within 8/255 (up to 1 % of the values aside) of a collected or test image" in report
     assert "--budget 8" in report
-
-
-def test_countermeasures_that_replace_the_loss_are_known_as_such():
-    for name, file in countermeasures._FILES.items():
-        family = importlib.import_module(f"jcdp_diffusers.countermeasures.{file}")
-        replaces = any(hasattr(entry, "loss") for entry in vars(family).values() if isinstance(entry, type))
-        assert replaces == (file in countermeasures._REPLACING_LOSS), name
 
 
 def test_roles_of_the_paper_are_marked_everywhere(folders, tmp_path):
@@ -340,11 +381,11 @@ def test_what_cannot_be_audited_ends_in_one_sentence(folders, tmp_path, capfd):
     code, said = refused({"protected": str(tmp_path / "no_nine")})
     assert code == 1 and "protected has no image of class '9', but every one of the 10 classes needs some" in said
 
-    names = tuple("0123456789")[::-1]
+    names = tuple(f"digit {label}" for label in range(10))
     other = LabelledImages(test.images, test.labels, test.ids, names)
     write_dataset(tmp_path / "other", other)
     code, said = refused({"test": str(tmp_path / "other")})
-    assert code == 1 and "must name the same classes in the same order, but number 0 is '0' in protected" in said
+    assert code == 1 and "protected has no image of class 'digit 0'" in said
 
     broken = tmp_path / "broken" / "3"
     broken.mkdir(parents=True)
@@ -378,7 +419,7 @@ def test_what_cannot_be_audited_ends_in_one_sentence(folders, tmp_path, capfd):
     code, said = refused({}, "--countermeasures", "purified")
     assert code == 1 and "attacks (--countermeasures) has 'purified', but that is a row of every audit" in said
     code, said = refused({}, "--countermeasures", "gray,at-8+ueraser-max")
-    assert code == 1 and "'at-8+ueraser-max', but at-8 and ueraser-max each replace the loss, which only one" in said
+    assert code == 1 and "'at-8+ueraser-max'" in said and "at-8 and ueraser-max" in said
     code, said = refused({}, "--preset", "best")
     assert code == 1 and "preset is 'best', but must be one of" in said
     code, said = refused({}, "--budget", "300")

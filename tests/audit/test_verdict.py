@@ -1,90 +1,210 @@
-"""The one sentence of an audit, in every case that it knows."""
+"""The one sentence of an audit: in every case that it knows, and how often it is wrong."""
 
+import numpy as np
 import pytest
+from scipy.special import ndtri
 
-from jcdp_diffusers.audit.verdict import limits, verdict
+from jcdp_diffusers.audit.limits import limits
+from jcdp_diffusers.audit.verdict import verdict
 
 
 TITLES = {"purified": "purification"}
 
 
 @pytest.mark.parametrize(
-    "rows, status, sentence",
+    "rows, status, figures",
     [
         (
             {"clean": [0.76, 0.77, 0.75], "protected": [0.26, 0.27, 0.25], "purified": [0.71, 0.70, 0.72]},
             "broken",
-            "The protection does not survive: 26 % -> 71 % by purification, clean 76 %, three seeds.",
+            "26 % -> 71 % by purification, clean 76 %, three seeds",
         ),
         (
             {"clean": [0.76, 0.77], "protected": [0.26, 0.27], "purified": [0.40, 0.41]},
             "weakened",
-            "The protection survives in part: 26 % -> 40 % by purification, clean 76 %, two seeds, which wins back 28 % "
-            "of what it took.",
+            "26 % -> 40 % by purification, clean 76 %, two seeds, which wins back 28 % of what it took",
         ),
         (
-            {"clean": [0.76, 0.77], "protected": [0.26, 0.27], "purified": [0.27, 0.27]},
+            {"clean": [0.76, 0.77, 0.76], "protected": [0.26, 0.27, 0.26], "purified": [0.27, 0.27, 0.26]},
             "withstands",
-            "The protection survives what was tried: 26 % -> 27 % by purification, clean 76 %, two seeds; a stronger "
-            "attack may still break it.",
+            "26 % -> 27 % by purification, clean 76 %, three seeds; no attack wins back 5 points",
         ),
         (
-            {"clean": [0.76, 0.75], "protected": [0.75, 0.75], "purified": [0.70, 0.71]},
+            {"clean": [0.76, 0.75, 0.76], "protected": [0.75, 0.75, 0.75], "purified": [0.70, 0.71, 0.70]},
             "ineffective",
-            "There is no protection to remove: victims get 75 % from the protected images and 76 % from the clean ones, "
-            "two seeds.",
+            "75 % from the protected images and 76 % from the clean ones, three seeds; it takes less than 5 points",
         ),
         (
             {"clean": [0.26, 0.27, 0.25], "protected": [0.76, 0.77, 0.78], "purified": [0.71, 0.70, 0.72]},
             "exchanged",
-            "No verdict: the protected and the clean images seem to be exchanged, for victims get 77 % from those given "
-            "as protected and 26 % from those given as clean, three seeds.",
+            "77 % from the protected images and 26 % from the clean ones, three seeds",
         ),
+        ({"protected": [0.26, 0.27], "purified": [0.71, 0.70]}, "undone", "26 % -> 70 % by purification, two seeds"),
+        ({"protected": [0.26, 0.27], "purified": [0.27, 0.26]}, "open", "26 % -> 26 % by purification, two seeds"),
         (
-            {"protected": [0.26, 0.27], "purified": [0.71, 0.70]},
-            "undone",
-            "The protection does not hold: 26 % -> 70 % by purification, two seeds; how much of it is left cannot be "
-            "known without clean images.",
-        ),
-        (
-            {"protected": [0.26], "purified": [0.27]},
-            "open",
-            "No verdict: 26 % -> 27 % by purification, one seed; without clean images, a protection that survives "
-            "cannot be told from images that teach little.",
+            {"clean": [0.8], "protected": [0.1], "purified": [0.8]},
+            "undecided",
+            "10 % from the protected images and 80 % from the clean ones, one seed, 2,000 test images. A single victim",
         ),
     ],
 )
-def test_sentences(rows, status, sentence):
-    judged = verdict(rows, TITLES)
-    assert (judged["status"], judged["sentence"]) == (status, sentence)
+def test_statuses_and_figures(rows, status, figures):
+    judged = verdict(rows, TITLES, test_images=2000)
+    assert judged["status"] == status and figures in judged["sentence"]
 
 
 def test_the_strongest_attack_counts():
-    rows = {"clean": [0.8, 0.8], "protected": [0.1, 0.1], "purified": [0.3, 0.3], "jpeg-10": [0.7, 0.7]}
-    judged = verdict(rows, TITLES)
+    rows = {"clean": [0.8, 0.81], "protected": [0.1, 0.106], "purified": [0.3, 0.31], "jpeg-10": [0.7, 0.71]}
+    judged = verdict(rows, TITLES, test_images=1000)
     assert judged["attack"] == "jpeg-10" and "10 % -> 70 % by jpeg-10" in judged["sentence"]
-    assert judged["regained_share"] == pytest.approx(0.8571)
+    assert judged["regained_share"] == pytest.approx(0.8575)
+    assert judged["differences"]["lost"]["estimate"] == 0.702 and judged["differences"]["gained"]["low"] > 0.5
 
 
-def test_figures_that_scatter_widely_decide_nothing():
-    rows = {"clean": [0.8, 0.8], "protected": [0.2, 0.4], "purified": [0.3, 0.5]}
-    assert verdict(rows, TITLES)["status"] == "withstands"
+def test_the_control_is_no_attack():
+    rows = {"clean": [0.8, 0.81], "control": [0.79, 0.8], "protected": [0.1, 0.11], "purified": [0.7, 0.71]}
+    judged = verdict(rows, TITLES, test_images=1000)
+    assert (judged["status"], judged["attack"]) == ("broken", "purified")
 
 
-def test_only_a_clear_difference_is_an_exchange():
-    for clean in ([0.70, 0.70], [0.5, 0.9]):  # a point and a half below, and below within the spread
-        rows = {"clean": clean, "protected": [0.715, 0.715], "purified": [0.7, 0.7]}
-        assert verdict(rows, TITLES)["status"] == "ineffective"
+def test_few_photographs_decide_nothing():
+    """28 photographs and 16 test images: 73 % from the protected, 58 % from the clean, spreads of 32 and 14 points."""
+    rows = {"clean": [0.4375, 0.5625, 0.75], "protected": [0.375, 0.8125, 1.0], "purified": [0.5, 0.75, 0.625]}
+    judged = verdict(rows, TITLES, test_images=16)
+    assert judged["status"] == "undecided" and "no protection" not in judged["sentence"]
+    assert judged["enough"]["seeds"] > 3 and judged["enough"]["test_images"] > 16
+    assert f"{judged['enough']['test_images']:,} test images are enough" in judged["sentence"]
+
+
+@pytest.mark.parametrize("purified", [[0.9, 0.1, 0.4], [0.1, 0.9, 0.1], [0.6, 0.1, 0.1]])
+def test_a_protection_that_one_victim_got_around_does_not_survive(purified):
+    rows = {"clean": [0.9, 0.89, 0.91], "protected": [0.1, 0.1, 0.1], "purified": purified}
+    judged = verdict(rows, TITLES, test_images=10_000)
+    assert judged["status"] == "undecided" and "survives." not in judged["sentence"]
+    other = verdict(rows | {"purified": [0.1, 0.1, 0.1], "gray": purified}, TITLES, test_images=10_000)
+    assert other["status"] == "undecided"
+
+
+def test_many_victims_of_which_one_got_around_it():
+    """The mean gains nothing, and still nobody is told that the protection survives."""
+    rows = {"clean": [0.9] * 40, "protected": [0.1] * 40, "purified": [0.9, *[0.1] * 39]}
+    assert verdict(rows, TITLES, test_images=10_000)["status"] == "undecided"
+    assert verdict(rows | {"purified": [0.1] * 40}, TITLES, test_images=10_000)["status"] == "withstands"
+
+
+def test_what_would_be_enough_is_enough():
+    """The same means and spreads with the numbers that are asked for."""
+    rows = {"clean": [0.70, 0.76, 0.79], "protected": [0.28, 0.16, 0.36], "purified": [0.31, 0.45, 0.62]}
+    judged = verdict(rows, TITLES, test_images=60)
+    seeds, images = judged["enough"]["seeds"], judged["enough"]["test_images"]
+    assert judged["status"] == "undecided" and seeds >= 3 and images >= 60
+
+    def stretched(values):
+        """As many values of the same mean and standard deviation."""
+        shape = np.resize(np.array(values) - np.mean(values), seeds)
+        shape -= shape.mean()
+        return np.mean(values) + shape * np.std(values, ddof=1) / np.std(shape, ddof=1)
+
+    assert verdict({row: stretched(v) for row, v in rows.items()}, TITLES, test_images=images)["status"] != "undecided"
+
+
+def test_where_no_number_is_enough_none_is_named():
+    rows = {"clean": [0.9, 0.1, 0.5], "protected": [0.1, 0.9, 0.5], "purified": [0.5, 0.1, 0.9]}
+    judged = verdict(rows, TITLES, test_images=1000)
+    assert judged["status"] == "undecided" and judged["enough"] is None and "might not tell" in judged["sentence"]
 
 
 def test_a_smoke_run_decides_nothing():
-    judged = verdict({"clean": [0.8], "protected": [0.1], "purified": [0.8]}, TITLES, smoke=True)
-    assert judged["status"] == "smoke" and judged["sentence"].startswith("A first try in seconds, from which nothing")
+    judged = verdict({"clean": [0.8], "protected": [0.1], "purified": [0.8]}, TITLES, test_images=100, smoke=True)
+    assert judged["status"] == "smoke" and judged["enough"] is None
 
 
 def test_a_verdict_needs_an_attack():
-    with pytest.raises(ValueError, match=r"accuracies has the rows \('protected',\), but 'protected' and an attack"):
-        verdict({"protected": [0.5]}, TITLES)
+    for rows in ({"protected": [0.5]}, {"protected": [0.5], "control": [0.6]}, {"purified": [0.5]}):
+        with pytest.raises(ValueError, match=r"accuracies has the rows \('p.*but must have 'protected' and an attack"):
+            verdict(rows, TITLES, test_images=10)
+
+
+# ---------------------------------------------------------------------------------------------------------- simulation
+
+
+def simulated(accuracies, *, std, seeds, test_images, draw):
+    """
+    Victims whose true accuracies scatter by seed, scored on one drawn test set.
+
+    Some images are harder than others for every victim: half of the variance of what decides an answer is the image's.
+    """
+    difficulty = draw.standard_normal(test_images)
+    rows = {}
+    for row, mean in accuracies.items():
+        true = np.clip(mean + std * draw.standard_normal(seeds), 0.0, 1.0)
+        answers = (difficulty + draw.standard_normal((seeds, test_images))) / np.sqrt(2) < ndtri(true)[:, None]
+        rows[row] = answers.mean(axis=1).tolist()
+    return rows
+
+
+def rates(accuracies, *, runs=200, **sizes) -> dict[str, float]:
+    draw = np.random.default_rng(0)
+    found = [
+        verdict(simulated(accuracies, draw=draw, **sizes), {}, test_images=sizes["test_images"])["status"]
+        for _ in range(runs)
+    ]
+    return {status: found.count(status) / runs for status in set(found)}
+
+
+SIZES = [
+    pytest.param({"std": std, "seeds": seeds, "test_images": images}, id=f"{seeds}-seeds-{images}-images-std-{std}")
+    for seeds, images in ((2, 100), (3, 16), (3, 400), (5, 1000))
+    for std in (0.0, 0.03, 0.15)
+]
+
+
+@pytest.fixture(autouse=True)
+def no_search(monkeypatch, request):
+    """What would be enough is of no interest in a simulation, and slow."""
+    if "sizes" in request.fixturenames:
+        monkeypatch.setattr("jcdp_diffusers.audit.verdict.what_would_decide", lambda rows, largest: None)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    ("truth", "false"),
+    [
+        # The protection takes just the margin: saying that there is none is wrong.
+        ({"clean": 0.75, "protected": 0.70, "purified": 0.70}, "ineffective"),
+        ({"clean": 0.95, "protected": 0.70, "purified": 0.95}, "ineffective"),
+        # An attack wins back just the margin, or half: saying that it survives is wrong.
+        ({"clean": 0.80, "protected": 0.20, "purified": 0.25}, "withstands"),
+        ({"clean": 0.80, "protected": 0.20, "purified": 0.20, "gray": 0.25}, "withstands"),
+        ({"clean": 0.60, "protected": 0.52, "purified": 0.56}, "withstands"),
+        # Attacks win back just less than half, or nothing: saying that it is broken is wrong.
+        ({"clean": 0.80, "protected": 0.20, "purified": 0.499}, "broken"),
+        ({"clean": 0.80, "protected": 0.20, "purified": 0.49, "gray": 0.49, "jpeg-10": 0.49}, "broken"),
+        ({"clean": 0.80, "protected": 0.20, "purified": 0.20}, "broken"),
+        ({"clean": 0.80, "protected": 0.80, "purified": 0.80}, "broken"),
+        ({"clean": 0.80, "protected": 0.80, "purified": 0.80}, "exchanged"),
+        ({"protected": 0.40, "purified": 0.45}, "undone"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{100 * share:g}" for share in value.values()),
+)
+def test_false_statements_are_rare(truth, false, sizes):
+    assert rates(truth, **sizes).get(false, 0.0) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("truth", "right"),
+    [
+        ({"clean": 0.77, "protected": 0.26, "purified": 0.72}, "broken"),
+        ({"clean": 0.77, "protected": 0.26, "purified": 0.40}, "weakened"),
+        ({"clean": 0.77, "protected": 0.26, "purified": 0.26}, "withstands"),
+        ({"clean": 0.77, "protected": 0.77, "purified": 0.74}, "ineffective"),
+    ],
+)
+def test_enough_victims_and_images_tell(truth, right):
+    assert rates(truth, std=0.005, seeds=3, test_images=5000, runs=40)[right] > 0.9
+
+
+# -------------------------------------------------------------------------------------------------------------- limits
 
 
 def told(status="broken", **changed):
@@ -120,6 +240,8 @@ def test_limits_that_every_audit_has():
         ({"attacks": ["eclipse"]}, "The row eclipse purifies with the purifier of this audit"),
         ({"attacks": ["jpeg-10", "gray"]}, "the strongest of 3 attacks"),
         ({"status": "smoke"}, "no figure means anything"),
+        # Three victims, none of whom succeeded: 1 - 0.05 ** (1 / 3) = 0.63.
+        ({"status": "withstands"}, "that more than 63 % of all would"),
     ],
 )
 def test_limits_that_some_audits_have(changed, said):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits, load_sample_image
 
+from jcdp_diffusers.countermeasures import d_vae
 from jcdp_diffusers.data import LabelledImages
 
 
@@ -39,3 +40,11 @@ def photos() -> LabelledImages:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def quick_auto_encoders(monkeypatch):
+    """D-VAE in seconds, so that whatever is tested of every countermeasure is tested of it."""
+    tiny = d_vae.DVAESettings(width=4, latent=4, epochs=2, batch_size=32, free_epochs=1)
+    for name in d_vae.SETTINGS:
+        monkeypatch.setitem(d_vae.SETTINGS, name, tiny)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from jcdp_diffusers import countermeasures
 from jcdp_diffusers.countermeasures.adversarial_training import AdversarialTraining
-from jcdp_diffusers.victims.networks.resnet import resnet18
+from jcdp_diffusers.victims.networks import resnet18
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,12 @@ def test_gray_is_luma(photos):
     assert np.abs(prepared("gray", photos) - luma[..., None]).max() <= 0.51
 
 
-def test_jpeg_is_pillows_file(photos):
-    for image, squeezed in zip(photos.images, prepared("jpeg-10", photos)):
+@pytest.mark.parametrize("quality", [10, 30, 50, 70, 90])
+def test_jpeg_is_pillows_file(quality, photos):
+    assert countermeasures.get(f"jpeg-{quality}").settings == {"quality": quality}
+    for image, squeezed in zip(photos.images, prepared(f"jpeg-{quality}", photos)):
         file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=10, subsampling="4:2:0")
+        Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling="4:2:0")
         assert np.array_equal(squeezed, np.asarray(Image.open(io.BytesIO(file.getvalue()))))
 
 

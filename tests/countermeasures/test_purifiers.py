@@ -99,7 +99,7 @@ def test_settings_are_the_methods(name, expected):
 
 
 def test_guides_without_their_network_are_refused(few, pipe):
-    with pytest.raises(ValueError, match="perceptual_guidance_scale is .* and needs 'lpips-alex'"):
+    with pytest.raises(ValueError, match="perceptual is None, but must be 'lpips-alex'"):
         countermeasures.get("jcdp").prepare(few, purifier=pipe)
 
 

@@ -156,6 +156,8 @@ def deep_png(width, height, depth, colour_type, rows=b""):
 
 PICTURE = Image.fromarray(random_images(1, 40, 48)[0])
 BLACK = Image.new("RGB", PICTURE.size)
+NEARLY_OPAQUE = Image.new("L", PICTURE.size, 255)
+NEARLY_OPAQUE.putpixel((3, 4), 254)
 FRAMES = {"save_all": True, "append_images": [BLACK]}
 
 BAD_IMAGES = {
@@ -172,8 +174,8 @@ BAD_IMAGES = {
     "16-bit grey": (encoded(Image.new("I;16", (4, 4), 700)), "16 bits per channel"),
     "16-bit colour": (deep_png(4, 4, 16, 2, (b"\0" + bytes(24)) * 4), "16 bits per channel"),
     "float": (encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "more than 8 bits per channel"),
-    "rgba": (encoded(PICTURE.convert("RGBA")), "transparency"),
-    "grey and alpha": (encoded(PICTURE.convert("LA")), "transparency"),
+    "rgba": (encoded(Image.merge("RGBA", (*PICTURE.split(), NEARLY_OPAQUE))), "transparency"),
+    "grey and alpha": (encoded(Image.merge("LA", (PICTURE.convert("L"), NEARLY_OPAQUE))), "transparency"),
     "transparent palette": (encoded(PICTURE.quantize(16), transparency=3), "transparency"),
     "transparent colour": (encoded(PICTURE, transparency=(0, 0, 0)), "transparency"),
     "animated gif": (encoded(PICTURE.quantize(16), "GIF", **FRAMES), r"animated or multi-page \(2 frames\)"),
@@ -469,9 +471,9 @@ def test_image_folder_refuses_a_mixture_and_emptiness(tmp_path):
     (tmp_path / "hole/train/c").mkdir()
     with pytest.raises(ValueError, match="has the class folder 'c' without an image"):
         load_images(tmp_path / "hole", split="train")
-    save_all(random_images(2), tmp_path, ["a/0.png", "1.png"])
+    save_all(random_images(2), tmp_path / "mixed", ["a/0.png", "1.png"])
     with pytest.raises(ValueError, match="holds 1.png beside class folders"):
-        load_images(tmp_path)
+        load_images(tmp_path / "mixed")
 
 
 def test_numpy_files(tmp_path):
@@ -487,7 +489,7 @@ def test_numpy_files(tmp_path):
     assert np.array_equal(decode_image(dataset[5]["image"]), data.images[5])
 
     np.savez(tmp_path / "c.npz", x=data.images)
-    with pytest.raises(ValueError, match="has the arrays x; images, labels and ids are accepted"):
+    with pytest.raises(ValueError, match="has the arrays x; images, ids and one of labels"):
         load_images(tmp_path / "c.npz")
     np.save(tmp_path / "d.npy", np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(ValueError, match="is no NumPy file without pickles"):
@@ -649,7 +651,7 @@ def test_ids_refused(tmp_path, ids, sentence):
 def test_missing_labels(tmp_path):
     images = random_images(3)
     cifar_like(tmp_path / "some.parquet", images, [0, -1, None])
-    with pytest.raises(ValueError, match="lacks 2 of 3 labels .None or -1., the first at id 'train/1'"):
+    with pytest.raises(ValueError, match="lacks 2 of 3 labels .None, -1 or empty., the first at id 'train/1'"):
         load_images(tmp_path / "some.parquet")
     cifar_like(tmp_path / "none.parquet", images, [-1, -1, -1])
     assert load_images(tmp_path / "none.parquet").labels is None

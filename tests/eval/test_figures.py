@@ -12,7 +12,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from eval import figures
+from eval import figures, pictures
 from jcdp_diffusers.data import LabelledImages, write_dataset
 
 
@@ -211,7 +211,7 @@ def test_scales_of_guides_are_a_field_each(drawn):
 def test_titles_of_rows_of_images_are_whole(tmp_path, shown, rows):
     images = np.zeros((shown, 8, 8, 3), dtype=np.uint8)
     sets = {f"a title that is long {row}": (images, images if row else None) for row in range(rows)}
-    figures.save_rows(sets, str(tmp_path / "rows.png"))
+    pictures.save_rows(sets, str(tmp_path / "rows.png"))
     pixels = np.asarray(Image.open(tmp_path / "rows.png").convert("L"))
     for edge in (pixels[:3], pixels[:, :3], pixels[-3:], pixels[:, -3:]):  # a cut letter would be at an edge
         assert (edge == 255).all()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from eval import figures
+from eval import figures, pictures
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.poisons.protect import protect_dataset
 
@@ -55,5 +55,5 @@ def test_magnified_noise_fills_the_scale():
     poisoned = clean.copy()
     poisoned[0, 0, 0, 0] += 8
     poisoned[0, 1, 1, 1] -= 4
-    noise = figures.magnified(clean, poisoned)
+    noise = pictures.magnified(clean, poisoned)
     assert noise[0, 0, 0, 0] == 255 and noise[0, 1, 1, 1] == 64 and (noise[1] == 128).all()

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from eval import tables
-from eval.tables import PUBLISHED, Measured, grid_table, paper_tables, poison_table, roles_table, spread
+from eval.measured import PUBLISHED, Measured, spread
+from eval.tables import grid_table, paper_tables, poison_table, roles_table
 
 
 RECIPE = {"name": "mini", "epochs": 15, "smoke": False, "batch_size": 32}

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 from tiny import tiny_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eval import throughput
+from eval import speed_tables, throughput, timing
 from jcdp_diffusers import JointConditionalPurificationPipeline, LPIPSModel
 from jcdp_diffusers.results import read_records
 
@@ -59,10 +59,10 @@ def test_a_compiled_run_is_never_taken_for_a_plain_one():
         {"what": "purifier", "value": {"images_per_second": rate}, "settings": about | extra}
         for rate, extra in ((1.0, {}), (2.0, {"compiled": True}))
     )
-    machine = throughput.Machine([plain, compiled], "tiny32")
+    machine = speed_tables.Machine([plain, compiled], "tiny32")
     assert machine.find("purifier", run="float32") == {"images_per_second": 1.0}
     assert machine.find("purifier", run="float32", compiled=True) == {"images_per_second": 2.0}
-    assert throughput.Machine([compiled], "tiny32").find("purifier") == {}
+    assert speed_tables.Machine([compiled], "tiny32").find("purifier") == {}
 
 
 def test_the_table_leaves_out_what_no_machine_was_asked():
@@ -70,7 +70,7 @@ def test_the_table_leaves_out_what_no_machine_was_asked():
         settings = {"unet": "tiny32", "processor": "a GPU", "mode": mode, "kind": "bare", "batch": batch}
         return {"what": "step", "value": {"images_per_second": rate}, "settings": settings}
 
-    table = throughput.speed_table([step("float32 channels_last", 256, 3.0)], "tiny32")
+    table = speed_tables.speed_table([step("float32 channels_last", 256, 3.0)], "tiny32")
     assert "| bare UNet, batch 256, images/s | 3.0 | n.m. |" in table
     assert "batch 16" not in table and "compiled" not in table
 
@@ -111,8 +111,8 @@ class Operations(TorchDispatchMode):
 
 
 def stub_step(batch, **guides):
-    x = throughput.random_images(batch)
-    step = throughput.guided_step(throughput.Stub(tiny_unet(), x), x, throughput.TIMESTEP, **guides)
+    x = timing.random_images(batch)
+    step = throughput.guided_step(timing.Stub(tiny_unet(), x), x, timing.TIMESTEP, **guides)
     with torch.no_grad():
         step(x)  # matrices of the perceptual network are made once
         with Operations() as operations:
@@ -122,7 +122,7 @@ def stub_step(batch, **guides):
 
 @pytest.mark.parametrize(
     ("guides", "most_operations", "most_bytes"),
-    [(throughput.NO_GUIDES, 220, 40), ({"perceptual_guidance_scale": 0.0}, 380, 75), ({}, 650, 160)],
+    [(timing.NO_GUIDES, 220, 40), ({"perceptual_guidance_scale": 0.0}, 380, 75), ({}, 650, 160)],
     ids=["unguided", "pixel", "both"],
 )
 def test_operations_and_allocations_of_a_step_are_bounded(guides, most_operations, most_bytes):
@@ -138,7 +138,7 @@ def test_no_step_waits_for_the_device(reference):
     """Tensors on the meta device have no values: a step that read one, as a synchronisation does, would raise."""
     with torch.device("meta"):
         unet, x = tiny_unet().to("meta"), torch.empty(4, 3, 32, 32)
-    step = throughput.guided_step(unet, x, throughput.TIMESTEP, noise_reference=reference)
+    step = throughput.guided_step(unet, x, timing.TIMESTEP, noise_reference=reference)
     with torch.no_grad():
         assert step(x).device.type == "meta"
     with pytest.raises(RuntimeError, match="meta"):
@@ -148,8 +148,8 @@ def test_no_step_waits_for_the_device(reference):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_no_step_waits_for_a_gpu():
     pipe = JointConditionalPurificationPipeline(tiny_unet(), DDPMScheduler(), LPIPSModel("alex")).to("cuda")
-    x = throughput.random_images(4, "cuda")
-    step = throughput.guided_step(pipe.unet, x, throughput.TIMESTEP)
+    x = timing.random_images(4, "cuda")
+    step = throughput.guided_step(pipe.unet, x, timing.TIMESTEP)
     with torch.no_grad():
         step(x)
         torch.cuda.set_sync_debug_mode("error")

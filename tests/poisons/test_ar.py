@@ -62,5 +62,5 @@ def test_norm_grows_with_the_image_as_published():
 
 def test_a_search_that_cannot_succeed_says_so():
     settings = ar.ARSettings(required_response=1e6, max_candidates=2048)
-    with pytest.raises(ValueError, match=r"required_response is 1e\+06, but only 1 of 3 processes were found"):
+    with pytest.raises(ValueError, match=r"required_response is 1e\+06.*1 of 3"):
         poisons.get("ar")(torch.rand(3, 3, 16, 16), torch.arange(3), preset=settings)

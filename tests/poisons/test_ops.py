@@ -53,5 +53,5 @@ def test_a_pixel_that_never_changes_is_the_best_shortcut():
 
 
 def test_more_classes_than_shortcuts_are_refused():
-    with pytest.raises(ValueError, match="labels has 9 classes, but 2 x 2 images offer 8."):
+    with pytest.raises(ValueError, match="labels has 9 classes.*at most 8.*2 x 2"):
         poisons.get("ops")(torch.rand(9, 1, 2, 2), torch.arange(9))

@@ -1,6 +1,9 @@
 """What every poison must be, whatever its method: parametrised over the registry, so that a new one is tested by being in it."""
 
-from dataclasses import fields, is_dataclass
+import importlib
+import pkgutil
+import re
+from dataclasses import dataclass, fields, is_dataclass
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 
 from jcdp_diffusers import poisons
 from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
-from jcdp_diffusers.poisons.control import shuffled
+from jcdp_diffusers.poisons import Poison, control
 
 
 def make(name, images, labels, seed=0):
@@ -52,13 +55,18 @@ def test_comes_close_to_its_budget(name, perturbation):
 
 def test_is_a_function_of_the_seed(name, perturbation, images, labels):
     assert torch.equal(make(name, images, labels), perturbation)
-    if name != "ops":  # a search without chance
-        assert not torch.equal(make(name, images, labels, seed=1), perturbation)
+    other = make(name, images, labels, seed=1)
+    assert torch.equal(other, perturbation) != poisons.get(name).uses_seed
 
 
-def test_depends_on_the_labels(name, perturbation, images, labels):
+def test_depends_on_the_labels_as_declared(name, perturbation, images, labels):
     other = make(name, images, torch.arange(len(labels)) // 10)
-    assert (other != perturbation).flatten(1).any(dim=1).float().mean() > 0.5
+    if poisons.get(name).uses_labels:
+        assert (other != perturbation).flatten(1).any(dim=1).float().mean() > 0.5
+        with pytest.raises(ValueError, match=f"labels is None.*{name}"):
+            make(name, images, None)
+    else:
+        assert torch.equal(other, perturbation) and torch.equal(make(name, images, None), perturbation)
 
 
 def test_leaves_its_arguments_and_global_randomness_alone(name, images, labels):
@@ -74,34 +82,55 @@ def test_works_on_small_grey_images(name, grey):
 
 
 def test_documents_its_source_and_every_number(name):
-    module = poisons.method(name)
-    assert module.SOURCE and module.__doc__
-    assert {"published", "cpu", "smoke"} <= set(module.PRESETS)
-    for settings in module.PRESETS.values():
+    poison = poisons.get(name)
+    assert poison.name == name and poison.title and poison.source
+    assert importlib.import_module(poison.perturb.__module__).__doc__
+    assert {"published", "cpu", "smoke"} <= set(poison.presets)
+    for settings in poison.presets.values():
         assert is_dataclass(settings) and settings.__dataclass_params__.frozen
-        assert all(field.name in type(settings).__doc__ for field in fields(settings))
+        described = "".join(kind.__doc__ for kind in type(settings).__mro__ if is_dataclass(kind))
+        assert all(re.search(rf"\b{field.name}\b", described) for field in fields(settings))
+
+
+def test_keeps_its_state_where_it_declares_a_network(name, images, labels, tmp_path):
+    poisons.get(name)(images, labels, preset="smoke", checkpoint_dir=tmp_path)
+    assert bool(list(tmp_path.iterdir())) == (poisons.get(name).surrogate is not None)
+    assert poisons.get(name).surrogate in (None, "supervised", "contrastive")
+
+
+def test_every_poison_of_every_file_is_registered_and_titles_differ():
+    families = [entry.name for entry in pkgutil.iter_modules(poisons.__path__)]
+    modules = [importlib.import_module(f"jcdp_diffusers.poisons.{name}") for name in families]
+    offered = [poison for module in modules for poison in getattr(module, "POISONS", ())]
+    assert sorted(poison.name for poison in offered) == sorted(poisons.NAMES)
+    assert len({poison.title for poison in offered}) == len(offered)
 
 
 def test_unknown_names_are_refused(images, labels):
-    with pytest.raises(ValueError, match="method is 'noise', but the poisons are lsp, emn, emn-class, remn, tap"):
+    with pytest.raises(ValueError, match="method is 'noise'.*emn, emn-class, remn, lsp, tap"):
         poisons.get("noise")
-    with pytest.raises(ValueError, match="preset is 'big', but lsp has published, stated, cpu, smoke"):
+    with pytest.raises(ValueError, match="preset is 'big'.*published, stated, cpu, smoke"):
         poisons.get("lsp")(images, labels, preset="big")
 
 
 def test_settings_may_be_given_as_an_object():
     settings = poisons.settings("lsp", "stated")
     assert poisons.settings("lsp", settings) is settings
+    with pytest.raises(ValueError, match="preset is LSPSettings.*emn"):
+        poisons.settings("emn", settings)
+    # Of a subclass either: its settings are those of another method.
+    with pytest.raises(ValueError, match="preset is EMNClassSettings.*emn"):
+        poisons.settings("emn", poisons.settings("emn-class"))
 
 
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (lambda x, y: (x[0], y), r"images has shape \(3, 16, 16\), but \(N, 1 or 3, H, W\)"),
-        (lambda x, y: (255 * x, y), r"images holds torch.float32 in \[.*\], but floats in \[0, 1\] are needed"),
+        (lambda x, y: (x[0], y), r"images has shape \(3, 16, 16\)"),
+        (lambda x, y: (255 * x, y), r"images holds torch.float32 in \[.*255\]"),
         (lambda x, y: ((255 * x).byte(), y), "images holds torch.uint8"),
-        (lambda x, y: (x, y[:5]), r"labels has shape \(5,\), but 40 images need as many labels"),
-        (lambda x, y: (x, y - 1), "labels holds torch.int64 from -1 on, but int64 from 0 on is needed"),
+        (lambda x, y: (x, y[:5]), r"labels has shape \(5,\).*40"),
+        (lambda x, y: (x, y - 1), "labels holds torch.int64 from -1"),
         (lambda x, y: (x, y.float()), "labels holds torch.float32"),
     ],
 )
@@ -138,63 +167,48 @@ def test_norms_are_those_of_the_bytes():
 
 
 def test_control_has_the_norms_of_the_poison_and_nothing_else(perturbation):
-    control = shuffled(perturbation, seed=0)
-    assert control.shape == perturbation.shape
+    made = control.shuffled(perturbation, seed=0)
+    assert made.shape == perturbation.shape
     # The same sizes in every channel, elsewhere, and in another image.
-    pixels, others = (noise.abs().flatten(2).sort(dim=2).values.flatten(1) for noise in (perturbation, control))
+    pixels, others = (noise.abs().flatten(2).sort(dim=2).values.flatten(1) for noise in (perturbation, made))
     assert torch.equal(torch.unique(pixels, dim=0), torch.unique(others, dim=0))
-    changed, unchanged = (noise.flatten(2).ne(0).any(dim=1).sum(dim=1) for noise in (perturbation, control))
+    changed, unchanged = (noise.flatten(2).ne(0).any(dim=1).sum(dim=1) for noise in (perturbation, made))
     assert torch.equal(changed.sort().values, unchanged.sort().values)
-    assert not torch.equal(control, perturbation)
-    assert torch.equal(control, shuffled(perturbation, seed=0))
+    assert not torch.equal(made, perturbation)
+    assert torch.equal(made, control.shuffled(perturbation, seed=0))
 
 
 def test_control_does_not_know_an_images_class():
     """Sizes of a class of their own, as AR's noise has, must not stay with the class."""
     labels = torch.arange(2000) % 2
     noise = torch.randn(2000, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * (1 + labels.view(-1, 1, 1, 1))
-    sizes = shuffled(noise, seed=0).flatten(1).norm(dim=1)
+    sizes = control.shuffled(noise, seed=0).flatten(1).norm(dim=1)
     of_zero, of_one = sizes[labels == 0], sizes[labels == 1]
     assert abs(of_zero.mean() - of_one.mean()) < 4 * sizes.std() * (2 / 1000) ** 0.5
 
 
-NINTH = '''
-"""Stripes: every class gets horizontal stripes of its own width."""
-
-from dataclasses import dataclass
-
-import torch
-
-
-SOURCE = "an example"
+def test_control_of_a_set_is_its_own_noise_elsewhere(data):
+    protected = data.with_images(apply_perturbation(data.images, 8 / 255 * torch.ones(40, 3, 16, 16)))
+    made = control.norm_matched(data, protected, seed=3)
+    assert made.ids == data.ids and np.array_equal(made.labels, data.labels)
+    noise = control.shuffled(protected.tensor() - data.tensor(), seed=3)
+    assert np.array_equal(made.images, apply_perturbation(data.images, noise))
+    with pytest.raises(ValueError, match="protected has 40 ids"):
+        control.norm_matched(data, protected.subset(range(39, -1, -1)), seed=3)
 
 
 @dataclass(frozen=True)
-class StripesSettings:
-    """Numbers of stripes: `epsilon`, their height in 1/255."""
+class BrightnessSettings:
+    """Numbers of brightness: `level`, in [0, 1]."""
 
-    epsilon: float = 8.0
-
-
-PRESETS = {"published": StripesSettings(), "cpu": StripesSettings(), "smoke": StripesSettings()}
+    level: float = 0.1
 
 
-def budget(settings, shape):
-    return {"linf": settings.epsilon}
+def test_a_method_without_labels_is_given_none(images, labels):
+    def perturb(images, labels, settings, **options):
+        assert labels is None
+        return settings.level * torch.ones_like(images)
 
-
-def perturb(images, labels, settings, *, seed, device, checkpoint_dir, progress):
-    rows = torch.arange(images.shape[2]) // (labels[:, None] + 1) % 2
-    return settings.epsilon / 255 * (2.0 * rows - 1)[:, None, :, None].expand_as(images).contiguous()
-'''
-
-
-def test_a_ninth_poison_is_one_file_and_one_line(data, tmp_path, monkeypatch):
-    (tmp_path / "stripes.py").write_text(NINTH)
-    monkeypatch.setattr(poisons, "__path__", [*poisons.__path__, str(tmp_path)])
-    monkeypatch.setitem(poisons._FILES, "stripes", "stripes")
-
-    perturbation = poisons.get("stripes")(data.tensor(), torch.from_numpy(data.labels))
-    poisoned = apply_perturbation(data.images, perturbation)
-    assert measured_norms(data.images, poisoned)["linf"] == 8
-    assert poisons.budget("stripes", "smoke", (3, 16, 16)) == {"linf": 8.0}
+    preset = {"published": BrightnessSettings()}
+    poison = Poison("brightness", "B", "an example", preset, lambda settings, shape: {}, perturb, uses_labels=False)
+    assert torch.equal(poison(images, labels), poison(images)) and poison(images).eq(0.1).all()

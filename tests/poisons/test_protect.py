@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from jcdp_diffusers import poisons
+from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import load_images, write_dataset
 from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
 from jcdp_diffusers.poisons import protect
-from jcdp_diffusers.poisons.progress import Progress
+from jcdp_diffusers.poisons.checkpoint import Checkpoint
 
 
 def command(*options):
@@ -59,7 +60,7 @@ def test_command_writes_one_split_and_leaves_the_others_alone(source, data, tmp_
     np.testing.assert_array_equal(protected.images, apply_perturbation(data.images, perturbation))
     rows = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["camera"][:4] == ["c0", "c1", "c2", "c0"]
-    assert "40 protected images in" in capsys.readouterr().out
+    assert "40 protected images of 40 in" in capsys.readouterr().out
 
 
 def test_card_says_what_was_done(source, data, tmp_path):
@@ -85,28 +86,26 @@ def test_same_command_again_does_nothing_and_another_is_refused(source, tmp_path
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
     command("--method", "lsp", *options)
     assert before == {path: path.stat().st_mtime_ns for path in output.iterdir()}
-    with pytest.raises(
-        ValueError, match="output is .*, which holds a data set of seed 0 instead of 1; give an empty folder"
-    ):
+    with pytest.raises(ValueError, match="output is .*seed 0 instead of 1"):
         command("--method", "lsp", *options, "--seed", 1)
-    with pytest.raises(ValueError, match="which holds a data set of method 'lsp' instead of 'ops'"):
+    with pytest.raises(ValueError, match="output is .*method 'lsp' instead of 'ops'"):
         command("--method", "ops", *options)
 
 
 def test_command_goes_on_where_it_was_cut_off(source, data, tmp_path, monkeypatch):
     output = tmp_path / "protected"
     options = ("--method", "tap", "--preset", "smoke", "--dataset", source, "--split", "train", "--output", output)
-    save = Progress.save
+    save = Checkpoint.save
 
     def save_and_stop(self, state):
         save(self, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Progress, "save", save_and_stop)
+    monkeypatch.setattr(Checkpoint, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         command(*options)
     assert not (output / "README.md").exists() and (output / ".poison-state" / "tap.pt").exists()
-    monkeypatch.setattr(Progress, "save", save)
+    monkeypatch.setattr(Checkpoint, "save", save)
     command(*options)
     whole = poisons.get("tap")(data.tensor(), torch.from_numpy(data.labels), preset="smoke")
     np.testing.assert_array_equal(load_images(output).images, apply_perturbation(data.images, whole))
@@ -121,9 +120,9 @@ def test_published_file_is_added_and_what_it_is_is_stated(source, data, tmp_path
     command("--perturbation", tmp_path / "noise.npy", "--linf", 8, *options)
     expected = apply_perturbation(data.images, noise[data.labels] / 255.0)
     np.testing.assert_array_equal(load_images(output).images, expected)
-    assert "kind: class-wise; holds: perturbations in 1/255, values from -8 to 8 (int8); norms: linf 8/255" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "kind: class-wise; rows: 0 for class 0, 1 for class 1, 2 for class 2, 3 for class 3; holds: " in said
+    assert "; holds: perturbations in 1/255, values from -8 to 8 (int8); norms: linf 8/255" in said
     card = protect.read_card(output)
     assert card["perturbation"] == "noise.npy" and card["promised"] == {"linf": 8.0}
     assert "| `kind` | class-wise |" in (output / "README.md").read_text()
@@ -137,11 +136,107 @@ def test_wrong_usage_exits_with_2(options, tmp_path):
 
 
 def test_data_without_labels_is_refused(data, tmp_path):
-    with pytest.raises(ValueError, match="dataset has no labels, but a poison needs one for every image"):
+    with pytest.raises(ValueError, match="dataset has no labels.*lsp"):
         protect.protect_dataset(replace(data, labels=None), tmp_path, method="lsp")
 
 
 def test_foreign_folder_is_not_overwritten(data, tmp_path):
     (tmp_path / "README.md").write_text("# My holiday\n")
-    with pytest.raises(ValueError, match="its README.md is not the card of a protected data set"):
+    with pytest.raises(ValueError, match="output_dir is .*README.md"):
         protect.protect_dataset(data, tmp_path, method="lsp")
+
+
+@pytest.mark.parametrize("fraction, count", [(0.2, 8), (0.5, 20), (0.001, 1)])
+def test_a_fraction_of_the_images_is_protected(fraction, count, source, data, tmp_path):
+    output = tmp_path / "protected"
+    command("--method", "lsp", "--dataset", source, "--split", "train", "--output", output, "--fraction", fraction)
+    rows = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
+    protected, images = np.array(rows["protected"]), load_images(output).images
+    changed = (images != data.images).any(axis=(1, 2, 3))
+    assert protected.sum() == count and np.array_equal(changed, protected)
+    assert rows["camera"][:4] == ["c0", "c1", "c2", "c0"] and tuple(rows["id"]) == data.ids
+
+    # The method saw these images alone.
+    chosen = data.subset(protected)
+    alone = poisons.get("lsp")(chosen.tensor(), torch.from_numpy(chosen.labels))
+    assert np.array_equal(images[protected], apply_perturbation(chosen.images, alone))
+    card = protect.read_card(output)
+    assert (card["fraction"], card["protected_images"], card["images"]) == (fraction, count, 40)
+    assert card["measured"] == measured_norms(chosen.images, images[protected])
+    assert (
+        f"{count} of 40 (fraction {fraction:g}); the column `protected` says which"
+        in (output / "README.md").read_text()
+    )
+
+
+def test_which_images_are_protected_is_drawn_by_the_seed():
+    first, again, other = (protect.protected_rows(100, 0.3, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert len(set(first)) == 30 and np.array_equal(protect.protected_rows(5, 1, 7), np.arange(5))
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.01, float("nan")])
+def test_fractions_outside_are_refused(fraction, data, tmp_path):
+    with pytest.raises(ValueError, match=f"fraction is {fraction}"):
+        protect.protect_dataset(data, tmp_path, method="lsp", fraction=fraction)
+    with pytest.raises(ValueError, match=f"fraction is {fraction}"):
+        protect.protect_with_file(data, tmp_path, perturbation="noise.npy", fraction=fraction)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_fraction_is_another_data_set(source, data, tmp_path):
+    output = tmp_path / "protected"
+    options = ("--method", "lsp", "--dataset", source, "--split", "train", "--output", output)
+    command(*options)
+    with pytest.raises(ValueError, match="fraction 1.0 instead of 0.5"):
+        command(*options, "--fraction", 0.5)
+
+
+def test_a_fraction_of_a_published_file_keeps_its_rows(source, data, tmp_path):
+    noise = np.random.default_rng(0).integers(1, 9, (40, 3, 16, 16)).astype(np.int8)
+    np.save(tmp_path / "noise.npy", noise)
+    output = tmp_path / "protected"
+    options = ("--dataset", source, "--split", "train", "--output", output)
+    command("--perturbation", tmp_path / "noise.npy", "--fraction", 0.5, "--seed", 2, "--order", "given", *options)
+    rows = protect.protected_rows(40, 0.5, 2)
+    expected = data.images.copy()
+    expected[rows] = apply_perturbation(data.images[rows], noise[rows] / 255.0)
+    np.testing.assert_array_equal(load_images(output).images, expected)
+
+
+def test_a_column_called_protected_is_not_overwritten(data, tmp_path):
+    with pytest.raises(ValueError, match="dataset has a column 'protected'"):
+        protect.protect_dataset(data, tmp_path, method="lsp", fraction=0.5, columns={"protected": [1] * 40})
+
+
+def test_the_source_and_files_of_others_stay_as_they_are(tmp_path, data, capsys):
+    """The clean originals, a folder with somebody's own data set, and files behind a link."""
+    for folder in ("clean", "others"):
+        write_dataset(tmp_path / folder, data)
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "notes.txt").write_text("precious")
+    (tmp_path / "linked" / ".poison-state").mkdir(parents=True)
+    (tmp_path / "linked" / "README.md").symlink_to(tmp_path / "diary" / "notes.txt")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for output, said in (
+        ("clean", "is that of --dataset"),
+        ("clean/out", "lies inside that of --dataset"),
+        (".", "holds that of --dataset"),
+        ("others", "which holds 'train-00000-of-00001.parquet'"),
+        ("diary", "which holds 'notes.txt'"),
+        ("linked", "holds the link 'README.md'"),
+    ):
+        words = ["poison", "--method", "lsp", "--dataset", str(tmp_path / "clean"), "--output", str(tmp_path / output)]
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("jcdp poison: --output is ") and said in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_card_tells_no_path_and_gives_no_terminal_orders(tmp_path, data):
+    source = tmp_path / "home" / "alice" / "red\x1b[31m|photos"
+    write_dataset(source, data)
+    assert main(["poison", "--method", "lsp", "--dataset", str(source), "--output", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "alice" not in card and str(tmp_path) not in card and "\x1b" not in card
+    assert r"| clean images | red\x1b[31m\|photos |" in card

@@ -14,8 +14,10 @@ from jcdp_diffusers.poisons.published import read_perturbation
 
 @pytest.fixture(scope="module")
 def delta(data):
-    """A perturbation in whole levels, at most 8/255."""
-    return np.random.default_rng(0).integers(-8, 9, data.tensor().shape).astype(np.int8)
+    """A perturbation in whole levels, at most 8/255, of images that were clipped."""
+    noise = np.random.default_rng(0).integers(-8, 9, data.tensor().shape)
+    clean = data.images.transpose(0, 3, 1, 2).astype(int)
+    return ((clean + noise).clip(0, 255) - clean).astype(np.int8)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_folder_of_numbered_images_is_read_in_their_order(tmp_path, data, poison
 def test_folder_in_another_label_order_is_refused(tmp_path, data, poisoned):
     for row, (image, label) in enumerate(zip(poisoned, data.labels, strict=True)):
         (tmp_path / str(label)).mkdir(exist_ok=True)
-        Image.fromarray(image).save(tmp_path / str(label) / f"{row}.png")
+        Image.fromarray(image).save(tmp_path / str(label) / f"image {row}.png")
     with pytest.raises(ValueError, match="whose labels are not in the clean images' order, from row 1 on"):
         read_perturbation(tmp_path, data)
     by_class = data.subset(np.argsort(data.labels, kind="stable"))
@@ -151,7 +153,7 @@ def test_norm_beyond_the_declared_budget_is_refused(budget, tmp_path, data, delt
 def test_rounding_does_not_break_a_budget(tmp_path, data):
     noise = np.random.default_rng(0).standard_normal(data.tensor().shape)
     noise /= np.sqrt(np.square(noise).sum(axis=(1, 2, 3), keepdims=True))
-    read_perturbation(write(tmp_path / "noise.npy", noise), data, budget={"l2": 1.0})
+    read_perturbation(write(tmp_path / "noise.npy", noise), data, budget={"l2": 1.0}, order="given")
 
 
 def test_unknown_budget_and_kind_are_refused(tmp_path, data, delta):

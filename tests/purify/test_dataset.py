@@ -6,12 +6,14 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -368,13 +370,27 @@ def test_bad_arguments_are_refused_before_anything_is_written(options, sentence,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("place", "reason"), [("file", "file exists"), ("file/out", "not a directory")])
-def test_an_output_that_cannot_be_written_to(place, reason, pipe, source, tmp_path):
+def test_an_output_that_cannot_be_written_to(pipe, source, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        OSError, match=rf"output_dir '.*{place}' cannot be written to \({reason}\): mend that and give"
+    with pytest.raises(OSError, match=r"output_dir '.*file/out' cannot be written to \(not a directory\)"):
+        purify_to_folder(source, pipe, output_dir=tmp_path / "file" / "out", **SETTINGS)
+    with pytest.raises(ValueError, match="output_dir is '.*file', but must be a folder"):
+        purify_to_folder(source, pipe, output_dir=tmp_path / "file", **SETTINGS)
+
+
+def test_the_source_and_files_of_others_stay_as_they_are(pipe, source, tmp_path):
+    own = Path(shutil.copytree(source, tmp_path / "own"))
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for output, dataset, said in (
+        (own, own, "is that of dataset"),
+        (own / "out", own, "lies inside that of dataset"),
+        (tmp_path, own, "holds that of dataset"),
+        (other, own, "which holds '"),
     ):
-        purify_to_folder(source, pipe, output_dir=tmp_path / place, **SETTINGS)
+        with pytest.raises(ValueError, match=f"output_dir is .*{said}"):
+            purify_to_folder(str(dataset), pipe, output_dir=output, **SETTINGS)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 # ----------------------------------------------------------------------------------------------- sizes, and what is refused

@@ -13,56 +13,15 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_unet
+from training_runs import HELD_OUT, IMAGES, make_images, record, same, train, weights
 
 from jcdp_diffusers import JointConditionalPurificationPipeline, PurificationConfig
-from jcdp_diffusers.data import LabelledImages, open_dataset
+from jcdp_diffusers.data import open_dataset
 from jcdp_diffusers.noise import coloured
 from jcdp_diffusers.train.denoising import TIMESTEP_SAMPLINGS, held_out_losses
 from jcdp_diffusers.train.images import ImageFiles
-from jcdp_diffusers.train.loop import TrainingConfig, ema_horizon, train_purifier
-
-
-def make_images(count=24, channels=3, size=8, seed=0):
-    """Smooth pictures, so that there is something to learn."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (count, 2, 2, channels))
-    pixels = np.repeat(np.repeat(coarse, size // 2, axis=1), size // 2, axis=2).astype(np.uint8)
-    return LabelledImages(pixels, None, tuple(map(str, range(count))))
-
-
-IMAGES, HELD_OUT = make_images(), make_images(10, seed=1)
-
-
-def train(folder, unet=None, images=IMAGES, scheduler=None, held_out=None, **settings):
-    """Train a little; returns the folder."""
-    defaults = dict(
-        max_train_steps=4, train_batch_size=4, lr_warmup_steps=0, logging_steps=1, checkpointing_steps=None,
-        num_grid_images=0, cpu=True,
-    )  # fmt: skip
-    return train_purifier(
-        images,
-        unet=unet or tiny_unet(size=8),
-        scheduler=scheduler or DDPMScheduler(),
-        output_dir=folder,
-        config=TrainingConfig(**(defaults | settings)),
-        validation_images=held_out,
-        progress=False,
-    )
-
-
-def weights(folder):
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def record(folder):
-    return json.loads((folder / "training_record.json").read_text())
-
-
-def same(first, second, **tolerance):
-    assert first.keys() == second.keys()
-    if not tolerance:
-        return all(torch.equal(first[name], second[name]) for name in first)
-    return all(torch.allclose(first[name], second[name], **tolerance) for name in first)
+from jcdp_diffusers.train.loop import TrainingConfig, train_purifier
+from jcdp_diffusers.train.record import ema_horizon
 
 
 # -------------------------------------------------------------------------------------------------- what comes out
@@ -324,18 +283,6 @@ def test_a_resumed_run_may_divide_the_batch_otherwise(tmp_path):
     for one, two in zip(record(resumed)["history"], record(whole)["history"], strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
         assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=1e-3)
-
-
-def test_a_checkpoint_from_before_a_setting_was_there_has_what_was_meant_then(tmp_path):
-    train(tmp_path, max_train_steps=2, checkpointing_steps=2)
-    path = tmp_path / "checkpoint-2" / "progress.json"
-    saved = json.loads(path.read_text())
-    del saved["identity"]["noise_corner"]
-    path.write_text(json.dumps(saved))
-    longer = dict(max_train_steps=3, checkpointing_steps=2, resume_from_checkpoint="latest")
-    with pytest.raises(ValueError, match=r"noise_corner is 8.0, but .*checkpoint-2 was trained with 0.0"):
-        train(tmp_path, **longer, noise_corner=8.0)
-    assert record(train(tmp_path, **longer))["steps"] == 3
 
 
 def test_a_run_can_be_made_longer(tmp_path):

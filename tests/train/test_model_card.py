@@ -1,5 +1,10 @@
 import copy
+import json
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ from jcdp_diffusers.train import model_card
 from jcdp_diffusers.train.model_card import purifier_card, write_card
 
 
+ROOT = Path(__file__).parents[2]
 RECORD = {
     "base_model": "google/ddpm-cifar10-32",
     "base_model_on_hub": True,
@@ -128,8 +134,51 @@ def test_card_of_a_folder_without_a_record(tmp_path):
         write_card(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"\xff" + content,
+        lambda content: b"[1]",
+        lambda content: content.replace(b'"steps": 1234', b'"steps": "many"'),
+        lambda content: content.replace(b'"data"', b'"date"'),
+        lambda content: content.replace(b'"weight_of_start"', b'"weight"'),
+        lambda content: content.replace(b'"learning_rate"', b'"rate"'),
+        lambda content: content.replace(b'"loss": 0.123456', b'"loss": "low"'),
+        lambda content: content.replace(b'"trained_timesteps": [0, 50]', b'"trained_timesteps": []'),
+        lambda content: content.replace(b'"timesteps": [0, 50]', b'"timesteps": 50'),
+        lambda content: content.replace(b'"num_validation_images"', b'"held_out"'),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path, change):
+    content = json.dumps(RECORD).encode()
+    (tmp_path / "training_record.json").write_bytes(content)
+    write_card(tmp_path)
+    assert change(content) != content
+    (tmp_path / "training_record.json").write_bytes(change(content))
+    with pytest.raises(ValueError, match=r"training_record\.json is damaged") as raised:
+        write_card(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_wheel_holds_the_template(tmp_path):
+    """In the package the template is a link, and a wheel knows no links."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE", "model_card.md"):
+        shutil.copy(ROOT / name, copy)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "jcdp_diffusers", copy / "jcdp_diffusers", symlinks=True, ignore=ignored)
+    build = "import setuptools.build_meta, sys; print(setuptools.build_meta.build_wheel(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("jcdp_diffusers/train/model_card.md").decode() == (ROOT / "model_card.md").read_text()
+
+
 def test_template_is_the_one_at_the_top_and_explains_its_variables():
-    top = Path(__file__).parents[2] / "model_card.md"
+    top = ROOT / "model_card.md"
     assert model_card.TEMPLATE.read_text() == top.read_text()
     explained, template = top.read_text().split("-#}")
     for name in ("card_data", "model_name", "repo_id", "record", "generates", "held_out", "first_held_out", "results"):

@@ -9,7 +9,7 @@ import pytest
 from diffusers import DDPMScheduler
 from hub_server import HubServer
 from tiny import tiny_unet
-from train.test_loop import HELD_OUT, IMAGES, make_images, train
+from training_runs import HELD_OUT, IMAGES, make_images, train
 
 from jcdp_diffusers import JointConditionalPurificationPipeline
 from jcdp_diffusers.data import open_dataset
@@ -97,9 +97,9 @@ def test_the_list_goes_to_the_hub_and_is_read_there(tmp_path):
     script = """
 import sys
 sys.path.insert(0, "tests")
-from train.test_loop import IMAGES, train
+from training_runs import IMAGES, train
 from jcdp_diffusers.hub import push_purifier
-from jcdp_diffusers.train.provenance import check_trained_on, image_digests, trained_on
+from jcdp_diffusers.train.provenance import image_digests, trained_on
 
 push_purifier(train(sys.argv[1], max_train_steps=1), "tester/purifier")
 assert trained_on("tester/purifier") == set(image_digests(IMAGES.images))
@@ -120,3 +120,15 @@ def test_a_list_may_be_written_for_weights_that_were_trained_elsewhere(tmp_path)
     assert trained_on(tmp_path) is None
     write_trained_on(tmp_path, image_digests(IMAGES.images))
     assert len(trained_on(tmp_path)) == 24
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"weights": "0", "images": [', b"\xff\xfe", b"[]", b'{"weights": "0"}', b'{"weights": 0, "images": []}',
+     b'{"weights": "0", "images": [7]}', b"[" * 10**6],
+)  # fmt: skip
+def test_a_damaged_list_is_named(tmp_path, content):
+    (tmp_path / "trained_on.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"trained_on\.json is damaged") as raised:
+        trained_on(tmp_path)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 1000

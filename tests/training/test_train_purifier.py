@@ -161,7 +161,7 @@ def test_a_run_killed_again_and_again_goes_on_to_the_same_weights(tmp_path, phot
             time.sleep(4)  # past the imports
         kill_at_a_random_step(process, cut, rng)
         for path in cut.glob("checkpoint-*"):
-            assert (path / "progress.json").is_file() and (path / f"random_states_{processes - 1}.pkl").is_file()
+            assert (path / "progress.json").is_file()
     finish(start(*command, *options(photos, base, cut, max_train_steps=40)))
     assert_same_run(whole, cut)
 
@@ -181,7 +181,6 @@ def test_two_processes_train_the_same_total_batch_to_the_same_loss(tmp_path, pho
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     first, second = weights(alone), weights(both)
     assert all(torch.allclose(first[name], second[name], atol=2e-4) for name in first)
-    assert (both / "checkpoint-12" / "random_states_1.pkl").is_file()
     # A checkpoint of two processes is one of one process, too.
     (both / "checkpoint-12").rename(tmp_path / "last")
     run_here(*options(photos, base, both, train_batch_size=8))
@@ -242,7 +241,7 @@ def test_from_a_folder_of_photographs_to_a_pushed_purifier_and_on_from_there(tmp
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
     }
-    assert (first / "checkpoint-4" / "optimizer.bin").is_file()
+    assert (first / "checkpoint-4" / "optimizer.safetensors").is_file()
     card = commit.files["README.md"].decode()
     assert 'from_pretrained("tester/my-purifier")' in card and "license: mit" in card
     assert "does not generate images" in card
@@ -267,6 +266,27 @@ def test_fine_tuning_keeps_the_schedule(tmp_path, photos, base):
         "num_images": 36, "num_validation_images": 4, "source": "photos", "split": None, "hub_id": None,
         "resolution": 16, "crop": "random",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", lambda whole: whole[:-1]),
+        ("unet/diffusion_pytorch_model.safetensors", lambda whole: whole[: len(whole) // 2]),
+        ("unet/config.json", lambda whole: whole[:40]),
+        ("scheduler/scheduler_config.json", lambda whole: b"\xff"),
+        ("model_index.json", lambda whole: b"[]"),
+        ("trained_on.json", lambda whole: b"[]"),
+    ],
+)
+def test_a_damaged_base_is_named(tmp_path, photos, base, name, content):
+    damaged = tmp_path / "base"
+    shutil.copytree(base, damaged)
+    whole = (damaged / name).read_bytes() if (damaged / name).exists() else b""
+    (damaged / name).write_bytes(content(whole))
+    with pytest.raises(ValueError, match=r"(pretrained is '.*base'|trained_on\.json is damaged)"):
+        run_here(*options(photos, damaged, tmp_path / "out", max_train_steps=1))
+    assert not (tmp_path / "out").exists()
 
 
 def test_fine_tuning_keeps_the_colour_of_the_noise(tmp_path, photos, base, capsys):

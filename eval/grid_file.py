@@ -1,0 +1,248 @@
+"""
+A grid file: which poisons, countermeasures, victims and seeds to measure on which images.
+
+`eval/README.md` shows one; `Grid` describes every entry.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any
+
+import yaml
+
+from jcdp_diffusers import countermeasures, poisons, victims
+from jcdp_diffusers.data import load_images
+from jcdp_diffusers.data.checks import ROLES
+from jcdp_diffusers.poisons import control
+from jcdp_diffusers.purification_config import PurificationConfig
+from jcdp_diffusers.train.config import TrainingConfig
+from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION
+from jcdp_diffusers.train.unets import UNETS
+from jcdp_diffusers.victims import RECIPES, Recipe
+
+
+DATA_ROLES = ("protected", "collected", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """
+    What is done against a poison, as a grid file says it.
+
+    Args:
+        countermeasure (`str`): A name of `countermeasures`, or several joined by `+`.
+        purification (`PurificationConfig`, *optional*): Replaces the countermeasure's own settings.
+        draws (`int`): See `Trial`.
+        collected (`int`, *optional*): How many of the collected images train the purifier; all by default.
+    """
+
+    countermeasure: str
+    purification: PurificationConfig | None = None
+    draws: int = 1
+    collected: int | None = None
+
+    @property
+    def needs_purifier(self) -> bool:
+        return countermeasures.get(self.countermeasure).needs_purifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """
+    What a grid file holds.
+
+    Args:
+        name (`str`): Of the grid, in its records.
+        data (`str` or `dict`): `"digits"`, the digits that ship with scikit-learn; or by role (`protected`,
+            `collected`, `test`) a dict of `source`, and where needed `split`, `first` and `count` (rows in order),
+            `image_size` and `channels`; and `name`, what records call the data. `collected` may have a `name` of its
+            own.
+        poisons (`list`): Of `poisons.NAMES`; `none` for clean images; or a poison's name with `-control`, for noise of
+            the same size that means nothing (`poisons.control`).
+        countermeasures (`list`): Names of `countermeasures`, or dicts of `use` (a name), `as` (what the column is
+            called), `draws` (see `Trial`), `collected` (how many of the collected images train this column's purifier,
+            from the first) and fields of `PurificationConfig` that replace the countermeasure's own.
+        protocol (`str`): The victims' recipe.
+        recipe (`dict`): Fields that replace the protocol's.
+        victims (`list`), width (`int`), seeds (`list`): Of the victims.
+        poison_preset (`str`), poison_seed (`int`): See `poisons.settings`.
+        roles (`str`): `disjoint`; or `paper`, where the test images train the purifier.
+        purifier (`str`): Folder or Hub id; else one is trained on the collected images. If it does not list what it
+            was trained on (`jcdp_diffusers.train.provenance`), its records have roles `unknown` and their own table.
+        unet (`str`), training (`dict`): Of the purifier that is trained, instead of what suits images and device;
+            `training` holds fields of `TrainingConfig`.
+        perceptual (`str`): The perceptual network that goes with a purifier trained here; see `load_perceptual`.
+        about (`dict`): Further facts for the records, such as `purifier_origin`.
+    """
+
+    name: str
+    data: Any
+    poisons: list
+    countermeasures: list
+    protocol: str = "fast"
+    recipe: dict = dataclasses.field(default_factory=dict)
+    victims: list = dataclasses.field(default_factory=lambda: ["resnet18"])
+    width: int | None = None
+    seeds: list = dataclasses.field(default_factory=lambda: [0, 1, 2])
+    poison_preset: str = "published"
+    poison_seed: int = 0
+    roles: str = "disjoint"
+    purifier: str | None = None
+    unet: str | None = None
+    training: dict = dataclasses.field(default_factory=dict)
+    perceptual: str | None = None
+    about: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("poisons", "countermeasures", "victims", "seeds"):
+            value = getattr(self, name)
+            if not isinstance(value, list) or not value:
+                raise ValueError(f"{name} is {value!r}, but must be a list with one entry at least.")
+        for seed in self.seeds:
+            if type(seed) is not int:
+                raise ValueError(f"seeds has {seed!r}, but its entries must be whole numbers.")
+        for entry in self.poisons:
+            if entry != "none" and str(entry).removesuffix(control.SUFFIX) not in poisons.NAMES:
+                raise ValueError(
+                    f"poisons has {entry!r}, but accepted are none, {', '.join(poisons.NAMES)}, and these with "
+                    f"{control.SUFFIX} behind them."
+                )
+        for column in self.countermeasures:
+            words = column if isinstance(column, dict) else {"use": column}
+            if not all(isinstance(word, str) for word in (*words, words.get("use"), words.get("as", ""))):
+                raise ValueError(
+                    f"countermeasures has {column!r}, but a column needs use, a countermeasure's name; its entries' "
+                    "names and as are strings."
+                )
+        for victim in self.victims:
+            victims.get(victim)
+        if self.protocol not in RECIPES:
+            raise ValueError(f"protocol is {self.protocol!r}, but must be one of {', '.join(RECIPES)}.")
+        if self.roles not in ROLES:
+            raise ValueError(f"roles is {self.roles!r}, but must be one of {', '.join(ROLES)}.")
+        typed("recipe", self.recipe, Recipe)
+        if self.unet is not None and self.unet not in UNETS:
+            raise ValueError(f"unet is {self.unet!r}, but must be one of {', '.join(UNETS)}.")
+        typed("training", self.training, TrainingConfig)
+        if self.data != "digits":
+            if not isinstance(self.data, dict) or not set(DATA_ROLES) <= self.data.keys():
+                raise ValueError(f"data is {self.data!r}, but must be 'digits' or have {', '.join(DATA_ROLES)}.")
+            for role in DATA_ROLES:
+                _check_source(role, self.data[role])
+        self.columns()
+
+    @property
+    def full_recipe(self) -> Recipe:
+        """The protocol with what the grid changes of it."""
+        return dataclasses.replace(RECIPES[self.protocol], **typed("recipe", self.recipe, Recipe))
+
+    def columns(self) -> dict[str, Column]:
+        """Columns by their name."""
+        columns = {}
+        for entry in self.countermeasures:
+            entry = {"use": entry} if isinstance(entry, str) else dict(entry)
+            name = entry.pop("use")
+            title = str(entry.pop("as", name))
+            if title in columns:
+                raise ValueError(f"countermeasures has two columns {title!r}: as gives a column another name.")
+            purifies = countermeasures.get(name).needs_purifier
+            numbers = {key: entry.pop(key) for key in ("draws", "collected") if key in entry}
+            for key, value in numbers.items():
+                if type(value) is not int or value < 1 or not purifies:
+                    raise ValueError(
+                        f"countermeasures has {title!r} with {key} {value!r}, but {key} must be a number of at least "
+                        "1, and goes with a countermeasure that purifies."
+                    )
+            if self.purifier is not None and "collected" in numbers:
+                raise ValueError(
+                    f"countermeasures has {title!r} with collected {numbers['collected']}, but purifier names a "
+                    "trained one: leave one of the two out."
+                )
+            config = _replaced(name, entry) if entry else None
+            if self.full_recipe.smoke and purifies:
+                config = SMOKE_PURIFICATION
+            columns[title] = Column(name, config, **numbers)
+        return columns
+
+
+def _replaced(name: str, fields: Mapping[str, Any]) -> PurificationConfig:
+    """A purifying countermeasure's settings with some of them replaced."""
+    measure = countermeasures.get(name)
+    purifying = [part for part in measure.parts or (measure,) if part.needs_purifier]
+    known = {field.name for field in dataclasses.fields(PurificationConfig)}
+    unknown = sorted(set(fields) - known)
+    if len(purifying) != 1 or unknown:
+        raise ValueError(
+            f"countermeasures has {name!r} with {', '.join(unknown or fields)}, but only a countermeasure that "
+            "purifies takes settings, those of PurificationConfig."
+        )
+    return PurificationConfig(**dict(purifying[0].settings) | dict(fields))
+
+
+def typed(entry: str, fields: Mapping[str, Any], kind: Callable) -> dict[str, Any]:
+    """
+    Fields of a dataclass, or arguments of a function, as YAML has them, lists as tuples.
+
+    Raises:
+        ValueError: If one is unknown or has a value of another type than the field.
+    """
+    types = typing.get_type_hints(kind)
+    values = {}
+    for name, value in fields.items():
+        if name not in types:
+            raise ValueError(f"{entry} has {name!r}, which is no field of {kind.__name__}.")
+        union = typing.get_origin(types[name]) in (typing.Union, UnionType)
+        accepted = [
+            typing.get_origin(one) or one for one in (typing.get_args(types[name]) if union else [types[name]])
+        ]
+        values[name] = value = tuple(value) if isinstance(value, list) and tuple in accepted else value
+        numbers = (int, float) if float in accepted else ()
+        if typing.Any not in accepted and type(value) not in (*accepted, *numbers):
+            known = " or ".join("nothing" if one is NoneType else one.__name__ for one in accepted)
+            raise ValueError(f"{entry} has {name} {value!r}, but its type must be {known}.")
+        if isinstance(value, tuple) and not all(type(number) is int for number in value):  # as all tuples are
+            raise ValueError(f"{entry} has {name} {value!r}, but its entries must be whole numbers.")
+    return values
+
+
+def read_grid(path: str | Path, **changes) -> Grid:
+    """
+    Read a grid file.
+
+    Args:
+        path (`str` or `Path`): YAML.
+        changes: Fields that replace the file's, where not None.
+
+    Raises:
+        ValueError: If it holds what no grid has, in one sentence.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"grid {str(path)!r} is no YAML: {' '.join(str(error).split())}.") from error
+    known = {field.name for field in dataclasses.fields(Grid)}
+    unknown = sorted(set(values) - known) if isinstance(values, dict) else ["no entries"]
+    missing = sorted({"name", "data", "poisons", "countermeasures"} - set(values or ()))
+    if unknown or missing:
+        problem = f"holds {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+        raise ValueError(f"grid {str(path)!r} {problem}, but its entries are {', '.join(sorted(known))}.")
+    # YAML 1.1 reads a bare none as the string; null and an empty entry mean the same here.
+    for name in ("poisons", "countermeasures"):
+        if isinstance(values[name], list):
+            values[name] = ["none" if entry is None else entry for entry in values[name]]
+    values = typed(f"grid {str(path)!r}", values, Grid)
+    return Grid(**values | {name: value for name, value in changes.items() if value is not None})
+
+
+def _check_source(role: str, entry: Any) -> None:
+    """Refuse what a role's entry cannot be, before anything is loaded."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
+        raise ValueError(f"data has for {role} {entry!r}, but must have a dict with source, a path or Hub id.")
+    first, count = entry.get("first", 0), entry.get("count")
+    if not all(type(number) is int for number in (first, 0 if count is None else count)):
+        raise ValueError(f"data has for {role} first {first!r} and count {count!r}, but both must be whole numbers.")
+    options = {name: value for name, value in entry.items() if name not in ("name", "first", "count")}
+    typed(f"data for {role}", options, load_images)

@@ -1,0 +1,329 @@
+"""Records of grids, looked up by what was measured; experiments that no table or picture may mix are refused."""
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from jcdp_diffusers import trials
+from jcdp_diffusers.poisons import NAMES as POISON_NAMES
+from jcdp_diffusers.poisons import get as get_poison
+from jcdp_diffusers.poisons.control import SUFFIX as CONTROL
+from jcdp_diffusers.results import read_records
+
+
+NOT_MEASURED = "n.m."
+OF_THE_FIGURES = "Test accuracy in % after the last epoch, mean ± standard deviation over seeds."
+ROLES_SAID = {
+    "disjoint": "Roles disjoint: the purifier has seen neither protected nor test images.",
+    "paper": "**Roles as in the paper: the purifier has been trained on the test images.**",
+    "unknown": "**Nobody knows whether the purifier has seen protected or test images: it does not list its own.**",
+}
+PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+POISONS = {name: get_poison(name).title for name in POISON_NAMES}
+# In the order of tables: before training, while training, purification by others, ours.
+COLUMNS = {
+    "none": "vanilla",
+    "iss": "ISS (best of three)",
+    "gray": "gray",
+    "jpeg-10": "JPEG-10",
+    "bdr-2": "BDR-2",
+    "orthogonal-projection": "orthogonal projection",
+    "random-noise": "random noise",
+    "cutout": "Cutout",
+    "mixup": "Mixup",
+    "cutmix": "CutMix",
+    "fast-autoaugment": "Fast AutoAugment",
+    "ueraser-lite": "AA / UEraser-Lite",
+    "ueraser": "UEraser",
+    "ueraser-max": "UEraser-Max",
+    "at-8": "adversarial training",
+    "at-4": "adversarial training, 4/255",
+    "avatar": "AVATAR",
+    "avatar, 10 evaluations": "AVATAR, 10 evaluations",
+    "gdmp": "GDMP",
+    "gdmp, 1 round of 9": "GDMP, 1 round of 9 evaluations",
+    "eclipse, 4 evaluations": "ECLIPSE, 4 evaluations, not sparse",
+    "eclipse, sparse": "ECLIPSE, 4 evaluations",
+    "jcdp": "JCDP",
+    "jcdp, 8 rounds of 2": "JCDP, 8 rounds of 2",
+    "jcdp+corruption": "JCDP, then corruption",
+    "unconditional": "diffusion without guide",
+    "unconditional, 4 draws": "diffusion without guide, 4 draws",
+    "unconditional+corruption": "diffusion without guide, then corruption",
+    "coloured noise": "diffusion of coloured noise",
+    "coloured noise, 4 draws": "diffusion of coloured noise, 4 draws",
+    "coloured noise, trained longer": "diffusion of coloured noise, purifier trained three times as long",
+    "coloured noise, trained longer, 4 draws": "the same, 4 draws",
+    "coloured noise, 2 rounds, then corruption": "diffusion of coloured noise, 2 rounds, then corruption",
+    "impulse-filter": "impulse filter",
+    "impulse-filter+unconditional+corruption": "impulse filter, diffusion without guide, corruption",
+    "impulse filter, coloured noise, 2 rounds, corruption": "impulse filter, coloured noise, 2 rounds, corruption",
+    # Published, not among ours.
+    "gaussian-filter": "Gaussian filter",
+    "d-vae": "D-VAE",
+    "bridgepure-0.5k": "BridgePure-0.5K",
+    "bridgepure-4k": "BridgePure-4K",
+}
+PROVENANCE = ("trial", *trials.PROVENANCE)  # where a figure is from, not what it is of
+OF_THE_PURIFIER = ("collected", "purifier_origin", "purifier_steps")  # a grid says them of all of its trials
+BASELINES = {"at-8": "of adversarial training's", "ueraser": "of UEraser's"}
+
+
+class Key(NamedTuple):
+    """What a cell is called in a table. Without a purifier the last three are None."""
+
+    dataset: str
+    poison: str
+    poison_preset: str | None
+    column: str
+    collected: str | None
+    purifier_origin: str | None
+    purifier_steps: int | None
+
+
+class Measured:
+    """
+    Accuracies and costs of one scale: one data set size, test set, recipe, victim and assignment of roles.
+
+    Args:
+        records (`Iterable[dict]`): Of one or more grids. Of several records of one cell and seed the last counts.
+        roles (`str`): Which records of purified images count; those of other images have no roles.
+        victim (`str`): Which victim's.
+        smoke (`bool`): Whether records of smoke runs are wanted, and no others.
+
+    Raises:
+        ValueError: If the records differ in more than a table tells apart: a mean over them would mean nothing.
+    """
+
+    def __init__(self, records: Iterable[Mapping], *, roles: str = "disjoint", victim: str = "resnet18", smoke=False):
+        records = [
+            record
+            for record in records
+            if record["what"] in ("accuracy", "victim")
+            and "column" in (settings := record.get("settings", {}))
+            and settings.get("roles", roles) == roles
+            and settings["victim"] == victim
+            and settings["recipe"]["smoke"] == smoke
+        ]
+        self.roles, self.victim = roles, victim
+        _refuse_mixtures([record["settings"] for record in records])
+        self._cells: dict[Key, dict[str, dict[int, Mapping]]] = {}
+        for record in records:
+            by_what = self._cells.setdefault(_key(record["settings"]), {"accuracy": {}, "victim": {}})
+            by_what[record["what"]][record["seed"]] = record
+        self.scales = sorted({scale_in_words(record["settings"]) for record in records})
+
+    def datasets(self) -> list[str]:
+        """In the order in which they were measured."""
+        return list(dict.fromkeys(key.dataset for key, by_what in self._cells.items() if by_what["accuracy"]))
+
+    def keys(self, dataset: str) -> list[Key]:
+        """Cells with an accuracy, in the order in which they were measured."""
+        return [key for key, by_what in self._cells.items() if by_what["accuracy"] and key.dataset == dataset]
+
+    def poisons(self, dataset: str) -> list[tuple[str, str | None]]:
+        """
+        Those that were measured, each with its preset, without controls: clean images first, then in the order of
+        the registry, then poisons that are on record but not in the registry.
+        """
+        found = dict.fromkeys(
+            (key.poison, key.poison_preset) for key in self.keys(dataset) if not key.poison.endswith(CONTROL)
+        )
+        known = [pair for name in ("none", *POISONS) for pair in found if pair[0] == name]
+        return [*known, *(pair for pair in found if pair not in known)]
+
+    def poison_title(self, dataset: str, poison: str, preset: str | None) -> str:
+        """With the preset where it is not the only one."""
+        presets = {key.poison_preset for key in self.keys(dataset) if key.poison == poison}
+        name = POISONS.get(poison, "clean" if poison == "none" else poison)
+        return f"{name} ({preset})" if len(presets) > 1 else name
+
+    def column_title(self, key: Key) -> str:
+        """With what is said of the purifier where it is not the only one, or was trained on other data."""
+        alike = [other for other in self.keys(key.dataset) if other.column == key.column]
+        told = [
+            f"{name} {getattr(key, name)}"
+            for name in OF_THE_PURIFIER
+            if len({getattr(other, name) for other in alike}) > 1
+            or name == "collected"
+            and key.collected not in (None, key.dataset)
+        ]
+        return ", ".join([COLUMNS.get(key.column, key.column), *told])
+
+    def by_seed(self, what: str, key: Key) -> dict[int, Mapping]:
+        """Records of one cell: `accuracy`, or `victim` for its details."""
+        return self._cells[key][what]
+
+    def find(self, what: str, dataset, poison, column, *, collected=None, **others) -> list[Mapping]:
+        """
+        Records of the one cell that fits, one per seed; none if there is no such cell.
+
+        Args:
+            collected (`str`, *optional*): What its purifier, if it has one, was trained on; the data set by default.
+            others: Further fields of `Key`; None for any.
+        """
+        wanted = {"dataset": dataset, "poison": poison, "column": column} | others
+        keys = [
+            key
+            for key in self._cells
+            if key.collected in (None, collected or dataset)
+            and all(value in (None, getattr(key, name)) for name, value in wanted.items())
+        ]
+        refuse_differences(f"{column!r} against {poison!r} on {dataset}", [key._asdict() for key in keys])
+        return list(self._cells[keys[0]][what].values()) if keys else []
+
+    def accuracies(self, dataset, poison, column, **others) -> list[float]:
+        """Per cent, one figure per seed; empty if not measured. See `find`."""
+        return [100 * record["value"] for record in self.find("accuracy", dataset, poison, column, **others)]
+
+    def training_accuracies(self, dataset, poison, column, **others) -> list[float]:
+        """Per cent, on the images that the victim was trained on, one figure per seed."""
+        found = self.find("victim", dataset, poison, column, **others)
+        return [100 * record["value"]["train_accuracy"] for record in found]
+
+    def settings(self, dataset, poison, column, **others) -> Mapping:
+        """What the first seed's record says about its cell; empty if not measured."""
+        found = self.find("accuracy", dataset, poison, column, **others)
+        return found[0]["settings"] if found else {}
+
+    def seconds(self, dataset, column, collected) -> dict[tuple, tuple[float, float]]:
+        """Mean seconds before and of training over seeds, by poison, preset and what they were measured on."""
+        found: dict[tuple, list] = {}
+        for poison, preset in self.poisons(dataset):
+            for record in self.find("victim", dataset, poison, column, collected=collected, poison_preset=preset):
+                value = record["value"]
+                setup = (record.get("device"), value.get("threads"), value.get("precision"))
+                found.setdefault((poison, preset, setup), []).append(
+                    (value["prepare_seconds"], value["train_seconds"])
+                )
+        return {place: tuple(map(statistics.fmean, zip(*pairs))) for place, pairs in found.items()}
+
+
+def refuse_differences(of: str, settings: Sequence[Mapping], facts: Callable[[Mapping], Mapping] = dict) -> None:
+    """
+    Refuse to take different settings for the same.
+
+    Args:
+        of (`str`): What they are settings of, for the error.
+        settings (`Sequence[Mapping]`): Of records.
+        facts (`Callable`): What of them must be the same.
+    """
+    for other in settings[1:]:
+        one, two = _flat(facts(settings[0])), _flat(facts(other))
+        if names := [name for name in one | two if one.get(name) != two.get(name)]:
+            several_grids = settings[0].get("grid") != other.get("grid")
+            values = [
+                repr(flat.get(names[0])) + (f" (grid {whole.get('grid')})" if several_grids else "")
+                for flat, whole in ((one, settings[0]), (two, other))
+            ]
+            raise ValueError(
+                f"records hold {of} with {names[0]} {values[0]} and {values[1]}, which cannot be told apart here: "
+                "give the records of one of them alone (--grid, --protocol, --poisons and --columns choose)."
+            )
+
+
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say which records a table or a picture is made from; see `chosen_records`."""
+    parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
+    parser.add_argument("--grid", help="records of this grid alone")
+    parser.add_argument("--protocol", help="records of this recipe alone")
+    parser.add_argument("--poisons", nargs="+", metavar="NAME", help="of the grid and no others; none: clean images")
+    parser.add_argument(
+        "--columns", nargs="+", metavar="NAME", help="of the grid and no others; in pictures in this order"
+    )
+    parser.add_argument("--victim", default="resnet18")
+    parser.add_argument("--smoke", action="store_true", help="records of smoke runs, which mean nothing")
+
+
+def chosen_records(args: argparse.Namespace) -> list[dict]:
+    """
+    Records of a command's files, in their order: those of one grid, protocol, or set of poisons or columns where it
+    names one.
+
+    Raises:
+        ValueError: If a file cannot be read, or no record has what is named.
+    """
+    records = []
+    for path in args.records:
+        try:
+            records += read_records(path)
+        except OSError as error:
+            raise ValueError(f"records is {path!r}, but that cannot be read: {error.strerror}.") from error
+    facts = {
+        "grid": lambda record: record["settings"].get("grid"),
+        "protocol": lambda record: record["protocol"],
+        "poisons": lambda record: record["settings"].get("poison"),
+        "columns": lambda record: record["settings"].get("column"),
+    }
+    for name, fact in facts.items():
+        wanted = getattr(args, name)
+        if wanted is not None:
+            wanted = [wanted] if isinstance(wanted, str) else wanted
+            known = [one for one in dict.fromkeys(map(fact, records)) if one is not None]
+            if missing := [one for one in wanted if one not in known]:
+                raise ValueError(f"{name} is {missing[0]!r}, but the records have {', '.join(known) or 'none'}.")
+            records = sorted((r for r in records if fact(r) in wanted), key=lambda record: wanted.index(fact(record)))
+    return records
+
+
+def identity(settings: Mapping) -> dict:
+    """All that decides a figure but the seed."""
+    # What was trained on counts although the poison's settings are there: controls were once made in another way.
+    aside = PROVENANCE if "purifier" in settings else (*PROVENANCE, *OF_THE_PURIFIER)
+    return {name: value for name, value in settings.items() if name not in aside}
+
+
+def _key(settings: Mapping) -> Key:
+    return Key(**{name: identity(settings).get(name) for name in Key._fields})
+
+
+def _scale(settings: Mapping) -> dict:
+    train = {name: value for name, value in settings["train"].items() if name != "content"}
+    return {"train": train} | {name: settings.get(name) for name in ("test", "victim", "width", "recipe")}
+
+
+def _poison_facts(settings: Mapping) -> dict:
+    return {name: settings.get(name) for name in ("poison_seed", "poison_settings", "train")}
+
+
+def _refuse_mixtures(settings: Sequence[Mapping]) -> None:
+    """One table, one scale; under one name in it, one poison; in one cell, one experiment."""
+    checks = (
+        (lambda one: one["dataset"], _scale, "{dataset}"),
+        (lambda one: _key(one)[:3], _poison_facts, "{poison!r} on {dataset}"),
+        (_key, identity, "{column!r} against {poison!r} on {dataset}"),
+    )
+    for name, facts, title in checks:
+        groups: dict = {}
+        for one in settings:
+            groups.setdefault(name(one), []).append(one)
+        for group in groups.values():
+            refuse_differences(title.format(**group[0]), group, facts)
+
+
+def _flat(settings: Mapping, before: str = "") -> dict:
+    """Nested settings by dotted names."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
+    return flat
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation, or that there is none."""
+    if not values:
+        return NOT_MEASURED
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def scale_in_words(settings: Mapping) -> str:
+    return (
+        f"{settings['dataset']}: {settings['train']['images']} training images, {settings['victim']} of width "
+        f"{settings['width']}, protocol {settings['recipe']['name']}, {settings['recipe']['epochs']} epochs"
+    )

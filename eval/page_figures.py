@@ -1,0 +1,158 @@
+"""
+The figures that sentences of README.md, docs/ and training/README.md quote: how each key is read from the records.
+
+`eval/pages.py` writes them between `<!-- n:KEY -->` and `<!-- /n -->`. The words before a key's first dot name the
+group, which is one function here: it returns the figures of one file of records.
+"""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from eval.speed_tables import Machine, short_name
+from eval.studies import finetune_versus_scratch
+from jcdp_diffusers.results import read_records, summarise
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+# The network of the table in docs/speed.md, and the machines.
+UNET, XEON, EPYC = "ddpm-cifar10", "Intel Xeon, AMX", "AMD EPYC, AVX-512 BF16"
+# The estimates of docs/scaling.md: images, rows per file, and images per second of a GPU.
+PHOTOGRAPHS, THUMBNAILS = 1.3e6, 1e9
+ROWS_PER_FILE = {256: 2048, 64: 20_000}
+DISK_BYTES_PER_SECOND = 2e9
+
+
+def figure(key: str) -> str:
+    """
+    A figure as a sentence quotes it.
+
+    Args:
+        key (`str`): `"GROUP.NAME"`.
+
+    Raises:
+        ValueError: If there is no such figure.
+    """
+    group, _, name = key.partition(".")
+    figures = GROUPS[group]() if group in GROUPS else {}
+    if name not in figures:
+        raise ValueError(f"the figure is {key!r}, but must be one of {', '.join(all_keys())}.")
+    return figures[name]
+
+
+def all_keys() -> list[str]:
+    """Every key, in the order of this file."""
+    return [f"{group}.{name}" for group, figures in GROUPS.items() for name in figures()]
+
+
+def mini() -> dict[str, str]:
+    """What `make cifar10-mini` measured: mean test accuracies over seeds, in points."""
+    records = [r for r in read_records(RESULTS / "cifar10_mini/records.jsonl") if r["what"] == "accuracy"]
+    points = {row["settings.row"]: 100 * row["mean"] for row in summarise(records, by=("settings.row",))}
+    return {
+        "lost": f"{points['clean'] - points['protected']:.1f}",
+        "regained": f"{points['purified'] - points['protected']:.1f}",
+    }
+
+
+def speed() -> dict[str, str]:
+    """What `eval/throughput.py` measured on two processors."""
+    records = read_records(RESULTS / "throughput.jsonl")
+    xeon, epyc = (
+        Machine([r for r in records if short_name(r["settings"]["processor"]) == name], UNET) for name in (XEON, EPYC)
+    )
+
+    def times_float32(machine: Machine) -> float:
+        peaks = (machine.find("peak", operation="convolution", dtype=dtype) for dtype in ("bfloat16", "float32"))
+        return next(peaks) / next(peaks)
+
+    def folded(more: str = "") -> float:
+        return epyc.step(f"float32 channels_last folded{more}", batch=16)["images_per_second"]
+
+    pixels = epyc.find("pixels", precision="float32")
+    return {
+        "guided_step": f"{epyc.step('float32 channels_last', 'guided')['one_plus_rest']:.4f}",
+        "authors": f"{epyc.find('purifier', unet=UNET, run='float32')['times_the_authors']:.2f}",
+        "amx_bfloat16": f"{times_float32(xeon):.1f}",
+        "avx512_bfloat16": f"{times_float32(epyc):.1f}",
+        "winograd": f"{folded(' winograd') / folded():.2f}",
+        "one_value_in": f"{round(1 / pixels['share_changed'], -3):,.0f}",
+        "levels": str(pixels["largest"]),
+    }
+
+
+def scaling() -> dict[str, str]:
+    """What `eval/purify_scaling.py` measured, and what follows from it for docs/scaling.md's two estimates."""
+    records = read_records(RESULTS / "purify_scaling.jsonl")
+    codec = {
+        record["settings"]["image_size"]: record["value"]
+        for record in records
+        if record["what"] == "cost of reading and writing an image"
+    }
+    bytes_of = {size: cost["bytes"] for size, cost in codec.items()}
+    seconds = {size: (cost["decode and resize (ms)"] + cost["encode (ms)"]) / 1e3 for size, cost in codec.items()}
+    rates = [record for record in records if record["what"] == "purification images per second"]
+    earlier, latest = rates[: len(rates) // 2], rates[len(rates) // 2 :]
+    loads = [record["settings"]["load average"] for record in latest]
+
+    def median(arrangement: str) -> str:
+        some = (record["value"] for record in earlier if record["settings"]["arrangement"] == arrangement)
+        return f"{statistics.median(some):.0f}"
+
+    return {
+        "load_lowest": f"{min(loads):.1f}",
+        "load_highest": f"{max(loads):.1f}",
+        "earlier_one_core": median("one process, one core"),
+        "earlier_each_core": median("one process per core"),
+        "earlier_threads": median("one process, all cores"),
+        "photograph_kilobytes": f"{bytes_of[256] / 1e3:.0f}",
+        "photographs_gigabytes": f"{PHOTOGRAPHS * bytes_of[256] / 1e9:.0f}",
+        "photograph_file_megabytes": f"{ROWS_PER_FILE[256] * bytes_of[256] / 1e6:.0f}",
+        "photograph_milliseconds": f"{1e3 * seconds[256]:.0f}",
+        "photograph_cores_at_7": f"{7 * seconds[256]:.1f}",
+        "photograph_cores_at_28": f"{28 * seconds[256]:.1f}",
+        "thumbnail_kilobytes": f"{bytes_of[64] / 1e3:.1f}",
+        "thumbnails_terabytes": f"{THUMBNAILS * bytes_of[64] / 1e12:.1f}",
+        "thumbnail_file_megabytes": f"{ROWS_PER_FILE[64] * bytes_of[64] / 1e6:.0f}",
+        "thumbnails_minutes": f"{THUMBNAILS * bytes_of[64] / DISK_BYTES_PER_SECOND / 60:.0f}",
+        "thumbnail_milliseconds": f"{1e3 * seconds[64]:.1f}",
+        "thumbnail_cores_at_65": f"{65 * seconds[64]:.1f}",
+        "thumbnail_cores_at_260": f"{260 * seconds[64]:.1f}",
+    }
+
+
+def finetune() -> dict[str, str]:
+    """What `eval/studies/finetune_versus_scratch.py` measured."""
+    records = read_records(RESULTS / "finetune_versus_scratch.jsonl")
+    curves = finetune_versus_scratch.curves(records)
+    end = max(curves["scratch, all timesteps"])
+
+    def lower(start: str) -> str:
+        every, first = (curves[f"{start}, {steps} timesteps"][end] for steps in ("all", "first"))
+        return f"{100 * (1 - first / every):.0f}"
+
+    def caught_up(start: str) -> str:
+        target = curves[f"{start}, all timesteps"][end]
+        reached = [step for step, loss in curves[f"{start}, first timesteps"].items() if loss <= target]
+        return str(min(reached)) if reached else f"more than {end}"
+
+    seconds = [record["seconds"] for record in records if record["settings"]["arm"] in finetune_versus_scratch.ARMS]
+    return {
+        "scratch_lower": lower("scratch"),
+        "finetuned_lower": lower("fine-tuned"),
+        "scratch_steps": caught_up("scratch"),
+        "finetuned_steps": caught_up("fine-tuned"),
+        "start_of_finetuned": f"{curves['fine-tuned, all timesteps'][0]:.3f}",
+        "end_of_scratch": f"{curves['scratch, all timesteps'][end]:.3f}",
+        "end_on_source": f"{curves[finetune_versus_scratch.SOURCE][end]:.3f}",
+        "seconds_least": f"{min(seconds):.0f}",
+        "seconds_most": f"{max(seconds):.0f}",
+    }
+
+
+GROUPS: dict[str, Callable[[], dict[str, str]]] = {
+    "mini": mini,
+    "speed": speed,
+    "scaling": scaling,
+    "finetune": finetune,
+}

@@ -1,0 +1,120 @@
+"""The command line of `jcdp audit`."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from .. import countermeasures, victims
+from ..data.checks import ROLES
+from ..outputs import check_output_folder, public_name
+from ..victims import RECIPES
+from .attacks import PURIFIED
+from .run import BEGUN_NAME, OWN_NAMES, audit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `jcdp audit`."""
+    what = parser.add_argument_group("the images, each a folder, file or Hub id")
+    what.add_argument("--protected", required=True, help="protected images with labels")
+    what.add_argument("--collected", help="unprotected images that train the purifier; no labels needed")
+    what.add_argument("--test", required=True, help="clean labelled images of the same classes")
+    what.add_argument("--clean", help="originals of the protected images, under the same ids")
+    for role in ("protected", "collected", "test", "clean"):
+        what.add_argument(f"--{role}_split", help="the only one if not given" if role == "protected" else None)
+    what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
+    what.add_argument("--label_column")
+    what.add_argument("--image_size", type=int, help="side in pixels to which images are brought first")
+    what.add_argument("--channels", type=int, choices=(1, 3), default=3)
+    what.add_argument("--roles", choices=ROLES, default="disjoint", help="paper: collected are the test images")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--output", required=True, help="folder for report, records, purifier and purified images")
+    how.add_argument("--purifier", help="folder or Hub id of a DDPM; trained on --collected if not given")
+    how.add_argument(
+        "--perceptual",
+        metavar="NAME_OR_PATH",
+        help="of a purifier trained here, for guides that need one: alex, vgg, squeeze, a folder or SqueezeNet's file",
+    )
+    how.add_argument("--preset", help="how to purify; what the purifier's repository says if not given")
+    how.add_argument(
+        "--countermeasures",
+        default="",
+        help=f"to try beside purification, commas between them: {', '.join(countermeasures.NAMES)}; several joined by "
+        f"'+', such as impulse-filter+{PURIFIED}+corruption, where {PURIFIED} is the audit's purification",
+    )
+    how.add_argument(
+        "--control", action="store_true", help="also train on clean images with noise of the same size, as a control"
+    )
+    how.add_argument("--victim", default="resnet18", choices=victims.NAMES)
+    how.add_argument("--width", type=int, help="of the victims; the recipe's if not given")
+    how.add_argument("--protocol", default="fast", choices=tuple(RECIPES), help="the victims' recipe")
+    how.add_argument("--seeds", type=int, default=3, help="victims per row")
+    how.add_argument("--seed", type=int, default=0, help="of purifier and purification")
+    how.add_argument(
+        "--budget",
+        type=int,
+        default=16,
+        metavar="N",
+        help="largest change of a value by the protection, in 1/255: images of two roles that are as near are refused",
+    )
+    how.add_argument("--device", help="an accelerator if there is one")
+    how.add_argument("--processes", type=int, help="victims at a time on a CPU; one per processor if not given")
+
+
+def run(args: argparse.Namespace) -> None:
+    """`jcdp audit`: the report, and where it lies."""
+    if not 0 <= args.budget <= 255:
+        raise ValueError(f"--budget is {args.budget}, but must lie within 0 and 255, in 1/255.")
+    roles = ("protected", "collected", "test", "clean")
+    sources = {f"--{name}": getattr(args, name) for name in (*roles, "purifier")}
+    check_output_folder(args.output, marks=(BEGUN_NAME,), own=OWN_NAMES, sources=sources, name="--output")
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    options = {role: {"split": getattr(args, f"{role}_split")} for role in roles}
+    for role in ("protected", "test", "clean"):
+        options[role] |= columns
+    options["collected"]["image_column"] = args.image_column
+    audit(
+        protected=args.protected,
+        collected=args.collected,
+        test=args.test,
+        clean=args.clean,
+        purifier=args.purifier,
+        perceptual=args.perceptual,
+        output_dir=args.output,
+        protocol=args.protocol,
+        roles=args.roles,
+        control=args.control,
+        attacks=[name.strip() for name in args.countermeasures.split(",") if name.strip()],
+        seeds=args.seeds,
+        seed=args.seed,
+        victim=args.victim,
+        width=args.width,
+        preset=args.preset,
+        budget=args.budget / 255,
+        image_size=args.image_size,
+        channels=args.channels,
+        load_options=options,
+        device=args.device,
+        processes=args.processes,
+        command=command_of(args),
+    )
+    print(f"Report: {Path(args.output) / 'report.html'} (and report.md, report.json)")
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """
+    The command that was given, without the options that have their default values.
+
+    A report is there to be forwarded, so of a path that begins at the root only the last part is given.
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["jcdp", "audit"]
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if value is None or value == action.default:
+            continue
+        words.append(action.option_strings[0])
+        if action.nargs != 0:
+            words.append(public_name(value) if Path(str(value)).is_absolute() else str(value))
+    return shlex.join(words)

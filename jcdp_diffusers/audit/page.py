@@ -1,0 +1,213 @@
+"""The report as one HTML page that needs nothing beside it, for a wide window, a phone and paper."""
+
+import base64
+import html
+import io
+from string import Template
+
+import numpy as np
+from PIL import Image
+
+from ..outputs import printable
+from .pictures import Strips, draw_curves, draw_losses, row_colours
+from .words import certainty, checks, marks, results_table, settings_in_words
+
+
+TONES = {
+    "broken": "#b3261e",
+    "undone": "#b3261e",
+    "weakened": "#b26a00",
+    "withstands": "#2f6f4f",
+    "ineffective": "#5f6368",
+    "exchanged": "#b26a00",
+    "open": "#5f6368",
+    "undecided": "#5f6368",
+    "smoke": "#5f6368",
+}
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 2.5rem 1.5rem 4rem; color: #202124; background: #fff;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1rem; font-weight: 600; color: #5f6368; margin: 0 0 .8rem; }
+h2 { font-size: 1.15rem; margin: 2.6rem 0 .7rem; }
+p.verdict { margin: 0; padding: .2rem 0 .2rem 1.1rem; border-left: .4rem solid $tone; font-size: 1.6rem;
+  line-height: 1.3; font-weight: 600; }
+p.mark { margin: 1rem .6rem 0 0; padding: .15rem .7rem; border-radius: .3rem; background: #fef3d6;
+  display: inline-block; font-size: .92rem; }
+p.note, td.note { color: #5f6368; font-size: .88rem; }
+table { border-collapse: collapse; width: 100%; font-size: .94rem; }
+th { text-align: left; font-weight: 600; color: #5f6368; font-size: .82rem; overflow-wrap: normal; }
+th, td { padding: .5rem .8rem .5rem 0; border-bottom: 1px solid #e4e6e9; vertical-align: top; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.bar { width: 17%; min-width: 7rem; vertical-align: middle; }
+#results td:first-child { min-width: 11.5rem; }
+#settings td:first-child { width: 9rem; color: #5f6368; }
+.track { background: #f1f3f4; border-radius: .2rem; height: .85rem; position: relative; }
+.fill { height: 100%; border-radius: .2rem; }
+.tick { position: absolute; top: -.15rem; width: 1px; height: 1.15rem; background: #202124; opacity: .55; }
+.strip { display: grid; grid-template-columns: 10.5rem repeat($count, minmax(0, 1fr)); gap: .25rem;
+  align-items: center; margin-top: .25rem; }
+.strip span { font-size: .85rem; color: #5f6368; padding-right: .6rem; line-height: 1.2; }
+.strip img { width: 100%; display: block; image-rendering: pixelated; border-radius: .12rem; }
+.strip.classes span { font-size: .78rem; text-align: center; padding: 0; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
+svg { width: 100%; max-width: 40rem; height: auto; }
+ul { padding-left: 1.2rem; }
+ul.checks { list-style: none; padding: 0; margin: 0; }
+ul.checks li { padding: .3rem 0 .3rem 1.8rem; position: relative; }
+ul.checks li::before { position: absolute; left: 0; font-weight: 700; }
+li.good::before { content: "✓"; color: #2f6f4f; }
+li.look::before { content: "!"; color: #b26a00; padding-left: .25rem; }
+li { margin: .15rem 0; }
+pre { background: #f6f7f8; padding: .9rem 1rem; border-radius: .3rem; white-space: pre-wrap; font-size: .85rem; }
+code { font-size: .92em; }
+@media (max-width: 45rem) {
+  body { padding: 1.5rem 1rem 3rem; }
+  p.verdict { font-size: 1.3rem; }
+  td.bar, th.bar, .wide { display: none; }
+  #results td:first-child { min-width: 0; }
+  #settings tr, #settings td { display: block; width: auto; border: 0; padding: 0; }
+  #settings tr { padding: .5rem 0; border-bottom: 1px solid #e4e6e9; }
+  .strip { grid-template-columns: repeat($count, minmax(0, 1fr)); gap: .15rem; margin-top: .5rem; }
+  .strip span { grid-column: 1 / -1; }
+  .strip.classes span { grid-column: auto; font-size: .62rem; }
+  .strip.classes span:first-child { display: none; }
+}
+@media print {
+  body { padding: 0; font-size: 10pt; max-width: none; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  h2 { break-after: avoid; }
+  tr, li, .strip, svg, pre, p { break-inside: avoid; }
+}
+</style>
+</head>
+<body>
+<h1>Audit of a protected data set</h1>
+<p class="verdict" id="verdict" data-status="$status">$sentence</p>
+$marks
+<h2>What victims learned</h2>
+<table id="results">
+<thead><tr><th>victims</th><th class="n">test accuracy</th><th class="n">std</th><th class="bar"></th>
+<th class="n wide">best epoch</th><th class="n wide">training accuracy</th><th class="wide">before</th>
+<th class="n wide">training</th></tr></thead>
+<tbody>
+$rows
+</tbody>
+</table>
+<p class="note">Accuracy after the last epoch on $test clean test images, mean over $seeds; the marks in a bar are the
+single victims. The best epoch is chosen by the test images and is no result. Giving one answer for all images gets
+$chance. Times are per victim, before and while training, on $device.</p>
+<h2>How sure this is</h2>
+<ul id="certainty">
+$certainty
+</ul>
+<h2>What the images look like</h2>
+$strips
+<p class="note">$caption</p>
+<h2>How they learned</h2>
+$curves
+$losses
+<h2>The data</h2>
+<ul class="checks" id="checks">
+$checks
+</ul>
+<h2>Settings</h2>
+<table id="settings"><tbody>
+$settings
+</tbody></table>
+<h2>Limits</h2>
+<ul id="limits">
+$limits
+</ul>
+<h2>How to repeat this</h2>
+<pre id="command">$command</pre>
+<p class="note">Written $time. The figures are in <code>report.json</code>, one record per victim in
+<code>records.jsonl</code>; the purified images are in <code>purified/</code>.</p>
+</body>
+</html>
+""")
+
+
+def page(report: dict, strips: Strips) -> str:
+    """
+    The report as a page.
+
+    Args:
+        report (`dict`): What `report.json` holds.
+        strips (`Strips`): The images to show.
+    """
+    judged, seeds = report["verdict"], len(report["victims"]["seeds"])
+    losses = draw_losses(report)
+    rows = zip(results_table(report), report["rows"], row_colours(report))
+    return _PAGE.substitute(
+        title=_escape(f"Audit: {judged['sentence']}"),
+        tone=TONES[judged["status"]],
+        status=judged["status"],
+        sentence=_escape(judged["sentence"]).replace("-&gt;", "→").replace(" %", "&nbsp;%"),
+        marks="\n".join(f'<p class="mark">{_escape(mark)}</p>' for mark in marks(report)),
+        rows="\n".join(_result_row(row, entry, colour) for row, entry, colour in rows),
+        test=report["data"]["sets"]["test"]["images"],
+        seeds="one seed" if seeds == 1 else f"{seeds} seeds",
+        chance=f"{100 * report['chance']:.0f} %",
+        device=_escape(report["device"]),
+        certainty="\n".join(f"<li>{_escape(sentence)}</li>" for sentence in certainty(report)),
+        strips=_strips(strips),
+        count=len(strips.classes),
+        caption=_escape(strips.caption),
+        curves=draw_curves(report),
+        losses=f"<h2>How the purifier learned</h2>\n{losses}" if losses else "",
+        checks="\n".join(
+            f'<li class="{"good" if good else "look"}">{_escape(sentence)}</li>' for good, sentence in checks(report)
+        ),
+        settings="\n".join(
+            f"<tr><td>{_code(topic)}</td><td>{_code(text)}</td></tr>" for topic, text in settings_in_words(report)
+        ),
+        limits="\n".join(f"<li>{_escape(limit)}</li>" for limit in report["limits"]),
+        command=_escape(report["command"]),
+        time=_escape(report["time"]),
+    )
+
+
+def _result_row(row: dict, entry: dict, colour: str) -> str:
+    ticks = "".join(f'<i class="tick" style="left:{100 * v:.2f}%"></i>' for v in entry["accuracy"]["values"])
+    bar = f'<div class="fill" style="width:{100 * row["fraction"]:.2f}%;background:{colour}"></div>{ticks}'
+    return (
+        f'<tr data-row="{_escape(row["row"])}"><td>{_escape(row["title"])}</td><td class="n"><b>{row["test"]}</b></td>'
+        f'<td class="n">{row["std"]}</td><td class="bar"><div class="track">{bar}</div></td>'
+        f'<td class="n wide">{row["best"]}</td><td class="n wide">{row["train"]}</td>'
+        f'<td class="wide note">{_escape(row["before"])}</td><td class="n wide">{row["seconds"]}</td></tr>'
+    )
+
+
+def _strips(strips: Strips) -> str:
+    titles = "".join(f"<span>{_escape(name)}</span>" for name in strips.classes)
+    lines = [f'<div class="strip classes"><span></span>{titles}</div>']
+    for title, images in strips.images.items():
+        shown = "".join(f'<img alt="" src="{_embedded(image)}">' for image in images)
+        lines.append(f'<div class="strip"><span>{_escape(title)}</span>{shown}</div>')
+    return "\n".join(lines)
+
+
+def _embedded(image: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _escape(text: str) -> str:
+    return html.escape(printable(str(text)))
+
+
+def _code(text: str) -> str:
+    """Escaped, with what stands between backticks as code."""
+    parts = _escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))

@@ -1,0 +1,161 @@
+"""The pictures of a report: images of each class, learning curves, and the loss of a purifier trained for it."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..data import LabelledImages
+from ..outputs import printable, replacing
+
+
+COLOURS = {"clean": "#2f6f4f", "control": "#2f8f9d", "protected": "#b3261e", "purified": "#1f5fa8"}
+OTHER_COLOURS = ("#8a5a00", "#6b4fa0", "#4a6a73", "#a0427d", "#5c6b1f", "#7a4a2b")
+SHOWN = 10  # images, one of each class
+
+
+@dataclass(frozen=True)
+class Strips:
+    """
+    Images of one of each class side by side.
+
+    Args:
+        images (`dict`): uint8 `(n, H, W, C)` by title.
+        classes (`tuple[str, ...]`): Names of the n classes.
+        gain (`float`): By which differences are magnified, the same in every row.
+    """
+
+    images: Mapping[str, np.ndarray]
+    classes: tuple[str, ...]
+    gain: float
+
+    @property
+    def caption(self) -> str:
+        """What the rows show, in a few sentences."""
+        said = (
+            "The first image of each class. What changed is shown on grey, magnified "
+            f"{self.gain:.0f} times: all such rows have one scale."
+        )
+        if "clean" in self.images:
+            said += " What purification left is noise that remains and detail that is lost."
+        return said
+
+
+def picture_strips(sets: Mapping[str, LabelledImages]) -> Strips:
+    """
+    Images of one of each class, and what protection and purification changed of them.
+
+    Args:
+        sets (`dict`): `protected`, `purified` and, where known, `clean` images, row by row the same.
+    """
+    protected, purified, clean = sets["protected"], sets["purified"], sets.get("clean")
+    chosen = [int(np.argmax(protected.labels == label)) for label in np.unique(protected.labels)][:SHOWN]
+    strips = {} if clean is None else {"clean": clean.images[chosen]}
+    strips |= {"protected": protected.images[chosen], "purified": purified.images[chosen]}
+    changes = {"what purification changed": (protected, purified)}
+    if clean is not None:
+        changes = {"what protection added": (clean, protected), "what purification left": (clean, purified)}
+    differences = {
+        title: other.images[chosen].astype(np.float64) - one.images[chosen] for title, (one, other) in changes.items()
+    }
+    # The larger difference fills the scale and neither is cut off, so that the two can be compared.
+    largest = max(np.percentile(np.abs(difference), 99.5) for difference in differences.values())
+    gain = max(1, int(127.5 / max(1.0, largest)))
+    for title, difference in differences.items():
+        strips[f"{title}, x{gain}"] = np.rint((127.5 + gain * difference).clip(0, 255)).astype(np.uint8)
+    names = protected.class_names or tuple(map(str, range(int(protected.labels.max()) + 1)))
+    return Strips(strips, tuple(names[int(protected.labels[row])] for row in chosen), gain)
+
+
+def save_strips(path: Path, strips: Strips) -> None:
+    """The strips as one PNG file, for Markdown."""
+    plt = _pyplot()
+    count = len(strips.classes)
+    figure, axes = plt.subplots(
+        len(strips.images), count, figsize=(count + 2.2, len(strips.images) * 1.05), squeeze=False
+    )
+    for line, (title, images) in zip(axes, strips.images.items()):
+        for axis, image in zip(line, images):
+            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.3)
+    _save(figure, path, dpi=100)
+
+
+def draw_curves(report: dict, path: Path | None = None) -> str:
+    """Test accuracy by epoch, a line per victim: as SVG, or into a PNG file."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(5, 3.2))
+    for entry, colour in zip(report["rows"], row_colours(report)):
+        epochs = range(1, len(entry["curves"][0]) + 1)
+        for curve in entry["curves"]:
+            axis.plot(epochs, 100 * np.array(curve), color=colour, alpha=0.25, linewidth=1)
+        mean = 100 * np.mean(entry["curves"], axis=0)
+        label = printable(entry["title"]).replace("$", r"\$")
+        axis.plot(epochs, mean, color=colour, linewidth=2, marker="o", markersize=3, label=label)
+    axis.axhline(100 * report["chance"], color="#9aa0a6", linewidth=1, linestyle=":", label="one answer for all")
+    axis.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.spines[["top", "right"]].set_visible(False)
+    # Below the axes, where a long name takes no width from the curves on a phone.
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    figure.tight_layout(pad=0.3)
+    return _finished(figure, path)
+
+
+def draw_losses(report: dict) -> str | None:
+    """The purifier's loss while it was trained here, as SVG; None where it was not, or for a few steps only."""
+    training = report["purifier"]["training"]
+    if not report["purifier"]["trained_here"] or training is None or len(training["losses"]) < 5:
+        return None
+    plt = _pyplot()
+    steps, losses = np.array(training["losses"]).T
+    figure, axis = plt.subplots(figsize=(5, 2))
+    axis.plot(steps, losses, color="#1f5fa8", alpha=0.25, linewidth=1)
+    window = max(1, len(losses) // 20)
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    axis.plot(steps[window - 1 :], smooth, color="#1f5fa8", linewidth=2)
+    axis.set(xlabel="optimiser step", ylabel="loss", ylim=(0, float(np.percentile(losses, 99)) * 1.1))
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout(pad=0.3)
+    return _finished(figure, None)
+
+
+def row_colours(report: dict) -> list[str]:
+    """A colour for each row of a report."""
+    others = [entry["row"] for entry in report["rows"] if entry["row"] not in COLOURS]
+    return [
+        COLOURS.get(entry["row"]) or OTHER_COLOURS[others.index(entry["row"]) % len(OTHER_COLOURS)]
+        for entry in report["rows"]
+    ]
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # Text stays text in SVG, in the page's own font.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "jcdp"})
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _finished(figure, path: Path | None) -> str:
+    if path is not None:
+        _save(figure, path, dpi=110, bbox_inches="tight")
+        return ""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    _pyplot().close(figure)
+    drawing = text.getvalue()
+    return drawing[drawing.index("<svg") :]
+
+
+def _save(figure, path: Path, **options) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", **options)
+    _pyplot().close(figure)

@@ -1,0 +1,116 @@
+"""The rows of an audit: which victims are trained on what, and their figures from the records."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..data import LabelledImages
+from ..data.perturbations import apply_perturbation
+from ..poisons.control import shuffled
+from ..purify.dataset_card import SUMMARY_NAME
+from ..results import as_settings
+from ..trials import Trial, describe_images, purifier_digest, results_by_trial
+from .purifier import AuditPurifier
+from .settings import AuditSettings
+
+
+TITLES = {
+    "clean": "clean images",
+    "control": "clean images with noise of the same size",
+    "protected": "protected images",
+    "purified": "purification",
+}
+
+
+def control_images(clean: LabelledImages, protected: LabelledImages, seed: int) -> LabelledImages:
+    """The clean images with the protection's own noise, of other images and shuffled; see `poisons.control`."""
+    noise = shuffled(protected.tensor() - clean.tensor(), seed=seed)
+    return clean.with_images(apply_perturbation(clean.images, noise))
+
+
+def trials_of(
+    sets: Mapping[str, LabelledImages], used: AuditPurifier, asked: AuditSettings, work_dir: Path
+) -> dict[str, list[Trial]]:
+    """
+    The trials by row, one for each seed.
+
+    Args:
+        sets (`dict`): Images by role, with `purified` and, where asked for, `control`.
+        used (`AuditPurifier`): For attacks that purify.
+        asked (`AuditSettings`): Attacks, victims and seeds.
+        work_dir (`Path`): Where attacks keep what they have purified.
+    """
+    rows = {row: (sets[row], "none", None) for row in TITLES if row in sets}
+    for one in asked.tried:
+        # In a smoke run every attack that purifies does so in seconds.
+        replaced = one.countermeasure.needs_purifier and (asked.recipe.smoke or one.purifies_as_the_audit)
+        images = sets["purified" if one.takes_purified else "protected"]
+        rows[one.name] = (images, one.countermeasure.name, used.config if replaced else None)
+    facts = {"audit": describe_images(sets["protected"])["content"], "roles": asked.roles}
+    purification = {"purifier": purifier_digest(used.name), "purification": as_settings(used.config)}
+    return {
+        row: [
+            Trial(
+                images,
+                sets["test"],
+                asked.recipe,
+                seed,
+                victim=asked.victim,
+                width=asked.width,
+                countermeasure=name,
+                purifier=used.name,
+                purification=config,
+                work_dir=work_dir,
+                about=facts | {"row": row} | (purification if images is sets["purified"] else {}),
+            )
+            for seed in asked.victim_seeds
+        ]
+        for row, (images, name, config) in rows.items()
+    }
+
+
+def figures(
+    trials: Mapping[str, list[Trial]], records: Path, purified: LabelledImages, purified_dir: Path
+) -> list[dict]:
+    """
+    Title and figures of each row, from the records.
+
+    Args:
+        trials (`dict`): From `trials_of`.
+        records (`Path`): The file that has their results.
+        purified (`LabelledImages`): What works on them has the seconds of the purification among its own.
+        purified_dir (`Path`): Their folder.
+    """
+    seconds = json.loads((purified_dir / SUMMARY_NAME).read_text())["seconds_of_work"]
+    rows = [{"row": row, "title": TITLES.get(row, row)} | _figures(own, records) for row, own in trials.items()]
+    for entry in rows:
+        entry["prepare_seconds"] += seconds if trials[entry["row"]][0].train is purified else 0
+    return rows
+
+
+def _figures(trials: list[Trial], records: Path) -> dict:
+    """Figures of one row over its seeds."""
+    accuracy, details = (results_by_trial(records, what=what) for what in ("accuracy", "victim"))
+    own = [details[trial.name]["value"] for trial in trials]
+    return {
+        "accuracy": _spread([accuracy[trial.name]["value"] for trial in trials]),
+        "best_accuracy": _spread([entry["best_accuracy"] for entry in own]),
+        "train_accuracy": _spread([entry["train_accuracy"] for entry in own]),
+        "per_class_accuracy": np.mean([entry["per_class_accuracy"] for entry in own], axis=0).round(4).tolist(),
+        "curves": [[epoch["test_accuracy"] for epoch in entry["history"]] for entry in own],
+        "train_seconds": statistics.fmean(entry["train_seconds"] for entry in own),
+        "prepare_seconds": max(entry["prepare_seconds"] for entry in own),
+        "device": accuracy[trials[0].name]["device"],
+        "threads": own[0]["threads"],
+    }
+
+
+def _spread(values: list[float]) -> dict:
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+    }

@@ -1,0 +1,247 @@
+"""What a report says in words: the same for the page and for Markdown."""
+
+from collections.abc import Mapping
+
+from ..data import FEW
+from ..noise import colour_in_words
+from .verdict import MARGIN
+
+
+def marks(report: dict) -> list[str]:
+    """What a reader must know before any figure, in sentences."""
+    said = []
+    if report["smoke"]:
+        said.append("Smoke run: nothing was trained for long enough to mean anything.")
+    if report["roles"] == "paper":
+        said.append("Roles as in the paper: the purifier has seen the test images.")
+    if not any(entry["row"] == "clean" for entry in report["rows"]):
+        said.append("No clean originals were given.")
+    return said
+
+
+def results_table(report: dict) -> list[dict]:
+    """The main table in words; `row` and `fraction` (the mean accuracy, of 1) are what the page needs beside them."""
+    purifier_seconds = report["purifier"]["train_seconds"]
+    table = []
+    for entry in report["rows"]:
+        accuracy, parts, before = entry["accuracy"], entry["row"].split("+"), "-"
+        if parts[0] in ("clean", "control", "protected"):
+            title = f"trained on {entry['title']}"
+        elif parts[0] == "purified":
+            title = f"trained on purified images{', with ' if parts[1:] else ''}{'+'.join(parts[1:])}"
+        else:
+            title = f"protected images, with {entry['title']}"
+        if entry["prepare_seconds"] >= 0.5:
+            before = seconds_in_words(entry["prepare_seconds"])
+        if "purified" in parts and purifier_seconds is not None:
+            before += f" (+ {seconds_in_words(purifier_seconds)} for the purifier)"
+        table.append(
+            {
+                "row": entry["row"],
+                "title": title,
+                "test": f"{100 * accuracy['mean']:.1f} %",
+                "std": "-" if accuracy["std"] is None else f"{100 * accuracy['std']:.1f}",
+                "values": ", ".join(f"{100 * value:.1f}" for value in accuracy["values"]),
+                "best": f"{100 * entry['best_accuracy']['mean']:.1f} %",
+                "train": f"{100 * entry['train_accuracy']['mean']:.1f} %",
+                "fraction": accuracy["mean"],
+                "before": before,
+                "seconds": seconds_in_words(entry["train_seconds"]),
+            }
+        )
+    return table
+
+
+def certainty(report: dict) -> list[str]:
+    """How sure the verdict is, in sentences."""
+    judged, said = report["verdict"], []
+    titles = {entry["row"]: entry["title"] for entry in report["rows"]}
+    what = {
+        "lost": "From the clean to the protected images, accuracy falls by",
+        "gained": f"From there, {titles[judged['attack']]} raises it by",
+    }
+    for name, found in judged["differences"].items():
+        if found is None:
+            continue
+        limits = "its interval is unknown, because a single victim shows no spread"
+        if found["low"] is not None:
+            limits = f"95 % interval {100 * found['low']:.1f} to {100 * found['high']:.1f}"
+        said.append(f"{what[name]} {100 * found['estimate']:.1f} points ({limits}).")
+    seeds, images = len(report["victims"]["seeds"]), report["data"]["sets"]["test"]["images"]
+    said.append(
+        f"The intervals cover two chances: other seeds ({seeds} victim{'s' * (seeds != 1)} per row; Welch, 1947) and "
+        f"other test images ({images}; Agresti and Caffo, 2000)."
+    )
+    said.append(
+        f"A difference below {100 * MARGIN:.0f} points counts as none. The verdict says that there is none only where "
+        "the whole interval lies below that."
+    )
+    return said
+
+
+def checks(report: dict) -> list[tuple[bool, str]]:
+    """What the data checks found: whether it is as it should be, and a sentence."""
+    found = []
+    for role, facts in report["data"]["sets"].items():
+        found += _set_checked(role, facts)
+    found += _roles_checked(report)
+    if report["data"]["noise"] is not None:
+        found += _noise_checked(report["data"]["noise"], _levels(report))
+    return [*found, _shortcut_checked(report["data"]["shortcut"])]
+
+
+def _levels(report: dict) -> int:
+    """The protection's budget, in 1/255."""
+    return round(255 * report["data"]["separation"]["budget"])
+
+
+def _set_checked(role: str, facts: Mapping) -> list[tuple[bool, str]]:
+    counts = list((facts["images_per_class"] or {}).values())
+    balance = f", {min(counts)} to {max(counts)} of each of {len(counts)} classes" if counts else ""
+    shape = "x".join(map(str, facts["shape"]))
+    balanced = not counts or max(counts) <= 10 * min(counts)
+    found = [(balanced, f"{role}: {facts['images']} images{balance}; {shape}")]
+    if facts["duplicates"]:
+        found.append(
+            (
+                False,
+                f"{role}: {facts['duplicates']} images repeat the pixels of another, "
+                f"{facts['contradictions']} of them with another label",
+            )
+        )
+    return found
+
+
+def _roles_checked(report: dict) -> list[tuple[bool, str]]:
+    data, listed = report["data"], report["purifier"]["trained_on"]
+    originals = data["noise"] is not None
+    ours = "protected image and no clean original" if originals else "protected image"
+    near = f"within {_levels(report)}/255 (up to {100 * FEW:g} % of the values aside)"
+    if "collected" in data["sets"]:
+        if report["roles"] == "disjoint":
+            return [
+                (
+                    True,
+                    "No two images of different roles have the same id or the same pixels, and no "
+                    f"{ours} lies {near} of a collected or test image",
+                )
+            ]
+        shared = data["separation"]["collected_in_test"]
+        return [
+            (False, f"{shared} collected images are test images, as in the paper (roles: paper)"),
+            (True, f"No {ours} has the id or pixels of a collected or test image or lies {near} of one"),
+        ]
+    if listed is None:
+        first = (False, "What trained the purifier is not known and could not be compared with the other sets")
+    elif report["roles"] == "paper":
+        first = (False, f"Among the {listed} images that trained the purifier are test images (roles: paper)")
+    else:
+        seen = "protected or test image or clean original" if originals else "protected or test image"
+        first = (True, f"The purifier was trained on {listed} images, by its own list, and on no {seen}")
+    return [first, (True, f"No {ours} has the id or pixels of a test image or lies {near} of one")]
+
+
+def _noise_checked(noise: Mapping, levels: int) -> list[tuple[bool, str]]:
+    found = []
+    if noise["linf"] > levels:
+        found.append(
+            (
+                False,
+                f"The protection changes values by up to {noise['linf']:.0f}/255, more than its budget of "
+                f"{levels}/255 (--budget): originals among the collected and test images can be told by the clean "
+                "ones only, which are compared with them as well",
+            )
+        )
+    found.append(
+        (
+            True,
+            f"Noise after rounding, in {100 * noise['share_changed']:.0f} % of the images: at most "
+            f"{noise['linf']:.0f}/255 per value, Euclidean norm {noise['l2_mean']:.2f} on average and "
+            f"{noise['l2_max']:.2f} at most (images in [0, 1]), {noise['l0_mean']:.0f} pixels per image",
+        )
+    )
+    return found
+
+
+def _shortcut_checked(shortcut: Mapping) -> tuple[bool, str]:
+    figures, clean, beside = shortcut["protected"], shortcut.get("clean"), ""
+    if clean:
+        beside = f"; from the clean originals it gets {_whole(clean['held_out'])} and {_whole(clean['test'])}"
+    said = "It sees no shortcut, which proves nothing: a linear model cannot read every protection."
+    if shortcut["found"]:
+        said = "The protection is a shortcut that even a linear model reads."
+    elif shortcut["exchanged"]:
+        said = "It sees a shortcut in the clean originals instead: the two sets may be exchanged."
+    return (
+        not shortcut["found"] and not shortcut["exchanged"],
+        f"Shortcut test: a linear model fitted to protected images gets {_whole(figures['held_out'])} of other "
+        f"protected images right and {_whole(figures['test'])} of clean test images{beside}. {said}",
+    )
+
+
+def _whole(fraction: float) -> str:
+    return f"{100 * fraction:.0f} %"
+
+
+def settings_in_words(report: dict) -> list[tuple[str, str]]:
+    """Settings in words, by topic."""
+    victims = report["victims"]
+    recipe = victims["recipe"]
+    said = [
+        ("Purifier", _purifier_in_words(report["purifier"])),
+        ("Purification", _purification_in_words(report["purification"])),
+        (
+            "Victims",
+            f"{victims['victim']}, width {victims['width']}, protocol `{recipe['name']}` ({recipe['epochs']} epochs, "
+            f"batch {recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, {recipe['schedule']}), seeds "
+            f"{', '.join(map(str, victims['seeds']))}; last epoch, test images never altered",
+        ),
+        ("Roles", _roles_in_words(report["roles"], report["purifier"]["trained_on"])),
+        ("Device", report["device"]),
+    ]
+    said += [(f"`{name}`", f"{facts['source']}; cost: {facts['cost']}") for name, facts in report["attacks"].items()]
+    packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items() if version)
+    return [*said, ("Versions", packages)]
+
+
+def _purifier_in_words(purifier: Mapping) -> str:
+    said = f"{purifier['name']}, {purifier['parameters'] / 1e6:.2f} million parameters"
+    if purifier["unet"]:
+        said += f" (`{purifier['unet']}`)"
+    if purifier["perceptual"]:
+        said += f", perceptual network {purifier['perceptual']}"
+    if training := purifier["training"]:
+        said += (
+            f"; {training['steps']} steps of {training['total_batch_size']} images, timesteps "
+            f"{training['trained_timesteps'][0]} to {training['trained_timesteps'][1] - 1}, "
+            f"{seconds_in_words(training['seconds'])} on {training['device']}"
+        )
+    return said
+
+
+def _purification_in_words(purification: Mapping) -> str:
+    guides = ", ".join(
+        f"{name} guide {purification[f'{name}_guidance_scale']:g}"
+        for name in ("pixel", "perceptual")
+        if purification[f"{name}_guidance_scale"]
+    )
+    rounds = purification["num_rounds"]
+    return (
+        f"T_p {purification['diffusion_steps']}, {rounds} round{'s' * (rounds > 1)}, "
+        f"{purification['evaluations_per_image']} network evaluations per image, {guides or 'no guide'}"
+        + colour_in_words(purification.get("noise_corner"))
+    )
+
+
+def _roles_in_words(roles: str, trained_on: int | None) -> str:
+    if trained_on is None:
+        return f"{roles}, as far as the purifier is believed: it does not list the images that trained it"
+    listed = f"the purifier was trained on {trained_on} images,"
+    return f"disjoint: {listed} none of the test" if roles == "disjoint" else f"paper: {listed} test images among them"
+
+
+def seconds_in_words(seconds: float) -> str:
+    """Rounded seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,224 @@
+"""
+The networks of victims: logits (B, num_classes) from images (B, C, H, W) in [0, 1].
+
+Each network has `features(images)`, (B, num_features), which its last layer sees, and `num_features`. The ResNet-18 is
+the victim of almost every paper on unlearnable examples. The others ask whether a result holds for networks that the
+poison was not made for: VGG, DenseNet and MobileNet from torchvision, the vision transformer from transformers. They
+are made for images of 224x224, so each is changed where it would shrink small images to nothing; the changes are named
+with each builder. Width 64 is the published network, and every other width scales its channels in proportion.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class BasicBlock(nn.Module):
+    """
+    Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes.
+
+    A shortcut of stride 2 takes every second row and column and then convolves with stride 1. The result has the same
+    bits as a convolution of stride 2, whose backward pass for channels-last float32 writes beyond its memory in oneDNN
+    where images have 64 pixels or more and the network is narrow.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        self.downsample = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        residual = self.bn2(self.conv2(residual))
+        residual += self.downsample(x[:, :, :: self.stride, :: self.stride])
+        return F.relu(residual, inplace=True)
+
+
+class ResNet18(nn.Module):
+    """
+    ResNet-18 (He et al., CVPR 2016) with the stem that small images need, at any width.
+
+    The stem is one 3x3 convolution of stride 1 without max-pooling, so that a 32x32 image is still 4x4 before the
+    final average. Parameters have torchvision's names. Weights start from PyTorch's default initialisation, as in the
+    repositories of the poisons. With `width=64`, `in_channels=3` and 10 classes it has 11,173,962 parameters.
+
+    Args:
+        num_classes (`int`): Number of logits.
+        in_channels (`int`, defaults to 3): Channels of the images, 1 or 3 as a rule.
+        width (`int`, defaults to 64): Channels of the first stage. The stages have 1, 2, 4 and 8 times as many.
+
+    Raises:
+        ValueError: If the width is no positive integer.
+    """
+
+    def __init__(self, num_classes: int, *, in_channels: int = 3, width: int = 64):
+        super().__init__()
+        _check_width("resnet18", width)
+        self.num_features = 8 * width
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = nn.Sequential(BasicBlock(width, width, 1), BasicBlock(width, width, 1))
+        self.layer2 = nn.Sequential(BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 2 * width, 1))
+        self.layer3 = nn.Sequential(BasicBlock(2 * width, 4 * width, 2), BasicBlock(4 * width, 4 * width, 1))
+        self.layer4 = nn.Sequential(BasicBlock(4 * width, 8 * width, 2), BasicBlock(8 * width, 8 * width, 1))
+        self.fc = nn.Linear(8 * width, num_classes)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """The averaged features (B, 8 * width) that the last layer sees."""
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        # The adaptive average pool to 1x1, written as a mean because its backward pass is deterministic on CUDA too.
+        return x.mean(dim=(2, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.features(images))
+
+
+class FeaturesAndHead(nn.Module):
+    """
+    A network of two parts.
+
+    Args:
+        body (`nn.Module`): From images (B, C, H, W) to features (B, num_features).
+        head (`nn.Module`): From features to logits (B, num_classes).
+        num_features (`int`): Size of the features.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Module, num_features: int):
+        super().__init__()
+        self.body = body
+        self.head = head
+        self.num_features = num_features
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.body(images)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(images))
+
+
+def resnet18(num_classes: int, *, in_channels: int = 3, width: int = 64) -> ResNet18:
+    """[`ResNet18`], for 32x32 images as a rule."""
+    return ResNet18(num_classes, in_channels=in_channels, width=width)
+
+
+def vgg16(num_classes: int, *, in_channels: int = 3, width: int = 64) -> nn.Module:
+    """
+    VGG-16 with batch normalisation (Simonyan and Zisserman, ICLR 2015).
+
+    As usual for small images, one linear layer takes the place of the three that expect 7x7 features, and the five
+    poolings keep a last odd row or column, so that images smaller than 32x32 pass too.
+    """
+    from torchvision.models.vgg import make_layers
+
+    _check_width("vgg16", width)
+    stages = [[1, 1], [2, 2], [4, 4, 4], [8, 8, 8], [8, 8, 8]]
+    layers = make_layers([item for stage in stages for item in (*(width * n for n in stage), "M")], batch_norm=True)
+    layers[0] = nn.Conv2d(in_channels, width, 3, padding=1)
+    for layer in layers:
+        if isinstance(layer, nn.MaxPool2d):
+            layer.ceil_mode = True
+    body = nn.Sequential(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return FeaturesAndHead(body, nn.Linear(8 * width, num_classes), 8 * width)
+
+
+def densenet121(num_classes: int, *, in_channels: int = 3, width: int = 64) -> nn.Module:
+    """
+    DenseNet-121 (Huang et al., CVPR 2017), whose growth rate is half the width.
+
+    The stem is a 3x3 convolution of stride 1 without pooling instead of 7x7 with stride 2 and pooling.
+    """
+    from torchvision.models import DenseNet
+
+    _check_width("densenet121", width, multiple=2)
+    model = DenseNet(growth_rate=width // 2, num_init_features=width, num_classes=num_classes)
+    model.features.conv0 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.features.conv0.weight)
+    model.features.pool0 = nn.Identity()
+    body = nn.Sequential(model.features, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return FeaturesAndHead(body, model.classifier, model.classifier.in_features)
+
+
+def mobilenet_v2(num_classes: int, *, in_channels: int = 3, width: int = 64) -> nn.Module:
+    """
+    MobileNetV2 (Sandler et al., CVPR 2018), dropout of 0.2 before the last layer included.
+
+    The stem and the second stage have stride 1 instead of 2, so that 32x32 images end as 4x4 features. Channels are
+    rounded to multiples of 8, at least 8, by the network's own rule.
+    """
+    from torchvision.models import MobileNetV2
+
+    _check_width("mobilenet_v2", width)
+    stages = [  # expansion, channels, blocks, stride
+        [1, 16, 1, 1],
+        [6, 24, 2, 1],
+        [6, 32, 3, 2],
+        [6, 64, 4, 2],
+        [6, 96, 3, 1],
+        [6, 160, 3, 2],
+        [6, 320, 1, 1],
+    ]
+    model = MobileNetV2(num_classes, width_mult=width / 64, inverted_residual_setting=stages)
+    stem = nn.Conv2d(in_channels, model.features[0][0].out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out")
+    model.features[0][0] = stem
+    body = nn.Sequential(model.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return FeaturesAndHead(body, model.classifier, model.last_channel)
+
+
+def vit(num_classes: int, *, in_channels: int = 3, width: int = 64) -> nn.Module:
+    """
+    The tiny vision transformer (ViT-Ti; Touvron et al., ICML 2021): 12 layers, 3 heads of `width` channels each.
+
+    Patches are 4x4 instead of 16x16; position embeddings are made for 32x32 images and interpolated for others.
+    """
+    from transformers import ViTConfig
+
+    _check_width("vit", width)
+    config = ViTConfig(
+        image_size=32,
+        patch_size=4,
+        num_channels=in_channels,
+        hidden_size=3 * width,
+        num_attention_heads=3,
+        num_hidden_layers=12,
+        intermediate_size=12 * width,
+        num_labels=num_classes,
+    )
+    return ViT(config)
+
+
+class ViT(nn.Module):
+    """Images to logits, around a model of transformers. Its features are the class token after the last layer."""
+
+    def __init__(self, config):
+        from transformers import ViTForImageClassification
+
+        super().__init__()
+        self.classifier = ViTForImageClassification(config)
+        self.num_features = config.hidden_size
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier.vit(images, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier.classifier(self.features(images))
+
+
+def last_layer(network: nn.Module) -> nn.Linear:
+    """The layer of a network that makes logits (B, num_classes) of features (B, num_features)."""
+    return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def _check_width(name: str, width: int, multiple: int = 1) -> None:
+    if width < 1 or width % multiple:
+        accepted = "a positive integer" if multiple == 1 else f"a positive multiple of {multiple}"
+        raise ValueError(f"width is {width}, but must be {accepted} for {name}.")

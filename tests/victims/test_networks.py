@@ -1,0 +1,166 @@
+"""Every victim by name: what it maps, what it counts, what it refuses; and the changes made for small images."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+
+from jcdp_diffusers import victims
+from jcdp_diffusers.victims.networks import resnet18
+
+
+# At width 64 with 10 classes and 3 channels: the library's own network, less what small images do without.
+PARAMETERS = {
+    "resnet18": 11_173_962,
+    "vgg16": 14_728_266,
+    "densenet121": 6_956_426,
+    "mobilenet_v2": 2_236_682,
+    "vit": 5_362_762,
+}
+
+
+def parameter_count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", victims.NAMES)
+@pytest.mark.parametrize("in_channels, size", [(3, 32), (1, 28)])
+def test_maps_images_to_logits(name, in_channels, size):
+    model = victims.get(name)(7, in_channels=in_channels, width=8)
+    logits = model(torch.rand(2, in_channels, size, size))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", victims.NAMES)
+def test_parameter_count_at_the_published_width(name):
+    assert parameter_count(victims.get(name)(10)) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", victims.NAMES)
+def test_weights_follow_the_global_seed(name):
+    def weights(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return torch.cat([p.flatten() for p in victims.get(name)(4, width=4).parameters()])
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+@pytest.mark.parametrize("in_channels, num_classes", [(3, 10), (1, 37)])
+@pytest.mark.parametrize("size", [32, 28])
+def test_equals_torchvision_with_a_small_stem(in_channels, num_classes, size):
+    reference = torchvision.models.resnet18(num_classes=num_classes)
+    reference.conv1 = torch.nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+    reference.maxpool = torch.nn.Identity()
+    ours = resnet18(num_classes, in_channels=in_channels)
+    reference.load_state_dict(ours.state_dict())  # strict: the same names and shapes
+    images = torch.rand(4, in_channels, size, size, generator=torch.Generator().manual_seed(0))
+    for mode in (True, False):
+        torch.testing.assert_close(ours.train(mode)(images), reference.train(mode)(images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 6, 16])
+def test_width_scales_every_stage(width):
+    model = resnet18(5, width=width)
+    widths = [stage[-1].conv2.out_channels for stage in (model.layer1, model.layer2, model.layer3, model.layer4)]
+    assert widths == [width, 2 * width, 4 * width, 8 * width]
+    assert model.features(torch.rand(2, 3, 32, 32)).shape == (2, 8 * width)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_last_features_are_4x4_and_averaged():
+    model = resnet18(10, width=4).eval()
+    seen = []
+    model.layer4.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    features = model.features(torch.rand(2, 3, 32, 32))
+    assert seen[0].shape == (2, 32, 4, 4)
+    torch.testing.assert_close(features, torch.nn.functional.adaptive_avg_pool2d(seen[0], 1).flatten(1))
+
+
+def test_default_initialisation():
+    """Kaiming uniform with a = sqrt(5), which is uniform in 1 / sqrt(fan in); batch normalisation starts at (1, 0)."""
+    model = resnet18(10)
+    weight = model.layer2[0].conv1.weight
+    bound = 1 / (64 * 9) ** 0.5
+    assert 0.99 * bound < weight.abs().max() <= bound
+    assert abs(weight.std() / (bound / 3**0.5) - 1) < 0.02
+    assert torch.equal(model.layer4[1].bn2.weight, torch.ones(512))
+
+
+def test_vgg16_is_torchvisions_apart_from_the_classifier():
+    reference = torchvision.models.vgg16_bn().features.eval()
+    ours = victims.get("vgg16")(10).eval()
+    ours.body[0].load_state_dict(reference.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(ours(images), ours.head(reference(images).flatten(1)))
+
+
+@pytest.mark.parametrize(
+    "name, features, size",
+    [("densenet121", lambda model: model.body[0], 4), ("mobilenet_v2", lambda model: model.body[0], 4)],
+)
+def test_small_images_end_as_4x4_features(name, features, size):
+    model = victims.get(name)(10, width=8)
+    assert features(model)(torch.rand(2, 3, 32, 32)).shape[2:] == (size, size)
+
+
+def test_vit_positions_matter():
+    """A transformer without position embeddings would not see that patches changed places."""
+    model = victims.get("vit")(10, width=8).eval()
+    images = torch.rand(1, 3, 32, 32)
+    assert not torch.allclose(model(images), model(images.roll(16, dims=-1)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, width, message",
+    [
+        ("densenet121", 5, "width is 5, .* multiple of 2 for densenet121"),
+        ("resnet18", 0, "width is 0, .* resnet18"),
+        ("vgg16", 0, "width is 0, .* vgg16"),
+        ("mobilenet_v2", -1, "width is -1, .* mobilenet_v2"),
+        ("vit", 0, "width is 0, .* vit"),
+    ],
+)
+def test_a_width_that_a_network_cannot_take(name, width, message):
+    with pytest.raises(ValueError, match=message):
+        victims.get(name)(10, width=width)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="victim is 'resnet50', .* resnet18, vgg16"):
+        victims.get("resnet50")
+
+
+@pytest.mark.parametrize("name", victims.NAMES)
+def test_logits_are_the_head_of_the_features(name):
+    model = victims.get(name)(7, width=8).eval()
+    images = torch.rand(2, 3, 32, 32)
+    features = model.features(images)
+    assert features.shape == (2, model.num_features)
+    last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    torch.testing.assert_close(model(images), last(features))
+
+
+STEPS = """
+import itertools
+import torch
+from jcdp_diffusers import victims
+
+torch.set_num_threads(1)
+for name, size in itertools.product(victims.NAMES, (32, 64, 128)):
+    model = victims.get(name)(4, width=8).to(memory_format=torch.channels_last)
+    images = torch.rand(4, 3, size, size).to(memory_format=torch.channels_last)
+    model(images).square().mean().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters()), (name, size)
+"""
+
+
+def test_a_step_at_32_64_and_128_pixels_ends_no_process():
+    """In a process of its own: a faulty kernel ends it by a signal."""
+    ended = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
