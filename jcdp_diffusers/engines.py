@@ -276,8 +276,7 @@ def _run_in_processes(tasks: list[Task], open_worker: Callable[[], Any], process
         numbers.put(number)
     # A process that dies of a signal can say nothing: it has left the name of its task here.
     at_work = tempfile.mkdtemp()
-    beginning = (open_worker, numbers, processes, at_work)
-    pool = ProcessPoolExecutor(min(processes, len(tasks)), spawn, _begin_process, beginning)
+    pool = ProcessPoolExecutor(min(processes, len(tasks)), spawn, _begin_process, (open_worker, numbers, at_work))
     others = set(multiprocessing.active_children())
     try:
         futures = {pool.submit(_run_in_process, task): task for task in tasks}
@@ -323,9 +322,8 @@ _workers: list = []
 _at_work: Path
 
 
-def _begin_process(open_worker: Callable[[], Any], numbers, processes: int, at_work: str) -> None:
+def _begin_process(open_worker: Callable[[], Any], numbers, at_work: str) -> None:
     global _open_worker, _at_work
-    os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # as a launcher says it, for whoever shares out the cores
     live_as_long_as_parent()
     keep_freed_memory()
     _open_worker, _at_work = open_worker, Path(at_work) / str(os.getpid())

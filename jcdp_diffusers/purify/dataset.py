@@ -102,8 +102,9 @@ def purify_to_folder(
     how = {"engine": engine, "processes": processes, "address": address, "gpus": gpus}
     how["threads"] = job.threads or _threads_on_record(folder) or 1
     with explained(folder), contextlib.ExitStack() as stack:
-        worker = stack.enter_context(Worker(job)) if here else None
-        plan = worker.plan() if here else _planned_elsewhere(job, how)
+        worker = Worker(job) if engine == "local" else None
+        plan = worker.plan(None if here else processes) if worker else _planned_elsewhere(job, how)
+        worker = stack.enter_context(worker) if here else None
         if plan["rows"] is None and not (here and engines.ranks()[1] == 1):
             raise ValueError(
                 f"engine is {engine!r} and processes {processes}, but must be 'local' and 1, without a launcher, for "

@@ -123,29 +123,27 @@ def settle_run(folder: Folder, run: dict, begin: dict | None = None) -> dict:
     return json.loads(folder.read(RUN_NAME))
 
 
-def completed(run: dict) -> dict:
+def completed(run: dict, processes: int | None = None) -> dict:
     """The run with a value for everything that was left open."""
     arithmetic, shards = dict(run["arithmetic"]), dict(run["shards"])
     if arithmetic["micro_batch_size"] is None:
         side = run["sizes"]["image_size"]
         arithmetic["micro_batch_size"] = usual_micro_batch(arithmetic["device"], side, side)
     if arithmetic["threads"] is None and arithmetic["device"] == "cpu":
-        arithmetic["threads"] = default_threads()
+        arithmetic["threads"] = default_threads(processes)
     if shards["count"] is None and shards["rows_per_shard"] is None:
         shards["rows_per_shard"] = SHARD_IN_MICRO_BATCHES * arithmetic["micro_batch_size"]
     return run | {"arithmetic": arithmetic, "shards": shards}
 
 
-def default_threads() -> int:
+def default_threads(processes: int | None = None) -> int:
     """
     The largest power of two of threads that each of this machine's workers can have.
 
     torchrun tells every process to use one thread unless OMP_NUM_THREADS is set; here, the cores are shared out.
     """
-    threads = torch.get_num_threads()
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        cores = available_cores()
-        threads = max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
+    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    threads = max(1, available_cores() // processes) if processes else torch.get_num_threads()
     return 1 << (threads.bit_length() - 1)
 
 

@@ -143,10 +143,9 @@ class Worker(contextlib.ExitStack):
             _check_first_image(self.rows, self.pipe.unet.config.in_channels, size)
         self.config, self.asked = config, describe_run(self.pipe, config, self.rows, job, size, fit)
 
-    def plan(self) -> dict:
-        """What the run would be, and of how many rows, for whoever begins it."""
-        rows = self.rows
-        begin = completed(self.asked)
+    def plan(self, processes: int | None = None) -> dict:
+        """What the run would be with so many workers on this machine, and of how many rows, for whoever begins it."""
+        rows, begin = self.rows, completed(self.asked, processes)
         return {"asked": self.asked, "begin": begin, "name": rows.name, "split": rows.split, "rows": rows.length}
 
     def join(self) -> "Worker":
