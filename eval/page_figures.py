@@ -5,7 +5,6 @@ The figures that sentences of README.md, docs/ and training/README.md quote: how
 group, which is one function here: it returns the figures of one file of records.
 """
 
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,20 +90,7 @@ def scaling() -> dict[str, str]:
     }
     bytes_of = {size: cost["bytes"] for size, cost in codec.items()}
     seconds = {size: (cost["decode and resize (ms)"] + cost["encode (ms)"]) / 1e3 for size, cost in codec.items()}
-    rates = [record for record in records if record["what"] == "purification images per second"]
-    earlier, latest = rates[: len(rates) // 2], rates[len(rates) // 2 :]
-    loads = [record["settings"]["load average"] for record in latest]
-
-    def median(arrangement: str) -> str:
-        some = (record["value"] for record in earlier if record["settings"]["arrangement"] == arrangement)
-        return f"{statistics.median(some):.0f}"
-
     return {
-        "load_lowest": f"{min(loads):.1f}",
-        "load_highest": f"{max(loads):.1f}",
-        "earlier_one_core": median("one process, one core"),
-        "earlier_each_core": median("one process per core"),
-        "earlier_threads": median("one process, all cores"),
         "photograph_kilobytes": f"{bytes_of[256] / 1e3:.0f}",
         "photographs_gigabytes": f"{PHOTOGRAPHS * bytes_of[256] / 1e9:.0f}",
         "photograph_file_megabytes": f"{ROWS_PER_FILE[256] * bytes_of[256] / 1e6:.0f}",

@@ -1,15 +1,17 @@
-"""How purification scales on this machine: several processes against one on the same cores, and memory against rows.
+"""How purification scales on this machine: two workers against one on the same cores, and memory against rows.
 
-    python eval/purify_scaling.py --output results/purify_scaling.jsonl speed --cores 0 1         # three minutes
+    python eval/purify_scaling.py --output results/purify_scaling.jsonl speed --cores 0 1        # a quarter of an hour
     python eval/purify_scaling.py --output results/purify_scaling.jsonl memory --rows 1000 100000  # five minutes
     python eval/purify_scaling.py --output results/purify_scaling.jsonl codec                     # seconds
 
-Images and networks are random, for only their sizes matter here. Every worker is a process of its own, pinned to its
-cores, and begins when all are ready; the time runs until the last one has left, checks of the finished data set
-included.
+Images and networks are random, for only their sizes matter here. Every run is a process of its own, pinned to its
+cores with all that it starts. Speed counts from the moment when the first shard is begun to the moment when the last
+one is on record, so that the start of Python and of Ray is left out. Nothing else may run on the machine meanwhile.
 """
 
 import argparse
+import functools
+import json
 import multiprocessing
 import os
 import resource
@@ -17,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +30,15 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 from eval.tables import markdown_table
 from jcdp_diffusers.data import LabelledImages, open_dataset, write_dataset
+from jcdp_diffusers.engines import ENGINES
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
-from jcdp_diffusers.purify.dataset import purify_to_folder
+from jcdp_diffusers.purify.dataset import open_purifier, purify_to_folder
 from jcdp_diffusers.purify.tiling import encode_all, prepare_all
 from jcdp_diffusers.results import append_record
 from jcdp_diffusers.train.unets import ddpm_scheduler, named_unet
 
 
-SPEED = {"unet": "small32", "size": 32, "rows": 384, "options": {"diffusion_steps": 2, "rows_per_shard": 32}}
+SPEED = {"unet": "small32", "size": 32, "rows": 1536, "options": {"diffusion_steps": 2, "rows_per_shard": 32}}
 MEMORY = {
     "unet": "tiny32",
     "size": 8,
@@ -52,6 +55,7 @@ def main() -> None:
     speed = what.add_parser("speed")
     speed.add_argument("--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0)))
     speed.add_argument("--repeats", type=int, default=3)
+    speed.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     memory = what.add_parser("memory")
     memory.add_argument("--rows", type=int, nargs="+", default=(1_000, 100_000))
     memory.add_argument("--kinds", nargs="+", default=("folder", "stream"), choices=("folder", "stream", "dataset"))
@@ -59,34 +63,50 @@ def main() -> None:
     codec.add_argument("--sizes", type=int, nargs="+", default=(32, 64, 256))
     args = parser.parse_args()
     if args.what == "speed":
-        measure_speed(args.cores, args.repeats, args.output)
+        measure_speed(args.cores, args.repeats, args.engines, args.output)
     elif args.what == "codec":
         measure_codec(args.sizes, args.output)
     else:
         measure_memory(args.rows, args.kinds, args.output)
 
 
-def measure_speed(cores: list[int], repeats: int, output: str) -> None:
-    """Images per second of one process on one core, one on all, one per core; efficiency: the last over the others."""
-    arrangements = {
-        "one process, one core": [cores[:1]],
-        "one process, all cores": [cores],
-        "one process per core": [[core] for core in cores],
-    }
+def measure_speed(cores: list[int], repeats: int, engine_names: list[str], output: str) -> None:
+    """Images per second of a worker on one core, on all, and of one per core; efficiency: the last over the others."""
+    count = len(cores)
+    arrangements = {"one worker, one core": (cores[:1], 1), "one worker, all cores": (cores, 1)}
+    arrangements["one worker per core"] = (cores, count)
     with tempfile.TemporaryDirectory() as folder:
         source = write_images(Path(folder) / "source", SPEED["rows"], SPEED["size"])
-        rates: dict[str, list[float]] = {name: [] for name in arrangements}
-        for repeat in range(repeats):
-            for name, workers in arrangements.items():
-                seconds, _ = run(source, Path(folder) / f"{name} {repeat}", "folder", SPEED, workers)
-                rates[name].append(SPEED["rows"] / seconds)
-                # Other work on the same cores makes all rates lower, that of several threads most of all.
-                settings = {"arrangement": name, "cores": len(cores), "load average": os.getloadavg()[0], **SPEED}
-                record(output, "purification images per second", rates[name][-1], repeat, settings, seconds)
-        one, together, apart = (float(np.median(rates[name])) for name in arrangements)
-        settings = {"cores": len(cores), "repeats": repeats, **SPEED}
-        value = {"against one core": apart / one / len(cores), "against one process on all cores": apart / together}
-        record(output, "purification efficiency of one process per core", value, None, settings, 0.0)
+        purifier = Path(folder) / "purifier"
+        pipe_of(SPEED).save_pretrained(purifier)
+        for engine in engine_names:
+            rates: dict[str, list[float]] = {name: [] for name in arrangements}
+            for repeat in range(repeats):
+                for name, (own, workers) in arrangements.items():
+                    out, load = Path(folder) / f"{engine} {name} {repeat}", os.getloadavg()[0]
+                    how = {"engine": engine, "processes": workers, "threads": len(own) // workers}
+                    run_pinned(own, purify_with_workers, source, purifier, out, how)
+                    rates[name].append(SPEED["rows"] / (seconds := seconds_of_shards(out)))
+                    settings = {"arrangement": name, "cores": count, "load average before": load, **how, **SPEED}
+                    record(
+                        output, "purification images per second of workers", rates[name][-1], repeat, settings, seconds
+                    )
+            one, together, apart = (float(np.median(rates[name])) for name in arrangements)
+            settings = {"engine": engine, "cores": count, "repeats": repeats, **SPEED}
+            value = {"against one core": apart / one / count, "against one worker on all cores": apart / together}
+            record(output, "purification efficiency of one worker per core", value, None, settings, 0.0)
+
+
+def purify_with_workers(source: Path, purifier: Path, out: Path, how: dict) -> None:
+    pipe = functools.partial(open_purifier, purifier, "cpu", output_dir=out, precision="float32")
+    purify_to_folder(source, pipe, output_dir=out, progress=False, **how, **SPEED["options"])
+
+
+def seconds_of_shards(out: Path) -> float:
+    """From the moment when the first shard was begun to the moment when the last one was on record."""
+    records = list((out / ".purify" / "shards").iterdir())
+    ends = [path.stat().st_mtime for path in records]
+    return max(ends) - min(end - json.loads(path.read_text())["seconds"] for end, path in zip(ends, records))
 
 
 def measure_memory(counts: list[int], kinds: list[str], output: str) -> None:
@@ -96,7 +116,9 @@ def measure_memory(counts: list[int], kinds: list[str], output: str) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 source = write_images(Path(folder) / "source", count, MEMORY["size"])
                 os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
-                seconds, memory = run(source, Path(folder) / "out", kind, MEMORY, [[min(os.sched_getaffinity(0))]])
+                memory, seconds = CONTEXT.Queue(), time.perf_counter()
+                run_pinned([min(os.sched_getaffinity(0))], purify_measured, source, Path(folder) / "out", kind, memory)
+                memory, seconds = memory.get(), time.perf_counter() - seconds
             settings = {"source": kind, "rows": count, **MEMORY}
             record(output, "purification peak memory (MiB)", memory, None, settings, seconds)
 
@@ -133,59 +155,54 @@ def table(records: Sequence[Mapping]) -> str:
         used = (values("purification peak memory (MiB)", source=source, rows=rows)[-1] for rows in (1000, 100_000))
         return "{:,.0f} and {:,.0f} MiB".format(*used)
 
-    def speed(arrangement: str) -> float:
-        return statistics.median(values("purification images per second", arrangement=arrangement)[-3:])
-
-    kills = values("random kills survived by a purification")[-1]
     small, large = (values("cost of reading and writing an image", image_size=size)[-1] for size in (64, 256))
     reading = f"{small['decode and resize (ms)']:.1f} and {large['decode and resize (ms)']:.1f} ms"
     writing = " and ".join(f"{cost['encode (ms)']:.1f} ms, {cost['bytes'] / 1e3:.1f} kB" for cost in (small, large))
-    efficiency = values("purification efficiency of one process per core")[-1]["against one core"]
-    done = "{rows lost} rows lost, {rows duplicated} repeated, {rows altered} altered".format(**kills)
     rows = [
         ["Memory of a process, at its peak", "1,000 and 100,000 rows of Parquet, 8x8", memory("folder")],
         ["", "the same as a stream of unknown length", memory("stream")],
-        ["Random `kill -9`", f"{kills['kills']} in {kills['runs']} runs of {kills['rows per run']} rows", done],
         ["Reading 640x427 JPEG, one core", "decode and resize, to 64x64 and 256x256", reading],
         ["Writing PNG, one core", "64x64 and 256x256", writing],
-        ["One process, one core", "`small32`, 32x32, median of 3", f"{speed('one process, one core'):.0f} images/s"],
-        [
-            "One process per core, two cores",
-            "the same",
-            f"{speed('one process per core'):.0f} images/s: efficiency {efficiency:.2f}",
-        ],
-        ["One process, two cores", "the same", f"{speed('one process, all cores'):.0f} images/s"],
     ]
+    for kills in values("random kills survived by a purification"):
+        done = "{rows lost} rows lost, {rows duplicated} repeated, {rows altered} altered".format(**kills)
+        where = f"{kills.get('of', 'of workers with claim files')}: {kills['kills']} in {kills['runs']} runs"
+        rows.append(["Random `kill -9`", f"{where} of {kills['rows per run']} rows", done])
+    for engine in ENGINES:
+        for arrangement in ("one worker, one core", "one worker, all cores", "one worker per core"):
+            rates = values("purification images per second of workers", arrangement=arrangement, engine=engine)
+            if rates:
+                where = f"{arrangement}, `small32` at 32x32, median of {min(len(rates), 3)}"
+                rows.append([f"Engine `{engine}`", where, f"{statistics.median(rates[-3:]):.0f} images/s"])
+        for efficiency in values("purification efficiency of one worker per core", engine=engine)[-1:]:
+            rows.append(["", "efficiency of one worker per core", f"{efficiency['against one core']:.2f}"])
     return markdown_table(["What", "Where", "Result"], rows)
 
 
-def run(source: Path, out: Path, kind: str, what: dict, workers: list[list[int]]) -> tuple[float, float]:
-    """Wall-clock seconds from the moment when all workers are ready, and the largest memory of one of them."""
-    ready, memory = CONTEXT.Barrier(len(workers) + 1), CONTEXT.Queue()
-    processes = [CONTEXT.Process(target=work, args=(source, out, kind, what, own, ready, memory)) for own in workers]
-    for process in processes:
-        process.start()
-    ready.wait()
-    start = time.perf_counter()
-    for process in processes:
-        process.join()
-    seconds = time.perf_counter() - start
-    if any(process.exitcode for process in processes):
-        raise RuntimeError("a worker failed: see above.")
-    return seconds, max(memory.get() for _ in processes)
+def run_pinned(cores: list[int], function: Callable, *args) -> None:
+    """Call a function in a process of its own that has, with all that it starts, only these cores."""
+    process = CONTEXT.Process(target=pinned, args=(cores, function, *args))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError("a run failed: see above.")
 
 
-def work(source: Path, out: Path, kind: str, what: dict, cores: list[int], ready, memory) -> None:
+def pinned(cores: list[int], function: Callable, *args) -> None:
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
-    unet = named_unet(what["unet"], sample_size=what["size"]).eval()
-    pipe = JointConditionalPurificationPipeline(unet.to(memory_format=torch.channels_last), ddpm_scheduler())
-    pipe.set_progress_bar_config(disable=True)
-    pipe(torch.rand(2, 3, what["size"], what["size"]), diffusion_steps=1, output_type="pt")  # first calls are slow
-    ready.wait()
+    function(*args)
+
+
+def purify_measured(source: Path, out: Path, kind: str, memory) -> None:
     given = source if kind == "folder" else open_dataset(source, streaming=kind == "stream")
-    purify_to_folder(given, pipe, output_dir=out, progress=False, **what["options"])
+    purify_to_folder(given, pipe_of(MEMORY), output_dir=out, progress=False, **MEMORY["options"])
     memory.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def pipe_of(what: dict) -> JointConditionalPurificationPipeline:
+    unet = named_unet(what["unet"], sample_size=what["size"]).eval()
+    return JointConditionalPurificationPipeline(unet.to(memory_format=torch.channels_last), ddpm_scheduler())
 
 
 def write_images(folder: Path, count: int, size: int) -> Path:

@@ -17,7 +17,7 @@ from .outputs import printable
 COMMANDS = {
     "quickstart": ("jcdp_diffusers.quickstart", "protect, purify and score real images, end to end, in minutes"),
     "poison": ("jcdp_diffusers.poisons.protect", "protect a data set with an unlearnable-examples method"),
-    "purify": ("jcdp_diffusers.purify.dataset", "turn a protected data set into a learnable one"),
+    "purify": ("jcdp_diffusers.purify.command", "turn a protected data set into a learnable one"),
     "score": ("jcdp_diffusers.score", "train victims on one data set and test them on another"),
     "detect": ("jcdp_diffusers.detect", "find out whether a set of images carries a protection"),
     "audit": ("jcdp_diffusers.audit.command", "find out whether a protection survives purification"),

@@ -240,11 +240,11 @@ class _Tally:
 
 def _run_task(task: Task, worker: Any) -> Any:
     global _inside_task
-    _inside_task = True
+    before, _inside_task = _inside_task, True
     try:
         return task.run(worker)
     finally:
-        _inside_task = False
+        _inside_task = before
 
 
 def _run_on_ranks(own: list[Task], open_worker: Callable[[], Any], tally: _Tally) -> None:

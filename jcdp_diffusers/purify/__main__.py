@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from ..acceleration.allocation import keep_freed_memory
-from .dataset import add_arguments, run
+from .command import add_arguments, run
 
 
 def main(arguments: list[str] | None = None) -> int:

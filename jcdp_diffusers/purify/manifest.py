@@ -13,6 +13,7 @@ import platform
 import re
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,8 +24,12 @@ from ..outputs import public_name
 from ..pipeline_jcdp import JointConditionalPurificationPipeline, usual_micro_batch
 from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions
+from .folder import Folder
 from .reader import Rows
-from .shards import create_once
+
+
+if TYPE_CHECKING:
+    from .worker import Job
 
 
 RUN_NAME = "run.json"
@@ -47,15 +52,9 @@ def describe_run(
     pipe: JointConditionalPurificationPipeline,
     config: PurificationConfig,
     rows: Rows,
-    *,
-    seed: int,
-    image_size: int,
+    job: "Job",
+    size: int,
     fit: str | None,
-    overlap: int,
-    micro_batch_size: int | None,
-    threads: int | None,
-    shards: int | None,
-    rows_per_shard: int | None,
 ) -> dict:
     """A run as asked for: None where it is left to the record, or to `settle_run` if there is none."""
     device = pipe._execution_device
@@ -65,8 +64,8 @@ def describe_run(
         "arithmetic": {
             "device": device.type,
             "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-            "micro_batch_size": micro_batch_size,
-            "threads": threads if device.type == "cpu" else None,
+            "micro_batch_size": job.micro_batch_size,
+            "threads": job.threads if device.type == "cpu" else None,
             "channels_last": pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last),
             "tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
             **({"compiled": True} if compiled else {}),
@@ -75,26 +74,27 @@ def describe_run(
         },
         "purifier": {**_name_and_revision(pipe), "content": content_of(pipe, config)},
         "settings": as_settings(config),
-        "seed": seed,
+        "seed": job.seed,
         "source": {
             "name": public_name(rows.name),
             "split": rows.split,
             "rows": rows.length,
             "content": rows.fingerprint,
         },
-        "sizes": {"image_size": image_size, "fit": fit, "tile_overlap": overlap if fit == "tile" else None},
-        "shards": {"count": shards, "rows_per_shard": rows_per_shard},
+        "sizes": {"image_size": size, "fit": fit, "tile_overlap": job.overlap(size) if fit == "tile" else None},
+        "shards": {"count": job.shards, "rows_per_shard": job.rows_per_shard},
         "packages": package_versions(),
     }
 
 
-def settle_run(output_dir: Path, run: dict) -> dict:
+def settle_run(folder: Folder, run: dict, begin: dict | None = None) -> dict:
     """
     Begin a run, or join the one that the folder holds.
 
     Args:
-        output_dir (`Path`): Where `run.json` is, or will be.
+        folder (`Folder`): Where `run.json` is, or will be.
         run (`dict`): From `describe_run`.
+        begin (`dict`, *optional*): The same, from `completed`; to be written where the folder holds no run.
 
     Returns:
         `dict`: The run as recorded.
@@ -102,11 +102,10 @@ def settle_run(output_dir: Path, run: dict) -> dict:
     Raises:
         ValueError: The folder's run differs in something that changes what is written; the sentence names it.
     """
-    path = output_dir / RUN_NAME
-    if not path.exists():
+    if begin is not None and not folder.exists(RUN_NAME):
         begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        create_once(path, json.dumps(_completed(run) | {"begun": begun, "machine": platform.platform()}, indent=2))
-    recorded = json.loads(path.read_text())
+        folder.write(RUN_NAME, json.dumps(begin | {"begun": begun, "machine": platform.platform()}, indent=2))
+    recorded = json.loads(folder.read(RUN_NAME))
     wanted = json.loads(json.dumps(run))  # tuples are lists in JSON
     for group, name in TAKEN_OVER:
         if wanted[group][name] is None:
@@ -118,35 +117,33 @@ def settle_run(output_dir: Path, run: dict) -> dict:
     for key in {**asked, **present}:
         if key not in INFORMATION and asked.get(key) != present.get(key):
             raise ValueError(
-                f"output_dir {os.fspath(output_dir)!r} holds a run whose {' '.join(key)} is {present.get(key)!r}, but "
+                f"output_dir {folder.url!r} holds a run whose {' '.join(key)} is {present.get(key)!r}, but "
                 f"{asked.get(key)!r} is wanted now: go on with what it was begun with, or choose another output_dir."
             )
-    return json.loads(path.read_text())
+    return json.loads(folder.read(RUN_NAME))
 
 
-def _completed(run: dict) -> dict:
+def completed(run: dict, processes: int | None = None) -> dict:
     """The run with a value for everything that was left open."""
     arithmetic, shards = dict(run["arithmetic"]), dict(run["shards"])
     if arithmetic["micro_batch_size"] is None:
         side = run["sizes"]["image_size"]
         arithmetic["micro_batch_size"] = usual_micro_batch(arithmetic["device"], side, side)
     if arithmetic["threads"] is None and arithmetic["device"] == "cpu":
-        arithmetic["threads"] = default_threads()
+        arithmetic["threads"] = default_threads(processes)
     if shards["count"] is None and shards["rows_per_shard"] is None:
         shards["rows_per_shard"] = SHARD_IN_MICRO_BATCHES * arithmetic["micro_batch_size"]
     return run | {"arithmetic": arithmetic, "shards": shards}
 
 
-def default_threads() -> int:
+def default_threads(processes: int | None = None) -> int:
     """
     The largest power of two of threads that each of this machine's workers can have.
 
     torchrun tells every process to use one thread unless OMP_NUM_THREADS is set; here, the cores are shared out.
     """
-    threads = torch.get_num_threads()
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        cores = available_cores()
-        threads = max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
+    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    threads = max(1, available_cores() // processes) if processes else torch.get_num_threads()
     return 1 << (threads.bit_length() - 1)
 
 

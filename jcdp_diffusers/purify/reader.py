@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data import open_dataset, parquet_files, parquet_shards
-from .shards import digest
+from .folder import digest
 
 
 ROWS_AT_ONCE = 128
@@ -75,12 +75,18 @@ def open_rows(
     Open what `open_dataset` opens, with the same columns and ids.
 
     Parquet files on disk are read where they lie, without a copy in the cache. Other sources go through the cache of
-    `datasets` and memory-mapped Arrow files, or with `streaming` (and for an `IterableDataset`) through nothing.
+    `datasets` and memory-mapped Arrow files, or with `streaming` (and for an `IterableDataset`) through nothing. A URL
+    of fsspec (`s3://...`) names a folder with `<split>-*.parquet`, or one such file.
     """
     columns = {"image_column": image_column, "label_column": label_column, "id_column": id_column}
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
     if isinstance(source, (str, os.PathLike)) and Path(source).exists() and parquet_files(Path(source)):
         return _parquet_rows(Path(source), split, columns)
+    if "://" in name:
+        if split is None:
+            raise ValueError(f"split is None, but must be given where dataset is a URL ({name!r}).")
+        files = name if name.endswith(".parquet") else f"{name.rstrip('/')}/{split}-*.parquet"
+        source = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
     dataset = open_dataset(source, split=split, streaming=streaming, **columns)
     split = re.match(r"[\w.]+", split or str(dataset.split or "train"))[0]  # "train" of "train[:100]"
     if isinstance(dataset, datasets.IterableDataset):

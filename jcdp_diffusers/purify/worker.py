@@ -1,49 +1,163 @@
-"""The way of the rows of one shard: read, decoded, purified, encoded and written, a few at a time."""
+"""One worker: it opens purifier and row reader once, and makes shards, a few rows at a time."""
 
+import contextlib
+import dataclasses
+import functools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
 
-from ..data import to_uint8
+from ..data import ImageRejected, decode_image, to_uint8
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
-from .progress import Progress
-from .reader import Rows
+from ..purification_config import PurificationConfig
+from .folder import Folder, explained
+from .manifest import RUN_NAME, completed, describe_run, settle_run
+from .reader import Rows, open_rows
 from .shards import ShardStore, ShardWriter
-from .tiling import TiledImage, blend, encode_all, prepare_all
-from .worker_pool import in_order
+from .tiling import FITS, TiledImage, blend, encode_all, prepare_all
+from .worker_pool import in_order, open_device_thread, open_pool
 
 
 ROWS_PER_PIECE = 16  # what a decoding or encoding process gets to do at a time
 
 
-class ShardMaker:
-    """Makes one shard after another: read, decode, purify, encode and write, a few rows at a time."""
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """
+    What is to be purified, and how. Workers in other processes get a copy, by pickle.
 
-    def __init__(
-        self,
-        rows: Rows,
-        store: ShardStore,
-        token: str,
-        purify: Callable[[np.ndarray, list[str]], np.ndarray],
-        run: dict,
-        channels: int,
-        device: torch.device,
-        pool: Executor | None,
-        lane: Executor | None,
-        bar: Progress,
-    ):
-        self.rows, self.store, self.token, self.purify, self.bar = rows, store, token, purify, bar
-        self.pool, self.lane = pool, lane
-        self.micro_batch_size = run["arithmetic"]["micro_batch_size"]
-        self.overlap = run["sizes"]["tile_overlap"] or 0
-        self.preparation = (channels, run["sizes"]["image_size"], run["sizes"]["fit"], self.overlap)
+    Args:
+        dataset (`Any`): A path, Hub id, `datasets.Dataset`, `IterableDataset` or what else `data.open_dataset` takes.
+        pipe (`JointConditionalPurificationPipeline` or `Callable`): The purifier, or a function that opens it.
+        output_dir (`str` or `os.PathLike`): Made if needed; a path, or a URL of fsspec. The settings of the run are in
+            its `run.json`, images that cannot be used in `rejected/`.
+        seed (`int`, defaults to 0): Of the noise.
+        split, image_column, label_column, id_column (`str`, *optional*): As for `data.open_dataset`.
+        streaming (`bool`): Read the source as it comes rather than through the cache of `datasets`.
+        preset (`str` or `PurificationConfig`, *optional*): As for `pipe(...)`.
+        image_size (`int`, *optional*): Side of the square that the purifier works on, the UNet's own by default.
+        fit (`str`, *optional*): What happens to images of other sizes: `"exact"` sets them aside, and refuses a data
+            set that begins with one; `"resize"` and `"tile"` see `tiling`. By default what the run was begun with,
+            else `"exact"`.
+        tile_overlap (`int`, *optional*): Least overlap of tiles in pixels, a quarter of `image_size` by default.
+        shards (`int`, *optional*): Number of files, not for streams. Instead of:
+        rows_per_shard (`int`, *optional*): Rows of the source per file; eight micro-batches by default.
+        micro_batch_size (`int`, *optional*): Images per call of the network. By default, and so for the next one: what
+            the run was begun with, else what suits the device.
+        threads (`int`, *optional*): Of a worker on a CPU, a power of two.
+        num_workers (`int`, *optional*): Processes of each worker that decode and encode images; 0 is the worker
+            itself, the default on a CPU; otherwise 4.
+        settings (`Mapping`): Further options of `pipe(...)`.
+    """
+
+    dataset: Any
+    pipe: JointConditionalPurificationPipeline | Callable[[], JointConditionalPurificationPipeline]
+    output_dir: Any
+    seed: int = 0
+    split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    id_column: str | None = None
+    streaming: bool = False
+    preset: str | PurificationConfig | None = None
+    image_size: int | None = None
+    fit: str | None = None
+    tile_overlap: int | None = None
+    shards: int | None = None
+    rows_per_shard: int | None = None
+    micro_batch_size: int | None = None
+    threads: int | None = None
+    num_workers: int | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse what no purifier and no data set could make right."""
+        if self.fit is not None and self.fit not in FITS:
+            raise ValueError(f"fit is {self.fit!r}, but must be one of {FITS}.")
+        if self.threads is not None and (self.threads < 1 or self.threads & (self.threads - 1)):
+            raise ValueError(
+                f"threads is {self.threads}, but must be a power of two: else an image's place would matter."
+            )
+        if self.shards is not None and self.rows_per_shard is not None:
+            raise ValueError(
+                f"shards is {self.shards} and rows_per_shard {self.rows_per_shard}, but only one of them can be given."
+            )
+        for name in ("rows_per_shard", "micro_batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1.")
+
+    def size(self, pipe: JointConditionalPurificationPipeline) -> int:
+        """Side of the square that the purifier works on, in pixels."""
+        size = pipe.unet.config.sample_size if self.image_size is None else self.image_size
+        if not isinstance(size, int) or size < 1:
+            why = f": the sample_size of this purifier's unet is {size}" if self.image_size is None else ""
+            raise ValueError(f"image_size is {self.image_size}, but must be the side of a square in pixels{why}.")
+        multiple = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+        if size % multiple:
+            raise ValueError(f"image_size is {size}, but must be a multiple of {multiple} for this UNet.")
+        if not 0 <= self.overlap(size) < size:
+            raise ValueError(
+                f"tile_overlap is {self.tile_overlap}, but must lie between 0 and image_size ({size}), exclusive."
+            )
+        return size
+
+    def overlap(self, size: int) -> int:
+        """Least overlap of tiles, in pixels."""
+        return size // 4 if self.tile_overlap is None else self.tile_overlap
+
+
+class Worker(contextlib.ExitStack):
+    """
+    Opens a job's purifier and row reader; then, after `join`, makes its shards. Closing it restores torch's settings.
+
+    Args:
+        job (`Job`): What is to be purified; checked here against the purifier and the data set.
+    """
+
+    def __init__(self, job: Job):
+        super().__init__()
+        self.job, self.on_rows, self.folder = job, None, Folder(job.output_dir)
+        opened = isinstance(job.pipe, JointConditionalPurificationPipeline)
+        self.pipe = job.pipe if opened else job.pipe()
+        size = job.size(self.pipe)
+        config = self.pipe.resolve_config(job.preset, **job.settings)
+        if config.perceptual_guidance_scale > 0:
+            config = dataclasses.replace(config, perceptual_network=self.pipe.perceptual.name)  # the one that is used
+        self.pipe.check_colour(config, size, size)
+        columns = {name: getattr(job, name) for name in ("image_column", "label_column", "id_column")}
+        self.rows = open_rows(job.dataset, split=job.split, streaming=job.streaming, **columns)
+        length = self.rows.length
+        if job.shards is not None and (length is None or not 1 <= job.shards <= length):
+            raise ValueError(
+                f"shards is {job.shards}, but the source has {length or 'an unknown number of'} rows: "
+                f"{'rows_per_shard is what a stream takes' if length is None else 'one to that many are accepted'}."
+            )
+        fit = "exact" if job.fit is None and not self.folder.exists(RUN_NAME) else job.fit
+        if fit == "exact":
+            _check_first_image(self.rows, self.pipe.unet.config.in_channels, size)
+        self.config, self.asked = config, describe_run(self.pipe, config, self.rows, job, size, fit)
+
+    def plan(self, processes: int | None = None) -> dict:
+        """What the run would be with so many workers on this machine, and of how many rows, for whoever begins it."""
+        rows, begin = self.rows, completed(self.asked, processes)
+        return {"asked": self.asked, "begin": begin, "name": rows.name, "split": rows.split, "rows": rows.length}
+
+    def join(self) -> "Worker":
+        """Get ready for the run that the folder holds, which must be the one that this worker would begin."""
+        run, rows, device = settle_run(self.folder, self.asked), self.rows, self.pipe._execution_device
+        arithmetic, sizes = run["arithmetic"], run["sizes"]
+        self.store = ShardStore(self.folder, rows.split, rows=rows.length, **run["shards"])
+        self.micro_batch_size, self.overlap = arithmetic["micro_batch_size"], sizes["tile_overlap"] or 0
+        self.preparation = (self.pipe.unet.config.in_channels, sizes["image_size"], sizes["fit"], self.overlap)
+        options = {"preset": self.config, "seed": run["seed"], "micro_batch_size": self.micro_batch_size}
+        self.purify = functools.partial(purify_tiles, self.pipe, **options)
         self.device = device_name(device)
         self.other_images = [
             name for name, kind in rows.features.items() if name != "image" and isinstance(kind, datasets.Image)
@@ -51,19 +165,27 @@ class ShardMaker:
         features = {**rows.features, **dict.fromkeys(self.other_images, datasets.Image())}
         self.kept = datasets.Features({**features, "image": datasets.Image()})
         self.rejected = datasets.Features({**features, "rejection_reason": datasets.Value("string")})
+        num_workers = self.job.num_workers
+        if num_workers is None:
+            num_workers = 0 if device.type == "cpu" else 4
+        self.enter_context(steady_arithmetic(self.pipe, arithmetic["threads"]))
+        self.pool = self.enter_context(open_pool(num_workers))
+        self.device_thread = self.enter_context(open_device_thread(device.type))
+        return self
 
-    def __call__(self, index: int) -> None:
-        """Make a shard; in a stream, it may turn out to lie behind the end."""
+    def make(self, index: int) -> dict | None:
+        """Make a shard and return its record; in a stream, it may turn out to lie behind the end."""
         start, stop = self.store.range(index)
         began, rows_in, resized, reasons = time.perf_counter(), 0, 0, Counter()
         schemas = self.kept.arrow_schema, self.rejected.arrow_schema
-        with ShardWriter(self.store, index, self.token, *schemas) as writer:
+        with explained(self.folder), ShardWriter(self.store, index, *schemas) as writer:
             for (table, refused, brought), files in in_order(self.pool, encode_all, self.purified(start, stop)):
                 writer.write(self.kept_rows(table, refused, files), self.rejected_rows(table, refused))
                 rows_in += len(table)
                 resized += brought
                 reasons.update(reason for reason in refused if reason is not None)
-                self.bar.add(len(table), len(table) - len(files))
+                if self.on_rows is not None:
+                    self.on_rows(len(table), len(table) - len(files))
             if rows_in < stop - start:
                 end = index + (rows_in > 0)
                 if self.rows.length is not None or max(self.store.recorded(), default=-1) >= end:
@@ -73,9 +195,9 @@ class ShardMaker:
                     )
                 self.store.note_end(end)
                 if rows_in == 0:
-                    return
-            seconds = time.perf_counter() - began
-            writer.commit(rows_in=rows_in, resized=resized, reasons=dict(reasons), seconds=seconds, device=self.device)
+                    return None
+            about = {"seconds": time.perf_counter() - began, "device": self.device}
+            return writer.commit(rows_in=rows_in, resized=resized, reasons=dict(reasons), **about)
 
     def purified(self, start: int, stop: int) -> Iterator[tuple[tuple[pa.Table, list[str | None], int], tuple]]:
         """
@@ -127,7 +249,7 @@ class ShardMaker:
                 piece, prepared, _ = waiting.popleft()
                 yield piece, prepared, done
 
-        for _, purified in in_order(self.lane, self.purify, micro_batches(), in_flight=2):
+        for _, purified in in_order(self.device_thread, self.purify, micro_batches(), in_flight=2):
             done.extend(purified)
             yield from complete()
         yield from complete()
@@ -181,3 +303,33 @@ def _stored(value: dict | None) -> dict | None:
     path = Path(value["path"])
     content = path.read_bytes() if value["bytes"] is None and path.is_file() else value["bytes"]
     return {"bytes": content, "path": path.name}
+
+
+@contextlib.contextmanager
+def steady_arithmetic(pipe: JointConditionalPurificationPipeline, threads: int | None) -> Iterator[None]:
+    """What the bits of a result depend on, held fixed, and the pipeline's own progress bar out of sight."""
+    threads_before, bar_before = torch.get_num_threads(), getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(  # whose defaults are not cuDNN's own: left out, `enabled` would turn it off
+            enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32
+        ):
+            yield
+    finally:
+        torch.set_num_threads(threads_before)
+        pipe.set_progress_bar_config(**bar_before)
+
+
+def _check_first_image(rows: Rows, channels: int, size: int) -> None:
+    """Refuse a data set whose images are not the purifier's size before all of them have been set aside one by one."""
+    for table in rows.read(0, 1):
+        with contextlib.suppress(ImageRejected):
+            height, width = decode_image(table["image"][0].as_py(), channels).shape[:2]
+            if (height, width) != (size, size):
+                raise ValueError(
+                    f"dataset has images of {width}x{height}, but the purifier works on {size}x{size}: fit (--fit) "
+                    "must say what becomes of them, resize or tile."
+                )

@@ -1,15 +1,15 @@
-"""Processes that decode and encode images while the accelerator works on others."""
+"""Processes that decode and encode images, and a thread that feeds an accelerator, while others work."""
 
 import contextlib
 import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+from ..engines import live_as_long_as_parent
 
 
 IN_FLIGHT = 32  # pieces of work at most, so that memory does not depend on the length of the source
@@ -24,24 +24,19 @@ def open_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
     # A fork of this process would copy the threads of torch in whatever state they are; this server has none.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jcdp_diffusers.purify.tiling"])
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_live_as_long_as_parent)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_process)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def open_lane(device_type: str) -> Iterator[ThreadPoolExecutor | None]:
+def open_device_thread(device_type: str) -> contextlib.AbstractContextManager[ThreadPoolExecutor | None]:
     """
     A thread that keeps an accelerator busy while this one prepares and stores images; None on a CPU, which gains
     nothing by it, and where a thread of its own would have another number of threads to compute with.
     """
-    if device_type == "cpu":
-        yield None
-        return
-    with ThreadPoolExecutor(1) as lane:
-        yield lane
+    return contextlib.nullcontext() if device_type == "cpu" else ThreadPoolExecutor(1)
 
 
 def in_order(
@@ -53,7 +48,7 @@ def in_order(
     Args:
         pool (`Executor`, *optional*): None works at once, in this process.
         function (`Callable`): Of the second part of each item, as arguments.
-        items: Pairs; the first part is handed through.
+        items (`Iterable[tuple]`): Pairs; the first part is handed through.
         in_flight (`int`): How many are worked on or wait at most.
 
     Yields:
@@ -83,11 +78,6 @@ def in_order(
             future.cancel()
 
 
-def _live_as_long_as_parent() -> None:
+def _begin_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    live_as_long_as_parent()

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -28,10 +29,11 @@ from tiny import tiny_unet
 from jcdp_diffusers.data import load_images, open_dataset, to_uint8, write_dataset
 from jcdp_diffusers.perceptual import LPIPSModel
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
-from jcdp_diffusers.purify import dataset as purify_module
+from jcdp_diffusers.purify import worker as worker_module
 from jcdp_diffusers.purify.__main__ import main
-from jcdp_diffusers.purify.dataset import purify_dataset, purify_to_folder, steady_arithmetic
+from jcdp_diffusers.purify.dataset import purify_dataset, purify_to_folder
 from jcdp_diffusers.purify.tiling import encode_all, starts
+from jcdp_diffusers.purify.worker import steady_arithmetic
 
 
 datasets.disable_progress_bars()
@@ -94,7 +96,7 @@ def test_a_thread_for_the_accelerator_changes_nothing_and_runs_ahead(pipe, sourc
     events = []
 
     @contextlib.contextmanager
-    def lane(device_type):
+    def device_thread(device_type):
         assert device_type == "cpu"
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as thread:
             yield thread
@@ -107,8 +109,8 @@ def test_a_thread_for_the_accelerator_changes_nothing_and_runs_ahead(pipe, sourc
 
         return run
 
-    monkeypatch.setattr(purify_module, "open_lane", lane)
-    monkeypatch.setattr(purify_module, "purify_tiles", noted(purify_module.purify_tiles, "purify"))
+    monkeypatch.setattr(worker_module, "open_device_thread", device_thread)
+    monkeypatch.setattr(worker_module, "purify_tiles", noted(worker_module.purify_tiles, "purify"))
     monkeypatch.setattr("jcdp_diffusers.purify.worker.encode_all", noted(encode_all, "store"))
     purify_to_folder(source, pipe, output_dir=tmp_path, rows_per_shard=50, micro_batch_size=16, **SETTINGS)
     assert same(read_back(tmp_path), expected)
@@ -258,6 +260,33 @@ def test_a_stream_without_rows_is_refused(pipe, tmp_path):
     )
     with pytest.raises(ValueError, match="has no rows in split 'train': at least one is needed"):
         purify_to_folder(stream, pipe, output_dir=tmp_path, **SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_from_and_to_other_file_systems(kind, streaming, pipe, source, expected, tmp_path, monkeypatch):
+    """fsspec's memory stands for an object store: nothing can be renamed or locked there."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # else `datasets` opens no URL
+    place = f"file://{tmp_path}" if kind == "file" else f"memory://{tmp_path.name}"
+    fs, root = fsspec.core.url_to_fs(place)
+    fs.put(str(source), f"{root}/source", recursive=True)
+    given = {"dataset": f"{place}/source", "split": "train", "streaming": streaming}
+    purify_to_folder(pipe=pipe, output_dir=f"{place}/out", rows_per_shard=16, **given, **SETTINGS)
+    shard = f"{root}/out/train-00001-of-00004.parquet"
+    before, _ = fs.cat_file(shard), fs.pipe_file(shard, b"damaged")
+    purified = purify_dataset(pipe=pipe, output_dir=f"{place}/out", **given, **SETTINGS)
+    assert fs.cat_file(shard) == before
+    assert same({row["id"]: np.asarray(row["image"]) for row in purified}, expected)
+    assert {"README.md", "run.json", "summary.json"} <= {
+        path.rpartition("/")[2] for path in fs.ls(f"{root}/out", False)
+    }
+    with pytest.raises(ValueError, match="split is None, but must be given where dataset is a URL"):
+        purify_to_folder(f"{place}/source", pipe, output_dir=f"{place}/other", **SETTINGS)
+    if kind == "memory":
+        with pytest.raises(
+            ValueError, match="output_dir is 'memory://.*', but must be a local folder where push_to_hub"
+        ):
+            purify_to_folder(pipe=pipe, output_dir=f"{place}/out", push_to_hub="a/b", **given, **SETTINGS)
 
 
 # --------------------------------------------------------------------------------------------------------------- going on
@@ -528,7 +557,7 @@ def test_command_line(purifier, source, expected, tmp_path, capsys, handlers):
     assert main(f"{command} --shards 4".split()) == 0
     said = capsys.readouterr()
     assert "50 rows in, 50 out, 0 rejected" in said.out
-    assert re.search(r"\[worker \d+\] 50 of 50 images, .* images/s", said.err)
+    assert re.search(r"100%\|.*\| 50/50 \[.* images/s, 0 rejected\]", said.err)
     purified = read_back(tmp_path / "out")
     assert max(np.abs(purified[name].astype(int) - expected[name]).max() for name in expected) <= 1  # channels_last
     assert main(f"{command} --seed 1".split()) == 1
@@ -561,7 +590,7 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(purifier, tmp_path,
     threading.Thread(target=stop_after_the_first_shard, daemon=True).start()
     assert main([*command, "--rows_per_shard", "32"]) == 130
     assert re.search(r"Stopped: \d+ finished shards stay in .*Give the same command again", capsys.readouterr().err)
-    assert not list(state.glob("claims/*")) and not list(state.glob("writing/*"))
+    assert not list(state.glob("writing/*"))
     assert 1 <= len(list((tmp_path / "out").glob("*.parquet"))) < 13
     assert main(command) == 0
     assert list(read_back(tmp_path / "out")) == list(some_images(400).ids)

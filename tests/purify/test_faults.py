@@ -1,5 +1,6 @@
-"""What can go wrong while a data set is purified. Minutes: `pytest -m long tests/test_purify_faults.py`."""
+"""What can go wrong while a data set is purified. Minutes: `make test-faults`."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -8,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -18,7 +21,7 @@ import torch
 from purifying import SETTINGS, quick_pipe, read_back, same, some_images, source_folder, work
 
 from jcdp_diffusers.data import open_dataset, to_uint8, write_dataset
-from jcdp_diffusers.purify.dataset import purify_to_folder
+from jcdp_diffusers.purify.dataset import open_purifier, purify_to_folder
 from jcdp_diffusers.purify.worker_pool import in_order, open_pool
 
 
@@ -58,28 +61,36 @@ def check(output_dir: Path, expected: dict) -> None:
     assert (summary["rows_in"], summary["rows_out"], summary["rejected"]) == (len(expected), len(expected), 0)
     assert sorted(summary["files"]) == sorted(path.name for path in output_dir.glob("*.parquet"))
     assert not list((output_dir / ".purify/writing").iterdir())
-    assert not list((output_dir / ".purify/claims").glob("[!.]*"))
 
 
-def test_a_hundred_random_kills(source, expected, tmp_path):
-    """Two workers at a time, one of which is killed at a random moment and replaced, until a hundred have died."""
+def descendants(process: int) -> set[int]:
+    """Of the processes that this test has started, those below one."""
+    children = set()
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            children.update(map(int, path.read_text().split()))
+    return children.union(*map(descendants, children))
+
+
+# -------------------------------------------------------------------------------------------------------- kills and losses
+
+
+def test_a_hundred_random_kills_of_the_command(source, expected, tmp_path):
+    """The command is killed at a random moment and given again at once, until a hundred have died: the lock is free."""
     draw = np.random.default_rng(0)
     kills, runs = 0, 0
     while kills < 100:
         output_dir = tmp_path / str(runs)
-        workers = [start(source, output_dir) for _ in range(2)]
+        worker = start(source, output_dir)
         while not (output_dir / "summary.json").exists():
-            time.sleep(draw.uniform(0, 0.8))
-            victim = int(draw.integers(2))
-            if workers[victim].is_alive():
-                workers[victim].kill()
-                workers[victim].join()
+            worker.join(draw.uniform(0, 0.8))
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
                 kills += 1
-            elif (output_dir / "summary.json").exists():
-                break
-            workers[victim] = start(source, output_dir)
-        for worker in workers:
-            worker.join()
+            assert worker.exitcode in (0, -signal.SIGKILL)
+            worker = start(source, output_dir)
+        worker.join()
         last = start(source, output_dir)  # the command given again, on a folder that is finished
         last.join()
         assert last.exitcode == 0
@@ -88,7 +99,75 @@ def test_a_hundred_random_kills(source, expected, tmp_path):
     print(f"{kills} kills in {runs} runs")
 
 
-def test_every_worker_is_killed_and_another_machine_goes_on(source, expected, tmp_path):
+def ray_workers() -> list[int]:
+    """Processes of this test's own Ray clusters that run an actor."""
+    found = []
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_RayWorker"):
+                found.append(pid)
+    return found
+
+
+def test_fifty_kills_of_workers_and_ten_losses_of_nodes_on_ray(source, tmp_path):
+    """Workers die by SIGKILL and nodes vanish at random moments, over several runs; all files are those of one worker."""
+    from ray.cluster_utils import Cluster
+
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    slow = {"diffusion_steps": 150, "progress": False, "threads": 1, "shards": SHARDS}  # half a second a shard
+    torch.set_num_threads(1)
+    purify_to_folder(source, quick_pipe(), output_dir=tmp_path / "alone", **slow)
+    alone = {path.name: path.read_bytes() for path in (tmp_path / "alone").glob("*.parquet")}
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    draw = np.random.default_rng(0)
+    count, ended = {"kills": 0, "losses": 0}, threading.Event()
+
+    def disturb():
+        while not ended.wait(draw.uniform(0, 4)):
+            if draw.uniform() < 1 / 5 and count["losses"] < 10:
+                cluster.remove_node(nodes.pop(draw.integers(2)), allow_graceful=False)
+                count["losses"] += 1
+                ended.wait(draw.uniform(0, 3))
+                nodes.append(cluster.add_node(num_cpus=1))
+            elif count["kills"] < 50 and (pids := ray_workers()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(draw.choice(pids), signal.SIGKILL)
+                    count["kills"] += 1
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    runs = 0
+    try:
+        while count != {"kills": 50, "losses": 10}:
+            out = tmp_path / f"ray-{runs}"
+            pipe = partial(open_purifier, tmp_path / "purifier", "cpu", output_dir=out)
+            how = {"engine": "ray", "address": cluster.address, "num_workers": 0}
+            summary = purify_to_folder(source, pipe, output_dir=out, **how, **slow)
+            assert {path.name: path.read_bytes() for path in out.glob("*.parquet")} == alone
+            assert (summary["rows_in"], summary["rows_out"]) == (ROWS, ROWS)
+            runs += 1
+    finally:
+        ended.set()
+        thread.join()
+        cluster.shutdown()
+    print(f"{count} in {runs} runs")
+
+
+def test_a_full_disk_under_ray_is_a_sentence(source, small_disk, tmp_path):
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    out = small_disk / "out"
+    pipe = partial(open_purifier, tmp_path / "purifier", "cpu", output_dir=out)
+    sentence = r"^output_dir '.*out' cannot be written to \(no space left on device\): mend that and .* tasks failed"
+    with pytest.raises(RuntimeError, match=sentence) as raised:
+        purify_to_folder(source, pipe, output_dir=out, shards=SHARDS, threads=1, engine="ray", **SETTINGS)
+    assert "\n" not in str(raised.value)
+    assert list(out.glob("*.parquet"))
+
+
+def test_the_command_is_killed_and_another_machine_goes_on(source, expected, tmp_path):
     """The folders move, so no path and no process of the first machine means anything any more."""
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(source, first / "source")
@@ -97,76 +176,14 @@ def test_every_worker_is_killed_and_another_machine_goes_on(source, expected, tm
         time.sleep(0.01)
     worker.kill()
     worker.join()
-    for claim in (first / "out/.purify/claims").iterdir():
-        owner = json.loads(claim.read_text())
-        claim.write_text(json.dumps(owner | {"machine": "the first"}))
     shutil.move(first, second)
-    worker = start(second / "source", second / "out", shards=None, claim_timeout=1.0)
+    worker = start(second / "source", second / "out", shards=None)
     worker.join()
     assert worker.exitcode == 0
     check(second / "out", expected)
 
 
-def test_workers_race_for_the_same_shards(source, expected, tmp_path):
-    """Claims are removed under the workers' hands, so that several make the same shard at the same time."""
-    workers = [start(source, tmp_path / "out") for _ in range(4)]
-    while any(worker.is_alive() for worker in workers):
-        for claim in (tmp_path / "out/.purify/claims").glob("[0-9]*"):
-            claim.unlink(missing_ok=True)
-        time.sleep(0.02)
-    assert [worker.exitcode for worker in workers] == [0] * 4
-    check(tmp_path / "out", expected)
-
-
-def test_workers_share_a_stream_whose_end_nobody_knows(source, expected, tmp_path):
-    """Three workers, one of which is killed now and then and replaced; claims vanish under their hands, too."""
-    options = {"as_stream": True, "shards": None, "rows_per_shard": 23, "claim_timeout": 2.0}
-    draw = np.random.default_rng(0)
-    workers = [start(source, tmp_path / "out", **options) for _ in range(3)]
-    kills = 0
-    while any(worker.is_alive() for worker in workers):
-        for claim in (tmp_path / "out/.purify/claims").glob("[0-9]*"):
-            if draw.uniform() < 0.1:
-                claim.unlink(missing_ok=True)
-        victim = int(draw.integers(3))
-        if kills < 8 and draw.uniform() < 0.1 and workers[victim].is_alive():
-            workers[victim].kill()
-            workers[victim].join()
-            workers[victim] = start(source, tmp_path / "out", **options)
-            kills += 1
-        time.sleep(0.05)
-    assert [worker.exitcode for worker in workers] == [0] * 3
-    check(tmp_path / "out", expected)
-
-
-def test_clocks_jump(source, expected, tmp_path):
-    """File times go to and fro by years while two workers are at it; nobody is stuck, nothing is lost."""
-    workers = [start(source, tmp_path / "out", claim_timeout=2.0) for _ in range(2)]
-    draw = np.random.default_rng(0)
-    while any(worker.is_alive() for worker in workers):
-        moment = time.time() + draw.uniform(-1, 1) * 3e8
-        for path in (tmp_path / "out").rglob("*"):
-            try:
-                os.utime(path, (moment, moment))
-            except FileNotFoundError:
-                pass
-        time.sleep(0.02)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    check(tmp_path / "out", expected)
-
-
-def test_a_worker_that_stands_still_loses_its_shard_and_does_no_harm_when_it_wakes(source, expected, tmp_path):
-    sleeper = start(source, tmp_path / "out", claim_timeout=1.0)
-    while not list((tmp_path / "out").glob("*.parquet")):
-        time.sleep(0.01)
-    os.kill(sleeper.pid, signal.SIGSTOP)
-    other = start(source, tmp_path / "out", claim_timeout=1.0)
-    other.join()
-    assert other.exitcode == 0
-    os.kill(sleeper.pid, signal.SIGCONT)
-    sleeper.join()
-    assert sleeper.exitcode == 0
-    check(tmp_path / "out", expected)
+# ------------------------------------------------------------------------------------------------------- disks and sources
 
 
 @pytest.fixture
@@ -260,37 +277,6 @@ def test_a_stream_that_ends_elsewhere_the_second_time_is_noticed(tmp_path):
         purify_to_folder(stream(95), quick_pipe(), output_dir=out, **SETTINGS)
 
 
-def run_torchrun(processes: int, purifier: Path, source: Path, output_dir: Path, *options: str) -> str:
-    command = f"--nproc_per_node {processes} --rdzv_backend c10d --rdzv_endpoint localhost:0 -m jcdp_diffusers.purify"
-    arguments = f"--purifier {purifier} --dataset {source} --output {output_dir} --diffusion_steps 3"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *command.split(), *arguments.split(), *options],
-        capture_output=True,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def test_one_and_two_processes_of_torchrun_give_the_same_files(source, tmp_path):
-    quick_pipe().save_pretrained(tmp_path / "purifier")
-    for processes, cut in ((1, "--shards=30"), (2, "--rows_per_shard=23")):
-        log = run_torchrun(processes, tmp_path / "purifier", source, tmp_path / str(processes), "--threads=1", cut)
-        lines = re.findall(r"\[worker (\d+)\] 600 of 600 images", log)
-        assert len(set(lines)) == processes  # each process says in a line of its own how far all of them are
-    one, two = (read_back(tmp_path / str(processes)) for processes in (1, 2))
-    assert same(one, two) and list(one) == list(some_images(ROWS).ids)
-
-
-def descendants(process: int) -> set[int]:
-    children = {
-        int(pid) for path in Path(f"/proc/{process}/task").glob("*/children") for pid in path.read_text().split()
-    }
-    return children.union(*map(descendants, children))
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to see processes")
 def test_decoding_processes_die_with_a_killed_worker(tmp_path):
     quick_pipe().save_pretrained(tmp_path / "purifier")
@@ -327,7 +313,6 @@ def test_a_signal_to_the_process_stops_it_with_a_sentence(signal_number, tmp_pat
     assert worker.returncode == 130
     assert re.search(r"Stopped: \d+ finished shards stay in .*Give the same command again to go on", said), said
     assert "Traceback" not in said
-    assert not list((tmp_path / "out/.purify/claims").glob("[!.]*"))
     assert not list((tmp_path / "out/.purify/writing").iterdir())
 
 

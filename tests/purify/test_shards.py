@@ -1,157 +1,116 @@
-"""Claims that expire without trusting a clock, and files that appear whole or not at all."""
+"""Shards that are there whole with their record or not at all, on a local disk and on other file systems."""
 
 import json
-import os
-import subprocess
-import time
 
+import fsspec
 import pyarrow as pa
 import pytest
 
-from jcdp_diffusers.purify.shards import Claims, ShardStore, ShardWriter, _process, create_once, write_atomically
+from jcdp_diffusers.purify.folder import Folder
+from jcdp_diffusers.purify.shards import ShardStore, ShardWriter
 
 
-TIMEOUT = 0.4
+SCHEMA = pa.schema({"id": pa.string()})
 
 
-@pytest.fixture
-def store(tmp_path):
-    return ShardStore(tmp_path, "train", rows=10, rows_per_shard=4, count=None)
+@pytest.fixture(params=["path", "file", "memory"])
+def folder(request, tmp_path):
+    """The same folder by its path, as a URL, and on a file system that is no disk at all."""
+    url = {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{tmp_path.name}"}[request.param]
+    yield Folder(url)
+    fsspec.filesystem("memory").store.clear()
 
 
-@pytest.fixture
-def claims(store):
-    with Claims(store.state / "claims", TIMEOUT) as claims:
-        yield claims
-
-
-def other(claims, **owner) -> Claims:
-    """A worker that is not this process, and does not touch its claims."""
-    worker = Claims(claims.folder, TIMEOUT)
-    worker._owner = json.dumps({"token": worker.token, "machine": "elsewhere", "pid": 1, "started": "1", **owner})
-    return worker
-
-
-def test_a_claim_is_exclusive_until_it_is_released(claims):
-    with Claims(claims.folder, TIMEOUT) as second:
-        assert claims.take("0") and not second.take("0") and second.take("1")
-        claims.release("0")
-        assert second.take("0")
-    assert claims.take("0") and claims.take("1")  # leaving releases
-
-
-def test_a_living_claim_is_kept_alive(claims):
-    assert claims.take("0")
-    second = other(claims)
-    until = time.monotonic() + 3 * TIMEOUT
-    while time.monotonic() < until:
-        assert not second.take("0")
-        time.sleep(TIMEOUT / 10)
-
-
-def test_a_silent_claim_from_elsewhere_expires(claims):
-    assert other(claims).take("0")
-    began = time.monotonic()
-    while not claims.take("0"):
-        time.sleep(TIMEOUT / 20)
-    assert TIMEOUT <= time.monotonic() - began < 3 * TIMEOUT
-
-
-@pytest.mark.parametrize("jump", [-10 * 365 * 86400, 10 * 365 * 86400], ids=["past", "future"])
-def test_file_times_of_any_clock_neither_free_nor_freeze_a_claim(jump, claims):
-    assert other(claims).take("0")
-    os.utime(claims.folder / "0", (time.time() + jump,) * 2)
-    began = time.monotonic()
-    assert not claims.take("0")
-    while not claims.take("0"):
-        time.sleep(TIMEOUT / 20)
-    assert TIMEOUT <= time.monotonic() - began < 3 * TIMEOUT
-
-
-def test_a_dead_process_of_this_machine_is_noticed_at_once(claims):
-    process = subprocess.Popen(["sleep", "60"])
-    owner = Claims(claims.folder, 60.0)
-    owner._owner = json.dumps({"token": owner.token, **_process(process.pid)})
-    assert owner.take("0") and not claims.take("0")
-    process.kill()
-    time.sleep(0.1)  # not yet waited for: a zombie
-    assert claims.take("0")
-    process.wait()
-
-
-def test_taking_over_removes_what_the_dead_one_was_writing(store, claims):
-    dead = other(claims)
-    assert dead.take("0")
-    leftovers = [store.state / "writing" / f"0-{dead.token}.{kind}" for kind in ("kept", "rejected")]
-    for path in leftovers:
-        path.write_text("half")
-    while not claims.take("0"):
-        time.sleep(TIMEOUT / 20)
-    assert not any(path.exists() for path in leftovers)
-
-
-def test_releasing_spares_the_claim_of_whoever_took_over(claims):
-    assert claims.take("0")
-    write_atomically(claims.folder / "0", other(claims)._owner)
-    claims.release("0")
-    assert (claims.folder / "0").exists()
+def store_of(folder, rows=10, rows_per_shard=4, count=None) -> ShardStore:
+    return ShardStore(folder, "train", rows=rows, rows_per_shard=rows_per_shard, count=count)
 
 
 @pytest.mark.parametrize(
     ("rows", "rows_per_shard", "count"), [(10, 4, None), (10, None, 4), (9, None, 6), (1, 7, None), (8, 4, None)]
 )
 def test_ranges_cover_all_rows_once(rows, rows_per_shard, count, tmp_path):
-    store = ShardStore(tmp_path, "train", rows=rows, rows_per_shard=rows_per_shard, count=count)
+    store = store_of(Folder(tmp_path), rows, rows_per_shard, count)
     assert [row for index in range(store.end()) for row in range(*store.range(index))] == list(range(rows))
 
 
-def test_a_shard_appears_whole_with_its_checksum_or_not_at_all(store):
-    schema = pa.schema({"id": pa.string()})
-    rows = pa.table({"id": ["a", "b", "c"]})
-    with ShardWriter(store, 0, "t", schema, schema) as writer:
+def test_a_shard_appears_whole_with_its_checksum_or_not_at_all(folder):
+    store, rows = store_of(folder), pa.table({"id": ["a", "b", "c"]})
+    with ShardWriter(store, 0, SCHEMA, SCHEMA) as writer:
         writer.write(rows, rows[:0])
-    assert not store.is_finished(0) and not list((store.state / "writing").iterdir())
-    with ShardWriter(store, 0, "t", schema, schema) as writer:
+    assert not store.is_finished(0) and folder.names("", "*.parquet") == []
+    with ShardWriter(store, 0, SCHEMA, SCHEMA) as writer:
         writer.write(rows[:2], rows[2:])
         record = writer.commit(rows_in=3)
     assert (record["rows_out"], record["rejected"]) == (2, 1)
-    assert store.is_finished(0) and store.is_intact(0) and store.rejected_path(0).exists()
-    store.path(0).write_bytes(store.path(0).read_bytes()[:-1])
-    assert not store.is_intact(0)
+    assert store.is_finished(0) and store.is_intact(0) and store.finished() == {0}
+    assert folder.exists("rejected/train-00000-of-00003.parquet") and not folder.names(".purify/writing")
+    with folder.fs.open(folder.path(store.name(0)), "wb") as file:
+        file.write(b"damaged")
+    assert store.is_finished(0) and not store.is_intact(0)
+    store.discard(0)
+    assert not store.is_finished(0) and store.finished() == set()
+
+
+def test_the_record_is_written_last(folder, monkeypatch):
+    """Whatever is cut off before it, the shard is not finished; a file without a record is made again."""
+    written = []
+    put, write = Folder.put, Folder.write
+    monkeypatch.setattr(Folder, "put", lambda self, *args: (written.append(args[1]), put(self, *args)))
+    monkeypatch.setattr(Folder, "write", lambda self, *args: (written.append(args[0]), write(self, *args)))
+    store, rows = store_of(folder), pa.table({"id": ["a", "b"]})
+    with ShardWriter(store, 1, SCHEMA, SCHEMA) as writer:
+        writer.write(rows[:1], rows[1:])
+        writer.commit()
+    shard = "train-00001-of-00003.parquet"
+    assert written == [f"rejected/{shard}", shard, ".purify/shards/train-00001.json"]
+    folder.remove(written[-1])
+    assert folder.exists(shard) and not store.is_finished(1) and store.finished() == set()
 
 
 def test_bytes_of_a_file_do_not_depend_on_how_its_rows_arrive(tmp_path):
-    schema = pa.schema({"id": pa.string()})
     rows = pa.table({"id": [f"row {number}" for number in range(700)]})
     written = []
     for step in (1, 13, 256, 700):
-        store = ShardStore(tmp_path / str(step), "train", rows=700, rows_per_shard=700, count=None)
-        with ShardWriter(store, 0, "t", schema, schema) as writer:
+        store = store_of(Folder(tmp_path / str(step)), 700, 700)
+        with ShardWriter(store, 0, SCHEMA, SCHEMA) as writer:
             for start in range(0, 700, step):
                 writer.write(rows[start : start + step], rows[:0])
             written.append(writer.commit()["sha256"])
     assert len(set(written)) == 1
 
 
-def test_create_once_and_write_atomically(tmp_path):
-    path = tmp_path / "file"
-    assert create_once(path, "first") and not create_once(path, "second")
-    assert path.read_text() == "first"
-    write_atomically(path, "third")
-    assert path.read_text() == "third" and list(tmp_path.iterdir()) == [path]
+def test_a_text_is_replaced(folder):
+    folder.make("")
+    for text in ("first", "second é"):
+        folder.write("file", text)
+        assert folder.read("file") == text and folder.names("") == ["file"]
 
 
-def test_a_stream_gets_the_number_of_its_shards_at_the_end(tmp_path):
-    store = ShardStore(tmp_path, "train", rows=None, rows_per_shard=4, count=None)
+def test_a_stream_gets_the_number_of_its_shards_at_the_end(folder):
+    store = store_of(folder, None)
     assert store.end() is None
     for index in range(2):
-        store.path(index).touch()
+        folder.write(store.name(index), str(index))
+        folder.write(store.record_name(index), json.dumps({"rows_in": 4}))
     store.note_end(3)
     store.note_end(2)
     assert store.end() == 2
     names = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
-    os.replace(store.path(0), tmp_path / names[0])  # as if killed between the two
+    folder.rename(store.name(0), names[0])  # as if killed between the two
     for _ in range(2):
         store.give_final_names()
-        assert sorted(path.name for path in tmp_path.glob("*.parquet")) == names
-        assert [store.path(index).name for index in range(2)] == names
+        assert folder.names("", "*.parquet") == names
+        assert [store.name(index) for index in range(2)] == names and store.finished() == {0, 1}
+
+
+def test_leftovers_of_killed_workers_and_of_older_versions_go(folder):
+    """A run that was begun when workers shared a folder by claim files: what a claim says is not read."""
+    store = store_of(folder)
+    folder.make(".purify/claims")
+    folder.write(".purify/claims/0", '{"token": "../../precious", "machine": "x", "pid": 1, "started": "1"}')
+    folder.write("precious", "stays")
+    if folder.local:
+        folder.write(".purify/writing/0-abc.kept", "half")
+    store.remove_leftovers()
+    assert not folder.names(".purify/claims") and not folder.names(".purify/writing")
+    assert folder.read("precious") == "stays"

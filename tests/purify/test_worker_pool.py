@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jcdp_diffusers.purify.worker_pool import IN_FLIGHT, in_order, open_lane
+from jcdp_diffusers.purify.worker_pool import IN_FLIGHT, in_order, open_device_thread
 
 
 @pytest.mark.parametrize("processes", [0, 3])
@@ -39,9 +39,9 @@ def test_an_error_reaches_whoever_asks_for_the_result():
             next(results)
 
 
-def test_a_lane_is_one_thread_for_an_accelerator_and_none_for_a_cpu():
-    with open_lane("cpu") as lane:
-        assert lane is None
-    with open_lane("cuda") as lane:
-        names = {lane.submit(lambda: threading.current_thread().name).result() for _ in range(5)}
+def test_an_accelerator_has_one_thread_and_a_cpu_none():
+    with open_device_thread("cpu") as thread:
+        assert thread is None
+    with open_device_thread("cuda") as thread:
+        names = {thread.submit(lambda: threading.current_thread().name).result() for _ in range(5)}
     assert len(names) == 1 and threading.current_thread().name not in names

@@ -15,8 +15,9 @@ def folder(tmp_path_factory):
     """120 noisy images of two classes, with a split train."""
     images = np.random.default_rng(0).integers(90, 160, (160, 16, 16, 3), dtype=np.uint8)
     data = LabelledImages(images, np.arange(160) % 2, tuple(f"i{row}" for row in range(160)))
-    write_dataset(tmp_path_factory.mktemp("data"), data, split="train")
-    return tmp_path_factory.getbasetemp() / "data0"
+    folder = tmp_path_factory.mktemp("noise")
+    write_dataset(folder, data, split="train")
+    return folder
 
 
 def test_each_repetition_is_measured_once_and_tabulated(folder, tmp_path, monkeypatch, capsys):

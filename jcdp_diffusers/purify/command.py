@@ -1,0 +1,112 @@
+"""The options of `jcdp purify` and `python -m jcdp_diffusers.purify`, and what they do."""
+
+import argparse
+import functools
+import os
+import signal
+import sys
+import threading
+
+import torch
+
+from ..acceleration.placement import PRECISIONS
+from ..devices import default_device
+from ..engines import ENGINES, ranks
+from ..perceptual import load_perceptual
+from ..purification_config import PRESETS
+from .dataset import open_purifier, purify_to_folder
+from .folder import Folder
+from .tiling import FITS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `jcdp purify` and `python -m jcdp_diffusers.purify`."""
+    what = parser.add_argument_group("what to purify, and where to put it")
+    what.add_argument("--purifier", required=True, help="folder or Hub id of a DDPM")
+    what.add_argument("--revision", help="of the purifier on the Hub")
+    what.add_argument("--dataset", required=True, help="folder, file or Hub id")
+    what.add_argument("--split", help="the only one if not given")
+    what.add_argument("--image_column", help="found by its usual names if not given, and so the next two")
+    what.add_argument("--label_column")
+    what.add_argument("--id_column")
+    what.add_argument("--streaming", action="store_true", help="read a Hub data set as it comes, without a copy")
+    what.add_argument("--output", required=True, help="folder; a run that it holds is gone on with")
+    what.add_argument("--push_to_hub", metavar="REPO", help="publish the finished data set")
+
+    how = parser.add_argument_group("how (not given: what the purifier's repository says)")
+    how.add_argument("--preset", choices=tuple(PRESETS))
+    how.add_argument("--diffusion_steps", type=int, help="T_p")
+    how.add_argument(
+        "--num_inference_steps",
+        type=int,
+        nargs="+",
+        metavar="E",
+        help="network evaluations per round, at most T_p; or one number for each round",
+    )
+    how.add_argument("--num_rounds", type=int, help="N")
+    how.add_argument("--pixel_guidance_scale", type=float)
+    how.add_argument("--perceptual_guidance_scale", type=float)
+    how.add_argument("--perceptual", metavar="NAME_OR_PATH", help="alex, vgg, squeeze, a folder or SqueezeNet's file")
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--image_size", type=int, help="side of the square that the purifier works on")
+    how.add_argument("--fit", choices=FITS, help="images of other sizes: exact, if nothing is given, sets them aside")
+    how.add_argument("--tile_overlap", type=int, help="least overlap of tiles, in pixels")
+
+    work = parser.add_argument_group("work (not given: what the run was begun with)")
+    work.add_argument("--shards", type=int, metavar="K", help="number of files")
+    work.add_argument("--rows_per_shard", type=int, help="instead of --shards")
+    work.add_argument("--micro_batch_size", type=int, help="images per call of the network")
+    work.add_argument("--threads", type=int, help="of each worker on a CPU, a power of two")
+    work.add_argument("--num_workers", type=int, help="processes of each worker that decode and encode images")
+    work.add_argument("--engine", choices=ENGINES, default="local", help="ray: workers on a Ray cluster")
+    work.add_argument("--processes", type=int, help="workers; ray: by default as many as there is room for")
+    work.add_argument("--address", help="of a running Ray cluster, auto for this machine's; else one is started here")
+    work.add_argument("--device", help="cuda if there is one")
+    work.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="of the UNet; auto: bfloat16 where the device has it"
+    )
+    work.add_argument("--compile", action="store_true", help="compile the UNet, which takes minutes and pays on a GPU")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Purify as the command line says."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
+    options = vars(args).copy()
+    options.pop("command", None)
+    dataset, output = options.pop("dataset"), options.pop("output")
+    opening = {
+        name: options.pop(name) for name in ("purifier", "device", "perceptual", "precision", "compile", "revision")
+    }
+    if options["num_inference_steps"] is not None and len(options["num_inference_steps"]) == 1:
+        (options["num_inference_steps"],) = options["num_inference_steps"]
+    pipe = functools.partial(open_here, output_dir=output, **opening)
+    gpus = int(torch.device(args.device or default_device()).type == "cuda")  # of an actor on Ray
+    try:
+        summary = purify_to_folder(dataset, pipe, output_dir=output, gpus=gpus, **options)
+    except KeyboardInterrupt:
+        finished = len(Folder(output).names("", "*.parquet"))
+        stays = f"{finished} finished shards stay in {output}"
+        print(f"Stopped: {stays}. Give the same command again to go on.", file=sys.stderr)
+        raise
+    if ranks()[0] > 0:
+        return
+    print(f"{summary['rows_in']:,} rows in, {summary['rows_out']:,} out, {summary['rejected']:,} rejected: {output}")
+    if summary["resized"]:
+        kept = "" if args.fit == "tile" else "; --fit tile keeps an image's size"
+        print(f"{summary['resized']:,} images were not of the purifier's size and have been resized{kept}.")
+
+
+def open_here(*, purifier: str, device: str | None, perceptual: str | None, compile: bool, **options):
+    """Open the purifier in the process that calls this; without a `device`, on the GPU that is this process's."""
+    if device is None and torch.cuda.is_available():
+        # Or each process would take memory on the first one, too.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device = f"cuda:{torch.cuda.current_device()}"
+    if perceptual is not None:
+        options["perceptual"] = load_perceptual(perceptual)
+    return open_purifier(purifier, device or "cpu", compiled=compile, **options)
+
+
+def _stop(*_) -> None:
+    raise KeyboardInterrupt  # a shard in the making is dropped on the way out, as after Ctrl-C
