@@ -23,7 +23,7 @@ from .data.examples import cifar10, digits
 from .outputs import check_output_folder, public_name, write_atomically
 from .poisons.protect import protect_dataset, read_card
 from .purification_config import PurificationConfig
-from .results import as_settings
+from .results import as_settings, plain
 from .train.config import TrainingConfig
 from .train.default_purifier import Plan
 from .victims import RECIPES
@@ -169,7 +169,7 @@ def run_quickstart(
 def _begin(output_dir: Path, preset: Preset, seed: int) -> None:
     """Refuse a folder in which a quickstart with other settings was begun; write down which one this is."""
     begun = as_settings(preset) | {"recipe": dataclasses.asdict(RECIPES[preset.recipe]), "seed": seed}
-    begun = json.loads(json.dumps(begun))
+    begun = plain(begun, "preset")
     path = output_dir / BEGUN
     if path.exists():
         before = json.loads(path.read_text())

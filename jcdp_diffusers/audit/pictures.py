@@ -65,7 +65,7 @@ def picture_strips(sets: Mapping[str, LabelledImages]) -> Strips:
     gain = max(1, int(127.5 / max(1.0, largest)))
     for title, difference in differences.items():
         strips[f"{title}, x{gain}"] = np.rint((127.5 + gain * difference).clip(0, 255)).astype(np.uint8)
-    names = protected.class_names or tuple(map(str, range(int(protected.labels.max()) + 1)))
+    names = protected.class_names or tuple(map(str, range(protected.num_classes)))
     return Strips(strips, tuple(names[int(protected.labels[row])] for row in chosen), gain)
 
 

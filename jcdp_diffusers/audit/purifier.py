@@ -1,7 +1,6 @@
 """The purifier of an audit: given, or trained on the collected images; and what it makes of the protected ones."""
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from ..perceptual import LPIPSModel, load_perceptual
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PurificationConfig
 from ..purify.dataset import open_purifier, purify_dataset
-from ..results import append_record, as_settings, read_records
+from ..results import append_record, as_settings, plain, read_records
 from ..train.default_purifier import Plan, plan_for, purifier_to_be, train_planned
 from ..train.provenance import check_trained_on
 from ..train.record import RECORD_NAME, read_record
@@ -111,7 +110,7 @@ def trained(
         "training": as_settings(training),
         "collected": describe_images(collected)["content"],
     }
-    settings = json.loads(json.dumps(settings))
+    settings = plain(settings, "settings")
     if records.exists() and any(record["settings"] == settings for record in read_records(records)):
         say("Purifier: trained before")
     else:

@@ -21,7 +21,7 @@ import torch
 from ..data import LabelledImages
 from ..outputs import check_output_folder, public_name, write_atomically
 from ..purification_config import PurificationConfig
-from ..results import as_settings, package_versions
+from ..results import as_settings, package_versions, plain
 from ..trials import describe_images, measure, purifier_digest
 from .limits import limits
 from .purifier import AuditPurifier, choose_purifier, purify, trained
@@ -203,7 +203,7 @@ def _begun(asked: AuditSettings, sets: Mapping[str, LabelledImages], used: Audit
         "preset": as_settings(asked.preset) if isinstance(asked.preset, PurificationConfig) else asked.preset,
         "perceptual": None if asked.perceptual is None else str(asked.perceptual),
     }
-    return json.loads(json.dumps(begun))
+    return plain(begun, "settings")
 
 
 def _check_begun(output_dir: Path, asked: dict) -> None:
@@ -282,7 +282,7 @@ def _report(
         "packages": package_versions(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    return json.loads(json.dumps(report))
+    return plain(report, "report")
 
 
 def _purifier_facts(used: AuditPurifier) -> dict:

@@ -143,7 +143,7 @@ def _keys(role: str, data: LabelledImages, named: Mapping[str, tuple[str, ...]])
             raise ValueError(f"{role} has the class {twice!r} twice, but every class has one name.")
         return keys
     if numbers:
-        return list(range(int(data.labels.max()) + 1))
+        return list(range(data.num_classes))
     first, words = next(iter(named.items()))
     if data.labels.max() >= len(words):
         raise ValueError(

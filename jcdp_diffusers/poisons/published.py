@@ -210,7 +210,7 @@ def _channels_first(values: np.ndarray, shape: tuple[int, int, int], path: Path)
 
 
 def _kind(rows: int, data: LabelledImages, path: Path) -> str:
-    num_classes = None if data.labels is None else len(data.class_names or range(int(data.labels.max()) + 1))
+    num_classes = None if data.labels is None else data.num_classes
     if rows == num_classes == len(data):
         raise ValueError(f"kind must say whether the {rows} rows of {path.name!r} are sample-wise or class-wise.")
     if rows == len(data):

@@ -23,7 +23,7 @@ from ..devices import available_cores
 from ..outputs import public_name
 from ..pipeline_jcdp import JointConditionalPurificationPipeline, usual_micro_batch
 from ..purification_config import PurificationConfig
-from ..results import as_settings, package_versions
+from ..results import as_settings, package_versions, plain
 from .folder import Folder
 from .reader import Rows
 
@@ -106,7 +106,7 @@ def settle_run(folder: Folder, run: dict, begin: dict | None = None) -> dict:
         begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
         folder.write(RUN_NAME, json.dumps(begin | {"begun": begun, "machine": platform.platform()}, indent=2))
     recorded = json.loads(folder.read(RUN_NAME))
-    wanted = json.loads(json.dumps(run))  # tuples are lists in JSON
+    wanted = plain(run, "run")  # tuples are lists in JSON
     for group, name in TAKEN_OVER:
         if wanted[group][name] is None:
             wanted[group][name] = recorded.get(group, {}).get(name)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ..results import plain
 from .reading import damaged, errors_name, read_json, read_tensors
 
 
@@ -141,7 +142,7 @@ def _plain_states(optimizer: Any, others: Mapping[str, Any], ema: Any) -> dict[s
     averaged = {name: value for name, value in ema.state_dict().items() if name != "shadow_params"}
     states = {"optimizer": optimizer.state_dict()["param_groups"], "ema": averaged}
     states |= {name: part.state_dict() for name, part in others.items()}
-    return json.loads(json.dumps(states))
+    return plain(states, "states")
 
 
 def _alike(found: Any, own: Any) -> bool:

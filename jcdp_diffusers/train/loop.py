@@ -31,7 +31,7 @@ from ..data import LabelledImages
 from ..devices import device_in_words
 from ..noise import coloured
 from ..purification_config import default_settings
-from ..results import package_versions
+from ..results import package_versions, plain
 from .checkpoints import (
     PROGRESS_NAME,
     check_form,
@@ -415,7 +415,7 @@ class _Run:
 
     def _resume(self, checkpoint: Path) -> None:
         saved = read_json(checkpoint / PROGRESS_NAME, _PROGRESS)
-        identity = json.loads(json.dumps(self.identity))  # tuples are lists in JSON
+        identity = plain(self.identity, "identity")  # tuples are lists in JSON
         if saved["identity"].keys() != identity.keys():
             raise damaged(checkpoint / PROGRESS_NAME, "identity has other entries")
         for entry in saved["history"] + saved["validation"]:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..results import plain
+
 
 class Checkpoint:
     """
@@ -39,7 +41,7 @@ class Checkpoint:
         generators: Mapping[str, torch.Generator],
     ):
         self.path = Path(folder) / self.NAME
-        self.request = json.loads(json.dumps(request))  # tuples become lists, as they do in the file
+        self.request = plain(request, "request")  # tuples become lists, as they do in the file
         self.objective, self.optimizer, self.scheduler = objective, optimizer, scheduler
         self.generators = generators
         self.device = next(iter(generators.values())).device
