@@ -306,6 +306,11 @@ def _run_in_processes(tasks: list[Task], open_worker: Callable[[], Any], process
 def _end_of_a_process(workers: Iterable[BaseProcess], at_work: Path) -> str:
     """Which task a process died at, and how; the pool has ended the other processes by SIGTERM since."""
     ended = [process for process in workers if process.exitcode]
+    if not ended:  # they were gone before anyone could look
+        return (
+            "All processes ended while they started. Each begins by importing the script that was called, so a script "
+            'must make this call below `if __name__ == "__main__":`.'
+        )
     ended.sort(key=lambda process: process.exitcode == -signal.SIGTERM)
     code, task = ended[0].exitcode, at_work / str(ended[0].pid)
     how = f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with exit code {code}"

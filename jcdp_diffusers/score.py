@@ -23,6 +23,7 @@ from .countermeasures.purifiers import check_purifier_suits
 from .data import LabelledImages, find_overlap, load_images
 from .data.checks import check_sets
 from .devices import default_device
+from .outputs import check_output_file, write_atomically
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .purification_config import PurificationConfig
 from .results import code_version, package_versions
@@ -117,6 +118,8 @@ def score(
         raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(known)} for method {method!r}.")
     recipe = get_recipe(protocol, method)
     victims.get(victim)
+    if output is not None:
+        check_output_file(output)
     countermeasure = countermeasure or "none"
     countermeasures.get(countermeasure).require_learning(method)
     if method == "supervised" and probe is None:
@@ -152,7 +155,7 @@ def score(
         measure(trials, records, device=device, processes=processes, progress=progress)
         result = _result(request, trials, records, names, purifier)
     if output is not None:
-        _write(Path(output), result)
+        write_atomically(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
         records.unlink()
     return result
 
@@ -302,12 +305,6 @@ def _title(purifier: Any) -> str:
     return str(purifier.config.get("_name_or_path") if pipeline else purifier)
 
 
-def _write(path: Path, value: dict) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `jcdp score`."""
     what = parser.add_argument_group("what to score")
@@ -350,6 +347,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`jcdp score`, from parsed options to a line with the figure."""
+    check_output_file(args.output, sources={"train": args.train, "test": args.test})
     train, test, probe = (_load(args, role) for role in ("train", "test", "probe"))
     result = score(
         train,

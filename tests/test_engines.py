@@ -216,3 +216,24 @@ def test_ray_workers_that_cannot_open_are_a_sentence(cluster, tmp_path):
 def test_ray_at_an_address_where_there_is_none(tmp_path):
     with pytest.raises(ValueError, match="address is 'localhost:1', but must be that of a running Ray cluster"):
         engines.run(tasks_in(tmp_path), open_worker=cannot_open, engine="ray", address="localhost:1")
+
+
+UNGUARDED = """
+from functools import partial
+from pathlib import Path
+from engine_tasks import Square, open_worker
+from jcdp_diffusers import engines
+folder = Path({folder!r})
+engines.run([Square(folder, n, "") for n in range(4)], open_worker=partial(open_worker, folder), processes=2)
+"""
+
+
+def test_a_script_without_a_guard_is_told_so_in_one_sentence(tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED.format(folder=str(tmp_path)))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 1
+    ways = ('below `if __name__ == "__main__":`', "was ended with exit code 1")  # whether their end could be seen
+    assert any(way in done.stderr.splitlines()[-1] for way in ways)

@@ -403,3 +403,15 @@ def test_script_for_a_data_set_with_both_splits(train, test, tmp_path, monkeypat
     runpy.run_path(str(Path(__file__).parents[1] / "eval" / "score.py"), run_name="__main__")
     assert "1 victim (resnet18, width 8, recipe smoke) got" in capsys.readouterr().out
     assert json.loads((tmp_path / "s.json").read_text())["request"]["train"]["images"] == len(train)
+
+
+def test_a_score_is_never_written_through_a_link_nor_over_its_source(tmp_path, capsys):
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    (tmp_path / "score.json").symlink_to(target)
+    options = ["--train", str(tmp_path / "train"), "--test", str(tmp_path / "test"), "--protocol", "smoke"]
+    assert main(["score", *options, "--output", str(tmp_path / "score.json")]) == 1
+    assert "score.json" in capsys.readouterr().err and target.read_text() == "mine"
+    (tmp_path / "train").mkdir()
+    assert main(["score", *options, "--output", str(tmp_path / "train" / "score.json")]) == 1
+    assert "train" in capsys.readouterr().err and not list((tmp_path / "train").iterdir())
