@@ -6,7 +6,6 @@ over the epochs is kept beside it and never in its place.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import tempfile
@@ -127,25 +126,21 @@ def score(
     else:
         probe, test, names = _check_probe(train, probe, test, overlap_budget, method)
     _check_purifier(countermeasure, purifier, purification, train, test)
-    with contextlib.ExitStack() as stack:
-        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = Path(temporary)
+        common = {
+            "victim": victim,
+            "method": method,
+            "probe": probe,
+            "width": width,
+            "countermeasure": countermeasure,
+            "purifier": purifier,
+            "purification": purification,
+            "draws": draws,
+            "work_dir": temporary if checkpoint_dir is None else Path(checkpoint_dir),
+        }
         trials = [
-            Trial(
-                train,
-                test,
-                recipe,
-                seed,
-                victim=victim,
-                method=method,
-                probe=probe,
-                width=width,
-                countermeasure=countermeasure,
-                purifier=purifier,
-                purification=purification,
-                draws=draws,
-                work_dir=temporary if checkpoint_dir is None else Path(checkpoint_dir),
-                model_path=None if model_dir is None else Path(model_dir) / f"{victim}-{seed}.safetensors",
-            )
+            Trial(train, test, recipe, seed, model_path=_model_path(model_dir, victim, seed), **common)
             for seed in seeds
         ]
         request = _request(trials, names)
@@ -158,6 +153,10 @@ def score(
         write_atomically(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
         records.unlink()
     return result
+
+
+def _model_path(model_dir: str | Path | None, victim: str, seed: int) -> Path | None:
+    return None if model_dir is None else Path(model_dir) / f"{victim}-{seed}.safetensors"
 
 
 def check_pair(

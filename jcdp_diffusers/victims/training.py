@@ -212,11 +212,7 @@ def train(
             learning_rate = optimizer.param_groups[0]["lr"]
             shown = hooks.start_epoch(epoch, recipe.epochs, images)
             train_loss = _epoch(objective, shown, labels, recipe, optimizer, scheduler, hooks, generator)
-            if not math.isfinite(train_loss):
-                raise FloatingPointError(
-                    f"the training loss became {train_loss} in epoch {epoch + 1}: recipe {recipe.name!r} with "
-                    f"learning_rate {recipe.learning_rate} does not converge on these images; try a lower one."
-                )
+            _check_finite(train_loss, epoch, recipe)
             entry = {"epoch": epoch + 1, "learning_rate": learning_rate, "train_loss": train_loss}
             entry |= {} if evaluate is None else evaluate(epoch + 1)
             history.append(entry | {"seconds": time.perf_counter() - start})
@@ -226,6 +222,14 @@ def train(
                 progress(history[-1])
     objective.eval()
     return history
+
+
+def _check_finite(train_loss: float, epoch: int, recipe: Recipe) -> None:
+    if not math.isfinite(train_loss):
+        raise FloatingPointError(
+            f"the training loss became {train_loss} in epoch {epoch + 1}: recipe {recipe.name!r} with "
+            f"learning_rate {recipe.learning_rate} does not converge on these images; try a lower one."
+        )
 
 
 def _epoch(

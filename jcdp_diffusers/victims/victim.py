@@ -82,8 +82,7 @@ def train_victim(
     """
     Train a victim from scratch and score it.
 
-    Equal arguments give equal weights on one machine with one number of threads; the global random state is left as it
-    was.
+    Equal arguments give equal weights on one machine with one number of threads.
 
     Args:
         train ([`LabelledImages`]): The training set, clean, protected or purified.
@@ -93,11 +92,9 @@ def train_victim(
         probe ([`LabelledImages`], *optional*): For a method without labels, the labelled images that its features are
             probed with: clean ones as a rule, of the classes and size of `test`. `train` needs no labels then.
         width (`int`, *optional*): The network's width; by default the recipe's.
-        recipe (`str` or [`Recipe`], defaults to `"fast"`): A name from `recipes_of(method)`, or a
-            recipe.
+        recipe (`str` or [`Recipe`], defaults to `"fast"`): A name from `recipes_of(method)`, or a recipe.
         seed (`int`, defaults to 0): Of the initial weights, the order of the images, the augmentation and the hooks.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where it runs; the whole training set is kept there as
-            uint8.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where it runs, with the whole training set as uint8.
         num_classes (`int`, *optional*): By default the number of class names, or the highest label plus one where
             there are none.
         hooks (`Sequence`, *optional*): Countermeasures while training; see [`training`].
@@ -118,19 +115,8 @@ def train_victim(
     if method not in victims.METHODS:
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(victims.METHODS)}.")
     recipe = get_recipe(recipe, method).for_images(len(train))
-    sets = {"train": train, "probe": probe, "test": test}
-    if method == "supervised":
-        if probe is not None:
-            raise ValueError(f"probe has {len(probe)} images, but must be None for method 'supervised'.")
-        del sets["probe"]
-    elif probe is None:
-        raise ValueError(f"probe is None, but must be labelled images for method {method!r}.")
-    _check_shapes(sets)
+    num_classes = _check_sets(train, probe, test, method, recipe, num_classes)
     _check_network(victim, train, whitening)
-    if method != "supervised":
-        _check_sizes(train, recipe)
-        del sets["train"]  # its labels are not used
-    num_classes = _check_labels(sets, num_classes)
     device = torch.device(device)
     width = recipe.width if width is None else width
     start = time.perf_counter()
@@ -148,10 +134,7 @@ def train_victim(
             "method": method,
             "width": width,
             "num_classes": num_classes,
-            "train_images": len(train),
-            "test_images": len(test),
-            **({} if probe is None else {"probe_images": len(probe)}),
-            **({} if whitening is None else {"whitening_images": len(whitening)}),
+            **_counts(train=train, test=test, probe=probe, whitening=whitening),
             "recipe": asdict(recipe),
             "hooks": [type(hook).__name__ for hook in hooks],
             "precision": "bfloat16" if recipe.bfloat16 and has_bfloat16(device) else "float32",
@@ -160,6 +143,33 @@ def train_victim(
         },
         model=model,
     )
+
+
+def _counts(**sets: LabelledImages | None) -> dict[str, int]:
+    return {f"{role}_images": len(data) for role, data in sets.items() if data is not None}
+
+
+def _check_sets(
+    train: LabelledImages,
+    probe: LabelledImages | None,
+    test: LabelledImages,
+    method: str,
+    recipe: Recipe,
+    num_classes: int | None,
+) -> int:
+    """Refuse sets that do not suit each other or the method; returns the number of classes."""
+    sets = {"train": train, "probe": probe, "test": test}
+    if method == "supervised":
+        if probe is not None:
+            raise ValueError(f"probe has {len(probe)} images, but must be None for method 'supervised'.")
+        del sets["probe"]
+    elif probe is None:
+        raise ValueError(f"probe is None, but must be labelled images for method {method!r}.")
+    _check_shapes(sets)
+    if method != "supervised":
+        _check_sizes(train, recipe)
+        del sets["train"]  # its labels are not used
+    return _check_labels(sets, num_classes)
 
 
 @dataclass(frozen=True)
