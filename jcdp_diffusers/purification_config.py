@@ -248,8 +248,8 @@ class PurificationConfig:
         """
         if preset == ADAPTIVE:
             raise ValueError(
-                f"preset is {ADAPTIVE!r}, but must be made from collected images first: adaptive_settings(...) does it, "
-                "or --collected of jcdp purify."
+                f"preset is {ADAPTIVE!r}, but must be made from collected images first: by adaptive_settings, or by "
+                "--collected of jcdp purify."
             )
         if preset is not None and not isinstance(preset, cls) and preset not in PRESETS:
             raise ValueError(f"preset is {preset!r}, but must be one of {tuple(PRESETS)} or a PurificationConfig.")

@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> None:
     collected = {name: options.pop(name) for name in ("collected", "collected_split")}
     if (args.preset == ADAPTIVE) != (args.collected is not None):
         raise ValueError(
-            f"--collected is {args.collected!r} and --preset is {args.preset!r}, but {ADAPTIVE!r} and --collected must be "
-            "given together."
+            f"--collected is {args.collected!r} and --preset is {args.preset!r}, but {ADAPTIVE!r} and --collected "
+            "must be given together."
         )
     if args.preset == ADAPTIVE:
         options["preset"] = _adaptive(args, **collected)
