@@ -245,8 +245,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 that has an RGB or grey image without loss; or a float array (N, H, W, C) or tensor (N, C, H, W) in
                 [0, 1]. C is the UNet's number of channels.
             preset (`str` or `PurificationConfig`, *optional*): `"unconditional"`, `"tuned"`, `"paper"`, `"code"`,
-                `"gdmp"`, or settings. With a purifier of coloured noise (`noise_corner`) none of them is the
-                published method.
+                `"gdmp"`, or settings, such as `adaptive_settings` makes. With a purifier of coloured noise
+                (`noise_corner`) none of the presets is the published method.
             diffusion_steps (`int`, *optional*): T_p.
             num_inference_steps (`int` or `tuple[int, ...]`, *optional*): UNet evaluations per round, at most T_p; or
                 one number for each round.

@@ -232,4 +232,5 @@ def test_adaptive_on_the_command_line(tmp_path, capsys):
     table = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["protection"]
     # 2 * 12^2 in all axes together. These images are made of squares, which hide what is at 1 and 3.
     assert np.array(table["power"]).sum(axis=0)[[2, 4]] == pytest.approx(288, rel=0.3)
+    assert "of the spectrum's guide 0.3" in (tmp_path / "out" / "README.md").read_text()
     assert main([*words.split(), "--collected", str(collected)]) == 0  # the same estimate, so the run goes on
