@@ -12,6 +12,8 @@ protection's spectrum is known, `towards_protected` trusts it where the protecti
 there, too.
 """
 
+import functools
+
 import torch
 
 from .spectrum import ProtectionTable, radial_bins
@@ -182,18 +184,19 @@ def posterior_start(
 
 
 def _spectra(table: ProtectionTable, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    S and 1/P at each coefficient of `torch.fft.rfft2` by colour axis, for images in [-1, 1]; (C, H, W // 2 + 1).
+    """S and 1/P at each coefficient of `torch.fft.rfft2` by colour axis, for images in [-1, 1]; (C, H, W // 2 + 1)."""
+    power, precision = _at_coefficients(table, *images.shape[-2:])
+    return power.to(images), precision.to(images)
 
-    1/P is 0 at the mean colour: nothing is known of it before an image is seen.
-    """
-    height, width = images.shape[-2:]
+
+@functools.lru_cache(maxsize=8)
+def _at_coefficients(table: ProtectionTable, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     bins = torch.from_numpy(radial_bins(height, width)[0][:, : width // 2 + 1])
     power, background = (
         torch.tensor(values, dtype=torch.float64)[:, bins] / 127.5**2 for values in (table.power, table.background)
     )
-    precision = torch.where(bins == 0, 0.0, 1 / background)
-    return power.to(images), precision.to(images)
+    # Nothing is known of an image's mean colour before it is seen.
+    return power, torch.where(bins == 0, 0.0, 1 / background)
 
 
 def _filtered(images: torch.Tensor, table: ProtectionTable, response: torch.Tensor) -> torch.Tensor:
