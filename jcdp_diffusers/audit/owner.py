@@ -69,6 +69,20 @@ def what_to_do(report: Mapping) -> list[str]:
     return [*_WHAT_TO_DO[report["verdict"]["status"]], *after_a_save(report)]
 
 
+def noise_in_short(report: Mapping) -> str:
+    """How visible the protection is, in one sentence for under the pictures; empty where it is not known."""
+    found = report["data"]["visibility"]
+    if found is None or not found["images"]:
+        return ""
+    said = f"The protection changes values by up to {found['linf']['most']:.0f}/255"
+    means = [
+        f"{name.upper()} {found[name]['mean']:.{digits}f}{unit}"
+        for name, digits, unit in (("psnr", 1, " dB"), ("ssim", 3, ""))
+        if found[name] is not None
+    ]
+    return f"{said}; {', '.join(means)} on average."
+
+
 def after_a_save(report: Mapping) -> list[str]:
     """What a JPEG save does to the protection, as far as it was measured."""
     rows = {entry["row"]: entry for entry in report["rows"]}

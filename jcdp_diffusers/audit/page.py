@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..outputs import printable
 from .evidence import evidence_in_words
-from .owner import numbers, what_to_do
+from .owner import noise_in_short, numbers, what_to_do
 from .pictures import NativePictures, Strips, draw_curves, draw_losses, draw_spectrum, row_colours
 from .words import (
     SPECTRUM_CAPTION,
@@ -76,7 +76,7 @@ td.bar { width: 17%; min-width: 7rem; vertical-align: middle; }
 .numbers { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 1.2rem; margin: 1.6rem 0 1.4rem; }
 .numbers div { border-top: .25rem solid; padding-top: .4rem; }
 .numbers b { display: block; font-size: 2.3rem; line-height: 1.15; font-variant-numeric: tabular-nums; }
-.numbers span { display: block; font-size: .9rem; line-height: 1.3; color: #202124; overflow-wrap: normal; }
+.numbers span { display: block; font-size: .9rem; line-height: 1.3; color: #202124; overflow-wrap: break-word; }
 .numbers i { display: block; font-style: normal; font-size: .8rem; color: #5f6368; }
 .natives { display: flex; flex-wrap: wrap; gap: .9rem .75rem; }
 .natives figure { margin: 0; width: 160px; }
@@ -101,7 +101,7 @@ code { font-size: .92em; }
   .numbers b { font-size: 1.7rem; }
   .numbers span { font-size: .8rem; }
   td.bar, th.bar, .wide { display: none; }
-  #results td:first-child { min-width: 0; }
+  #results td:first-child { min-width: 0; overflow-wrap: anywhere; }
   #settings tr, #settings td { display: block; width: auto; border: 0; padding: 0; }
   #settings tr { padding: .5rem 0; border-bottom: 1px solid #e4e6e9; }
   .strip { grid-template-columns: repeat($count, minmax(0, 1fr)); gap: .15rem; margin-top: .5rem; }
@@ -219,7 +219,7 @@ def page(report: dict, strips: Strips, native: NativePictures) -> str:
         marks="\n".join(f'<p class="mark">{_escape(mark)}</p>' for mark in marks(report)),
         numbers=_numbers(report),
         natives=_natives(native),
-        native_caption=_escape(native.caption),
+        native_caption=_escape(f"{native.caption} {noise_in_short(report)}".strip()),
         advice=_items(what_to_do(report)),
         rows="\n".join(_result_row(row, entry, colour) for row, entry, colour in rows),
         test=report["data"]["sets"]["test"]["images"],

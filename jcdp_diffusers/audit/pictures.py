@@ -191,32 +191,26 @@ def draw_spectrum(spectrum: Mapping, path: Path | None = None) -> str:
     for number, panel in enumerate(panels[:, 0]):
         known, colour = seen[number], AXIS_COLOURS[number % len(AXIS_COLOURS)]
         unknown = ~known & (upper[number] > LEAST_POWER)
-        panel.bar(
-            frequencies[unknown],
-            upper[number][unknown] - LEAST_POWER,
-            bottom=LEAST_POWER,
-            width=0.8,
-            color="#eceff1",
-            edgecolor="#9aa0a6",
-            hatch="////",
-            linewidth=0.5,
-            label="unknown, at most this much",
-        )
-        panel.errorbar(
-            frequencies[known],
-            power[number][known],
-            yerr=error[number][known],
-            fmt="o",
-            markersize=3.5,
-            capsize=2,
-            color=colour,
-            label="seen, with its standard error",
-        )
+        if unknown.any():
+            heights = upper[number][unknown] - LEAST_POWER
+            hatched = {"color": "#eceff1", "edgecolor": "#9aa0a6", "hatch": "////", "linewidth": 0.5}
+            label = "unknown, at most this much"
+            panel.bar(frequencies[unknown], heights, bottom=LEAST_POWER, width=0.8, label=label, **hatched)
+        if known.any():
+            points = {
+                "fmt": "o",
+                "markersize": 3.5,
+                "capsize": 2,
+                "color": colour,
+                "label": "seen, with its standard error",
+            }
+            panel.errorbar(frequencies[known], power[number][known], yerr=error[number][known], **points)
         if spectrum["actual"] is not None:
             actual = np.maximum(spectrum["actual"][number], LEAST_POWER)
             panel.plot(frequencies, actual, color="#b3261e", linewidth=1.2, label="true, from the originals")
         panel.set_title(f"colour axis {number + 1}: {_mixture(axes[number])}", fontsize=9, loc="left")
         panel.set(yscale="log", ylabel="power", xlim=(-0.6, frequencies[-1] + 0.6))
+        panel.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylim(bottom=LEAST_POWER)
     panels[-1, 0].set_xlabel("frequency (cycles per image)")

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..data import LabelledImages
 from ..outputs import printable, write_atomically
 from .evidence import evidence_in_words
-from .owner import numbers, what_to_do
+from .owner import noise_in_short, numbers, what_to_do
 from .page import page
 from .pictures import (
     NativePictures,
@@ -79,7 +79,7 @@ def _first_page(report: dict, native: NativePictures) -> list[str]:
         "",
         f"![{kinds}](pictures/native.png)",
         "",
-        f"{kinds} {native.caption}",
+        f"{kinds} {native.caption} {noise_in_short(report)}".strip(),
         "",
         "## What to do",
         "",

@@ -143,11 +143,8 @@ def visible_said(report: dict) -> list[str]:
     said = [f"Measured on the {found['images']} of {all_images} images that the protection changes."]
     for quality, kept in (saves or {}).items():
         spread = "" if kept["std"] is None else f", std {100 * kept['std']:.0f} over {kept['images']} images"
-        said.append(
-            f"A JPEG save of quality {quality} leaves {100 * kept['mean']:.0f} % of the noise{spread}. What victims "
-            "then learn is another question."
-        )
-    return said
+        said.append(f"A JPEG save of quality {quality} leaves {100 * kept['mean']:.0f} % of the noise{spread}.")
+    return [*said, "What is left of the noise does not say what victims then learn."] if saves else said
 
 
 def checks(report: dict) -> list[tuple[bool, str]]:
