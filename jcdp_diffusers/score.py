@@ -343,8 +343,8 @@ def _title(purifier: Any) -> str:
 # ResNet-18 of width 64, and `fast` shows each 30 times; a core does 100 to 300 GFLOP/s, in bfloat16 or float32.
 VICTIM_HELP = (
     "network of the victims; if neither it nor the recipe is given, convnet94 on a CPU and resnet18 on a GPU. On a "
-    "CPU, one resnet18 of width 64 with recipe fast takes 1 to 3 hours of a core for each 10,000 images of 32x32 pixels: "
-    "three victims of 50,000 images take 15 to 45 hours. With --width 16 it is about a seventh"
+    "CPU, one resnet18 of width 64 with recipe fast takes 1 to 3 hours of a core for each 10,000 images of 32x32 "
+    "pixels: three victims of 50,000 images take 15 to 45 hours. With --width 16 it is about a seventh"
 )
 RECIPE_HELP = "how victims are trained; airbench with convnet94 and fast with other networks if not given"
 WHITENING_HELP = "images whose patches convnet94 whitens first: training images, or --collected"
