@@ -74,9 +74,9 @@ def squares_of_photographs(
     """
     Squares of every photograph of a source, for a purifier that is used on whole pictures and on their tiles.
 
-    The first of each photograph is its largest centred square, as `data.load_images` gives it. The others lie anywhere.
-    Their sides are drawn log-uniformly from `size` to the shorter side, so that fine and coarse detail are seen alike.
-    One photograph is decoded at a time.
+    The first of each photograph is its largest centred square, as `data.load_images` gives it. The others lie
+    anywhere. Their sides are drawn log-uniformly from `size` to the shorter side, so that fine and coarse detail are
+    seen alike. One photograph is decoded at a time.
 
     Args:
         source: What `data.open_dataset` takes.

@@ -82,7 +82,7 @@ def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Pl
     if height != width or height % 8 or height > LARGEST_SIDE:
         raise ValueError(
             f"collected has images of {height}x{width}, but without a purifier they must be squares with a side of 8, "
-            f"16, 24, ... or {LARGEST_SIDE} pixels: image_size brings them to one, purifier names one for larger images."
+            f"16, 24, ... or {LARGEST_SIDE} pixels: image_size brings them to one, purifier names one for others."
         )
     common = {"seed": 0, "checkpoints_total_limit": 1}
     if smoke:

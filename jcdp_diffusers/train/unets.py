@@ -1,8 +1,8 @@
 """
 UNets by name: the paper's CIFAR-10 network, small ones that a CPU trains in minutes, and those of larger images.
 
-A name ends with the side of the images that it is for. Deepest maps have 8x8 or 16x16 pixels there, and attention is at
-the deepest level, so its cost stays that of small images. Arithmetic is counted for one evaluation of one image.
+A name ends with the side of the images that it is for. There, maps with attention have 8x8 or 16x16 pixels, so that its
+cost stays that of small images. Arithmetic is counted for one evaluation of one image.
 """
 
 from diffusers import DDPMScheduler, UNet2DModel
@@ -64,7 +64,7 @@ def named_unet(name: str, *, in_channels: int = 3, sample_size: int = 32, seed: 
     Args:
         name (`str`): A key of `UNETS`.
         in_channels (`int`, defaults to 3): 3 for colour, 1 for greyscale images.
-        sample_size (`int`, defaults to 32): Side of the images; halved between levels, so a multiple of 4, 8, 16 or 32.
+        sample_size (`int`, defaults to 32): Side of the images; halved between levels, so a multiple of 4 to 32.
         seed (`int`): Of the initial weights; torch's global generator is left as it was.
 
     Raises:
