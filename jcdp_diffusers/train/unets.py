@@ -1,8 +1,8 @@
 """
 UNets by name: the paper's CIFAR-10 network, small ones that a CPU trains in minutes, and those of larger images.
 
-A name ends with the side of the images that it is for. There, maps with attention have 8x8 or 16x16 pixels, so that its
-cost stays that of small images. Arithmetic is counted for one evaluation of one image.
+A name ends with the side of the images that it is for. There, maps with attention have 8x8 or 16x16 pixels, so
+that its cost stays that of small images. Arithmetic is counted for one evaluation of one image.
 """
 
 from diffusers import DDPMScheduler, UNet2DModel

@@ -49,7 +49,8 @@ class ResNet18(nn.Module):
     The stem is one 3x3 convolution of stride 1 without max-pooling, so that a 32x32 image is still 4x4 before the
     final average. Larger images need a larger stride: 2 makes of a 64x64 image what 1 makes of 32x32. At 4 there is a
     max-pooling as in the original. Parameters have torchvision's names. Weights start from PyTorch's default
-    initialisation, as in the repositories of the poisons. With `width=64`, `in_channels=3` and 10 classes it has 11,173,962 parameters.
+    initialisation, as in the repositories of the poisons. With `width=64`, `in_channels=3` and 10 classes it has
+    11,173,962 parameters.
 
     Args:
         num_classes (`int`): Number of logits.
