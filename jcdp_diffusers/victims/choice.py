@@ -8,6 +8,8 @@ from .recipes import AirbenchRecipe, Recipe, get_recipe
 
 # Of a network, where the recipe is not named.
 _RECIPES = {"convnet94": "airbench"}
+# A position of the last maps of convnet94 sees 51 pixels, so that of larger images it would see parts alone.
+LARGEST_SIDE = 64
 
 
 def choose(
@@ -23,8 +25,9 @@ def choose(
     The network and the recipe of a victim; what is given is taken.
 
     Where neither is given, a GPU trains the ResNet-18 of most papers, by `fast`. A CPU trains `convnet94` by
-    `airbench`, which needs a fraction of the time for a higher accuracy. Images with a side below 9 pixels are too
-    small for `convnet94` and get the ResNet-18. Larger ones have larger last maps, whose maxima are the features.
+    `airbench`, which needs a fraction of the time for a higher accuracy. It takes images whose shorter side has 9 to
+    64 pixels; the features are the maxima of the last maps, whatever their size. For other images, a CPU trains the
+    ResNet-18 by `mini`, of width 16.
 
     Where one of the two is given, the other is what goes with it: `airbench` with `convnet94`, `fast` with every other
     network, and the ResNet-18 with every other recipe.
@@ -50,8 +53,11 @@ def choose(
     if method != "supervised":
         return victim or "resnet18", recipe or get_recipe("mini" if on_cpu else "fast", method)
     if victim is None and recipe is None:
-        fits = min(shape[:2]) >= victims.get("convnet94").smallest_side
-        victim = "convnet94" if on_cpu and fits else "resnet18"
+        if not on_cpu:
+            return "resnet18", get_recipe("fast")
+        if not victims.get("convnet94").smallest_side <= min(shape[:2]) <= LARGEST_SIDE:
+            return "resnet18", get_recipe("mini")
+        victim = "convnet94"
     if victim is None:
         return "convnet94" if isinstance(recipe, AirbenchRecipe) else "resnet18", recipe
     if recipe is None:
