@@ -113,7 +113,6 @@ class UCCLIPSettings(UCSettings):
 _CPU = {
     "max_steps": 150,
     "batch_size": 64,
-    "learning_rate": 1e-3,
     "enlarged_size": 72,
     "view_size": 64,
     "noise_on": "images",
