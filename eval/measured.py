@@ -339,10 +339,10 @@ def spread(values: Sequence[float]) -> str:
 
 
 def scale_in_words(settings: Mapping) -> str:
-    learner = settings["victim"]
+    learner = f"{settings['victim']} of width {settings['width']}"
     if "method" in settings:
-        learner += f" by {METHODS_SAID[settings['method']]} and a linear probe"
+        learner += f" by {METHODS_SAID[settings['method']]} with a linear probe"
     return (
-        f"{settings['dataset']}: {settings['train']['images']} training images, {learner} of width "
-        f"{settings['width']}, protocol {settings['recipe']['name']}, {settings['recipe']['epochs']} epochs"
+        f"{settings['dataset']}: {settings['train']['images']} training images, {learner}, protocol "
+        f"{settings['recipe']['name']}, {settings['recipe']['epochs']} epochs"
     )

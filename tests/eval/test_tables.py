@@ -175,10 +175,10 @@ def test_a_row_for_each_way_of_learning(monkeypatch, tmp_path):
         ["CP-S", "BYOL", "n.m.", "50.0", "n.m.", "n.m."],  # made against SimCLR, which the paper's figure is not
         ["LSP", "BYOL", "n.m.", "n.m.", "30.0", "n.m."],
     ]
-    assert text.count("MoCo") == 0 and "resnet18 by SimCLR and a linear probe" in text
+    assert text.count("MoCo") == 0 and "resnet18 of width 16 by SimCLR with a linear probe" in text
     with pytest.raises(SystemExit, match="no accuracy of a grid there has a method without labels"):
         run(monkeypatch, tmp_path, found[:4], "methods")
-    assert "| vanilla | 45.0 ± 7.1" in run(monkeypatch, tmp_path, found, "grid", "--method", "simclr")
+    assert "| vanilla | 65.0 | 45.0 ± 7.1 |" in run(monkeypatch, tmp_path, found, "grid", "--method", "simclr")
 
 
 def test_a_table_for_each_set_that_purifiers_were_trained_on():
