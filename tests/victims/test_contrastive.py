@@ -88,14 +88,49 @@ def test_info_nce_equals_its_formula_in_loops():
     assert loss.item() == pytest.approx(total / 4)
 
 
-def test_negative_cosine_teaches_predictions_alone():
+def test_negative_cosine_equals_its_formula_in_loops():
     draw = np.random.default_rng(2)
     first, second = draw.normal(size=(2, 4, 3))
-    predictions, targets = (torch.tensor(rows, requires_grad=True) for rows in (first, second))
-    loss = negative_cosine(predictions, targets)
+    loss = negative_cosine(torch.from_numpy(first), torch.from_numpy(second))
     assert loss.item() == pytest.approx(-np.mean([unit(a) @ unit(b) for a, b in zip(first, second)]))
+
+
+@pytest.mark.parametrize("method", ["moco-v2", "byol"])
+@pytest.mark.parametrize("through_targets", [False, True])
+def test_the_second_networks_view_has_a_gradient_where_it_is_asked_for(method, through_targets):
+    objective = objective_of(method).eval()
+    objective.through_targets = through_targets
+    first, second = torch.rand(2, 8, 1, *SIZE, generator=torch.Generator().manual_seed(0))
+    second.requires_grad_()
+    names = {"moco-v2": "keys", "byol": "targets"}
+    seen = getattr(objective, names[method])(second)
+    assert seen.requires_grad == through_targets
+    if method == "moco-v2":  # whose loss sees the second view through the keys alone
+        loss = objective.between(first.requires_grad_(), second)
+        gradient = torch.autograd.grad(loss, second, allow_unused=True)[0]
+        assert (gradient is not None and bool(gradient.any())) == through_targets
+    else:
+        loss = objective.between(first, second)
+        gradient = torch.autograd.grad(loss, second)[0]
+        predicted, target = (
+            network(view) for network, view in ((_online(objective), second), (_target(objective), first))
+        )
+        other = (_online(objective)(first), _target(objective)(second))
+        expected = (negative_cosine(predicted, target) + negative_cosine(*other)) / 2
+        if not through_targets:
+            expected = (negative_cosine(predicted, target) + negative_cosine(other[0], other[1].detach())) / 2
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, second)[0])
+    loss = objective.between(first, second)
     loss.backward()
-    assert targets.grad is None and predictions.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in objective.followers.parameters())
+
+
+def _online(objective):
+    return lambda view: objective.predictor(objective.projector(objective.network.features(view)))
+
+
+def _target(objective):
+    return lambda view: objective.followers[1](objective.followers[0].features(view))
 
 
 @pytest.mark.parametrize("method", METHODS)
