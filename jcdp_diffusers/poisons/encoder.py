@@ -126,17 +126,18 @@ class Encoder:
         self.settings = settings
         with seeded(seed):
             # Its last layer is never used, so one class will do.
-            network = victims.get(settings.surrogate)(1, in_channels=images.shape[1], width=settings.width)
+            options = {"in_channels": images.shape[1], "width": settings.width, "image_size": min(images.shape[2:])}
+            network = victims.build(settings.surrogate, 1, **options)
             if hasattr(network, "whiten"):
                 network.whiten(images)
             self.objective = METHODS[settings.framework](network, settings.recipe(), tuple(images.shape[2:]))
         self.objective.through_targets = settings.through_targets
         self.objective.to(device=device, memory_format=torch.channels_last)
-        options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        numbers = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
         if settings.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(self.objective.parameters(), **options)
+            self.optimizer = torch.optim.Adam(self.objective.parameters(), **numbers)
         else:
-            self.optimizer = torch.optim.SGD(self.objective.parameters(), momentum=settings.momentum, **options)
+            self.optimizer = torch.optim.SGD(self.objective.parameters(), momentum=settings.momentum, **numbers)
         self.draw = torch.Generator(device).manual_seed(seed)
 
     def train_step(self, perturbed: torch.Tensor, learning_rate: float) -> float:

@@ -14,6 +14,7 @@ from jcdp_diffusers.devices import seeded
 from jcdp_diffusers.poisons import checkpoint, cp, encoder, tue
 from jcdp_diffusers.poisons.cp import CPSettings
 from jcdp_diffusers.poisons.encoder import Encoder
+from jcdp_diffusers.poisons.protect import protect_dataset
 from jcdp_diffusers.victims import contrastive
 from jcdp_diffusers.victims.networks import resnet18
 
@@ -384,3 +385,10 @@ def test_a_network_that_whitens_and_one_that_drops_out_serve_as_well(images):
             made = Encoder(settings, images, 0, CPU)
             losses.append([made.train_step(images[:20], 0.1) for _ in range(2)])
         assert losses[0] == losses[1] and losses[0][0] != losses[0][1]
+
+
+def test_card_shows_the_published_numbers_of_the_framework(data, tmp_path):
+    protect_dataset(data, tmp_path, method="cp-s", preset="smoke-byol")
+    card = (tmp_path / "README.md").read_text()
+    assert "| `learning_rate` | 0.04 (published: 1.0) |" in card and "| `framework` | byol |" in card
+    assert "| `start.rounds` | 2 (published: 1000) |" in card and "| `rounds` | 1 (published: 200) |" in card
