@@ -61,8 +61,7 @@ def test_what_is_told_of_the_tiles_can_stop_them():
         purify_picture(pipe, picture(8, 8), pipe.resolve_config(diffusion_steps=2), done=stop)
 
 
-@pytest.mark.parametrize("method", ["lsp", "ar", "cuda"])
-@pytest.mark.parametrize("height,width", [(48, 80), (33, 7)])
+@pytest.mark.parametrize("method,height,width", [("lsp", 48, 80), ("lsp", 33, 7), ("ar", 33, 7), ("cuda", 48, 80)])
 def test_protection_of_one_picture(method, height, width):
     image = picture(height, width)
     one = protect_picture(image, method, label=1, seed=3)
