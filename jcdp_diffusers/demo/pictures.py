@@ -159,9 +159,9 @@ def methods_for_pictures() -> tuple[str, ...]:
 def methods_left_out() -> list[str]:
     """Sentences that say which poisons cannot protect a single picture, and why."""
     others = [poisons.get(name) for name in poisons.NAMES if not poisons.get(name).suits_single_images]
-    trained = ", ".join(poison.title for poison in others if poison.surrogate is not None)
+    network = ", ".join(poison.title for poison in others if poison.surrogate is not None)
     whole = ", ".join(poison.title for poison in others if poison.surrogate is None)
-    sentences = [f"{trained}: a network is trained on a whole data set first."] if trained else []
+    sentences = [f"{network}: a network works on the whole data set first."] if network else []
     sentences += [f"{whole}: the noise depends on all pictures of a class."] if whole else []
     return [*sentences, "`jcdp poison` protects a data set by any of them."]
 
