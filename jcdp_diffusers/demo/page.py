@@ -204,7 +204,7 @@ def _safe(sentence: str) -> str:
     return html.escape(printable(sentence))
 
 
-def _shown(results: list[dict], refused: list[str]) -> list:
+def _shown(results: list[dict], refused: list[str], notes: list[str]) -> list:
     """The page's outputs after a piece of work."""
     if not results:
         raise ValueError(" ".join(refused))
@@ -213,7 +213,7 @@ def _shown(results: list[dict], refused: list[str]) -> list:
     names = [(one["name"], number) for number, one in enumerate(results)]
     chooser = gr.Dropdown(names, value=0, visible=len(names) > 1)
     numbers, files = _table([one["row"] for one in results]), [one["after"] for one in results]
-    done = " ".join([f"Done: {len(results)} of {len(results) + len(refused)} pictures.", *refused])
+    done = " ".join([f"Done: {len(results)} of {len(results) + len(refused)} pictures.", *refused, *notes])
     return [done, results, gr.Column(visible=True), chooser, *_pictures_of(results[0]), numbers, files]
 
 

@@ -1,6 +1,7 @@
 """Pictures of any size, protected or purified one by one, and what changed: all that the page does without Gradio."""
 
 import hashlib
+import itertools
 import math
 import os
 import shutil
@@ -15,13 +16,13 @@ import torch
 from PIL import Image
 
 from .. import poisons
-from ..data import ImageRejected, decode_image, to_uint8
+from ..data import ImageRejected, decode_image
 from ..data.perturbations import apply_perturbation
 from ..noise import content_id
 from ..outputs import printable
 from ..pipeline_jcdp import JointConditionalPurificationPipeline, usual_micro_batch
 from ..purification_config import PRESETS, PurificationConfig
-from ..purify.tiling import blend, prepare
+from ..purify.tiling import Blending, prepare
 from ..purify.worker import purify_tiles, steady_arithmetic
 
 
@@ -64,14 +65,19 @@ class Change:
         return np.rint(shown.clip(0, 255)).astype(np.uint8), factor
 
 
-def read_picture(path: str | os.PathLike, channels: int, longest_side: int | None = None) -> np.ndarray:
+def read_picture(
+    path: str | os.PathLike, channels: int, longest_side: int | None = None, changes: list[str] | None = None
+) -> np.ndarray:
     """
     A picture's pixels, uint8 (H, W, channels), reduced where its longer side is above `longest_side`.
+
+    Args:
+        changes (`list[str]`, *optional*): Gets what else was changed, in the words of `decode_image`.
 
     Raises:
         ImageRejected: If it cannot be used; the reason says why.
     """
-    image = decode_image(path, channels)
+    image = decode_image(path, channels, changes=changes)
     if longest_side is None or max(image.shape[:2]) <= longest_side:
         return image
     factor = longest_side / max(image.shape[:2])
@@ -110,17 +116,16 @@ def purify_picture(
         raise ImageRejected(tiled)
     names = tiled.names(content_id(torch.tensor(image).permute(2, 0, 1)))
     batch = usual_micro_batch(pipe._execution_device.type, size, size)
-    purified = np.empty(tiled.tiles.shape, np.float32)
+    options = {"preset": config, "seed": seed, "micro_batch_size": batch}
+    squares, blending = tiled.squares(), Blending(tiled)
     done(0, len(names))
     with steady_arithmetic(pipe, None):
         for start in range(0, len(names), batch):
-            rows = slice(start, start + batch)
-            options = {"preset": config, "seed": seed, "micro_batch_size": batch}
-            purified[rows] = purify_tiles(pipe, tiled.tiles[rows], names[rows], **options)
-            done(min(start + batch, len(names)), len(names))
-    before = blend(tiled.tiles.astype(np.float32) / 255, tiled.places, tiled.shape, overlap)
-    after = blend(purified, tiled.places, tiled.shape, overlap)
-    return Change(*(to_uint8(torch.from_numpy(whole).permute(2, 0, 1)[None])[0] for whole in (before, after)))
+            own = names[start : start + batch]
+            for square in purify_tiles(pipe, np.stack(list(itertools.islice(squares, len(own)))), own, **options):
+                blending.add(square)
+            done(start + len(own), len(names))
+    return Change(tiled.image, blending.whole)
 
 
 def protect_picture(image: np.ndarray, method: str, *, label: int = 0, seed: int = 0) -> Change:
@@ -241,22 +246,26 @@ class PictureWork:
 
         return self.work(files, 3, longest_side, change, self.folder(session), "protected")
 
-    def work(self, files, channels, longest_side, change, folder: Path, word: str) -> tuple[list[dict], list[str]]:
+    def work(
+        self, files, channels, longest_side, change, folder: Path, word: str
+    ) -> tuple[list[dict], list[str], list[str]]:
         """
         Change pictures one after another, and write what the page shows.
 
         Returns:
             `tuple`: For each picture a dict with `name`, `row` (of `COLUMNS`), `factor` and the paths `before`,
-            `after`, `difference`; and a sentence for each picture that could not be used.
+            `after`, `difference`; a sentence for each picture that could not be used; and one for each that was
+            changed while it was read.
         """
-        results, refused = [], []
+        results, refused, notes = [], [], []
         for number, path in enumerate(files):
-            name, start = printable(Path(path).name), time.monotonic()
+            name, start, changes = printable(Path(path).name), time.monotonic(), []
             try:
-                made = change(read_picture(path, channels, longest_side), name)
+                made = change(read_picture(path, channels, longest_side, changes), name)
             except ImageRejected as rejection:
                 refused.append(f"{name}: {rejection.reason}.")
                 continue
+            notes += [f"{name}: {', '.join(changes)}."] if changes else []
             difference, factor = made.magnified()
             place = folder / str(number)
             place.mkdir()
@@ -274,4 +283,4 @@ class PictureWork:
                 {"name": name, "factor": factor, "row": [name, shape, *map(str, numbers)]}
                 | {key: str(target) for key, target in paths.items()}
             )
-        return results, refused
+        return results, refused, notes

@@ -129,7 +129,7 @@ def test_one_wrong_file_does_not_stop_the_others(tmp_path):
     (tmp_path / "bad.png").write_text("no image")
     pipe, told = quick_pipe(), []
     work = PictureWork(pipe)
-    results, refused = work.purify(
+    results, refused, notes = work.purify(
         [str(tmp_path / "bad.png"), str(tmp_path / "good.png")],
         pipe.resolve_config(diffusion_steps=2),
         0,
@@ -164,10 +164,10 @@ def test_a_session_of_any_name_stays_in_its_folder(tmp_path, monkeypatch):
 
 def test_protecting_pictures_names_the_results_after_them(tmp_path):
     Image.fromarray(picture(8, 16)).save(tmp_path / "good.png")
-    results, refused = PictureWork(None).protect(
+    results, refused, notes = PictureWork(None).protect(
         [str(tmp_path / "good.png")], "cuda", 0, 0, None, "session", lambda fraction, words: None
     )
-    assert refused == [] and results[0]["after"].endswith("good-protected.png")
+    assert refused == notes == [] and results[0]["after"].endswith("good-protected.png")
 
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
