@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .audit.evidence import rise_in_words
 from .audit.shortcut import PIXEL_MODELS, SHORTCUT_IMAGES, SHORTCUT_VALUES, PixelModel, gap_of
 from .data import LabelledImages, find_overlap, load_images
 from .outputs import check_output_file, write_atomically
@@ -74,6 +75,7 @@ def detect(
             "frequencies": estimate.frequencies.tolist(),
             "power": estimate.power.round(4).tolist(),
             "error": estimate.error.round(4).tolist(),
+            "background": estimate.background.round(4).tolist(),
         }
     return found | _conclusion(found)
 
@@ -102,8 +104,8 @@ def _check(dataset: LabelledImages, collected: LabelledImages | None, purified: 
         if len(pairs := find_overlap(dataset, collected)):
             first, second = pairs[0]
             raise ValueError(
-                f"collected has {len(np.unique(pairs[:, 1]))} images of dataset, the first {collected.ids[second]!r} "
-                f"(in dataset {dataset.ids[first]!r}), but it must hold other images."
+                f"collected has {len(np.unique(pairs[:, 1]))} images of dataset, the first {collected.called(second)} "
+                f"(in dataset {dataset.called(first)}), but it must hold other images."
             )
         names = dataset.class_names, collected.class_names
         if collected.labels is not None and None not in names and names[0] != names[1]:
@@ -224,11 +226,7 @@ def _shortcut_reasons(shortcut: dict[str, Any] | None) -> list[str]:
 def _spectrum_reasons(spectrum: dict[str, Any] | None) -> list[str]:
     if spectrum is None or spectrum["finding"] != "noise":
         return []
-    axis, frequency = spectrum["excess_at"]
-    return [
-        f"its images have {1 + spectrum['excess']:.1f} times the power of collected ones at {frequency} cycles per "
-        f"image (colour axis {axis + 1})"
-    ]
+    return [f"its images have {rise_in_words(spectrum)}"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

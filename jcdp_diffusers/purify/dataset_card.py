@@ -25,6 +25,7 @@ Labels, ids and all other columns are the source's own.
 | Rows out | {rows_out:,} |
 | Rejected | {rejected:,}{reasons} |
 | Resized | {resized:,} |
+| Also changed | {changes} |
 | Purifier | `{purifier}`{revision} |
 | Content of purifier | `{purifier_content}` |
 | Seed | {seed} |
@@ -36,11 +37,12 @@ Labels, ids and all other columns are the source's own.
 
 ## Method
 
-Joint conditional diffusion purification (*Unlearnable Examples Give a False Sense of Security*, ACM MM 2023) by
-`jcdp-diffusers`. T_p = {diffusion_steps} forward steps, {evaluations}
-network evaluations per image in {num_rounds} round(s); scale of the pixel guide {pixel_guidance_scale:g}, of the
-perceptual guide {perceptual_guidance_scale:g}{spectrum}{colour}. All settings are in `run.json`. The
-noise of an image depends on the seed and its id alone, so each row can be made again by itself.
+Joint conditional diffusion purification
+([*Unlearnable Examples Give a False Sense of Security: Piercing through Unexploitable Data with Learnable
+Examples*](https://arxiv.org/abs/2305.09241), ACM MM 2023) by `jcdp-diffusers`.
+T_p = {diffusion_steps} forward steps, {evaluations} network evaluations per image in {num_rounds} round(s); scale of
+the pixel guide {pixel_guidance_scale:g}, of the perceptual guide {perceptual_guidance_scale:g}{spectrum}{colour}. All settings
+are in `run.json`. The noise of an image depends on the seed and its id alone, so each row can be made again by itself.
 
 {sizes_rule}
 
@@ -64,9 +66,10 @@ _RULES = {
 
 def summarise_shards(records: dict[str, dict]) -> dict:
     """Counts, time, devices and checksums over all shards, given their records by name of file."""
-    reasons = Counter()
+    reasons, changes = Counter(), Counter()
     for record in records.values():
         reasons.update(record["reasons"])
+        changes.update(record.get("changes", {}))  # shards written before this was counted do not say
     seconds = sum(record["seconds"] for record in records.values())
     rows_in = sum(record["rows_in"] for record in records.values())
     return {
@@ -76,6 +79,7 @@ def summarise_shards(records: dict[str, dict]) -> dict:
         "reasons": dict(reasons.most_common()),
         # Shards written before this was counted do not say.
         "resized": sum(record.get("resized", 0) for record in records.values()),
+        "changes": dict(changes.most_common()),
         "seconds_of_work": round(seconds, 3),
         "images_per_second_per_worker": round(rows_in / seconds, 4),
         "bytes": sum(record["bytes"] for record in records.values()),
@@ -104,6 +108,7 @@ def dataset_card(run: dict, summary: dict, title: str) -> DatasetCard:
         rejected=summary["rejected"],
         reasons=f" ({reasons})" if reasons else "",
         resized=summary["resized"],
+        changes="; ".join(f"{what} in {count:,}" for what, count in summary["changes"].items()) or "nothing",
         purifier=purifier["name"] or "(in memory)",
         revision=f", revision `{purifier['revision']}`" if purifier["revision"] else "",
         purifier_content=purifier["content"],

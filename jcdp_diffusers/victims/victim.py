@@ -121,7 +121,8 @@ def train_victim(
     width = recipe.width if width is None else width
     start = time.perf_counter()
     with reproducible(seed, device):
-        model = victims.get(victim)(num_classes, in_channels=train.images.shape[-1], width=width)
+        height, side, channels = train.images.shape[1:]
+        model = victims.build(victim, num_classes, in_channels=channels, width=width, image_size=min(height, side))
     if hasattr(model, "whiten"):
         model.to(device).whiten(_on_device(train if whitening is None else whitening, device)[0])
     training = Training(train, probe, test, num_classes, recipe, seed, device, hooks, progress, checkpoint_dir)
@@ -235,7 +236,7 @@ class Training:
             features = [evaluation.features(model, part[0], bfloat16=recipe.bfloat16) for part in (probe, test)]
             return {"knn_accuracy": knn_accuracy(features[0], probe[1], features[1], test[1])}
 
-        history = self._run(objective, images, None, evaluate)
+        history = self._run(objective, images, getattr(hooks.replacing_loss, "targets", None), evaluate)
         best = fit_probe(
             model,
             *probe,
