@@ -3,6 +3,8 @@ Does the guide by the protection's spectrum help? Victims on what it makes, besi
 
     python eval/studies/spectrum_guidance.py validation --dataset DIR --purifier DIR --cache DIR --output FILE.jsonl
     python eval/studies/spectrum_guidance.py test --dataset DIR --purifier DIR --cache DIR --output FILE.jsonl
+    python eval/studies/spectrum_guidance.py spectra --dataset DIR --purifier DIR --cache DIR --output FILE.jsonl
+    python eval/studies/spectrum_guidance.py residues --dataset DIR --purifier DIR --cache DIR --output FILE.jsonl
     python eval/studies/spectrum_guidance.py table --output FILE.jsonl
     python eval/studies/spectrum_guidance.py picture --output FILE.jsonl --picture FILE.png
 
@@ -14,7 +16,9 @@ it is on record already.
 
 import argparse
 import dataclasses
+import functools
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,16 +30,17 @@ sys.path.append(str(Path(__file__).parents[2]))
 from eval.figures import line_style, pyplot
 from eval.measured import NOT_MEASURED, POISONS, spread
 from eval.studies.detection import halves
+from eval.studies.residue import residue
 from eval.tables import markdown_table
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.cli import ends_in_one_sentence
-from jcdp_diffusers.data import LabelledImages, load_images
+from jcdp_diffusers.data import LabelledImages, load_images, to_uint8
 from jcdp_diffusers.perceptual import load_perceptual
 from jcdp_diffusers.poisons.protect import protect_dataset
 from jcdp_diffusers.purification_config import PRESETS, PurificationConfig, adaptive_settings
 from jcdp_diffusers.purify.dataset import open_purifier
-from jcdp_diffusers.results import append_record, read_records, summarise
-from jcdp_diffusers.spectrum import protection_spectrum, radial_bins
+from jcdp_diffusers.results import append_record, as_settings, read_records, summarise
+from jcdp_diffusers.spectrum import ProtectionSpectrum, protection_spectrum, radial_bins
 from jcdp_diffusers.trials import Trial, describe_images, measure
 from jcdp_diffusers.victims import RECIPES
 
@@ -43,6 +48,7 @@ from jcdp_diffusers.victims import RECIPES
 COLLECTED = range(40_000, 50_000)
 PROTECTED = 5000  # as in detection.py, whose folders are shared; those that are not collected are used
 IMAGES, VALIDATION, TEST = 2000, 1500, 2000
+RESIDUE_IMAGES = 200
 EVALUATIONS = 5
 NO_GUIDE, PAPER, ADAPTIVE, NOTHING = "no guide", "the paper's guides", "adaptive", "nothing"
 # The victim of a small set, in a minute on one core.
@@ -103,10 +109,15 @@ class Study:
         found = protect_dataset(self.suspicious, folder, method=poison, preset="cpu", seed=0, progress=True)
         return found.subset(self.rows)
 
+    @functools.lru_cache(maxsize=1)
+    def estimate(self, poison: str) -> tuple[LabelledImages, ProtectionSpectrum]:
+        """The protected images, and their protection's spectrum."""
+        protected = self.protected(poison)
+        return protected, protection_spectrum(protected.images, self.collected.images)
+
     def trials(self, poison: str, row: str) -> Iterator[Trial]:
         """One per seed."""
-        protected = self.protected(poison)
-        spectrum = protection_spectrum(protected.images, self.collected.images)
+        protected, spectrum = self.estimate(poison)
         end = self.pipe.purification_config.trained_timesteps[1]
         config = settings_of(row, spectrum.table(), self.pipe.scheduler.alpha_bars[:end])
         about = {"dataset": "cifar10", "poison": poison, "poison_preset": "cpu", "row": row, "part": self.part}
@@ -146,8 +157,7 @@ def table(records: list[dict], part: str) -> str:
 def spectra(study: Study, poisons: list[str]) -> None:
     """A record per poison: its spectrum as estimated, and the true one."""
     for poison in poisons:
-        protected = study.protected(poison)
-        found = protection_spectrum(protected.images, study.collected.images)
+        protected, found = study.estimate(poison)
         difference = protected.images - study.protected("none").images.astype(np.float64)
         bins, frequencies = radial_bins(*difference.shape[1:3])
         power = np.abs(np.fft.fft2(np.einsum("nhwc,ac->nahw", difference, found.axes))) ** 2 / bins.size
@@ -157,6 +167,43 @@ def spectra(study: Study, poisons: list[str]) -> None:
         settings = {"dataset": "cifar10", "poison": poison, "poison_preset": "cpu", "images": list(found.images)}
         facts = {"seed": None, "protocol": "spectrum", "device": "cpu", "seconds": 0.0}
         append_record(study.args.output, what="spectrum", value=value, settings=settings | {"part": "none"}, **facts)
+
+
+def residues(study: Study, poisons: list[str], rows: list[str]) -> None:
+    """A record per poison and row: what a purification leaves of the protection and what else it changes."""
+    clean = study.protected("none").images[:RESIDUE_IMAGES]
+    for poison in poisons:
+        for row in rows:
+            trial = next(study.trials(poison, row))
+            some = trial.train.subset(range(RESIDUE_IMAGES))
+            start = time.perf_counter()
+            options = {"seed": 0, "ids": list(some.ids), "output_type": "pt"}
+            purified = to_uint8(study.pipe(some.tensor(), preset=trial.purification, **options).images)
+            value = residue(clean, some.images, purified)
+            about = dict(trial.about) | {"images": RESIDUE_IMAGES, "part": "none"}
+            settings = about | {"purification": as_settings(trial.purification)}
+            facts = {"seed": 0, "protocol": "residue", "device": "cpu"}
+            seconds = round(time.perf_counter() - start, 2)
+            append_record(study.args.output, what="residue", value=value, settings=settings, seconds=seconds, **facts)
+
+
+def residue_table(records: list[dict]) -> str:
+    """What is kept of the protection, and the root mean square of all other changes, by poison and row."""
+    found = {(r["settings"]["poison"], r["settings"]["row"]): r["value"] for r in records if r["what"] == "residue"}
+    columns = list(dict.fromkeys(poison for poison, _ in found))
+    lines = []
+    for row in dict.fromkeys(row for _, row in found):
+        line = [row]
+        for poison in columns:
+            if (poison, row) not in found:
+                line += [NOT_MEASURED, NOT_MEASURED]
+                continue
+            value = found[poison, row]
+            kept = np.sqrt(np.sum(np.array(value["poison"]) * np.square(value["kept"])))
+            line += [f"{100 * kept:.0f} %", f"{np.sqrt(np.square(value['change']).sum()):.1f}"]
+        lines.append(line)
+    head = [f"{POISONS[p]}, {what}" for p in columns for what in ("kept", "other change")]
+    return markdown_table(["purification", *head], lines)
 
 
 def draw(records: list[dict], path: Path) -> None:
@@ -188,7 +235,7 @@ def draw(records: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
-    parser.add_argument("question", choices=("validation", "test", "spectra", "table", "picture"))
+    parser.add_argument("question", choices=("validation", "test", "spectra", "residues", "table", "picture"))
     parser.add_argument("--output", required=True, help="JSON Lines file of records")
     parser.add_argument("--dataset", help="CIFAR-10")
     parser.add_argument("--purifier", help="folder of one that was trained on the last 10,000 training images")
@@ -205,6 +252,7 @@ def main() -> None:
         if args.question == "table":
             for part in ("validation", "test"):
                 print(part, table(read_records(args.output), part), sep="\n\n")
+            print(residue_table(read_records(args.output)))
         elif args.question == "picture":
             draw(read_records(args.output), args.picture)
         else:
@@ -212,8 +260,9 @@ def main() -> None:
                 raise ValueError("--dataset, --purifier and --cache are needed to measure.")
             study = Study(args)
             if args.question == "spectra":
-                spectra(study, args.poisons)
-                return
+                return spectra(study, args.poisons)
+            if args.question == "residues":
+                return residues(study, args.poisons, args.rows)
             for row in args.rows:
                 for poison in args.poisons:
                     measure(list(study.trials(poison, row)), args.output, processes=1)

@@ -35,7 +35,7 @@ def test_a_rows_name_is_how_it_purifies():
 def small(monkeypatch, tmp_path):
     """The study on 200 noisy images, 80 of them collected, with victims of one epoch."""
     monkeypatch.setattr(spectrum_guidance, "COLLECTED", range(120, 200))
-    for name, value in (("PROTECTED", 80), ("IMAGES", 32), ("VALIDATION", 20), ("TEST", 20)):
+    for name, value in (("PROTECTED", 80), ("IMAGES", 32), ("VALIDATION", 20), ("TEST", 20), ("RESIDUE_IMAGES", 8)):
         monkeypatch.setattr(spectrum_guidance, name, value)
     recipe = dataclasses.replace(spectrum_guidance.RECIPE, epochs=1, batch_size=16, width=4)
     monkeypatch.setattr(spectrum_guidance, "RECIPE", recipe)
@@ -73,9 +73,13 @@ def test_the_study_from_sets_to_table_and_picture(small, monkeypatch, capsys):
     value = read_records(records)[-1]["value"]
     seen = np.array(value["estimate"]) > 5 * np.array(value["error"])
     assert seen.any() and np.array(value["estimate"])[seen] == pytest.approx(np.array(value["true"])[seen], rel=0.6)
+    run("residues", "--poisons", "lsp", "--rows", "adaptive, scale 1", "adaptive, scale 0.1")
+    strong, weak = (record["value"] for record in read_records(records)[-2:])
+    assert sum(strong["change"]) < sum(weak["change"]) and strong["kept"][-1] > weak["kept"][-1]
     capsys.readouterr()
     run("table")
-    assert capsys.readouterr().out.splitlines()[4].startswith("| nothing | ")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4].startswith("| nothing | ") and lines[-1].startswith("| adaptive, scale 0.1 | ")
     run("picture", "--picture", small / "spectrum.png")
     assert (small / "spectrum.png").stat().st_size > 10_000
 
