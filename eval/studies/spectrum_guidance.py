@@ -209,7 +209,8 @@ def residue_table(records: list[dict]) -> str:
 def draw(records: list[dict], path: Path) -> None:
     """Each poison's spectrum in the weakest colour axis and in brightness: estimated, true, and the images'."""
     found = {r["settings"]["poison"]: r["value"] for r in records if r["what"] == "spectrum"}
-    figure, axes = pyplot().subplots(2, len(found), figsize=(2.6 * len(found), 4.6), layout="constrained", sharex=True)
+    size = {"figsize": (2.6 * len(found), 4.6), "layout": "constrained"}
+    figure, axes = pyplot().subplots(2, len(found), sharex=True, squeeze=False, **size)
     for column, (poison, value) in enumerate(found.items()):
         for line, (axis, title) in enumerate(((0, "brightness"), (2, "weakest colour axis"))):
             here = axes[line, column]
