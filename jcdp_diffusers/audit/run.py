@@ -169,7 +169,8 @@ def carry_out(
     measure(order, records, device=device, processes=processes)
 
     # 5. The report
-    rows = figures(trials, records, sets["purified"], output_dir / "purified")
+    every = trials | {"purified": [trial for draw in (trials["purified"], *more) for trial in draw]}
+    rows = figures(every, records, sets["purified"], output_dir / "purified")
     draws = figures_of_draws(trials["purified"], more, records)
     if more:
         rows = [over_draws(entry, draws) if entry["row"] == "purified" else entry for entry in rows]

@@ -220,13 +220,14 @@ def test_several_draws_show_their_spread_beside_that_of_the_victims(folders, aud
         "protected": [0, 1],
         "purified": [0, 1],
         "jpeg-95": [0, 1],
-        "purified, draw 2": [2, 3],
+        "purified, draw 2": [1000, 1001],
     }
     values = [list(found[row].values()) for row in ("purified", "purified, draw 2")]
     assert report["draws"] == {"count": 2, "values": values} | separate_spreads(values)
     (row,) = (row for row in report["rows"] if row["row"] == "purified")
     assert row["accuracy"]["values"] == sum(values, [])
     assert row["accuracy"]["std"] == report["draws"]["between_victims"]
+    assert len(row["best_accuracy"]["values"]) == len(row["train_accuracy"]["values"]) == len(row["curves"]) == 4
     text = (output / "report.md").read_text()
     assert "trained on purified images, 2 draws" in text and "Purification was drawn 2 times, with 2 victims" in text
     assert "protected images, saved as JPEG of quality 95" in text and "--draws 2" in report["command"]
