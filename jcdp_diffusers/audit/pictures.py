@@ -222,6 +222,7 @@ def draw_spectrum(spectrum: Mapping, path: Path | None = None) -> str:
         panel.set_title(f"colour axis {number + 1}: {_mixture(axes[number])}", fontsize=9, loc="left")
         panel.set(yscale="log", ylabel="power", xlim=(-0.6, frequencies[-1] + 0.6))
         panel.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylim(bottom=LEAST_POWER)
     panels[-1, 0].set_xlabel("frequency (cycles per image)")
@@ -229,8 +230,8 @@ def draw_spectrum(spectrum: Mapping, path: Path | None = None) -> str:
     for panel in panels[:, 0]:
         handles, labels = panel.get_legend_handles_labels()
         legend |= dict(zip(labels, handles))
-    figure.tight_layout(pad=0.3)
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
+    figure.subplots_adjust(hspace=0.3, bottom=0.1, top=0.98)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02)}
     figure.legend(legend.values(), legend.keys(), frameon=False, fontsize=8, **place)
     return _finished(figure, path)
 
