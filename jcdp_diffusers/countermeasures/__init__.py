@@ -230,9 +230,10 @@ class Countermeasure:
         learning = "supervised" if method == "supervised" else "contrastive"
         if learning not in self.suits:
             unsuited = [part.name for part in self._parts if learning not in part.suits]
+            suited = [name for name in NAMES if learning in get(name).suits]
             raise ValueError(
-                f"countermeasure is {self.name!r}, but must be another for method {method!r}: {unsuited[0]} changes "
-                "labels or the loss of supervised training."
+                f"countermeasure is {self.name!r}, but must be another for method {method!r}: {unsuited[0]} is for "
+                f"another way of learning. These go with it: {', '.join(suited)}."
             )
 
     def before_training(self, data: LabelledImages, context: Context) -> LabelledImages:

@@ -16,6 +16,7 @@ from jcdp_diffusers.audit.run import audit
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.data.perturbations import apply_perturbation, visibility
+from jcdp_diffusers.devices import cpu_threads
 from jcdp_diffusers.perceptual import LPIPSModel, lpips_at_hand
 from jcdp_diffusers.poisons import get
 from jcdp_diffusers.purification_config import PurificationConfig
@@ -570,6 +571,20 @@ def test_images_without_labels_need_a_way_of_learning_without(without_labels, au
     ):
         assert main([*asked, *more]) == 1
         assert message in sentence(capfd)
+
+
+@pytest.mark.long
+def test_the_purifier_is_trained_beside_victims(folders, audited, tmp_path):
+    """In two processes, to the same figures; thread for thread the same purifier."""
+    roles = ("protected", "collected", "test", "clean")
+    asked = command(folders, tmp_path / "out", "--countermeasures", ATTACKS, roles=roles)
+    asked[asked.index("--processes") + 1] = "2"
+    with cpu_threads(1):
+        assert main(asked) == 0
+        assert main(command(folders, tmp_path / "one", "--countermeasures", ATTACKS, roles=roles)) == 0
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("out", "one")]
+    assert [row["accuracy"] for row in reports[0]["rows"]] == [row["accuracy"] for row in reports[1]["rows"]]
+    assert reports[0]["purifier"]["digest"] == reports[1]["purifier"]["digest"]
 
 
 @pytest.mark.long
