@@ -606,7 +606,7 @@ def test_images_without_labels_are_audited(without_labels, audited, tmp_path):
         (("--method", "simclr", "simclr"), "--method is ['simclr', 'simclr'], but must be one or several of"),
         (
             ("--method", "supervised", "simclr", "--countermeasures", "mixup"),
-            "'mixup', but must be another for method",
+            "'mixup', but mixup does not go with method 'simclr'",
         ),
         (
             ("--method", "supervised", "simclr", "--protocol", "iss"),
