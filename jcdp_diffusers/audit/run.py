@@ -318,12 +318,12 @@ def _check_asked(asked: AuditSettings, sources: Mapping[str, Any], purifier: str
 
 def _check_probe_asked(asked: AuditSettings, sources: Mapping[str, Any]) -> None:
     probed = [method for method in asked.methods if method != "supervised"]
-    if probed and sources["probe_images"] is None and sources["clean"] is None:
+    if probed and sources.get("probe_images") is None and sources["clean"] is None:
         raise ValueError(
             f"probe_images is None, but must be clean labelled images for method {probed[0]!r} where no clean "
             "originals are given."
         )
-    if not probed and sources["probe_images"] is not None:
+    if not probed and sources.get("probe_images") is not None:
         raise ValueError(
             f"probe_images is {str(sources['probe_images'])!r}, but must be None for method 'supervised'."
         )
