@@ -18,6 +18,7 @@ def row(name: str, title: str, values: list[float], prepare: float = 0.0) -> dic
         "train_accuracy": {"mean": 0.99, "std": 0.0, "values": [0.99] * len(values)},
         "per_class_accuracy": [spread["mean"]] * 4,
         "curves": curves,
+        "curve_epochs": list(range(1, 13)),
         "train_seconds": 31.4,
         "prepare_seconds": prepare,
         "device": "cpu",
@@ -64,6 +65,9 @@ REPORT = {
     },
     "smoke": False,
     "roles": "disjoint",
+    "others": [],
+    "side_by_side": [],
+    "fractions": [],
     "rows": [
         row("clean", "clean images", [0.76, 0.77, 0.75]),
         row("protected", "protected images", [0.26, 0.28, 0.24]),
@@ -146,6 +150,9 @@ REPORT = {
     },
     "victims": {
         "victim": "resnet18",
+        "method": "supervised",
+        "probe_images": None,
+        "whitening": None,
         "width": 16,
         "seeds": [0, 1, 2],
         "recipe": {
