@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from purifying import SIZE, quick_pipe, source_folder
+from purifying import SIZE, quick_pipe, some_images, source_folder
 from tiny import tiny_unet
 
 from jcdp_diffusers import JointConditionalPurificationPipeline, PurificationConfig
+from jcdp_diffusers.audit.purifier import choose_purifier
+from jcdp_diffusers.audit.settings import AuditSettings
 from jcdp_diffusers.cli import main
-from jcdp_diffusers.data import load_images, write_dataset
+from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.guidance import posterior_start, towards_protected
 from jcdp_diffusers.spectrum import ProtectionTable, radial_bins
 
@@ -234,3 +236,28 @@ def test_adaptive_on_the_command_line(tmp_path, capsys):
     assert np.array(table["power"]).sum(axis=0)[[2, 4]] == pytest.approx(288, rel=0.3)
     assert "of the spectrum's guide 0.3" in (tmp_path / "out" / "README.md").read_text()
     assert main([*words.split(), "--collected", str(collected)]) == 0  # the same estimate, so the run goes on
+
+
+def test_the_audit_reads_the_spectrum_against_the_collected_images(tmp_path):
+    draw = np.random.default_rng(0)
+    clean = draw.integers(90, 160, (60, 32, 32, 3), dtype=np.uint8)
+    sets = {}
+    for role, images in (
+        ("collected", clean[:30]),
+        ("protected", clean[30:] + 20 * (np.arange(32) % 4 == 0)[:, None]),
+    ):
+        ids = tuple(f"{role}-{row}" for row in range(30))
+        sets[role] = LabelledImages(images.astype(np.uint8), np.arange(30) % 3, ids)
+    asked = AuditSettings(protocol="smoke", preset="adaptive")
+    config = choose_purifier(None, sets, asked, tmp_path, torch.device("cpu")).config
+    power = np.array(config.protection.power)
+    assert power.sum(axis=0).argmax() == 8 and config.protection_guidance_scale > 0  # every fourth column
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    with pytest.raises(ValueError, match="collected is None"):
+        choose_purifier(
+            str(tmp_path / "purifier"),
+            {"protected": some_images(8)},
+            asked,
+            tmp_path / "out",
+            torch.device("cpu"),
+        )
