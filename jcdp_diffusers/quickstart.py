@@ -112,7 +112,6 @@ PRESETS = {
             PurificationConfig(diffusion_steps=10, num_inference_steps=2),
         ),
         recipe="smoke",
-        seeds=2,
     ),
 }
 
