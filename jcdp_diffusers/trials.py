@@ -165,6 +165,7 @@ def measure(
     engine: str = "local",
     address: str | None = None,
     progress: bool = True,
+    beside: Sequence[engines.Task] = (),
 ) -> None:
     """
     Measure what is not on record, and return when all is.
@@ -182,6 +183,7 @@ def measure(
             None for as many as it has room for.
         engine (`str`), address (`str`, *optional*): See `engines.run`. The ranks of a launcher take turns.
         progress (`bool`): Show a bar.
+        beside (`Sequence[engines.Task]`): Other tasks, which are begun first and run as victims do.
 
     Raises:
         ValueError: If another command writes these records, or an option cannot be used.
@@ -191,7 +193,7 @@ def measure(
     rank, world = engines.ranks()
     if engine == "local" and processes is None:
         processes = min(available_cores(), max(1, len(trials))) if device.type == "cpu" and world == 1 else 1
-    tasks = [_Task(trial, records, device) for trial in trials]
+    tasks = [*beside, *(_Task(trial, records, device) for trial in trials)]
     records.parent.mkdir(parents=True, exist_ok=True)
     lock = engines.folder_lock(records.with_name(f".{records.name}.lock"))
     with (
@@ -206,7 +208,7 @@ def measure(
             engine=engine,
             processes=processes,
             address=address,
-            on_done=lambda task, accuracy: _show(bar, task.trial, accuracy),
+            on_done=lambda task, result: _show(bar, task, result),
             gpus=int(device.type == "cuda"),
         )
 
@@ -446,9 +448,9 @@ def _keep_model(result: VictimResult, trial: Trial) -> None:
     os.replace(temporary, trial.model_path)
 
 
-def _show(bar: tqdm, trial: Trial, accuracy: float | None) -> None:
-    if accuracy is not None:  # else a process died after it had put the trial on record
-        bar.set_postfix_str(f"{trial.title}: {accuracy:.1%}")
+def _show(bar: tqdm, task: engines.Task, result: Any) -> None:
+    if isinstance(task, _Task) and result is not None:  # else a process died after it had put the trial on record
+        bar.set_postfix_str(f"{task.trial.title}: {result:.1%}")
     bar.update()
 
 
