@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 
+from jcdp_diffusers.audit.learners import side_by_side
 from jcdp_diffusers.data import LabelledImages
 
 
@@ -203,4 +204,11 @@ def long_report() -> dict:
     }
     report["rows"].append(row("impulse-filter+purified+corruption", "impulse-filter+purified+corruption", [0.29] * 3))
     report["rows"].append(row("jpeg-95", "jpeg-95", [0.31, 0.33, 0.29]))
+    spread = {"mean": 0.7, "std": 0.01, "values": [0.69, 0.7, 0.71]}
+    report["fractions"] = [{"fraction": part, "all": spread, "clean_rest": spread} for part in (0.2, 0.5, 0.8)]
+    names = ("verdict", "rows", "fractions", "victims")
+    report["others"] = [copy.deepcopy({name: report[name] for name in names}) for _ in range(2)]
+    for other, method in zip(report["others"], ("simclr", "moco-v2")):
+        other["victims"]["method"] = method
+    report["side_by_side"] = side_by_side([report, *report["others"]])
     return report

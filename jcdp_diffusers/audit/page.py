@@ -62,10 +62,11 @@ th { text-align: left; font-weight: 600; color: #5f6368; font-size: .82rem; over
 th, td { padding: .5rem .8rem .5rem 0; border-bottom: 1px solid #e4e6e9; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.bar { width: 17%; min-width: 7rem; vertical-align: middle; }
-#results td, table.results td { overflow-wrap: normal; }
-#results td:first-child { min-width: 11.5rem; }
-#results td.note { min-width: 7rem; }
+.results td { overflow-wrap: normal; }
+.results td:first-child { min-width: 11.5rem; }
+.results td.note { min-width: 7rem; }
 #settings td:first-child, #visibility td:first-child { width: 9rem; color: #5f6368; }
+.fractions th.n { white-space: normal; }
 .track { background: #f1f3f4; border-radius: .2rem; height: .85rem; position: relative; }
 .fill { height: 100%; border-radius: .2rem; }
 .tick { position: absolute; top: -.15rem; width: 1px; height: 1.15rem; background: #202124; opacity: .55; }
@@ -103,7 +104,8 @@ code { font-size: .92em; }
   .numbers b { font-size: 1.7rem; }
   .numbers span { font-size: .8rem; }
   td.bar, th.bar, .wide { display: none; }
-  #results td:first-child { min-width: 0; overflow-wrap: anywhere; }
+  .fractions :is(th, td):nth-child(3), .fractions :is(th, td):nth-child(5) { display: none; }
+  .results td:first-child { min-width: 0; overflow-wrap: anywhere; }
   #settings tr, #settings td { display: block; width: auto; border: 0; padding: 0; }
   #settings tr { padding: .5rem 0; border-bottom: 1px solid #e4e6e9; }
   .strip { grid-template-columns: repeat($count, minmax(0, 1fr)); gap: .15rem; margin-top: .5rem; }
@@ -118,7 +120,11 @@ code { font-size: .92em; }
   @page { margin: 14mm; }
   #owner { break-after: page; }
   #owner p.verdict { font-size: 1.25rem; }
-  #owner h2 { margin-top: 1.1rem; }
+  #owner h2 { margin: .7rem 0 .3rem; }
+  #owner p.mark, #owner p.note, #owner p.way { margin: .4rem .6rem 0 0; }
+  #owner ul { margin: .3rem 0; }
+  .numbers { margin: .8rem 0 .6rem; }
+  .numbers b { font-size: 1.8rem; }
   #full { border-top: 0; margin-top: 0; }
   #full > h2:first-child { margin-top: 0; }
   h2 { break-after: avoid; }
@@ -147,7 +153,7 @@ $advice
 </section>
 <section id="full">
 <h2>What victims learned</h2>
-<table id="results">
+<table id="results" class="results">
 <thead><tr><th>victims</th><th class="n">test accuracy</th><th class="n">std</th><th class="bar"></th>
 <th class="n wide">best epoch</th><th class="n wide">training accuracy</th><th class="wide">before</th>
 <th class="n wide">training</th></tr></thead>
