@@ -372,7 +372,7 @@ def adaptive_settings(
         table (`ProtectionTable`): From `ProtectionSpectrum.table`.
         alpha_bars (`Sequence[float]`): By timestep, up to the last one that the network was trained on.
         scale (`float`): Of the guide; below 1, because a victim reads less of a protection than a mean square tells.
-            Chosen on validation images (docs/spectrum.md).
+            The default is the best of two on validation images of one poison (docs/spectrum.md).
         evaluations (`int`): Of the network, at most T_p.
     """
     power, background = np.array(table.power) / scale, np.array(table.background)
