@@ -157,7 +157,7 @@ class Trial:
         if self.init_from is None or isinstance(self.init_from.source, Weights):
             return None
         return {
-            "collected": describe_images(dataclasses.replace(self.init_from.source, labels=None)),
+            "collected": describe_images(self.init_from.source),
             "method": "simclr",
             "recipe": dataclasses.asdict(self.init_from.recipe),
             "victim": self.victim,

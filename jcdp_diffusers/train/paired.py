@@ -3,8 +3,8 @@ A network that takes a protection off, trained on pairs: images before and after
 
 Whoever has the tool can protect other images and learn the way back. BridgePure (Wang et al., NeurIPS 2025) trains a
 diffusion bridge from the protected to the clean image. LightShed (Foerster et al., USENIX Security 2025) trains an
-auto-encoder that predicts the perturbation, and subtracts it. Ours is the second idea with this package's UNets. Let x'
-be protected images, x their originals, and s the root mean square of x' - x over all pairs. The network f minimises
+auto-encoder that predicts the perturbation, and subtracts it. Ours is the second idea with this package's UNets. Let
+x' be protected images, x their originals, and s the root mean square of x' - x over all pairs. The network f minimises
 
     mean ((x' - x) / s - f(x'))^2
 

@@ -46,6 +46,7 @@ from .training import reproducible, train
 
 
 FINETUNE = ("all", "upper")
+COLLECTED = "collected"  # what commands call a network that is pretrained on collected images
 LEARNING_RATE_FACTOR = 0.1
 SUFFIX = ".safetensors"
 
@@ -106,6 +107,7 @@ class InitFrom:
             if self.recipe is not None:
                 raise ValueError(f"recipe is {self.recipe.name!r}, but must be None: {self.source.name!r} is trained.")
             return
+        object.__setattr__(self, "source", dataclasses.replace(self.source, labels=None))  # nobody reads them
         recipe = get_recipe(self.recipe, "simclr")
         if len(self.source) < recipe.batch_size:
             raise ValueError(
