@@ -6,9 +6,9 @@ are the modules of its lower half, which fine-tuning may leave as they are.
 
 The ResNet-18 is the victim of almost every paper on unlearnable examples. The others ask whether a result holds for
 networks that the poison was not made for: VGG, DenseNet and MobileNet from torchvision, the vision transformer from
-transformers. They are made for images of 224x224, so each is changed where it would shrink small images to nothing; the
-changes are named with each builder. Width 64 is the published network, and every other width scales its channels in
-proportion.
+transformers. They are made for images of 224x224, so each is changed where it would shrink small images to nothing;
+the changes are named with each builder. Width 64 is the published network, and every other width scales its channels
+in proportion.
 """
 
 import torch
