@@ -21,7 +21,7 @@ from . import Context, Countermeasure
 ASSUMES = "the protection tool is public"
 SETTINGS = {
     "paired": PairedSettings(),
-    "paired-small": PairedSettings(unet="mini32", epochs=20, batch_size=64, learning_rate=1e-3),
+    "paired-small": PairedSettings(unet="mini32", epochs=10, batch_size=64, learning_rate=1e-3),
 }
 
 
@@ -68,5 +68,5 @@ def _registered(name: str, cost: str) -> Countermeasure:
 
 COUNTERMEASURES = (
     _registered("paired", "the tool on the pairs, 250 epochs of a large UNet on them, and one pass over the images"),
-    _registered("paired-small", "the tool on the pairs, 20 epochs of a small UNet on them, and one pass"),
+    _registered("paired-small", "the tool on the pairs, 10 epochs of a small UNet on them, and one pass"),
 )
