@@ -50,7 +50,7 @@ from jcdp_diffusers.train.default_purifier import Plan, plan_for, purifier_to_be
 from jcdp_diffusers.train.provenance import check_trained_on
 from jcdp_diffusers.trials import Trial, describe_images, measure
 from jcdp_diffusers.victims import RECIPE_NAMES
-from jcdp_diffusers.victims.pretrained import COLLECTED, InitFrom, read_weights
+from jcdp_diffusers.victims.finetuning import COLLECTED, InitFrom, read_weights
 
 
 DIGITS = (900, 500, 397)

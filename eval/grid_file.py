@@ -22,7 +22,7 @@ from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION
 from jcdp_diffusers.train.unets import UNETS
 from jcdp_diffusers.victims import ContrastiveRecipe, Recipe, recipes_of
-from jcdp_diffusers.victims.pretrained import COLLECTED, FINETUNE, pretraining_recipe
+from jcdp_diffusers.victims.finetuning import COLLECTED, FINETUNE, pretraining_recipe
 
 
 DATA_ROLES = ("protected", "collected", "test")
@@ -40,8 +40,8 @@ class Column:
         collected (`int`, *optional*): How many of the collected images train the purifier or the victim's start, or
             are paired; all by default.
         init_from (`str`, *optional*): What the victim starts from: `"collected"`, for SimCLR on these images, or
-            whatever `victims.pretrained.read_weights` takes.
-        finetune (`str`): One of `victims.pretrained.FINETUNE`.
+            whatever `victims.finetuning.read_weights` takes.
+        finetune (`str`): One of `victims.finetuning.FINETUNE`.
     """
 
     countermeasure: str

@@ -32,7 +32,7 @@ from .purify.digest import noise_corner, purifier_digest
 from .purify.manifest import RUN_NAME
 from .results import append_record, as_settings, plain, read_records, summarise, without_later
 from .victims import Recipe, VictimResult, get_recipe, train_victim
-from .victims.pretrained import (
+from .victims.finetuning import (
     LEARNING_RATE_FACTOR,
     InitFrom,
     Pretraining,

@@ -14,8 +14,8 @@ from torch import nn
 from .. import victims
 from ..data import LabelledImages
 from ..devices import has_bfloat16
-from . import evaluation, pretrained
-from .pretrained import Weights
+from . import evaluation, finetuning
+from .finetuning import Weights
 from .recipes import ContrastiveRecipe, Recipe, get_recipe
 from .supervised import supervised_objective
 from .training import Hooks, Objective, reproducible, train
@@ -104,7 +104,7 @@ def train_victim(
         whitening ([`LabelledImages`], *optional*): For `"convnet94"`, the images whose patches its first layer
             whitens, such as clean collected ones; the training images by default.
         init_from ([`Weights`], *optional*): Of a pretrained network, to start from; the last layer is new, and the
-            learning rate a tenth of the recipe's. See [`pretrained`].
+            learning rate a tenth of the recipe's. See [`finetuning`].
         finetune (`str`, defaults to `"all"`): Of a pretrained network, what is trained: `"all"`, or `"upper"` stages.
         progress (`Callable`, *optional*): Called with each entry of the history as soon as it is there.
         checkpoint_dir (`str` or `Path`, *optional*): Folder in which the training is kept after each epoch, so that
@@ -131,8 +131,8 @@ def train_victim(
     with reproducible(seed, device):
         model = victims.get(victim)(num_classes, in_channels=train.images.shape[-1], width=width)
     if init_from is not None:
-        recipe = pretrained.finetuning(recipe)
-        pretrained.start_from(model, init_from, victim, train.images.shape[1:], finetune)
+        recipe = finetuning.finetuning_recipe(recipe)
+        finetuning.start_from(model, init_from, victim, train.images.shape[1:], finetune)
     elif hasattr(model, "whiten"):
         model.to(device).whiten(_on_device(train if whitening is None else whitening, device)[0])
     training = Training(train, probe, test, num_classes, recipe, seed, device, hooks, progress, checkpoint_dir)
@@ -333,8 +333,8 @@ def _check_start(init_from: Weights | None, finetune: str, method: str, whitenin
         if finetune != "all":
             raise ValueError(f"finetune is {finetune!r}, but must be 'all' where init_from is None.")
         return
-    if finetune not in pretrained.FINETUNE:
-        raise ValueError(f"finetune is {finetune!r}, but must be one of {', '.join(pretrained.FINETUNE)}.")
+    if finetune not in finetuning.FINETUNE:
+        raise ValueError(f"finetune is {finetune!r}, but must be one of {', '.join(finetuning.FINETUNE)}.")
     if method != "supervised":
         raise ValueError(f"init_from is {init_from.name!r}, but must be None for method {method!r}.")
     if whitening is not None:

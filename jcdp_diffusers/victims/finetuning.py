@@ -122,7 +122,7 @@ def pretraining_recipe(recipe: Recipe) -> ContrastiveRecipe:
     return known.get(recipe.name, known["fast"])
 
 
-def finetuning(recipe: Recipe) -> Recipe:
+def finetuning_recipe(recipe: Recipe) -> Recipe:
     """A victim's recipe for fine-tuning: a tenth of the learning rate, ours."""
     return dataclasses.replace(recipe, learning_rate=LEARNING_RATE_FACTOR * recipe.learning_rate)
 
