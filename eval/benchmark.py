@@ -43,6 +43,7 @@ from jcdp_diffusers.devices import default_device
 from jcdp_diffusers.perceptual import LPIPSModel, load_perceptual
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.poisons import control
+from jcdp_diffusers.poisons import get as get_poison
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.results import as_settings
 from jcdp_diffusers.train.config import TrainingConfig
@@ -268,7 +269,8 @@ def _protect(
     name = entry.removesuffix(control.SUFFIX)
     preset = "smoke" if grid.full_recipe.smoke else grid.poison_preset
     folder = output_dir / "poisons" / f"{name}-{preset}-{grid.poison_seed}-{describe_images(clean)['content'][:8]}"
-    options = {"method": name, "preset": preset, "seed": grid.poison_seed, "device": device, "source": None}
+    settings = get_poison(name).changed(preset, grid.poison_settings)
+    options = {"method": name, "preset": settings, "seed": grid.poison_seed, "device": device, "source": None}
     data = protect_dataset(clean, folder, **options)
     card = read_card(folder)
     facts = {"poison_preset": preset, "poison_seed": grid.poison_seed, "poison_settings": card["settings"]}

@@ -83,6 +83,7 @@ class Grid:
         recipe (`dict`): Fields that replace the protocol's.
         victims (`list`), width (`int`), seeds (`list`): Of the victims.
         poison_preset (`str`), poison_seed (`int`): See `poisons.settings`.
+        poison_settings (`dict`): Fields that replace the preset's, of the grid's one poison.
         roles (`str`): `disjoint`; or `paper`, where the test images train the purifier.
         purifier (`str`): Folder or Hub id; else one is trained on the collected images. If it does not list what it
             was trained on (`jcdp_diffusers.train.provenance`), its records have roles `unknown` and their own table.
@@ -106,6 +107,7 @@ class Grid:
     seeds: list = dataclasses.field(default_factory=lambda: [0, 1, 2])
     poison_preset: str = "published"
     poison_seed: int = 0
+    poison_settings: dict = dataclasses.field(default_factory=dict)
     roles: str = "disjoint"
     purifier: str | None = None
     unet: str | None = None
@@ -128,6 +130,7 @@ class Grid:
                     f"poisons has {entry!r}, but accepted are none, {', '.join(poisons.NAMES)}, and these with "
                     f"{control.SUFFIX} behind them."
                 )
+        self._check_poison_settings()
         for column in self.countermeasures:
             words = column if isinstance(column, dict) else {"use": column}
             if not all(isinstance(word, str) for word in (*words, words.get("use"), words.get("as", ""))):
@@ -153,6 +156,17 @@ class Grid:
             for role in DATA_ROLES:
                 _check_source(role, self.data[role])
         self.columns()
+
+    def _check_poison_settings(self) -> None:
+        names = {entry.removesuffix(control.SUFFIX) for entry in self.poisons} - {"none"}
+        if not self.poison_settings:
+            return
+        if len(names) != 1:
+            raise ValueError(
+                f"poison_settings has {', '.join(self.poison_settings)}, but poisons must have one poison then, which "
+                "it is of."
+            )
+        poisons.get(*names).changed(self.poison_preset, self.poison_settings, name="poison_settings")
 
     @property
     def full_recipe(self) -> Recipe:

@@ -102,8 +102,8 @@ def _check(dataset: LabelledImages, collected: LabelledImages | None, purified: 
         if len(pairs := find_overlap(dataset, collected)):
             first, second = pairs[0]
             raise ValueError(
-                f"collected has {len(np.unique(pairs[:, 1]))} images of dataset, the first {collected.ids[second]!r} "
-                f"(in dataset {dataset.ids[first]!r}), but it must hold other images."
+                f"collected has {len(np.unique(pairs[:, 1]))} images of dataset, the first {collected.called(second)} "
+                f"(in dataset {dataset.called(first)}), but it must hold other images."
             )
         names = dataset.class_names, collected.class_names
         if collected.labels is not None and None not in names and names[0] != names[1]:

@@ -73,6 +73,8 @@ class Trial:
         draws (`int`): Purifications of each image, of which the victim sees one per epoch in turn.
         pairs (`Pairs`, *optional*): For countermeasures that learn from protected images and their originals.
         init_from (`InitFrom`, *optional*): What the victim starts from instead of random weights.
+        whitening (`LabelledImages`, *optional*): Images whose patches the first layer of `"convnet94"` whitens, in
+            place of the training images.
         work_dir (`Path`, *optional*): Where purified images and pretrained networks are kept, so that the victims of
             all seeds share them.
         model_path (`Path`, *optional*): Safetensors file in which the trained network is kept.
@@ -94,6 +96,7 @@ class Trial:
     draws: int = 1
     pairs: Pairs | None = None
     init_from: InitFrom | None = None
+    whitening: LabelledImages | None = None
     work_dir: Path | None = None
     model_path: Path | None = None
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -133,6 +136,8 @@ class Trial:
         if countermeasure.needs_pairs and self.pairs is not None:
             settings["pairs"] = {role: describe_images(data) for role, data in self.pairs._asdict().items()}
             settings["assumes"] = countermeasure.assumes
+        if self.whitening is not None:
+            settings["whitening"] = describe_images(self.whitening)
         if countermeasure.needs_purifier:
             settings |= {"purifier": None, "purification": purification}
             if self.purifier is not None:
@@ -395,6 +400,7 @@ def _train(trial: Trial, records: Path, device: torch.device, progress: bool) ->
             num_classes=num_classes,
             hooks=prepared.hooks,
             **_start_of(trial),
+            whitening=trial.whitening,
             checkpoint_dir=checkpoint_dir,
         )
     if trial.model_path is not None:

@@ -16,6 +16,7 @@ if "HF_DATASETS_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from diffusers import DDPMPipeline, DDPMScheduler  # noqa: E402
 from diffusers.utils import logging  # noqa: E402
 from tiny import tiny_unet  # noqa: E402
@@ -41,3 +42,9 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: set JCDP_SHARED to a folder with data/cifar10 and weights")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded_test() -> None:
+    """What a test draws from the global generator does not depend on the tests before it."""
+    torch.manual_seed(0)

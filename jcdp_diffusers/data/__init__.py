@@ -4,7 +4,7 @@ An image is uint8 of shape (height, width, channels) here. Floats exist between 
 :func:`to_uint8`, which rounds once. Ids travel with the images, so that shuffles and filters cannot misalign anything.
 """
 
-from .decoding import MAX_PIXELS, ImageRejected, decode_image
+from .decoding import MAX_PIXELS, ImageRejected, decode_image, picture_size
 from .labelled import LabelledImages, to_uint8
 from .labels import join_labels
 from .parquet import parquet_files, parquet_shards
@@ -28,6 +28,7 @@ __all__ = [
     "open_dataset",
     "parquet_files",
     "parquet_shards",
+    "picture_size",
     "to_uint8",
     "write_dataset",
 ]

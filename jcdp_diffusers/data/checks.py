@@ -128,7 +128,7 @@ def match_originals(clean: LabelledImages, protected: LabelledImages) -> Labelle
         if len(differing):
             row = differing[0]
             raise ValueError(
-                f"clean and protected label {len(differing)} images differently, the first {protected.ids[row]!r} as "
+                f"clean and protected label {len(differing)} images differently, the first {protected.called(row)} as "
                 f"{clean.labels[row]} and {protected.labels[row]}, but an original has its image's label."
             )
     if len(clean) > 1 and (like := _likeness(clean.images, protected.images)) < RESEMBLANCE:
@@ -203,8 +203,8 @@ def _refuse(pairs: np.ndarray, one: LabelledImages, other: LabelledImages | None
     if len(pairs):
         first, second = pairs[0]
         raise ValueError(
-            f"{sentence.format(len(np.unique(pairs[:, 0])))}, the first {one.ids[first]!r} and {other.ids[second]!r}, "
-            "but the roles must not overlap (data.find_overlap lists the rows)."
+            f"{sentence.format(len(np.unique(pairs[:, 0])))}, the first {one.called(first)} and "
+            f"{other.called(second)}, but the roles must not overlap (data.find_overlap lists the rows)."
         )
 
 

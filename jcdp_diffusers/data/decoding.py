@@ -1,5 +1,6 @@
 """One stored picture: decoded to uint8 pixels, or rejected with a reason."""
 
+import functools
 import io
 import os
 import stat
@@ -9,15 +10,20 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
+
+from .colour import to_srgb
 
 
 # JPEG 2000 and AVIF are left out: Pillow reduces their 10 to 16 bits to 8 without a sign of it.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "HEIF")
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3  # what Pillow itself calls a decompression bomb
 MAX_FILE_BYTES = 2**30  # no picture of MAX_PIXELS needs more
 # Begins the path of a stored row that points to a file which the row's source has no right to.
 OUTSIDE = "outside:"
+# What `decode_image` may change in an image, in the words of its `changes`.
+OVER_WHITE, TO_SRGB = "transparency laid over white", "colours converted to sRGB by the file's profile"
+CHANGES = (OVER_WHITE, TO_SRGB)
 _LFS_POINTER = b"version https://git-lfs"
 # What the orientation tag (0x0112) asks for. `ImageOps.exif_transpose` does the same, but writes all other tags anew
 # and fails where one of them is damaged.
@@ -40,15 +46,19 @@ class ImageRejected(ValueError):
         self.reason = reason
 
 
-def decode_image(value: Any, channels: int = 3, image_size: int | None = None) -> np.ndarray:
+def decode_image(
+    value: Any, channels: int = 3, image_size: int | None = None, *, changes: list[str] | None = None
+) -> np.ndarray:
     """One stored image as an array, or the reason why not.
 
     Lossless where the file is: palettes without transparency and 1-bit images are expanded, a grey image becomes RGB
     by repetition for `channels=3`, an RGB image whose three channels agree becomes grey for `channels=1`, and an alpha
-    channel of 255 everywhere is left out. Refused, because something would be lost silently: any other alpha and
-    transparency, CMYK and other colour spaces, more than 8 bits per channel, more than one frame, colour when
-    `channels=1`. The orientation tag is applied (as `datasets.Image` does); colour profiles are not. A PNG is used
-    only if all of its checksums are right; the other formats have none.
+    channel of 255 everywhere is left out. The orientation tag is applied (as `datasets.Image` does). Two things are
+    changed, and told in `changes`: transparency is laid over white, and colours with a profile other than sRGB are
+    converted to sRGB (`colour.to_srgb`). Refused, because something would be lost silently: CMYK and other colour
+    spaces, more than 8 bits per channel, more than one frame, colour when `channels=1`. Of a HEIC file the primary
+    image is taken; that format needs the package pillow-heif. A PNG is used only if all of its checksums are right;
+    the other formats have none.
 
     With `image_size`, the shorter side is brought to `image_size` with Pillow's antialiased Lanczos filter and the
     centre is cropped, in one step: the largest centred square of the source becomes the result, so the scale is the
@@ -59,6 +69,7 @@ def decode_image(value: Any, channels: int = 3, image_size: int | None = None) -
             a regular file or a PIL image. Of URLs only `hf://` is opened, which a streamed data set of the Hub has.
         channels: 3 or 1.
         image_size: side of the square wanted, in pixels; None keeps the size.
+        changes: a list that takes what was changed, any of `CHANGES`.
 
     Returns:
         uint8 (H, W, channels).
@@ -73,14 +84,16 @@ def decode_image(value: Any, channels: int = 3, image_size: int | None = None) -
     if not isinstance(value, (Mapping, Image.Image, str, os.PathLike, bytes, bytearray, memoryview, type(None))):
         raise TypeError(f"value is a {type(value).__name__}; bytes, a path, a PIL image and their dict are accepted.")
     stored = _stored(value)  # trouble on the way to the Hub is not the image's
+    changes = [] if changes is None else changes
     try:
         picture = _open_picture(stored)
         _refuse_before_decoding(picture)
         picture.load()
-        orientation = _orientation(picture)
+        orientation, profile = _orientation(picture), picture.info.get("icc_profile")
         if orientation in _UPRIGHT:
             picture = picture.transpose(_UPRIGHT[orientation])
-        picture = _as_grey_or_rgb(picture)
+        picture = _as_grey_or_rgb(picture, changes)
+        picture = _in_srgb(picture, profile, changes)
         if image_size is not None and picture.size != (image_size, image_size):
             picture = _resize_and_crop(picture, image_size)
         return _with_channels(np.asarray(picture), channels)
@@ -99,23 +112,60 @@ def _stored(value: Any) -> Image.Image | bytes:
     return _read_file(os.fspath(value)) if isinstance(value, (str, os.PathLike)) else value
 
 
-def _open_picture(value: Image.Image | bytes) -> Image.Image:
+def _open_picture(value: Image.Image | bytes, *, verify: bool = True) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     if len(value) == 0:
         raise ImageRejected("empty file (0 bytes)")
     if is_lfs_pointer(value):
         raise ImageRejected("a Git LFS pointer, not the image (git lfs pull fetches it)")
+    formats = IMAGE_FORMATS
+    if bytes(value[4:8]) == b"ftyp":  # HEIF's container, MP4's too
+        if not _reads_heic():
+            raise ImageRejected("a HEIC file, which needs the package pillow-heif: pip install 'jcdp-diffusers[heic]'")
+    else:
+        formats = IMAGE_FORMATS[:-1]  # Pillow knows the others only, as long as no HEIC file has been read
     try:
-        picture = Image.open(io.BytesIO(value), formats=IMAGE_FORMATS)
+        picture = Image.open(io.BytesIO(value), formats=formats)
     except Image.UnidentifiedImageError as error:
         raise ImageRejected(f"not a readable image ({', '.join(IMAGE_FORMATS)} are accepted)") from error
     except Image.DecompressionBombError as error:
         raise ImageRejected(f"decompression bomb: more than {MAX_PIXELS} pixels") from error
-    if picture.format == "PNG":
+    if verify and picture.format == "PNG":
         # Decoding alone passes over wrong checksums of the pixels.
         Image.open(io.BytesIO(value), formats=("PNG",)).verify()
     return picture
+
+
+@functools.cache
+def _reads_heic() -> bool:
+    """Whether pillow-heif is there, which then is registered with Pillow."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener(thumbnails=False)
+    return True
+
+
+def picture_size(value: Any) -> tuple[int, int]:
+    """
+    Width and height of a stored image by its header, without decoding it, turned as its orientation tag says.
+
+    Args:
+        value: as for :func:`decode_image`.
+
+    Raises:
+        ImageRejected: the header cannot be read.
+    """
+    picture = _open_picture(_stored(value), verify=False)
+    try:
+        width, height = picture.size
+        return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
+    except ImageRejected:
+        raise
+    except Exception as error:  # as in `decode_image`
+        raise ImageRejected(f"damaged or truncated ({one_line(error)})") from error
 
 
 def _read_file(path: str) -> bytes:
@@ -149,10 +199,12 @@ def _refuse_before_decoding(picture: Image.Image) -> None:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise ImageRejected(f"decompression bomb: {width}x{height} is more than {MAX_PIXELS} pixels")
-    # A JPEG with a preview or a depth map behind it (MPO, most phones) is one picture all the same.
-    frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+    # A JPEG with a preview or a depth map behind it (MPO, most phones) is one picture all the same, and so is a HEIC.
+    frames = 1 if picture.format in ("MPO", "HEIF") else getattr(picture, "n_frames", 1)
     if frames > 1:
         raise ImageRejected(f"animated or multi-page ({frames} frames)")
+    if picture.info.get("bit_depth", 8) > 8:  # of a HEIC file
+        raise ImageRejected(f"{picture.info['bit_depth']} bits per channel")
     for tile in getattr(picture, "tile", ()):
         # 16-bit colour opens as mode RGB; only the decoder's raw mode ("RGB;16B") tells.
         raw_mode = tile[3] if isinstance(tile[3], str) else tile[3][0] if isinstance(tile[3], tuple) else ""
@@ -160,12 +212,12 @@ def _refuse_before_decoding(picture: Image.Image) -> None:
             raise ImageRejected("16 bits per channel")
 
 
-def _as_grey_or_rgb(picture: Image.Image) -> Image.Image:
+def _as_grey_or_rgb(picture: Image.Image, changes: list[str]) -> Image.Image:
     mode = picture.mode
     if mode in ("RGBA", "LA") and picture.getchannel("A").getextrema() == (255, 255):
         return picture.convert(mode[:-1])
     if picture.has_transparency_data:
-        raise ImageRejected(f"transparency (mode {mode}), which would be dropped")
+        return _over_white(picture, changes)
     if mode.startswith("I") or mode == "F":
         raise ImageRejected(f"more than 8 bits per channel (mode {mode})")
     if mode == "1":
@@ -175,6 +227,28 @@ def _as_grey_or_rgb(picture: Image.Image) -> Image.Image:
     if mode not in ("L", "RGB"):
         raise ImageRejected(f"colour space {mode}")
     return picture
+
+
+def _over_white(picture: Image.Image, changes: list[str]) -> Image.Image:
+    """A picture that is transparent somewhere, on white; a page that shows it is white as a rule."""
+    grey = picture.mode in ("L", "LA", "1")
+    picture = picture.convert("RGBA")
+    if picture.getchannel("A").getextrema() != (255, 255):
+        changes.append(OVER_WHITE)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB").convert("L") if grey else picture.convert("RGB")
+
+
+def _in_srgb(picture: Image.Image, profile: bytes | None, changes: list[str]) -> Image.Image:
+    if not profile:
+        return picture
+    try:
+        converted = to_srgb(picture, profile)
+    except (ImageCms.PyCMSError, OSError) as error:
+        raise ImageRejected(f"damaged colour profile ({one_line(error)})") from error
+    if converted is not picture:
+        changes.append(TO_SRGB)
+    return converted
 
 
 def _resize_and_crop(picture: Image.Image, image_size: int) -> Image.Image:

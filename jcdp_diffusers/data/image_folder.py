@@ -15,6 +15,7 @@ from .splits import below_split, choose_split, splits_of
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
+    ".heic", ".heif",
 )  # fmt: skip
 
 

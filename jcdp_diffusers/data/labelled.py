@@ -19,6 +19,7 @@ class LabelledImages:
         id_space: where the ids have their meaning. "" for ids that were given (an `id` column, the caller); the
             source's name for row numbers of a source without ids, which mean something within that source only; None
             for row numbers of something without a name. Ids of two sets are compared only within one space.
+        files: the file that each image lies in, for sentences; None where it has none of its own.
     """
 
     images: np.ndarray
@@ -26,6 +27,7 @@ class LabelledImages:
     ids: tuple[str, ...]
     class_names: tuple[str, ...] | None = None
     id_space: str | None = ""
+    files: tuple[str | None, ...] | None = None
 
     def __post_init__(self):
         check_image_array(self.images, "images")
@@ -70,6 +72,10 @@ class LabelledImages:
             raise ValueError("labels is None, but must be given where class_names is None to tell the classes.")
         return int(self.labels.max()) + 1
 
+    def called(self, row: int) -> str:
+        """What a sentence calls an image: its file, or else its id."""
+        return repr((self.files[row] if self.files is not None else None) or self.ids[row])
+
     def subset(self, indices: Sequence[int] | np.ndarray) -> "LabelledImages":
         """The rows at `indices` (integers, or a boolean mask of length N), in that order, ids and labels with them."""
         indices = np.asarray(indices)
@@ -84,6 +90,7 @@ class LabelledImages:
             images=self.images[indices],
             labels=None if self.labels is None else self.labels[indices],
             ids=tuple(self.ids[index] for index in indices),
+            files=None if self.files is None else tuple(self.files[index] for index in indices),
         )
 
     def with_images(self, images: np.ndarray) -> "LabelledImages":

@@ -111,7 +111,7 @@ def _refuse(pairs: list[tuple[int, int]], one: LabelledImages, other: LabelledIm
         first, second = min(pairs)
         count = len({row for row, _ in pairs})
         raise ValueError(
-            f"{sentence.format(count)}, the first {one.ids[first]!r} and {other.ids[second]!r}; disjoint roles are "
+            f"{sentence.format(count)}, the first {one.called(first)} and {other.called(second)}; disjoint roles are "
             "accepted (data.find_overlap lists the rows)."
         )
 
@@ -158,8 +158,8 @@ def _unless_natural(pairs: list[tuple[int, int]], one: LabelledImages, other: La
         return pairs
     first, second = pairs[0]
     say_once(
-        f"{concerned} images of one set are those of another, compressed or mirrored, the first {one.ids[first]!r} "
-        f"and {other.ids[second]!r}; up to {100 * NATURAL:g} % are accepted."
+        f"{concerned} images of one set are those of another, compressed or mirrored, the first {one.called(first)} "
+        f"and {other.called(second)}; up to {100 * NATURAL:g} % are accepted."
     )
     return []
 

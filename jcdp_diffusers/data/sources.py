@@ -73,10 +73,11 @@ def load_images(
         id_column=id_column,
         streaming=streaming,
     )
-    images, labels, ids = [], [], []
+    images, labels, ids, files = [], [], [], []
     for row, image in _decoded(dataset, channels, image_size, rejected, source):
         images.append(image)
         ids.append(row["id"])
+        files.append(_file_of(row))
         labels.append(row.get("label"))
     if not images:
         raise ValueError(f"source {name_of(source)} has no image that can be used; at least one is accepted.")
@@ -85,7 +86,8 @@ def load_images(
         labels, class_names = label_array(labels, ids, dataset.features["label"], label_column)
     else:
         labels = None
-    return LabelledImages(_stack(images, ids), labels, tuple(ids), class_names, id_space)
+    named = tuple(files) if any(files) else None
+    return LabelledImages(_stack(images, ids), labels, tuple(ids), class_names, id_space, named)
 
 
 def open_dataset(
@@ -223,9 +225,11 @@ def _from_hub(source: str, load: Callable):
 
 def _decoded(rows, channels: int, image_size: int | None, rejected: list[dict] | None, source: Any):
     """(row, image) of every usable row; the others go to `rejected`, or the first of them raises."""
+    changed: dict[str, list[str]] = {}
     for row in rows:
+        changes: list[str] = []
         try:
-            image = decode_image(row["image"], channels, image_size)
+            image = decode_image(row["image"], channels, image_size, changes=changes)
         except ImageRejected as error:
             file = _file_of(row)
             if rejected is None:
@@ -235,7 +239,11 @@ def _decoded(rows, channels: int, image_size: int | None, rejected: list[dict] |
                 ) from error
             rejected.append({"id": row["id"], "file": file, "reason": error.reason})
             continue
+        for change in changes:
+            changed.setdefault(change, []).append(_file_of(row) or row["id"])
         yield row, image
+    for change, names in changed.items():
+        say_once(f"source {name_of(source)}: {change} in {len(names)} image(s), the first {names[0]!r}.")
 
 
 def _file_of(row: Mapping) -> str | None:

@@ -9,9 +9,9 @@ what the method needs and promises; the command, the tables, the cards and the t
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -31,6 +31,8 @@ _FILES = {
     "aue": "aue",
     "aap": "aap",
     "dune": "dune",
+    "uc": "uc",
+    "uc-clip": "uc",
 }
 NAMES = tuple(_FILES)
 
@@ -53,8 +55,9 @@ class Poison:
             returns the perturbation, float `(N, C, H, W)`. It is called with checked input.
         uses_labels (`bool`, *optional*, defaults to `True`): Whether the perturbation depends on the labels. A method
             that does not is called with `labels=None`.
-        surrogate (`str`, *optional*): What the network is trained for which the method optimises the perturbation:
-            `"supervised"` or `"contrastive"`. Such a method keeps its state in `checkpoint_dir`. `None`: no network.
+        surrogate (`str`, *optional*): How the network learned for which the method optimises the perturbation:
+            `"supervised"` or `"contrastive"`, on these images, or `"pretrained"`, elsewhere. Such a method keeps its
+            state in `checkpoint_dir`. `None`: no network.
         uses_seed (`bool`, *optional*, defaults to `True`): Whether the seed changes anything.
     """
 
@@ -84,6 +87,34 @@ class Poison:
         if not isinstance(preset, str) or preset not in self.presets:
             raise ValueError(f"preset is {preset!r}, but for {self.name} must be one of {', '.join(self.presets)}.")
         return self.presets[preset]
+
+    def changed(self, preset: Any, changes: Mapping[str, Any], *, name: str = "settings") -> Any:
+        """
+        The numbers of the method under a preset, with some of them replaced.
+
+        Args:
+            preset (`str` or dataclass): See [`~Poison.settings`].
+            changes (`dict`): By field of the method's dataclass. Nothing to replace leaves the preset as it is given.
+            name (`str`): Of the argument or option, for the error.
+
+        Returns:
+            `str` or dataclass: What [`~Poison.settings`] takes.
+
+        Raises:
+            ValueError: If a field is unknown, or a value is of another type than the field.
+        """
+        if not changes:
+            return preset
+        settings = self.settings(preset)
+        types = get_type_hints(type(settings))
+        for field, value in changes.items():
+            if field not in types:
+                raise ValueError(f"{name} has {field!r}, but must have fields of {self.name}: {', '.join(types)}.")
+            accepted = get_args(types[field]) or (types[field],)
+            if type(value) not in accepted and not (type(value) is int and float in accepted):
+                kinds = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in accepted)
+                raise ValueError(f"{name} has {field} {value!r}, but it must be {kinds}.")
+        return replace(settings, **changes)
 
     def __call__(
         self,

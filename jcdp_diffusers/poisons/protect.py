@@ -24,6 +24,7 @@ from ..data.perturbations import apply_perturbation, measured_norms
 from ..devices import default_device
 from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
+from ..victims.pretrained import public_weights
 from .published import ORDERS, read_perturbation
 
 
@@ -79,7 +80,7 @@ def protect_dataset(
     request = {
         "method": method,
         "preset": preset if isinstance(preset, str) else "custom",
-        "settings": asdict(poison.settings(preset)),
+        "settings": _public(asdict(poison.settings(preset))),
         "seed": seed,
         "fraction": fraction,
         "source": source,
@@ -212,6 +213,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fraction", type=float, default=1.0, help="of the images, drawn by --seed")
     parser.add_argument("--preset", default="published", help="published, cpu, smoke or one of the method's own")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="one of the preset's numbers, to be replaced; may be given several times: --set surrogate=squeezenet1_0",
+    )
     parser.add_argument("--device", default=default_device())
     parser.add_argument(
         "--kind", choices=("sample-wise", "class-wise"), help="of --perturbation, where its length does not tell"
@@ -244,7 +252,7 @@ def run(args: argparse.Namespace) -> None:
             data,
             args.output,
             method=args.method,
-            preset=args.preset,
+            preset=poisons.get(args.method).changed(args.preset, _changes(args.set), name="--set"),
             seed=args.seed,
             fraction=args.fraction,
             split=split,
@@ -277,6 +285,25 @@ def run(args: argparse.Namespace) -> None:
     norms = ", ".join(f"{name} {value:.4g}" for name, value in card["measured"].items())
     few = f"{card['protected_images']} protected images of {len(data)}"
     print(f"{few} in {args.output}; after 8-bit rounding: {norms}")
+
+
+def _changes(entries: list[str]) -> dict[str, Any]:
+    """What `--set` says, by field; values as YAML has them."""
+    changes = {}
+    for entry in entries:
+        name, given, value = entry.partition("=")
+        if not given:
+            raise ValueError(f"--set is {entry!r}, but must be FIELD=VALUE.")
+        try:
+            changes[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set is {entry!r}, but its value must be a number or a word.") from error
+    return changes
+
+
+def _public(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a card has them: without where weights lie on this machine."""
+    return settings | ({"weights": public_weights(settings["weights"])} if "weights" in settings else {})
 
 
 def _finished(output_dir: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -15,8 +15,9 @@ def build(
     name: str, width: int, images: torch.Tensor, labels: torch.Tensor, seed: int, device: torch.device
 ) -> nn.Module:
     """A surrogate with weights drawn from `seed`: one of our own victims, for the classes of `labels`, on `device`."""
+    side = min(images.shape[2:])
     with seeded(seed):
-        model = victims.get(name)(int(labels.max()) + 1, in_channels=images.shape[1], width=width)
+        model = victims.build(name, int(labels.max()) + 1, in_channels=images.shape[1], width=width, image_size=side)
     if hasattr(model, "whiten"):
         model.whiten(images)
     return model.to(device=device, memory_format=torch.channels_last)

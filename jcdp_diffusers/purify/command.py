@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--perceptual", metavar="NAME_OR_PATH", help="alex, vgg, squeeze, a folder or SqueezeNet's file")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--image_size", type=int, help="side of the square that the purifier works on")
-    how.add_argument("--fit", choices=FITS, help="images of other sizes: exact, if nothing is given, sets them aside")
+    how.add_argument(
+        "--fit", choices=FITS, help="images of other sizes: exact sets them aside, tile is the default for larger ones"
+    )
     how.add_argument("--tile_overlap", type=int, help="least overlap of tiles, in pixels")
 
     work = parser.add_argument_group("work (not given: what the run was begun with)")
@@ -92,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
     if ranks()[0] > 0:
         return
     print(f"{summary['rows_in']:,} rows in, {summary['rows_out']:,} out, {summary['rejected']:,} rejected: {output}")
+    for what, count in summary["changes"].items():
+        print(f"{what[0].upper()}{what[1:]} in {count:,} image(s).")
     if summary["resized"]:
         kept = "" if args.fit == "tile" else "; --fit tile keeps an image's size"
         print(f"{summary['resized']:,} images were not of the purifier's size and have been resized{kept}.")

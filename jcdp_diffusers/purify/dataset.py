@@ -272,7 +272,7 @@ def _make_shards(
                 bar.add(record["rows_in"], record["rejected"])
 
         if worker is not None:
-            worker.on_rows = bar.add
+            worker.on_rows, worker.on_squares = bar.add, bar.at
         if store.rows is not None:
             tasks = [ShardTask(store, index) for index in range(store.end()) if index not in finished]
             engines.run(tasks, open_worker=open_worker, on_done=on_done, **how)

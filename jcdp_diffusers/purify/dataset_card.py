@@ -25,6 +25,7 @@ Labels, ids and all other columns are the source's own.
 | Rows out | {rows_out:,} |
 | Rejected | {rejected:,}{reasons} |
 | Resized | {resized:,} |
+| Also changed | {changes} |
 | Purifier | `{purifier}`{revision} |
 | Content of purifier | `{purifier_content}` |
 | Seed | {seed} |
@@ -64,9 +65,10 @@ _RULES = {
 
 def summarise_shards(records: dict[str, dict]) -> dict:
     """Counts, time, devices and checksums over all shards, given their records by name of file."""
-    reasons = Counter()
+    reasons, changes = Counter(), Counter()
     for record in records.values():
         reasons.update(record["reasons"])
+        changes.update(record.get("changes", {}))  # shards written before this was counted do not say
     seconds = sum(record["seconds"] for record in records.values())
     rows_in = sum(record["rows_in"] for record in records.values())
     return {
@@ -76,6 +78,7 @@ def summarise_shards(records: dict[str, dict]) -> dict:
         "reasons": dict(reasons.most_common()),
         # Shards written before this was counted do not say.
         "resized": sum(record.get("resized", 0) for record in records.values()),
+        "changes": dict(changes.most_common()),
         "seconds_of_work": round(seconds, 3),
         "images_per_second_per_worker": round(rows_in / seconds, 4),
         "bytes": sum(record["bytes"] for record in records.values()),
@@ -104,6 +107,7 @@ def dataset_card(run: dict, summary: dict, title: str) -> DatasetCard:
         rejected=summary["rejected"],
         reasons=f" ({reasons})" if reasons else "",
         resized=summary["resized"],
+        changes="; ".join(f"{what} in {count:,}" for what, count in summary["changes"].items()) or "nothing",
         purifier=purifier["name"] or "(in memory)",
         revision=f", revision `{purifier['revision']}`" if purifier["revision"] else "",
         purifier_content=purifier["content"],

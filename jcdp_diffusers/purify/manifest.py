@@ -123,8 +123,8 @@ def settle_run(folder: Folder, run: dict, begin: dict | None = None) -> dict:
     return json.loads(folder.read(RUN_NAME))
 
 
-def completed(run: dict, processes: int | None = None) -> dict:
-    """The run with a value for everything that was left open."""
+def completed(run: dict, processes: int | None = None, squares_per_image: float = 1.0) -> dict:
+    """The run with a value for everything that was left open; an image is cut into so many squares on average."""
     arithmetic, shards = dict(run["arithmetic"]), dict(run["shards"])
     if arithmetic["micro_batch_size"] is None:
         side = run["sizes"]["image_size"]
@@ -132,7 +132,8 @@ def completed(run: dict, processes: int | None = None) -> dict:
     if arithmetic["threads"] is None and arithmetic["device"] == "cpu":
         arithmetic["threads"] = default_threads(processes)
     if shards["count"] is None and shards["rows_per_shard"] is None:
-        shards["rows_per_shard"] = SHARD_IN_MICRO_BATCHES * arithmetic["micro_batch_size"]
+        squares = SHARD_IN_MICRO_BATCHES * arithmetic["micro_batch_size"]
+        shards["rows_per_shard"] = max(1, int(squares / squares_per_image))
     return run | {"arithmetic": arithmetic, "shards": shards}
 
 

@@ -30,6 +30,15 @@ class Progress(tqdm):
         self.set_postfix_str(f"{self.rejected} rejected", refresh=False)
         self.update(images)
 
+    def at(self, image: str, done: int, squares: int) -> None:
+        """So many squares of an image that is cut into them are purified."""
+        if self.disable or squares == 1:
+            return
+        self.set_postfix_str(f"{self.rejected} rejected; {image}: square {done:,} of {squares:,}", refresh=False)
+        if self._time() - self.last_print_t >= self.mininterval:
+            self.last_print_t = self._time()
+            self.refresh()
+
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self.lines:
             super().display(msg, pos)

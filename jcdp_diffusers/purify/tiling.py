@@ -6,16 +6,21 @@ Images of any size at the one size that a purifier knows.
 `"tile"`: the image keeps its size. It is cut into overlapping squares, each is purified on its own, and where they
 overlap the results are blended with weights that fall linearly towards a square's edges, so that no edge shows. An
 image whose shorter side is too short is enlarged until it fits.
+
+Squares are views of the decoded image, and `Blending` holds one row of them. So a photograph costs its own bytes
+twice, as it came and as it goes, however many squares it has.
 """
 
 import io
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from PIL import Image
 
-from ..data import MAX_PIXELS, ImageRejected, decode_image
+from ..data import MAX_PIXELS, ImageRejected, decode_image, to_uint8
 
 
 FITS = ("exact", "resize", "tile")
@@ -24,20 +29,31 @@ FITS = ("exact", "resize", "tile")
 @dataclass(frozen=True)
 class TiledImage:
     """
+    An image and the squares that it is cut into.
+
     Args:
-        tiles: uint8, (number of tiles, size, size, C).
-        places: top and left of each tile.
-        shape: height and width of the whole.
-        resized: whether the image as it came had another size.
+        image (`np.ndarray`): uint8 (H, W, C), the whole.
+        size (`int`): Side of a square, in pixels.
+        overlap (`int`): Least overlap of neighbouring squares, in pixels.
+        places (`Sequence`): Top and left of each square, row of squares by row of squares.
+        resized (`bool`): Whether the image as it came had another size.
+        changes (`tuple`): What else was changed in it, in the words of `decode_image`.
     """
 
-    tiles: np.ndarray
+    image: np.ndarray
+    size: int
+    overlap: int
     places: Sequence[tuple[int, int]]
-    shape: tuple[int, int]
     resized: bool = False
+    changes: tuple[str, ...] = ()
+
+    def squares(self) -> Iterator[np.ndarray]:
+        """Each square, uint8 (size, size, C), without a copy."""
+        for top, left in self.places:
+            yield self.image[top : top + self.size, left : left + self.size]
 
     def names(self, image_id: str) -> list[str]:
-        """Id of each tile: the image's own where there is only one."""
+        """Id of each square: the image's own where there is only one."""
         if len(self.places) == 1:
             return [image_id]
         return [f"{image_id}#{top},{left}" for top, left in self.places]
@@ -45,8 +61,9 @@ class TiledImage:
 
 def prepare(value, *, channels: int, size: int, fit: str, overlap: int) -> TiledImage | str:
     """Decode a stored image and bring it to the purifier's size; the reason, if it cannot be used."""
+    changes: list[str] = []
     try:
-        image = decode_image(value, channels)
+        image = decode_image(value, channels, changes=changes)
         if fit == "tile":
             brought = _enlarged(image, size)
         elif image.shape[:2] == (size, size):
@@ -55,7 +72,7 @@ def prepare(value, *, channels: int, size: int, fit: str, overlap: int) -> Tiled
             brought = decode_image(value, channels, size)
         else:
             raise ImageRejected(f"{image.shape[1]}x{image.shape[0]} pixels and not {size}x{size}")
-        return replace(cut(brought, size, overlap), resized=brought is not image)
+        return replace(cut(brought, size, overlap), resized=brought is not image, changes=tuple(changes))
     except ImageRejected as rejection:
         return rejection.reason
 
@@ -64,8 +81,7 @@ def cut(image: np.ndarray, size: int, overlap: int) -> TiledImage:
     """Cut an image (H, W, C) into squares that overlap by at least `overlap` pixels."""
     height, width = image.shape[:2]
     places = [(top, left) for top in starts(height, size, overlap) for left in starts(width, size, overlap)]
-    tiles = np.stack([image[top : top + size, left : left + size] for top, left in places])
-    return TiledImage(tiles, places, (height, width))
+    return TiledImage(image, size, overlap, places)
 
 
 def starts(length: int, size: int, overlap: int) -> list[int]:
@@ -76,31 +92,67 @@ def starts(length: int, size: int, overlap: int) -> list[int]:
     return np.linspace(0, length - size, count).round().astype(int).tolist()
 
 
-def blend(tiles: np.ndarray, places: Sequence[tuple[int, int]], shape: tuple[int, int], overlap: int) -> np.ndarray:
+class Blending:
     """
-    Put squares together again.
+    Puts the purified squares of an image together again, in their order.
+
+    A pixel becomes the mean of the squares that cover it. A square's weight rises linearly over `overlap` pixels from
+    its edges. Rows that no later square covers are rounded at once, so that floats exist for one row of squares only.
 
     Args:
-        tiles: float32, (number of tiles, size, size, C).
-        places, shape: As in `TiledImage`.
-        overlap: Width of the ramp from a square's edge, in pixels.
-
-    Returns:
-        float32, (H, W, C): at each pixel a weighted mean of the squares that cover it.
+        tiled (`TiledImage`): The image and its squares.
     """
-    if len(places) == 1:
-        return tiles[0]
-    size = tiles.shape[1]
-    from_edge = np.minimum(np.arange(1, size + 1), np.arange(size, 0, -1))
-    ramp = np.minimum(from_edge / (overlap + 1), 1).astype(np.float32)
-    weight = (ramp[:, None] * ramp)[:, :, None]
-    total = np.zeros((*shape, tiles.shape[3]), np.float32)
-    weights = np.zeros((*shape, 1), np.float32)
-    for tile, (top, left) in zip(tiles, places):
-        place = slice(top, top + size), slice(left, left + size)
-        total[place] += weight * tile
-        weights[place] += weight
-    return total / weights
+
+    def __init__(self, tiled: TiledImage):
+        self.tiled, self.waiting, self.done = tiled, deque(tiled.places), 0
+        self.whole: np.ndarray | None = None  # made with the first square: many images may wait for their turn
+
+    @property
+    def finished(self) -> bool:
+        """Whether all squares are there, and `whole` is uint8 (H, W, C), the image."""
+        return not self.waiting
+
+    def add(self, square: np.ndarray) -> None:
+        """The next purified square, float32 (size, size, C) in [0, 1], not rounded."""
+        top, left = self.waiting.popleft()
+        self.done += 1
+        if len(self.tiled.places) == 1:
+            self.whole = _rounded(square)
+            return
+        if self.whole is None:
+            self._begin(square.shape[2])
+        if top > self.top:
+            self._round_rows(top)
+        columns = slice(left, left + self.tiled.size)
+        self.total[:, columns] += self.weight * square
+        self.weights[:, columns] += self.weight
+        if self.finished:
+            self._round_rows(self.whole.shape[0])
+            del self.total, self.weights
+
+    def _begin(self, channels: int) -> None:
+        (height, width), size, overlap = self.tiled.image.shape[:2], self.tiled.size, self.tiled.overlap
+        from_edge = np.minimum(np.arange(1, size + 1), np.arange(size, 0, -1))
+        ramp = np.minimum(from_edge / (overlap + 1), 1).astype(np.float32)
+        self.weight = (ramp[:, None] * ramp)[:, :, None]
+        self.whole = np.empty((height, width, channels), np.uint8)
+        self.top = 0  # of the rows that are not rounded yet
+        self.total = np.zeros((size, width, channels), np.float32)
+        self.weights = np.zeros((size, width, 1), np.float32)
+
+    def _round_rows(self, end: int) -> None:
+        """Round the rows up to `end` (exclusive), which no later square covers."""
+        rows = end - self.top
+        self.whole[self.top : end] = _rounded(self.total[:rows] / self.weights[:rows])
+        for name in ("total", "weights"):
+            sums = getattr(self, name)
+            setattr(self, name, np.concatenate([sums[rows:], np.zeros_like(sums[:rows])]))
+        self.top = end
+
+
+def _rounded(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, C) of float32 in [0, 1]."""
+    return to_uint8(torch.from_numpy(image).permute(2, 0, 1)[None])[0]
 
 
 def _enlarged(image: np.ndarray, size: int) -> np.ndarray:

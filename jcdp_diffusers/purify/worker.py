@@ -14,18 +14,20 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..data import ImageRejected, decode_image, to_uint8
+from .. import engines
+from ..data import ImageRejected, picture_size
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PurificationConfig
 from .folder import Folder, explained
 from .manifest import RUN_NAME, completed, describe_run, settle_run
 from .reader import Rows, open_rows
 from .shards import ShardStore, ShardWriter
-from .tiling import FITS, TiledImage, blend, encode_all, prepare_all
-from .worker_pool import in_order, open_device_thread, open_pool
+from .tiling import FITS, Blending, TiledImage, encode_all, prepare_all, starts
+from .worker_pool import IN_FLIGHT, in_order, open_device_thread, open_pool
 
 
 ROWS_PER_PIECE = 16  # what a decoding or encoding process gets to do at a time
+SAMPLED_SIZES = 64  # images whose headers are read to find out how large they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,12 @@ class Job:
         image_size (`int`, *optional*): Side of the square that the purifier works on, the UNet's own by default.
         fit (`str`, *optional*): What happens to images of other sizes: `"exact"` sets them aside, and refuses a data
             set that begins with one; `"resize"` and `"tile"` see `tiling`. By default what the run was begun with,
-            else `"exact"`.
+            else `usual_fit`: `"exact"` where the first images have the purifier's size, `"tile"` where they are
+            larger.
         tile_overlap (`int`, *optional*): Least overlap of tiles in pixels, a quarter of `image_size` by default.
         shards (`int`, *optional*): Number of files, not for streams. Instead of:
-        rows_per_shard (`int`, *optional*): Rows of the source per file; eight micro-batches by default.
+        rows_per_shard (`int`, *optional*): Rows of the source per file; eight micro-batches by default, of squares
+            where images are cut into them: a photograph is a file of its own.
         micro_batch_size (`int`, *optional*): Images per call of the network. By default, and so for the next one: what
             the run was begun with, else what suits the device.
         threads (`int`, *optional*): Of a worker on a CPU, a power of two.
@@ -123,7 +127,7 @@ class Worker(contextlib.ExitStack):
 
     def __init__(self, job: Job):
         super().__init__()
-        self.job, self.on_rows, self.folder = job, None, Folder(job.output_dir)
+        self.job, self.on_rows, self.on_squares, self.folder = job, None, None, Folder(job.output_dir)
         opened = isinstance(job.pipe, JointConditionalPurificationPipeline)
         self.pipe = job.pipe if opened else job.pipe()
         size = job.size(self.pipe)
@@ -139,14 +143,17 @@ class Worker(contextlib.ExitStack):
                 f"shards is {job.shards}, but the source has {length or 'an unknown number of'} rows: "
                 f"{'rows_per_shard is what a stream takes' if length is None else 'one to that many are accepted'}."
             )
-        fit = "exact" if job.fit is None and not self.folder.exists(RUN_NAME) else job.fit
-        if fit == "exact":
-            _check_first_image(self.rows, self.pipe.unet.config.in_channels, size)
+        fit = job.fit
+        if fit in (None, "exact") and (fit or not self.folder.exists(RUN_NAME)):
+            fit = usual_fit(self.rows, size, fit)
         self.config, self.asked = config, describe_run(self.pipe, config, self.rows, job, size, fit)
 
     def plan(self, processes: int | None = None) -> dict:
         """What the run would be with so many workers on this machine, and of how many rows, for whoever begins it."""
-        rows, begin = self.rows, completed(self.asked, processes)
+        rows, sizes, squares = self.rows, self.asked["sizes"], 1.0
+        if sizes["fit"] == "tile":
+            squares = squares_per_image(rows, sizes["image_size"], sizes["tile_overlap"])
+        begin = completed(self.asked, processes, squares)
         return {"asked": self.asked, "begin": begin, "name": rows.name, "split": rows.split, "rows": rows.length}
 
     def join(self) -> "Worker":
@@ -155,6 +162,7 @@ class Worker(contextlib.ExitStack):
         arithmetic, sizes = run["arithmetic"], run["sizes"]
         self.store = ShardStore(self.folder, rows.split, rows=rows.length, **run["shards"])
         self.micro_batch_size, self.overlap = arithmetic["micro_batch_size"], sizes["tile_overlap"] or 0
+        self.tiles = sizes["fit"] == "tile"
         self.preparation = (self.pipe.unet.config.in_channels, sizes["image_size"], sizes["fit"], self.overlap)
         options = {"preset": self.config, "seed": run["seed"], "micro_batch_size": self.micro_batch_size}
         self.purify = functools.partial(purify_tiles, self.pipe, **options)
@@ -168,6 +176,7 @@ class Worker(contextlib.ExitStack):
         num_workers = self.job.num_workers
         if num_workers is None:
             num_workers = 0 if device.type == "cpu" else 4
+        self.in_flight = 2 * max(1, num_workers) if self.tiles else IN_FLIGHT
         self.enter_context(steady_arithmetic(self.pipe, arithmetic["threads"]))
         self.pool = self.enter_context(open_pool(num_workers))
         self.device_thread = self.enter_context(open_device_thread(device.type))
@@ -176,14 +185,19 @@ class Worker(contextlib.ExitStack):
     def make(self, index: int) -> dict | None:
         """Make a shard and return its record; in a stream, it may turn out to lie behind the end."""
         start, stop = self.store.range(index)
-        began, rows_in, resized, reasons = time.perf_counter(), 0, 0, Counter()
+        began, rows_in, resized, reasons, changes = time.perf_counter(), 0, 0, Counter(), Counter()
         schemas = self.kept.arrow_schema, self.rejected.arrow_schema
         with explained(self.folder), ShardWriter(self.store, index, *schemas) as writer:
-            for (table, refused, brought), files in in_order(self.pool, encode_all, self.purified(start, stop)):
+            images = in_order(self.pool, encode_all, self.purified(start, stop), self.in_flight)
+            for (table, prepared), files in images:
+                refused = [image if isinstance(image, str) else None for image in prepared]
                 writer.write(self.kept_rows(table, refused, files), self.rejected_rows(table, refused))
                 rows_in += len(table)
-                resized += brought
                 reasons.update(reason for reason in refused if reason is not None)
+                for image in prepared:
+                    if isinstance(image, TiledImage):
+                        resized += image.resized
+                        changes.update(image.changes)
                 if self.on_rows is not None:
                     self.on_rows(len(table), len(table) - len(files))
             if rows_in < stop - start:
@@ -197,60 +211,59 @@ class Worker(contextlib.ExitStack):
                 if rows_in == 0:
                     return None
             about = {"seconds": time.perf_counter() - began, "device": self.device}
-            return writer.commit(rows_in=rows_in, resized=resized, reasons=dict(reasons), **about)
+            counted = {"resized": resized, "reasons": dict(reasons), "changes": dict(changes)}
+            return writer.commit(rows_in=rows_in, **counted, **about)
 
-    def purified(self, start: int, stop: int) -> Iterator[tuple[tuple[pa.Table, list[str | None], int], tuple]]:
-        """
-        Pieces of the source's rows with the reason of each that was refused and how many were resized, and purified
-        images of the others.
-        """
+    def purified(self, start: int, stop: int) -> Iterator[tuple[tuple[pa.Table, list[TiledImage | str]], tuple]]:
+        """Pieces of the source's rows, each image prepared or the reason why not, and the purified images."""
+        rows = 1 if self.tiles else ROWS_PER_PIECE  # photographs in memory, not sixteen times as many
         pieces = (
-            table[first : first + ROWS_PER_PIECE]
+            table[first : first + rows]
             for table in self.rows.read(start, stop)
-            for first in range(0, len(table), ROWS_PER_PIECE)
+            for first in range(0, len(table), rows)
         )
         work = ((piece, (piece["image"].to_pylist(), *self.preparation)) for piece in pieces)
-        for piece, prepared, tiles in self.in_micro_batches(in_order(self.pool, prepare_all, work)):
-            images = []
-            for image in prepared:
-                if isinstance(image, TiledImage):
-                    own = np.stack([tiles.popleft() for _ in image.places])
-                    whole = blend(own, image.places, image.shape, self.overlap)
-                    images += list(to_uint8(torch.from_numpy(whole).permute(2, 0, 1)[None]))
-            refused = [image if isinstance(image, str) else None for image in prepared]
-            resized = sum(image.resized for image in prepared if isinstance(image, TiledImage))
-            yield (piece, refused, resized), (images,)
+        for piece, prepared, images in self.in_micro_batches(in_order(self.pool, prepare_all, work, self.in_flight)):
+            yield (piece, prepared), (images,)
 
     def in_micro_batches(
         self, pieces: Iterable[tuple[pa.Table, list[TiledImage | str]]]
-    ) -> Iterator[tuple[pa.Table, list[TiledImage | str], deque]]:
-        """Purify whole micro-batches, however many tiles the images of a piece have."""
-        waiting, tiles, names, done = deque(), deque(), deque(), deque()
+    ) -> Iterator[tuple[pa.Table, list[TiledImage | str], list[np.ndarray]]]:
+        """Purify whole micro-batches, however many squares the images of a piece have."""
+        waiting, squares, names, unfinished = deque(), deque(), deque(), deque()
 
         def take(count):
-            batch = np.stack([tiles.popleft() for _ in range(count)])
+            batch = np.stack([squares.popleft() for _ in range(count)])
             return None, (batch, [names.popleft() for _ in range(count)])
 
         def micro_batches():
             for piece, prepared in pieces:
-                before = len(tiles)
+                blendings = []
                 for image_id, image in zip(piece["id"].to_pylist(), prepared):
                     if isinstance(image, TiledImage):
-                        tiles.extend(image.tiles)
+                        squares.extend(image.squares())
                         names.extend(image.names(image_id))
-                waiting.append((piece, prepared, len(tiles) - before))
-                while len(tiles) >= self.micro_batch_size:
+                        blendings.append(Blending(image))
+                        unfinished.append((image_id, blendings[-1]))
+                waiting.append((piece, prepared, blendings))
+                while len(squares) >= self.micro_batch_size:
                     yield take(self.micro_batch_size)
-            if tiles:
-                yield take(len(tiles))
+            if squares:
+                yield take(len(squares))
 
         def complete():
-            while waiting and waiting[0][2] <= len(done):
-                piece, prepared, _ = waiting.popleft()
-                yield piece, prepared, done
+            while waiting and all(blending.finished for blending in waiting[0][2]):
+                piece, prepared, blendings = waiting.popleft()
+                yield piece, prepared, [blending.whole for blending in blendings]
 
         for _, purified in in_order(self.device_thread, self.purify, micro_batches(), in_flight=2):
-            done.extend(purified)
+            for square in purified:
+                image_id, blending = unfinished[0]
+                blending.add(square)
+                if blending.finished:
+                    unfinished.popleft()
+            if self.on_squares is not None:
+                self.on_squares(image_id, blending.done, len(blending.tiled.places))
             yield from complete()
         yield from complete()
 
@@ -323,13 +336,52 @@ def steady_arithmetic(pipe: JointConditionalPurificationPipeline, threads: int |
         pipe.set_progress_bar_config(**bar_before)
 
 
-def _check_first_image(rows: Rows, channels: int, size: int) -> None:
-    """Refuse a data set whose images are not the purifier's size before all of them have been set aside one by one."""
-    for table in rows.read(0, 1):
-        with contextlib.suppress(ImageRejected):
-            height, width = decode_image(table["image"][0].as_py(), channels).shape[:2]
-            if (height, width) != (size, size):
-                raise ValueError(
-                    f"dataset has images of {width}x{height}, but the purifier works on {size}x{size}: fit (--fit) "
-                    "must say what becomes of them, resize or tile."
-                )
+def usual_fit(rows: Rows, size: int, asked: str | None) -> str:
+    """
+    What becomes of images by their sizes: `"exact"` where half of them or more have the purifier's, else `"tile"`.
+
+    Args:
+        rows (`Rows`): The source, of which the first images are looked at.
+        size (`int`): Side of the square that the purifier works on.
+        asked (`str`, *optional*): `"exact"`, if that was asked for.
+
+    Raises:
+        ValueError: If `"exact"` would set the first image aside, or most images are smaller than the purifier's: what
+            to do then is for the caller to say, before all of them have been set aside one by one or enlarged.
+    """
+    sizes = first_sizes(rows, 1 if asked == "exact" else SAMPLED_SIZES)
+    others = [found for found in sizes if found != (size, size)]
+    if 2 * len(others) <= len(sizes):
+        return "exact"
+    smaller = [found for found in others if min(found) < size]
+    width, height = (smaller or others)[0]
+    if asked == "exact" or 2 * len(smaller) > len(sizes):
+        raise ValueError(
+            f"dataset has images of {width}x{height}, but the purifier works on {size}x{size}: fit (--fit) must say "
+            "what becomes of them, resize or tile."
+        )
+    width, height = others[0]
+    engines.say(
+        f"Images of other sizes than {size}x{size}, the purifier's, such as {width}x{height}: each is purified in "
+        "overlapping squares and keeps its size (fit: tile)."
+    )
+    return "tile"
+
+
+def first_sizes(rows: Rows, count: int) -> list[tuple[int, int]]:
+    """Width and height of the first images, by their headers; those that cannot be read are passed over."""
+    sizes = []
+    for table in rows.read(0, count):
+        for value in table["image"].to_pylist():
+            with contextlib.suppress(ImageRejected):
+                sizes.append(picture_size(value))
+    return sizes
+
+
+def squares_per_image(rows: Rows, size: int, overlap: int) -> float:
+    """Mean number of squares that the first images are cut into."""
+    counts = [
+        len(starts(height, size, overlap)) * len(starts(width, size, overlap))
+        for width, height in first_sizes(rows, SAMPLED_SIZES)
+    ]
+    return sum(counts) / len(counts) if counts else 1.0

@@ -13,7 +13,7 @@ from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PRESETS, PurificationConfig, default_settings
 from .config import TrainingConfig
 from .loop import train_purifier
-from .unets import ddpm_scheduler, named_unet
+from .unets import UNETS, ddpm_scheduler, named_unet
 
 
 SMOKE_PURIFICATION = PurificationConfig(diffusion_steps=20, num_inference_steps=2)
@@ -35,19 +35,54 @@ class Plan:
     purification: PurificationConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """A default purifier for images up to a side, in pixels, with about as much arithmetic as the others beside it."""
+
+    side: int
+    unet: str
+    steps: int
+    batch: int
+
+
+# On a CPU with few images: about 30 to 140 TFLOP of training, minutes on two cores.
+_FEW = (
+    _Choice(32, "tiny32", 1200, 32),
+    _Choice(64, "mini64", 1200, 32),
+    _Choice(128, "mini128", 800, 16),
+    _Choice(256, "mini256", 600, 8),
+)
+# On a CPU with many: 280 TFLOP.
+_MANY = (
+    _Choice(32, "mini32", 3600, 64),
+    _Choice(64, "mini64", 3600, 32),
+    _Choice(128, "mini128", 1600, 16),
+    _Choice(256, "mini256", 1600, 8),
+)
+# On an accelerator: about 100 PFLOP, five minutes of a GPU that does 280 TFLOP/s.
+_ACCELERATOR = (
+    _Choice(32, "ddpm-cifar10", 20_000, 128),
+    _Choice(64, "small64", 20_000, 128),
+    _Choice(128, "small128", 10_000, 64),
+    _Choice(256, "small256", 8_000, 64),
+)
+LARGEST_SIDE = 256
+MANY_IMAGES = 4000
+
+
 def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Plan:
     """
-    A purifier that suits the images and the device: seconds for a smoke run, minutes on a CPU, the paper's network on
-    an accelerator.
+    A purifier that suits the images, their number and the device: seconds for a smoke run, minutes on a CPU, networks
+    of the paper's cost on an accelerator.
 
     Raises:
         ValueError: If the images are not square, too large, or of a side that the network cannot halve.
     """
     height, width, _ = collected.images.shape[1:]
-    if height != width or height % 8 or height > 64:
+    if height != width or height % 8 or height > LARGEST_SIDE:
         raise ValueError(
             f"collected has images of {height}x{width}, but without a purifier they must be squares with a side of 8, "
-            "16, 24, ... or 64 pixels: image_size brings them to one, purifier names one for larger images."
+            f"16, 24, ... or {LARGEST_SIDE} pixels: image_size brings them to one, purifier names one for others."
         )
     common = {"seed": 0, "checkpoints_total_limit": 1}
     if smoke:
@@ -60,37 +95,38 @@ def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Pl
             **common,
         )
         return Plan("tiny32", training, SMOKE_PURIFICATION)
-    if device.type == "cuda":
-        training = TrainingConfig(
-            max_train_steps=20_000,
-            train_batch_size=128,
-            trained_timesteps=(0, 200),
-            checkpointing_steps=2000,
-            mixed_precision="bf16",
-            **common,
-        )
-        return Plan("ddpm-cifar10", training, PurificationConfig(diffusion_steps=100, num_inference_steps=20))
-    if len(collected) < 4000:
-        training = TrainingConfig(
-            max_train_steps=1200,
-            train_batch_size=32,
-            learning_rate=1e-3,
-            trained_timesteps=(0, 200),
-            checkpointing_steps=300,
-            **common,
-        )
-        return Plan("tiny32", training, PurificationConfig(diffusion_steps=60, num_inference_steps=6))
+    on_cpu, many = device.type != "cuda", len(collected) >= MANY_IMAGES
+    chosen = _choice(_ACCELERATOR if not on_cpu else _MANY if many else _FEW, height)
     training = TrainingConfig(
-        max_train_steps=3600,
-        train_batch_size=64,
-        learning_rate=1e-3,
-        lr_scheduler="cosine",
+        max_train_steps=chosen.steps,
+        train_batch_size=chosen.batch,
         trained_timesteps=(0, 200),
-        checkpointing_steps=600,
-        mixed_precision="bf16",
+        **({"learning_rate": 1e-3} if on_cpu else {}),
+        **({"lr_scheduler": "cosine"} if on_cpu and many else {}),
+        checkpointing_steps=chosen.steps // (10 if not on_cpu else 6 if many else 4),
+        mixed_precision="bf16" if many or not on_cpu else "no",
         **common,
     )
-    return Plan("mini32", training, PRESETS["tuned"])
+    if not on_cpu:
+        return Plan(chosen.unet, training, PurificationConfig(diffusion_steps=100, num_inference_steps=20))
+    if many:
+        return Plan(chosen.unet, training, PRESETS["tuned"])
+    return Plan(chosen.unet, training, PurificationConfig(diffusion_steps=60, num_inference_steps=6))
+
+
+def _choice(choices: tuple[_Choice, ...], side: int) -> _Choice:
+    """The first that is for images of that side and can halve it as often as its network does."""
+    for choice in choices:
+        if side <= choice.side and side % (2 ** (len(UNETS[choice.unet]["block_out_channels"]) - 1)) == 0:
+            return choice
+    return choices[0]  # three halvings at most, which every multiple of 8 bears
+
+
+def with_steps(plan: Plan, steps: int) -> Plan:
+    """The same plan with another number of training steps, and as many checkpoints."""
+    kept = max(1, plan.training.max_train_steps // plan.training.checkpointing_steps)
+    training = dataclasses.replace(plan.training, max_train_steps=steps, checkpointing_steps=max(1, steps // kept))
+    return dataclasses.replace(plan, training=training)
 
 
 def purifier_to_be(

@@ -1,4 +1,9 @@
-"""UNets by name: the paper's CIFAR-10 network, and three small ones that a CPU trains in minutes."""
+"""
+UNets by name: the paper's CIFAR-10 network, small ones that a CPU trains in minutes, and those of larger images.
+
+A name ends with the side of the images that it is for. There, maps with attention have 8x8 or 16x16 pixels, so
+that its cost stays that of small images. Arithmetic is counted for one evaluation of one image.
+"""
 
 from diffusers import DDPMScheduler, UNet2DModel
 
@@ -37,6 +42,18 @@ UNETS = {
     "mini32": _DDPM | _levels((32, 48, 64), (2,)) | {"layers_per_block": 1, "norm_num_groups": 16},
     # 0.69 million: greyscale digits on a CPU.
     "tiny32": _DDPM | _levels((16, 32, 64), (2,)) | {"layers_per_block": 1, "norm_num_groups": 8},
+    # 0.98 million, 0.86 GFLOP: photographs on a CPU. One level more than mini32, whose cost at 64 is twice that.
+    "mini64": _DDPM | _levels((24, 32, 48, 64), (3,)) | {"layers_per_block": 1, "norm_num_groups": 8},
+    # 2.08 million, 3.5 GFLOP.
+    "mini128": _DDPM | _levels((24, 32, 48, 64, 96), (4,)) | {"layers_per_block": 1, "norm_num_groups": 8},
+    # 2.07 million, 7.0 GFLOP.
+    "mini256": _DDPM | _levels((16, 24, 32, 48, 64, 96), (5,)) | {"layers_per_block": 1, "norm_num_groups": 8},
+    # 18.2 million, 12.9 GFLOP: what ddpm-cifar10 costs at 32. For a GPU, as are the next two.
+    "small64": _DDPM | _levels((64, 128, 128, 256), (3,)) | {"layers_per_block": 2},
+    # 27.8 million, 51 GFLOP.
+    "small128": _DDPM | _levels((64, 128, 128, 256, 256), (4,)) | {"layers_per_block": 2},
+    # 27.3 million, 74 GFLOP, a seventh of google/ddpm-church-256's. Attention at 16x16.
+    "small256": _DDPM | _levels((32, 64, 128, 128, 256, 256), (4,)) | {"layers_per_block": 2},
 }
 
 
@@ -47,7 +64,7 @@ def named_unet(name: str, *, in_channels: int = 3, sample_size: int = 32, seed: 
     Args:
         name (`str`): A key of `UNETS`.
         in_channels (`int`, defaults to 3): 3 for colour, 1 for greyscale images.
-        sample_size (`int`, defaults to 32): Side of the images; halved between levels, so a multiple of 4 or 8.
+        sample_size (`int`, defaults to 32): Side of the images; halved between levels, so a multiple of 4 to 32.
         seed (`int`): Of the initial weights; torch's global generator is left as it was.
 
     Raises:

@@ -7,6 +7,7 @@ Victims: the networks that are trained on a data set to see what can be learned 
 and its name in `NAMES`.
 """
 
+import inspect
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -25,6 +26,7 @@ _MODULES = {
     "get_recipe": "recipes",
     "recipes_of": "recipes",
     "VictimResult": "victim",
+    "choose": "choice",
     "confusion_matrix": "evaluation",
     "predict": "evaluation",
     "random_crop_flip": "supervised",
@@ -32,7 +34,7 @@ _MODULES = {
     "train_victim": "victim",
 }
 
-__all__ = ["METHODS", "NAMES", "get", *_MODULES]
+__all__ = ["METHODS", "NAMES", "build", "get", *_MODULES]
 
 
 def get(name: str) -> Callable[..., Any]:
@@ -52,6 +54,19 @@ def get(name: str) -> Callable[..., Any]:
     if name not in NAMES:
         raise ValueError(f"victim is {name!r}, but must be one of {', '.join(NAMES)}.")
     return getattr(import_module(".networks", __name__), name)
+
+
+def build(name: str, num_classes: int, *, in_channels: int, width: int, image_size: int) -> Any:
+    """
+    A network for images of one size, with the stem that suits them where it has several.
+
+    Args:
+        name (`str`), num_classes (`int`), in_channels (`int`), width (`int`): As for `get`.
+        image_size (`int`): Shorter side of the images, in pixels.
+    """
+    builder = get(name)
+    sized = {"image_size": image_size} if "image_size" in inspect.signature(builder).parameters else {}
+    return builder(num_classes, in_channels=in_channels, width=width, **sized)
 
 
 def __getattr__(name: str) -> Any:

@@ -50,23 +50,29 @@ class ResNet18(nn.Module):
     ResNet-18 (He et al., CVPR 2016) with the stem that small images need, at any width.
 
     The stem is one 3x3 convolution of stride 1 without max-pooling, so that a 32x32 image is still 4x4 before the
-    final average. Parameters have torchvision's names. Weights start from PyTorch's default initialisation, as in the
-    repositories of the poisons. With `width=64`, `in_channels=3` and 10 classes it has 11,173,962 parameters.
+    final average. Larger images need a larger stride: 2 makes of a 64x64 image what 1 makes of 32x32. At 4 there is a
+    max-pooling as in the original. Parameters have torchvision's names. Weights start from PyTorch's default
+    initialisation, as in the repositories of the poisons. With `width=64`, `in_channels=3` and 10 classes it has
+    11,173,962 parameters.
 
     Args:
         num_classes (`int`): Number of logits.
         in_channels (`int`, defaults to 3): Channels of the images, 1 or 3 as a rule.
         width (`int`, defaults to 64): Channels of the first stage. The stages have 1, 2, 4 and 8 times as many.
+        image_size (`int`, defaults to 32): Shorter side of the images, which decides the stem: stride 1 below 48
+            pixels, 2 below 96, and 4 from there on.
 
     Raises:
         ValueError: If the width is no positive integer.
     """
 
-    def __init__(self, num_classes: int, *, in_channels: int = 3, width: int = 64):
+    def __init__(self, num_classes: int, *, in_channels: int = 3, width: int = 64, image_size: int = 32):
         super().__init__()
         _check_width("resnet18", width)
         self.num_features = 8 * width
-        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        stride = 1 if image_size < 48 else 2
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if image_size >= 96 else nn.Identity()
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = nn.Sequential(BasicBlock(width, width, 1), BasicBlock(width, width, 1))
         self.layer2 = nn.Sequential(BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 2 * width, 1))
@@ -76,7 +82,7 @@ class ResNet18(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """The averaged features (B, 8 * width) that the last layer sees."""
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         # The adaptive average pool to 1x1, written as a mean because its backward pass is deterministic on CUDA too.
         return x.mean(dim=(2, 3))
@@ -118,9 +124,9 @@ class FeaturesAndHead(nn.Module):
         return self.head(self.features(images))
 
 
-def resnet18(num_classes: int, *, in_channels: int = 3, width: int = 64) -> ResNet18:
-    """[`ResNet18`], for 32x32 images as a rule."""
-    return ResNet18(num_classes, in_channels=in_channels, width=width)
+def resnet18(num_classes: int, *, in_channels: int = 3, width: int = 64, image_size: int = 32) -> ResNet18:
+    """[`ResNet18`], for 32x32 images unless `image_size` says otherwise."""
+    return ResNet18(num_classes, in_channels=in_channels, width=width, image_size=image_size)
 
 
 class ConvNet94(nn.Module):

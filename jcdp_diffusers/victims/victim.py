@@ -129,7 +129,8 @@ def train_victim(
     width = recipe.width if width is None else width
     start = time.perf_counter()
     with reproducible(seed, device):
-        model = victims.get(victim)(num_classes, in_channels=train.images.shape[-1], width=width)
+        height, side, channels = train.images.shape[1:]
+        model = victims.build(victim, num_classes, in_channels=channels, width=width, image_size=min(height, side))
     if init_from is not None:
         recipe = finetuning.finetuning_recipe(recipe)
         finetuning.start_from(model, init_from, victim, train.images.shape[1:], finetune)

@@ -156,8 +156,6 @@ def deep_png(width, height, depth, colour_type, rows=b""):
 
 PICTURE = Image.fromarray(random_images(1, 40, 48)[0])
 BLACK = Image.new("RGB", PICTURE.size)
-NEARLY_OPAQUE = Image.new("L", PICTURE.size, 255)
-NEARLY_OPAQUE.putpixel((3, 4), 254)
 FRAMES = {"save_all": True, "append_images": [BLACK]}
 
 BAD_IMAGES = {
@@ -174,10 +172,6 @@ BAD_IMAGES = {
     "16-bit grey": (encoded(Image.new("I;16", (4, 4), 700)), "16 bits per channel"),
     "16-bit colour": (deep_png(4, 4, 16, 2, (b"\0" + bytes(24)) * 4), "16 bits per channel"),
     "float": (encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "more than 8 bits per channel"),
-    "rgba": (encoded(Image.merge("RGBA", (*PICTURE.split(), NEARLY_OPAQUE))), "transparency"),
-    "grey and alpha": (encoded(Image.merge("LA", (PICTURE.convert("L"), NEARLY_OPAQUE))), "transparency"),
-    "transparent palette": (encoded(PICTURE.quantize(16), transparency=3), "transparency"),
-    "transparent colour": (encoded(PICTURE, transparency=(0, 0, 0)), "transparency"),
     "animated gif": (encoded(PICTURE.quantize(16), "GIF", **FRAMES), r"animated or multi-page \(2 frames\)"),
     "animated webp": (encoded(PICTURE, "WEBP", **FRAMES), "animated"),
     "animated png": (encoded(PICTURE, **FRAMES), "animated"),

@@ -103,6 +103,18 @@ def test_a_control_has_the_poisons_size_and_another_look(source, tmp_path, monke
         benchmark.read_grid(path, poisons=["rain-control"])
 
 
+def test_a_grid_replaces_numbers_of_its_one_poison(source, tmp_path):
+    path = grid_file(
+        tmp_path, source, poisons=["lsp"], poison_settings={"norm": 2}, countermeasures=["none"], seeds=[0]
+    )
+    (trial,) = benchmark.run_grid(benchmark.read_grid(path), tmp_path / "out", say=lambda line: None)
+    assert trial.about["poison_settings"]["norm"] == 2
+    with pytest.raises(ValueError, match="poison_settings has norm, but poisons must have one"):
+        benchmark.read_grid(path, poisons=["lsp", "ops"])
+    with pytest.raises(ValueError, match="poison_settings has 'norm', but must have fields of emn"):
+        benchmark.read_grid(path, poisons=["emn"])
+
+
 def test_a_rerun_does_only_what_is_missing(measured, source, monkeypatch):
     path = measured / "out/records.jsonl"
     before = path.read_text()

@@ -95,7 +95,7 @@ def test_documents_its_source_and_every_number(name):
 def test_keeps_its_state_where_it_declares_a_network(name, images, labels, tmp_path):
     poisons.get(name)(images, labels, preset="smoke", checkpoint_dir=tmp_path)
     assert bool(list(tmp_path.iterdir())) == (poisons.get(name).surrogate is not None)
-    assert poisons.get(name).surrogate in (None, "supervised", "contrastive")
+    assert poisons.get(name).surrogate in (None, "supervised", "contrastive", "pretrained")
 
 
 def test_every_poison_of_every_file_is_registered_and_titles_differ():
@@ -121,6 +121,19 @@ def test_settings_may_be_given_as_an_object():
     # Of a subclass either: its settings are those of another method.
     with pytest.raises(ValueError, match="preset is EMNClassSettings.*emn"):
         poisons.settings("emn", poisons.settings("emn-class"))
+
+
+def test_numbers_of_a_preset_may_be_replaced():
+    poison = poisons.get("uc")
+    changed = poison.changed("smoke", {"epsilon": 8, "weights": None, "surrogate": "resnet50"})
+    assert (changed.epsilon, changed.weights, changed.surrogate, changed.clusters) == (8, None, "resnet50", 3)
+    assert poison.changed("smoke", {}) == "smoke"
+    with pytest.raises(ValueError, match="--set has 'eps', but must have fields of uc: epsilon, clusters"):
+        poison.changed("smoke", {"eps": 8}, name="--set")
+    with pytest.raises(ValueError, match="settings has clusters 2.5, but it must be int"):
+        poison.changed("smoke", {"clusters": 2.5})
+    with pytest.raises(ValueError, match="settings has weights 3, but it must be str or nothing"):
+        poison.changed("smoke", {"weights": 3})
 
 
 @pytest.mark.parametrize(

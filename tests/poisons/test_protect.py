@@ -6,6 +6,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torchvision
+from safetensors.torch import save_file
 
 from jcdp_diffusers import poisons
 from jcdp_diffusers.cli import main
@@ -240,3 +242,35 @@ def test_a_card_tells_no_path_and_gives_no_terminal_orders(tmp_path, data):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "alice" not in card and str(tmp_path) not in card and "\x1b" not in card
     assert r"| clean images | red\x1b[31m\|photos |" in card
+
+
+def test_command_replaces_numbers_of_a_preset_and_its_card_keeps_paths_to_itself(source, tmp_path):
+    torch.manual_seed(1)
+    weights = tmp_path / "surrogate.safetensors"
+    save_file(torchvision.models.squeezenet1_0().state_dict(), weights)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    options = ("--method", "uc", "--preset", "smoke", "--dataset", source, "--split", "train", "--set", "clusters=2")
+    options += ("--set", f"weights={weights}", "--set", "normalisation=none")
+    command(*options, "--output", tmp_path / "protected")
+    card = protect.read_card(tmp_path / "protected")
+    assert card["preset"] == "custom" and card["settings"]["clusters"] == 2 and card["promised"] == {"linf": 16.0}
+    assert card["settings"]["weights"] == f"surrogate.safetensors (sha256 {digest})"
+    assert str(tmp_path) not in (tmp_path / "protected" / "README.md").read_text()
+    assert "reference" in card and len({image.tobytes() for image in load_images(tmp_path / "protected").images}) == 40
+    command(*options, "--output", tmp_path / "protected")  # is done already
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("epsilon", "--set is 'epsilon', but must be FIELD=VALUE"),
+        ("epsilon=[", "--set is 'epsilon=\\['"),
+        ("colour=3", "--set has 'colour'.*epsilon"),
+        ("epsilon=much", "--set has epsilon 'much', but it must be float"),
+    ],
+)
+def test_numbers_that_no_preset_has_are_refused(given, said, source, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        command(
+            *("--method", "uc", "--dataset", source, "--split", "train", "--output", tmp_path / "out"), "--set", given
+        )

@@ -490,16 +490,31 @@ def test_mixed_sizes_are_resized(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_other_sizes_are_refused_unless_fit_is_given(streaming, pipe, tmp_path):
-    source = open_dataset(some_images(3, size=16), streaming=streaming)
-    sentence = (
-        r"dataset has images of 16x16, but the purifier works on 8x8: fit \(--fit\) must say what becomes of them"
-    )
+def test_smaller_sizes_are_refused_unless_fit_is_given(streaming, pipe, tmp_path):
+    source = open_dataset(some_images(3, size=4), streaming=streaming)
+    sentence = r"dataset has images of 4x4, but the purifier works on 8x8: fit \(--fit\) must say what becomes of them"
     with pytest.raises(ValueError, match=sentence):
         purify_dataset(source, pipe, output_dir=tmp_path / "out", **SETTINGS)
+    with pytest.raises(ValueError, match="dataset has images of 16x16"):
+        purify_dataset(some_images(3, size=16), pipe, output_dir=tmp_path / "out", fit="exact", **SETTINGS)
     assert not (tmp_path / "out").exists()  # so that the same folder may be begun with one
     assert len(purify_dataset(source, pipe, output_dir=tmp_path / "out", fit="tile", **SETTINGS)) == 3
     assert len(purify_dataset(source, pipe, output_dir=tmp_path / "out", **SETTINGS)) == 3
+
+
+def test_photographs_keep_their_size_and_each_is_a_file_of_its_own(pipe, tmp_path, capsys):
+    """Nobody says what to do with them; what is done is said. Those finished before a stop stay."""
+    draw = np.random.default_rng(0)
+    photographs = [Image.fromarray(draw.integers(0, 256, shape, dtype=np.uint8)) for shape in PHOTOGRAPHS]
+    source = datasets.Dataset.from_dict({"image": photographs, "id": list("abc")})
+    purified = purify_dataset(source, pipe, output_dir=tmp_path, **SETTINGS)
+    said = capsys.readouterr().err
+    assert "other sizes than 8x8, the purifier's, such as 40x61" in said and "keeps its size (fit: tile)" in said
+    assert [image.size for image in purified["image"]] == [(40, 61), (90, 33), (64, 64)]
+    assert len(list(tmp_path.glob("train-*-of-00003.parquet"))) == 3
+
+
+PHOTOGRAPHS = [(61, 40, 3), (33, 90, 3), (64, 64, 3)]
 
 
 def test_a_later_image_of_another_size_is_set_aside(pipe, tmp_path):

@@ -8,11 +8,11 @@ from jcdp_diffusers.data import LabelledImages
 from jcdp_diffusers.perceptual import LPIPSModel
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.purification_config import PurificationConfig
-from jcdp_diffusers.train.default_purifier import plan_for, purifier_to_be, train_planned
+from jcdp_diffusers.train.default_purifier import plan_for, purifier_to_be, train_planned, with_steps
 
 
-def grey(count: int) -> LabelledImages:
-    images = np.full((count, 16, 16, 3), 128, np.uint8)
+def grey(count: int, side: int = 16) -> LabelledImages:
+    images = np.full((count, side, side, 3), 128, np.uint8)
     return LabelledImages(images, None, tuple(f"grey-{row}" for row in range(count)))
 
 
@@ -25,6 +25,32 @@ def test_a_purifier_is_planned_by_size_number_and_device():
     odd = few.with_images(few.images[:, :12])
     with pytest.raises(ValueError, match="collected .*12x16"):
         plan_for(odd, cpu, smoke=False)
+
+
+@pytest.mark.parametrize(
+    ("side", "names"),
+    [
+        (32, ("tiny32", "ddpm-cifar10")),
+        (40, ("mini64", "small64")),
+        (64, ("mini64", "small64")),
+        (72, ("tiny32", "ddpm-cifar10")),  # which the deeper networks cannot halve often enough
+        (128, ("mini128", "small128")),
+        (256, ("mini256", "small256")),
+    ],
+)
+def test_larger_images_get_a_network_of_their_own(side, names):
+    for device, name in zip(("cpu", "cuda"), names):
+        plan = plan_for(grey(2, side), torch.device(device), smoke=False)
+        assert plan.unet == name
+        with torch.device("meta"):
+            purifier_to_be(plan, grey(2, side), None).unet(torch.zeros(1, 3, side, side), torch.tensor(3))
+    with pytest.raises(ValueError, match="collected .*264x264"):
+        plan_for(grey(1, 264), torch.device("cpu"), smoke=False)
+
+
+def test_a_plan_with_fewer_steps_keeps_its_checkpoints():
+    plan = with_steps(plan_for(grey(5), torch.device("cpu"), smoke=False), 100)
+    assert (plan.training.max_train_steps, plan.training.checkpointing_steps) == (100, 25)
 
 
 def test_a_planned_purifier_is_trained_with_its_network_beside_it(tmp_path):

@@ -1,12 +1,24 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from jcdp_diffusers.train.unets import UNETS, ddpm_scheduler, named_unet
 
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("ddpm-cifar10", 35.746307), ("small32", 2.736099), ("mini32", 0.948931), ("tiny32", 0.687347)],
+    [
+        ("ddpm-cifar10", 35.746307),
+        ("small32", 2.736099),
+        ("mini32", 0.948931),
+        ("tiny32", 0.687347),
+        ("mini64", 0.985163),
+        ("mini128", 2.077675),
+        ("mini256", 2.067779),
+        ("small64", 18.204803),
+        ("small128", 27.784835),
+        ("small256", 27.290691),
+    ],
 )
 def test_number_of_parameters(name, millions):
     assert named_unet(name).num_parameters() == round(millions * 1e6)
@@ -29,12 +41,23 @@ def test_scheduler_is_the_paper_schedule():
     assert (scheduler.config.variance_type, scheduler.config.clip_sample) == ("fixed_large", True)
 
 
-@pytest.mark.parametrize("name", sorted(set(UNETS) - {"ddpm-cifar10"}))
+@pytest.mark.parametrize("name", sorted(name for name in UNETS if name.startswith(("mini", "tiny", "small32"))))
 def test_small_networks_run_in_colour_and_grey(name):
-    for channels, size in ((3, 32), (1, 8)):
+    for channels, size in ((3, 32), (1, 2 ** (len(UNETS[name]["block_out_channels"]) - 1))):
         sample = torch.zeros(2, channels, size, size)
         unet = named_unet(name, in_channels=channels, sample_size=size)
         assert unet(sample, 5).sample.shape == sample.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "gigaflops"),
+    [("mini64", 64, 0.86), ("mini128", 128, 3.5), ("mini256", 256, 7.0), ("small64", 64, 12.9), ("small128", 128, 51)],
+)
+def test_networks_of_larger_images_cost_what_is_said(name, side, gigaflops):
+    """Counted by torch, on tensors without memory."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counted:
+        named_unet(name, sample_size=side)(torch.zeros(1, 3, side, side), torch.tensor(3))
+    assert counted.get_total_flops() / 1e9 == pytest.approx(gigaflops, rel=0.02)
 
 
 def test_seed_decides_the_weights_and_leaves_the_global_generator_alone():

@@ -65,6 +65,25 @@ def test_equals_torchvision_with_a_small_stem(in_channels, num_classes, size):
         torch.testing.assert_close(ours.train(mode)(images), reference.train(mode)(images), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size, stride, pooled", [(47, 1, False), (64, 2, False), (128, 2, True), (224, 2, True)])
+def test_the_stem_suits_the_size_of_the_images(size, stride, pooled):
+    """Stages see maps as large as those of small images; the network is torchvision's with that stem."""
+    reference = torchvision.models.resnet18(num_classes=5)
+    reference.conv1 = torch.nn.Conv2d(3, 64, 3, stride=stride, padding=1, bias=False)
+    if not pooled:
+        reference.maxpool = torch.nn.Identity()
+    ours = victims.build("resnet18", 5, in_channels=3, width=64, image_size=size)
+    ours.load_state_dict(reference.state_dict())
+    images = torch.rand(2, 3, size, size)
+    torch.testing.assert_close(ours.eval()(images), reference.eval()(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", victims.NAMES)
+def test_every_network_takes_photographs(name):
+    model = victims.build(name, 4, in_channels=3, width=4, image_size=128)
+    assert model(torch.rand(2, 3, 128, 128)).shape == (2, 4)
+
+
 @pytest.mark.parametrize("width", [1, 6, 16])
 def test_width_scales_every_stage(width):
     model = resnet18(5, width=width)
