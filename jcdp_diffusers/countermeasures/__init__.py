@@ -109,6 +109,11 @@ def make_pairs(protected: LabelledImages, originals: LabelledImages) -> Pairs:
     return pairs
 
 
+def assumed(what: str) -> str:
+    """For behind a countermeasure's name: what it assumes, see `Countermeasure.assumes`."""
+    return f" (assumes that {what})" if what else ""
+
+
 @dataclass(frozen=True)
 class Context:
     """
@@ -271,6 +276,30 @@ class Countermeasure:
                 f"pairs is None, but countermeasure {self.name!r} needs unprotected images and what the protection "
                 "tool makes of them."
             )
+
+    def pairs_of(self, protected: LabelledImages | None, originals: LabelledImages | None) -> Pairs | None:
+        """
+        Pairs for a countermeasure that needs them, of what a command was given; None for one that does not.
+
+        Args:
+            protected (`LabelledImages`, *optional*): Collected images after the protection tool
+                (`collected_protected`).
+            originals (`LabelledImages`, *optional*): Collected images.
+
+        Raises:
+            ValueError: If one of the two is missing, or protected ones are given for nothing.
+        """
+        if not self.needs_pairs:
+            if protected is not None:
+                raise ValueError(
+                    f"collected_protected has {len(protected)} images, but must be None for countermeasure "
+                    f"{self.name!r}, which needs no pairs."
+                )
+            return None
+        for role, data in (("collected", originals), ("collected_protected", protected)):
+            if data is None:
+                raise ValueError(f"{role} is None, but countermeasure {self.name!r} needs it to make pairs.")
+        return make_pairs(protected, originals)
 
     def require_learning(self, method: str) -> None:
         """

@@ -49,6 +49,10 @@ FINETUNE = ("all", "upper")
 COLLECTED = "collected"  # what commands call a network that is pretrained on collected images
 LEARNING_RATE_FACTOR = 0.1
 SUFFIX = ".safetensors"
+INIT_FROM_HELP = (
+    f"what victims start from: {COLLECTED} (SimCLR on --collected); or a {SUFFIX} file, or a folder or Hub id with "
+    "one, as --model_dir has it or with torchvision's and timm's names of the same network; random if not given"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,6 +118,48 @@ class InitFrom:
                 f"collected has {len(self.source)} images, but must have at least {recipe.batch_size}, the batch_size "
                 f"of recipe {recipe.name!r} for pretraining."
             )
+
+
+def start_of(
+    init_from: str | os.PathLike | None, finetune: str, collected: LabelledImages | None, recipe: Recipe
+) -> InitFrom | None:
+    """
+    What victims start from, as a command is told.
+
+    Args:
+        init_from (`str` or `os.PathLike`, *optional*): `"collected"`, or what [`read_weights`] takes; None for random
+            weights.
+        finetune (`str`): One of `FINETUNE`.
+        collected ([`LabelledImages`], *optional*): The images for `"collected"`.
+        recipe ([`Recipe`]): Of the victims.
+
+    Raises:
+        ValueError: If images are missing, weights cannot be read, or `finetune` has nothing to say.
+    """
+    if finetune not in FINETUNE or (init_from is None and finetune != "all"):
+        accepted = "'all' where init_from is None" if init_from is None else f"one of {', '.join(FINETUNE)}"
+        raise ValueError(f"finetune is {finetune!r}, but must be {accepted}.")
+    if init_from is None:
+        return None
+    if init_from != COLLECTED:
+        return InitFrom(read_weights(init_from), finetune)
+    if collected is None:
+        raise ValueError(
+            f"collected is None, but must be a set of images where init_from is {COLLECTED!r} (./{COLLECTED} is a "
+            "folder of that name)."
+        )
+    return InitFrom(collected, finetune, pretraining_recipe(recipe))
+
+
+def start_in_words(settings: Mapping[str, Any]) -> str:
+    """What a trial's record says of the victim's start, in words."""
+    trained = "all weights" if settings["finetune"] == "all" else "the upper stages"
+    if "pretraining" in settings:
+        source = f"pretrained without labels on {settings['pretraining']['collected']['images']} collected images"
+        return f"{source}, {trained} fine-tuned"
+    classes = settings["replaced_classes"]
+    before = "" if classes is None else f" in place of that for {classes} classes"
+    return f"started from given weights with a new last layer{before}, {trained} fine-tuned"
 
 
 def pretraining_recipe(recipe: Recipe) -> ContrastiveRecipe:
