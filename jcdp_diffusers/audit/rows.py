@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import countermeasures
+from ..countermeasures import Pairs, assumed
 from ..data import LabelledImages
 from ..data.perturbations import apply_perturbation
 from ..poisons.control import shuffled
 from ..purify.dataset_card import SUMMARY_NAME
 from ..results import as_settings
 from ..trials import Trial, describe_images, purifier_digest, results_by_trial
+from ..victims.finetuning import InitFrom, pretraining_recipe
 from .purifier import AuditPurifier
 from .settings import AuditSettings
 
@@ -32,7 +35,11 @@ def control_images(clean: LabelledImages, protected: LabelledImages, seed: int) 
 
 
 def trials_of(
-    sets: Mapping[str, LabelledImages], used: AuditPurifier, asked: AuditSettings, work_dir: Path
+    sets: Mapping[str, LabelledImages],
+    used: AuditPurifier,
+    asked: AuditSettings,
+    work_dir: Path,
+    pairs: Pairs | None = None,
 ) -> dict[str, list[Trial]]:
     """
     The trials by row, one for each seed.
@@ -42,13 +49,16 @@ def trials_of(
         used (`AuditPurifier`): For attacks that purify.
         asked (`AuditSettings`): Attacks, victims and seeds.
         work_dir (`Path`): Where attacks keep what they have purified.
+        pairs ([`Pairs`], *optional*): For attacks that learn from them.
     """
-    rows = {row: (sets[row], "none", None) for row in TITLES if row in sets}
+    rows = {row: (sets[row], "none", None, None) for row in TITLES if row in sets}
+    tuned = {one.finetune for one in asked.tried} - {None}
+    starts = {how: InitFrom(sets["collected"], how, pretraining_recipe(asked.recipe)) for how in tuned}
     for one in asked.tried:
         # In a smoke run every attack that purifies does so in seconds.
         replaced = one.countermeasure.needs_purifier and (asked.recipe.smoke or one.purifies_as_the_audit)
         images = sets["purified" if one.takes_purified else "protected"]
-        rows[one.name] = (images, one.countermeasure.name, used.config if replaced else None)
+        rows[one.name] = (images, one.countermeasure.name, used.config if replaced else None, starts.get(one.finetune))
     facts = {"audit": describe_images(sets["protected"])["content"], "roles": asked.roles}
     purification = {"purifier": purifier_digest(used.name), "purification": as_settings(used.config)}
     return {
@@ -63,12 +73,14 @@ def trials_of(
                 countermeasure=name,
                 purifier=used.name,
                 purification=config,
+                pairs=pairs if countermeasures.get(name).needs_pairs else None,
+                init_from=start,
                 work_dir=work_dir,
                 about=facts | {"row": row} | (purification if images is sets["purified"] else {}),
             )
             for seed in asked.victim_seeds
         ]
-        for row, (images, name, config) in rows.items()
+        for row, (images, name, config, start) in rows.items()
     }
 
 
@@ -85,10 +97,15 @@ def figures(
         purified_dir (`Path`): Their folder.
     """
     seconds = json.loads((purified_dir / SUMMARY_NAME).read_text())["seconds_of_work"]
-    rows = [{"row": row, "title": TITLES.get(row, row)} | _figures(own, records) for row, own in trials.items()]
+    rows = [{"row": row, "title": _title(row, own)} | _figures(own, records) for row, own in trials.items()]
     for entry in rows:
         entry["prepare_seconds"] += seconds if trials[entry["row"]][0].train is purified else 0
     return rows
+
+
+def _title(row: str, trials: list[Trial]) -> str:
+    """What a row is called, with what it assumes of the attacker."""
+    return TITLES.get(row, row) + assumed(countermeasures.get(trials[0].countermeasure).assumes)
 
 
 def _figures(trials: list[Trial], records: Path) -> dict:

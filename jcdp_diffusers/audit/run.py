@@ -24,9 +24,10 @@ from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions, plain
 from ..trials import describe_images, measure, purifier_digest
 from .limits import limits
+from .pairs import check_labels, check_pairs_asked, pairs_of
 from .purifier import AuditPurifier, choose_purifier, purify, trained
 from .report import write_report
-from .rows import TITLES, control_images, figures, trials_of
+from .rows import control_images, figures, trials_of
 from .sets import describe, few, read_sets, separate, shortcut_in_words
 from .settings import AuditSettings
 from .verdict import verdict
@@ -36,6 +37,7 @@ from .verdict import verdict
 BEGUN_NAME = "audit.json"
 OWN_NAMES = (
     "attacks",
+    "pairs",
     "pictures",
     "purified",
     "purifier",
@@ -51,6 +53,7 @@ def audit(
     protected: Any,
     test: Any,
     collected: Any = None,
+    collected_protected: Any = None,
     purifier: str | os.PathLike | None = None,
     clean: Any = None,
     output_dir: str | os.PathLike = "runs/audit",
@@ -72,6 +75,8 @@ def audit(
         collected: Unprotected images like the protected ones, without need of labels, that train the purifier. May be
             left out where a purifier is given; what that was trained on is looked up in its repository
             (`train.provenance.check_trained_on`), or unknown and among the report's limits.
+        collected_protected (*optional*): Collected images as the protection tool leaves them, under their ids, for an
+            attack that learns from pairs. Without them the card of `protected` must name a poison of this package.
         purifier (`str` or `os.PathLike`, *optional*): Folder or Hub id; trained on `collected` if not given.
         clean (*optional*): The originals of the protected images, under the same ids. Without them nobody can say how
             much the protection takes away.
@@ -96,6 +101,7 @@ def audit(
     """
     asked = AuditSettings(**settings)
     sources = {"protected": protected, "collected": collected, "test": test, "clean": clean}
+    sources["collected_protected"] = collected_protected
     check_output_folder(
         output_dir, marks=(BEGUN_NAME,), own=OWN_NAMES, sources=sources | {"purifier": purifier}, name="output_dir"
     )
@@ -133,7 +139,9 @@ def carry_out(
     """
     # 1. The images, and what is used on them: all that can be refused is refused here
     _check_asked(asked, sources, purifier)
+    tool = check_pairs_asked(asked, sources)
     sets = read_sets(sources, **reading)
+    check_labels(tool, sets)
     used = choose_purifier(purifier, sets, asked, output_dir, device)
     begun = _begun(asked, sets, used)
     _check_begun(output_dir, begun)
@@ -159,7 +167,8 @@ def carry_out(
         sets["control"] = control_images(sets["clean"], sets["protected"], asked.seed)
 
     # 4. Victims, the first seed of every row first
-    trials = trials_of(sets, used, asked, output_dir / "attacks")
+    pairs = pairs_of(tool, asked, sets, output_dir / "pairs", device)
+    trials = trials_of(sets, used, asked, output_dir / "attacks", pairs)
     order = [trial for turn in zip(*trials.values()) for trial in turn]
     say(f"Victims: {len(order)} of {asked.recipe.epochs} epochs")
     measure(order, records, device=device, processes=processes)
@@ -176,6 +185,8 @@ def _check_asked(asked: AuditSettings, sources: Mapping[str, Any], purifier: str
     """Refuse what does not go together, before anything is read."""
     if purifier is None and sources["collected"] is None:
         raise ValueError("collected is None, but without a purifier images are needed to train one.")
+    if sources["collected"] is None and (started := [one.name for one in asked.tried if one.finetune is not None]):
+        raise ValueError(f"collected is None, but must be a set of images for attack {started[0]!r}.")
     if asked.control and sources["clean"] is None:
         raise ValueError("control is True, but without clean images there is nothing to add its noise to.")
     if purifier is not None and asked.perceptual is not None:
@@ -244,7 +255,9 @@ def _report(
     """What `report.json` holds, in JSON's types; `settings` are those of a victim."""
     recipe, test, trains = settings["recipe"], sets["test"], used.plan is not None
     accuracies = {entry["row"]: entry["accuracy"]["values"] for entry in rows}
-    judged = verdict(accuracies, TITLES, test_images=len(test), smoke=recipe["smoke"])
+    assumptions = {one.name: one.countermeasure.assumes for one in asked.tried if one.countermeasure.assumes}
+    titles = {entry["row"]: entry["title"] for entry in rows}
+    judged = verdict(accuracies, titles, test_images=len(test), smoke=recipe["smoke"], assuming=frozenset(assumptions))
     tried = {one.name: one.as_done(used.config, smoke=recipe["smoke"]) for one in asked.tried}
     said = limits(
         judged["status"],
@@ -256,6 +269,7 @@ def _report(
         listed=used.listed,
         training=used.record if trains else None,
         attacks=[one.name for one in asked.tried],
+        assumptions=assumptions,
     )
     report = {
         "verdict": judged,

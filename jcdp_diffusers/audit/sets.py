@@ -17,6 +17,7 @@ from .shortcut import shortcut_test
 
 
 SMOKE_IMAGES = 200
+UNLABELLED = ("collected", "collected_protected")  # roles whose labels no victim uses
 
 
 def read_sets(
@@ -26,7 +27,8 @@ def read_sets(
     Read the images of each role once, and refuse those that do not fit together.
 
     Args:
-        sources (`dict`): `protected`, `test` and, where given, `collected` and `clean`; None for the others.
+        sources (`dict`): `protected`, `test` and, where given, `collected`, `collected_protected` and `clean`; None
+            for the others.
         image_size, channels: As for `data.load_images`.
         options (`dict`): Further options of `data.load_images` by role.
 
@@ -41,7 +43,7 @@ def read_sets(
         for role, source in sources.items()
         if source is not None
     }
-    sets = check_sets(labelled(sets), {role: data for role, data in sets.items() if role == "collected"})
+    sets = check_sets(labelled(sets), {role: data for role, data in sets.items() if role in UNLABELLED})
     if "clean" in sets:
         sets["clean"] = match_originals(sets["clean"], sets["protected"])
     return sets
@@ -49,7 +51,7 @@ def read_sets(
 
 def labelled(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:
     """The roles that have labels, none of which may have trained a purifier."""
-    return {role: data for role, data in sets.items() if role != "collected"}
+    return {role: data for role, data in sets.items() if role not in UNLABELLED}
 
 
 def _load(role: str, source: Any, image_size: int | None, channels: int, options: dict) -> LabelledImages:

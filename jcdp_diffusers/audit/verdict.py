@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .intervals import Interval, Sample, interval
@@ -48,6 +48,7 @@ def verdict(
     *,
     test_images: int,
     smoke: bool = False,
+    assuming: Collection[str] = (),
 ) -> dict:
     """
     Judge a protection by what victims learn from protected images, and from the same after an attack.
@@ -62,6 +63,8 @@ def verdict(
         titles (`dict`): What the attacks are called.
         test_images (`int`): How many images scored each victim.
         smoke (`bool`): Whether the victims were trained for seconds only, so that nothing can be said.
+        assuming (`Collection[str]`): Attacks that assume more than the others. The sentence speaks of one of them only
+            where no other attack bears it out.
 
     Returns:
         `dict`: `status`; `sentence`; `attack`, the row that the sentence speaks of; `regained_share`, of the accuracy
@@ -84,8 +87,9 @@ def verdict(
     if "protected" not in accuracies or not set(accuracies) - set(NO_ATTACKS):
         raise ValueError(f"accuracies has the rows {tuple(accuracies)}, but must have 'protected' and an attack.")
     rows = {row: Sample.of(values, test_images) for row, values in accuracies.items()}
-    found = Finding("smoke", _attacks(rows)[0]) if smoke else find(rows, largest=_largest(accuracies))
-    enough = what_would_decide(rows, _largest(accuracies)) if found.status == "undecided" else None
+    largest = _largest(accuracies)
+    found = Finding("smoke", _attacks(rows, assuming)[0]) if smoke else find(rows, largest=largest, assuming=assuming)
+    enough = what_would_decide(rows, largest, assuming) if found.status == "undecided" else None
     lost = _lost(rows)
     gained = interval([(1, rows[found.attack]), (-1, rows["protected"])])
     share = None
@@ -101,15 +105,16 @@ def verdict(
     }
 
 
-def find(rows: Mapping[str, Sample], *, largest: Mapping[str, float]) -> Finding:
+def find(rows: Mapping[str, Sample], *, largest: Mapping[str, float], assuming: Collection[str] = ()) -> Finding:
     """
     What the figures say.
 
     Args:
         rows (`dict`): By name, as in `verdict`.
         largest (`dict`): The best victim of each attack, for no protection survives that one victim got around.
+        assuming (`Collection[str]`): As in `verdict`.
     """
-    attacks = _attacks(rows)
+    attacks = _attacks(rows, assuming)
     return _without_clean(rows, attacks) if "clean" not in rows else _with_clean(rows, attacks, largest)
 
 
@@ -149,12 +154,14 @@ def _without_clean(rows: Mapping[str, Sample], attacks: Sequence[str]) -> Findin
     return Finding("undecided", attacks[0], "whether the protection holds")
 
 
-def what_would_decide(rows: Mapping[str, Sample], largest: Mapping[str, float]) -> dict | None:
+def what_would_decide(
+    rows: Mapping[str, Sample], largest: Mapping[str, float], assuming: Collection[str] = ()
+) -> dict | None:
     """
     Numbers of seeds and test images that would decide, if means and spreads stayed as they are.
 
     Args:
-        rows, largest: As for `find`.
+        rows, largest, assuming: As for `find`.
 
     Returns:
         `dict`: `seeds`, victims per row, and `test_images`, the pair with the smallest product; None if a row has a
@@ -167,7 +174,7 @@ def what_would_decide(rows: Mapping[str, Sample], largest: Mapping[str, float]) 
     numbers.append([_rounded(images * more) for more in MORE_IMAGES if images * more <= max(images, MOST_IMAGES)])
     for product, more, other in sorted((one * two, one, two) for one in numbers[0] for two in numbers[1]):
         planned = {name: replace(row, seeds=more, test_images=other) for name, row in rows.items()}
-        if find(planned, largest=largest).status != "undecided":
+        if find(planned, largest=largest, assuming=assuming).status != "undecided":
             return {"seeds": more, "test_images": other}
     return None
 
@@ -178,9 +185,10 @@ def _rounded(count: int) -> int:
     return -(-count // step) * step if count >= 100 else count
 
 
-def _attacks(rows: Mapping[str, Sample]) -> list[str]:
-    """Rows that are attacks, the strongest first."""
-    return sorted((row for row in rows if row not in NO_ATTACKS), key=lambda row: -rows[row].mean)
+def _attacks(rows: Mapping[str, Sample], assuming: Collection[str]) -> list[str]:
+    """Rows that are attacks, the strongest first, those that assume more behind all others."""
+    found = (row for row in rows if row not in NO_ATTACKS)
+    return sorted(found, key=lambda row: (row in assuming, -rows[row].mean))
 
 
 def _largest(accuracies: Mapping[str, Sequence[float]]) -> dict[str, float]:
