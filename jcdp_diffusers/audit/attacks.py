@@ -101,9 +101,9 @@ def attack(name: str) -> Attack:
     if starts:
         others = "+".join(part for part in names if part not in starts) or "none"
         images = Attack(others, countermeasures.get("none")) if others == PURIFIED else attack(others)
-        return replace(
-            images, name=f"{others}+{starts[0]}" if others != "none" else name, finetune=PRETRAINED[starts[0]]
-        )
+        # A start has no place in the order of what is done to images, so it comes last.
+        whole = starts[0] if others == "none" else f"{others}+{starts[0]}"
+        return replace(images, name=whole, finetune=PRETRAINED[starts[0]])
     if PURIFIED not in names:
         return Attack(name, countermeasures.get(name))
     others = countermeasures.get("+".join(part for part in names if part != PURIFIED) or "none")

@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attacks",
         default="",
         help=f"to try beside purification, commas between them: {', '.join(countermeasures.NAMES)}; several joined by "
-        f"'+', such as impulse-filter+{PURIFIED}+corruption, where {PURIFIED} is the audit's purification; {' or '.join(PRETRAINED)} "
-        "for victims that start from a network trained on --collected",
+        f"'+', such as impulse-filter+{PURIFIED}+corruption, where {PURIFIED} is the audit's purification; "
+        f"{' or '.join(PRETRAINED)} for victims that start from a network trained on --collected",
     )
     how.add_argument("--pairs", type=int, default=4000, help="how many of --collected an attack with pairs protects")
     how.add_argument(

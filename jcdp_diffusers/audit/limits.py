@@ -59,7 +59,7 @@ def limits(
             "The row eclipse purifies with the purifier of this audit, where its authors train one of few images."
         )
     found += [
-        f"The row {name} assumes more than the others: that {assumes}. It says nothing about whoever has no such access."
+        f"The row {name} assumes more than the others: that {assumes}. It says nothing of anybody without that access."
         for name, assumes in assumptions.items()
     ]
     if attacks and status != "exchanged":
