@@ -23,6 +23,7 @@ from ..outputs import check_output_folder, public_name, write_atomically
 from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions, plain
 from ..trials import describe_images, measure, purifier_digest
+from .draws import FOLDER, draw_again, figures_of_draws, over_draws, trials_of_draws
 from .limits import limits
 from .pairs import check_labels, check_pairs_asked, pairs_of
 from .purifier import AuditPurifier, choose_purifier, purify, trained
@@ -37,6 +38,7 @@ from .verdict import verdict
 BEGUN_NAME = "audit.json"
 OWN_NAMES = (
     "attacks",
+    FOLDER,
     "pairs",
     "pictures",
     "purified",
@@ -148,7 +150,7 @@ def carry_out(
     separation = separate(sets, asked)
     say("; ".join(f"{role}: {len(data)} images" for role, data in sets.items()))
     sets = few(sets) if asked.recipe.smoke else sets
-    data = describe(sets, separation)
+    data = describe(sets, separation, used.pipe.perceptual, seed=asked.seed)
     say(shortcut_in_words(data["shortcut"]))
 
     # 2. The purifier
@@ -163,19 +165,24 @@ def carry_out(
     said = f"T_p {used.config.diffusion_steps}, {used.config.evaluations_per_image} evaluations"
     say(f"Purifying {len(sets['protected'])} images: {said}")
     sets["purified"] = purify(sets["protected"], used, output_dir / "purified", asked.seed)
+    drawn = draw_again(sets["protected"], used, output_dir, draws=asked.draws, seed=asked.seed)
     if asked.control:
         sets["control"] = control_images(sets["clean"], sets["protected"], asked.seed)
 
     # 4. Victims, the first seed of every row first
     pairs = pairs_of(tool, asked, sets, output_dir / "pairs", device)
     trials = trials_of(sets, used, asked, output_dir / "attacks", pairs)
-    order = [trial for turn in zip(*trials.values()) for trial in turn]
+    more = trials_of_draws(trials["purified"], drawn)
+    order = [trial for turn in zip(*trials.values(), *more) for trial in turn]
     say(f"Victims: {len(order)} of {asked.recipe.epochs} epochs")
     measure(order, records, device=device, processes=processes)
 
     # 5. The report
     rows = figures(trials, records, sets["purified"], output_dir / "purified")
-    report = _report(rows, sets, data, used, asked, trials["protected"][0].settings, command)
+    draws = figures_of_draws(trials["purified"], more, records)
+    if more:
+        rows = [over_draws(entry, draws) if entry["row"] == "purified" else entry for entry in rows]
+    report = _report(rows, draws, sets, data, used, asked, trials["protected"][0].settings, command)
     write_report(output_dir, report, sets)
     say(report["verdict"]["sentence"])
     return report
@@ -245,6 +252,7 @@ def _write_begun(output_dir: Path, begun: dict) -> None:
 
 def _report(
     rows: list[dict],
+    draws: dict,
     sets: Mapping[str, LabelledImages],
     data: dict,
     used: AuditPurifier,
@@ -255,9 +263,11 @@ def _report(
     """What `report.json` holds, in JSON's types; `settings` are those of a victim."""
     recipe, test, trains = settings["recipe"], sets["test"], used.plan is not None
     accuracies = {entry["row"]: entry["accuracy"]["values"] for entry in rows}
+    several = {"purified": draws["values"]} if draws["count"] > 1 else {}
     assumptions = {one.name: one.countermeasure.assumes for one in asked.tried if one.countermeasure.assumes}
     titles = {entry["row"]: entry["title"] for entry in rows}
-    judged = verdict(accuracies, titles, test_images=len(test), smoke=recipe["smoke"], assuming=frozenset(assumptions))
+    beside = {"draws": several, "assuming": frozenset(assumptions)}
+    judged = verdict(accuracies, titles, test_images=len(test), smoke=recipe["smoke"], **beside)
     tried = {one.name: one.as_done(used.config, smoke=recipe["smoke"]) for one in asked.tried}
     said = limits(
         judged["status"],
@@ -276,6 +286,7 @@ def _report(
         "smoke": recipe["smoke"],
         "roles": asked.roles,
         "rows": rows,
+        "draws": draws,
         "chance": float(np.bincount(test.labels).max() / len(test)),
         "data": data,
         "purifier": _purifier_facts(used),

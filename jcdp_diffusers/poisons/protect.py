@@ -20,7 +20,7 @@ import yaml
 
 from .. import poisons
 from ..data import LabelledImages, load_images, open_dataset, write_dataset
-from ..data.perturbations import apply_perturbation, measured_norms
+from ..data.perturbations import apply_perturbation, measured_norms, visibility, visibility_in_words
 from ..devices import default_device
 from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
@@ -337,6 +337,8 @@ def _write(
     start: float,
 ) -> LabelledImages:
     """Add the perturbation to the rows that it is of, and write all rows and the card."""
+    from ..perceptual import lpips_at_hand  # loads diffusers, which nothing else here needs
+
     columns = dict(columns or {})
     images = data.images.copy()
     images[rows] = apply_perturbation(data.images[rows], perturbation)
@@ -350,6 +352,7 @@ def _write(
         "split": split,
         "protected_images": len(rows),
         "measured": measured_norms(data.images[rows], images[rows]),
+        "visibility": visibility(data.images[rows], images[rows], perceptual=lpips_at_hand()),
         "seconds": round(time.monotonic() - start, 1),
         "packages": package_versions(),
     }
@@ -376,16 +379,35 @@ def _card(facts: dict[str, Any]) -> str:
     if facts["protected_images"] < facts["images"]:
         few = f"{facts['protected_images']} of {facts['images']} (fraction {facts['fraction']:g})"
         lines.append(f"| protected images | {few}; the column `{_FLAG}` says which |")
-    published = asdict(poisons.settings(facts["method"])) if "method" in facts else {}
-    for key, value in (facts.get("settings") or facts.get("recognised") or {}).items():
-        scaled = "" if value == _plain(published.get(key, value)) else f" (published: {published[key]})"
+    settings = _flat(facts.get("settings") or facts.get("recognised") or {})
+    published = _flat(_plain(_published(facts["method"], settings))) if "method" in facts else {}
+    for key, value in settings.items():
+        scaled = "" if value == published.get(key, value) else f" (published: {published[key]})"
         lines.append(f"| `{_cell(key)}` | {_cell(value)}{scaled} |")
     for key, value in facts["promised"].items():
         lines.append(f"| declared {key} | {value:g} |")
     for key, value in facts["measured"].items():
         lines.append(f"| measured {key}, after rounding to 8 bits | {value:.4g} |")
     lines.append("\nL-infinity is in 1/255, L2 for images in [0, 1], L0 in pixels; L2 and L0 are per image.\n")
+    lines += ["## How visible it is\n", f"Over the {facts['visibility']['images']} images that it changes.\n"]
+    lines += ["| measure | mean, spread over images, and the most visible |", "|---|---|"]
+    lines += [f"| {title} | {said} |" for title, said in visibility_in_words(facts["visibility"])]
+    lines.append("")
     return "\n".join(lines)
+
+
+def _published(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The published numbers that a card shows beside others: those for the same framework where there are several."""
+    presets = poisons.get(method).presets
+    return asdict(presets.get(settings.get("framework"), presets["published"]))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings within settings by the names of both: `start.rounds`."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _cell(value: Any) -> str:
