@@ -37,6 +37,7 @@ from .victims.finetuning import (
     InitFrom,
     Pretraining,
     Weights,
+    check_start,
     facts_of,
     read_weights,
     save_weights,
@@ -112,6 +113,8 @@ class Trial:
                 raise ValueError(f"init_from is given, but must be None for method {self.method!r}.")
             if self.work_dir is None and not isinstance(self.init_from.source, Weights):
                 raise ValueError("work_dir is None, but must be a folder for a network that is pretrained.")
+            width = self.recipe.width if self.width is None else self.width
+            check_start(self.init_from, self.victim, width, self.train.images.shape[1:])
 
     @functools.cached_property
     def settings(self) -> dict:

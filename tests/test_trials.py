@@ -30,7 +30,7 @@ from jcdp_diffusers.trials import (
     spread_over_seeds,
     trial_name,
 )
-from jcdp_diffusers.victims import RECIPES, finetuning, get_recipe, train_victim
+from jcdp_diffusers.victims import RECIPES, finetuning, get, get_recipe, train_victim
 from jcdp_diffusers.victims.finetuning import InitFrom, Weights, read_weights
 
 
@@ -311,9 +311,9 @@ def test_victims_of_all_seeds_start_from_one_network_that_is_pretrained_once(tmp
 
 
 def test_a_start_is_part_of_the_name_only_where_there_is_one(tmp_path):
-    given = Weights("here", {"conv1.weight": torch.zeros(1)})
-    named = Weights("elsewhere", {"conv1.weight": torch.zeros(1)})
-    other = Weights("here", {"conv1.weight": torch.ones(1)})
+    tensors = get("resnet18")(3, width=QUICK.width).state_dict()
+    given, named = Weights("here", tensors), Weights("elsewhere", tensors)
+    other = Weights("here", tensors | {"conv1.weight": torch.ones(8, 3, 3, 3)})
     one, same, another, upper = (
         trial(init_from=InitFrom(weights, how))
         for weights, how in ((given, "all"), (named, "all"), (other, "all"), (given, "upper"))
@@ -327,6 +327,11 @@ def test_a_start_is_part_of_the_name_only_where_there_is_one(tmp_path):
 
 def test_a_start_that_cannot_be(tmp_path):
     collected = InitFrom(images(30, 5), recipe=SIMCLR)
+    with pytest.raises(ValueError, match="init_from is 'w', which has no bn1.bias"):
+        trial(init_from=InitFrom(Weights("w", {"conv1.weight": torch.zeros(1)})))
+    with pytest.raises(ValueError, match="collected has images of 8x8x3, but must have those of train, 8x4x3"):
+        narrow = TRAIN.with_images(TRAIN.images[:, :, :4])
+        trial(init_from=collected, work_dir=tmp_path, train=narrow)
     with pytest.raises(ValueError, match="work_dir is None"):
         trial(init_from=collected)
     with pytest.raises(ValueError, match="init_from is given, .* None for method 'simclr'"):

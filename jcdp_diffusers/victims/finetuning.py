@@ -212,7 +212,8 @@ def pretrain(
     height, width_of_images, channels = collected.images.shape[1:]
     images = torch.from_numpy(collected.images.copy()).permute(0, 3, 1, 2).to(device)
     with reproducible(seed, device):
-        network = victims.get(victim)(2, in_channels=channels, width=width)
+        sides = min(height, width_of_images)
+        network = victims.build(victim, 2, in_channels=channels, width=width, image_size=sides)
         if hasattr(network, "whiten"):
             network.to(device).whiten(images)
         objective = SimCLR(network, recipe, (height, width_of_images))
@@ -374,6 +375,33 @@ def start_from(network: nn.Module, weights: Weights, victim: str, shape: tuple[i
     height, width, channels = shape
     network.load_state_dict(_fitted(weights, network, victim, (channels, height, width)), strict=False)
     if finetune == "upper":
+        _freeze_lower_stages(network, victim)
+
+
+def check_start(init_from: InitFrom, victim: str, width: int, shape: tuple[int, int, int]) -> None:
+    """
+    Refuse a start that does not suit a victim, before any costly work.
+
+    Args:
+        init_from ([`InitFrom`]): The start.
+        victim (`str`): Name of the network.
+        width (`int`): Its width.
+        shape (`tuple` of `int`): `(H, W, C)` of the training images.
+
+    Raises:
+        ValueError: As [`start_from`], or if collected images have another shape.
+    """
+    source = init_from.source
+    if isinstance(source, LabelledImages) and source.images.shape[1:] != tuple(shape):
+        raise ValueError(
+            f"collected has images of {_times(source.images.shape[1:])}, but must have those of train, "
+            f"{_times(shape)}, for a victim that is pretrained on them."
+        )
+    with reproducible(0, torch.device("cpu")):
+        network = victims.build(victim, 2, in_channels=shape[2], width=width, image_size=min(shape[:2]))
+    if isinstance(source, Weights):
+        start_from(network, source, victim, shape, init_from.finetune)
+    elif init_from.finetune == "upper":
         _freeze_lower_stages(network, victim)
 
 
