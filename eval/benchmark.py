@@ -108,7 +108,7 @@ def run_grid(
         pairs = _pairs(grid, clean, collected, output_dir, device, say)
         probe = None if grid.method == "supervised" else clean
         told = data_name, protected, test, purifiers, roles, output_dir / "prepared", probe
-        trials = grid_trials(grid, *told, collected=collected, pairs=pairs)
+        trials = grid_trials(grid, *told, collected, pairs=pairs)
         measure(
             trials,
             output_dir / "records.jsonl",
@@ -130,8 +130,8 @@ def grid_trials(
     roles: str,
     work_dir: Path,
     probe: LabelledImages | None = None,
-    *,
     collected: LabelledImages | None = None,
+    *,
     pairs: Mapping[tuple[str, int | None], Pairs] | None = None,
 ) -> list[Trial]:
     """
@@ -144,8 +144,8 @@ def grid_trials(
         test (`LabelledImages`): Clean test images.
         purifiers (`dict`): By column that needs one, its folder or Hub id.
         roles (`str`): What records say of the purifiers' training images.
-        work_dir (`Path`), probe (`LabelledImages`, *optional*): See `Trial`.
-        collected (`LabelledImages`, *optional*): For columns whose victims are pretrained on them.
+        work_dir (`Path`), probe, collected (`LabelledImages`, *optional*): See `Trial`; victims may be pretrained on
+            the last, too.
         pairs (`dict`, *optional*): For columns that need pairs, these by poison and number. A poison that is not
             there has no such trial.
     """
@@ -178,6 +178,7 @@ def grid_trials(
                             draws=column.draws,
                             pairs=paired,
                             init_from=starts[title],
+                            collected=collected if column.needs_collected else None,
                             work_dir=work_dir,
                             about=about,
                         )

@@ -140,8 +140,9 @@ def score(
         raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(known)} for method {method!r}.")
     victim, recipe = choose(victim, protocol, method, device=device, shape=train.images.shape[1:])
     start = start_of(init_from, finetune, collected, recipe)
-    pairs = countermeasures.get(countermeasure or "none").pairs_of(collected_protected, collected)
-    others = pairs is not None or init_from == COLLECTED
+    chosen = countermeasures.get(countermeasure or "none")
+    pairs = chosen.pairs_of(collected_protected, collected)
+    others = pairs is not None or init_from == COLLECTED or chosen.needs_collected
     check_whitening(whitening, collected, victim, otherwise_used=others)
     if output is not None:
         check_output_file(output)
@@ -169,6 +170,7 @@ def score(
             "draws": draws,
             "whitening": collected if whitening == "collected" else None,
             "pairs": pairs,
+            "collected": collected if chosen.needs_collected else None,
             "init_from": start,
             "work_dir": temporary if checkpoint_dir is None else Path(checkpoint_dir),
         }

@@ -74,6 +74,7 @@ class Trial:
         draws (`int`): Purifications of each image, of which the victim sees one per epoch in turn.
         pairs (`Pairs`, *optional*): For countermeasures that learn from protected images and their originals.
         init_from (`InitFrom`, *optional*): What the victim starts from instead of random weights.
+        collected (`LabelledImages`, *optional*): Unprotected images, for countermeasures that need them.
         whitening (`LabelledImages`, *optional*): Images whose patches the first layer of `"convnet94"` whitens, in
             place of the training images.
         work_dir (`Path`, *optional*): Where purified images and pretrained networks are kept, so that the victims of
@@ -97,6 +98,7 @@ class Trial:
     draws: int = 1
     pairs: Pairs | None = None
     init_from: InitFrom | None = None
+    collected: LabelledImages | None = None
     whitening: LabelledImages | None = None
     work_dir: Path | None = None
     model_path: Path | None = None
@@ -108,13 +110,13 @@ class Trial:
             given, needed = ("None", "labelled images") if self.probe is None else ("a set of images", "None")
             raise ValueError(f"probe is {given}, but must be {needed} for method {self.method!r}.")
         countermeasures.get(self.countermeasure).require_learning(self.method)
+        countermeasures.get(self.countermeasure).require_collected(self.collected)
         if self.init_from is not None:
             if self.method != "supervised":
                 raise ValueError(f"init_from is given, but must be None for method {self.method!r}.")
             if self.work_dir is None and not isinstance(self.init_from.source, Weights):
                 raise ValueError("work_dir is None, but must be a folder for a network that is pretrained.")
-            width = self.recipe.width if self.width is None else self.width
-            check_start(self.init_from, self.victim, width, self.train.images.shape[1:])
+            check_start(self.init_from, self.victim, self.width or self.recipe.width, self.train.images.shape[1:])
 
     @functools.cached_property
     def settings(self) -> dict:
@@ -139,6 +141,8 @@ class Trial:
         if countermeasure.needs_pairs and self.pairs is not None:
             settings["pairs"] = {role: describe_images(data) for role, data in self.pairs._asdict().items()}
             settings["assumes"] = countermeasure.assumes
+        if countermeasure.needs_collected:
+            settings["collected_images"] = describe_images(self.collected)
         if self.whitening is not None:
             settings["whitening"] = describe_images(self.whitening)
         if countermeasure.needs_purifier:
@@ -153,11 +157,10 @@ class Trial:
     @property
     def _start(self) -> dict:
         """What decides where the victim starts and how it goes on from there."""
-        start = {"finetune": self.init_from.finetune, "learning_rate_factor": LEARNING_RATE_FACTOR}
-        if self.pretraining is not None:
-            return start | {"pretraining": self.pretraining}
-        weights = self.init_from.source
-        return start | {"weights": weights.digest, "replaced_classes": weights.classes}
+        start, weights = self.pretraining, self.init_from.source
+        given = start is None
+        start = {"weights": weights.digest, "replaced_classes": weights.classes} if given else {"pretraining": start}
+        return start | {"finetune": self.init_from.finetune, "learning_rate_factor": LEARNING_RATE_FACTOR}
 
     @functools.cached_property
     def pretraining(self) -> dict | None:
@@ -169,7 +172,7 @@ class Trial:
             "method": "simclr",
             "recipe": dataclasses.asdict(self.init_from.recipe),
             "victim": self.victim,
-            "width": self.recipe.width if self.width is None else self.width,
+            "width": self.width or self.recipe.width,
             "seed": PREPARATION_SEED,
         }
 
@@ -178,8 +181,8 @@ class Trial:
         """Where the network that is pretrained for this trial is kept, under the name of what decides it."""
         if self.pretraining is None:
             return None
-        name = _hash(plain(self.pretraining, "pretraining"))
-        return self.work_dir / "pretrained" / f"{self.victim}-{name}.safetensors"
+        name = f"{self.victim}-{_hash(plain(self.pretraining, 'pretraining'))}.safetensors"
+        return self.work_dir / "pretrained" / name
 
     @property
     def name(self) -> str:
@@ -389,6 +392,7 @@ def _train(trial: Trial, records: Path, device: torch.device, progress: bool) ->
             checkpoint_dir=work_dir,
             draws=trial.draws,
             progress=progress,
+            collected=trial.collected,
         )
         result = train_victim(
             prepared.data,

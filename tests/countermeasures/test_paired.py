@@ -17,12 +17,11 @@ def protect(data):
     )
 
 
-def test_takes_most_of_a_poison_out_of_images_that_it_has_not_seen(train, collected, monkeypatch):
+def test_takes_most_of_a_poison_out_of_images_that_it_has_not_seen(train, others, monkeypatch):
     """The same tool with the same seed, on other digits."""
     settings = paired.PairedSettings(unet="tiny32", epochs=5, batch_size=16, learning_rate=2e-3, bfloat16=False)
     monkeypatch.setitem(paired.SETTINGS, "paired-small", settings)
-    collected = collected.subset(range(120))
-    pairs = make_pairs(protect(collected), collected)
+    pairs = make_pairs(protect(others), others)
     protected = protect(train)
     cleaned = countermeasures.get("paired-small").prepare(protected, pairs=pairs).data
     power = lambda data: np.square(data.images.astype(float) - train.images).mean()
@@ -35,9 +34,9 @@ def test_the_network_is_kept_and_not_used_for_other_pairs(train, pairs_like, tmp
     one = measure.prepare(train, **options).data.images
     assert (tmp_path / "paired-small-0/paired.json").exists()
     assert np.array_equal(measure.prepare(train, **options).data.images, one)
-    others = pairs_like(train)._replace(protected=protect(pairs_like(train).originals))
+    other_pairs = pairs_like(train)._replace(protected=protect(pairs_like(train).originals))
     with pytest.raises(ValueError, match="folder is .*same pairs"):
-        measure.prepare(train, pairs=others, checkpoint_dir=tmp_path)
+        measure.prepare(train, pairs=other_pairs, checkpoint_dir=tmp_path)
 
 
 def test_pairs_of_another_shape(train, pairs_like):
