@@ -30,6 +30,7 @@ from .results import code_version, package_versions
 from .train.provenance import check_trained_on
 from .trials import Trial, given_seeds, is_model_of, measure, results_by_trial, spread_over_seeds
 from .victims import RECIPE_NAMES, Recipe, choose, recipes_of
+from .victims.choice import RECIPE_HELP, VICTIM_HELP, WHITENING, WHITENING_HELP, check_whitening
 from .victims.finetuning import COLLECTED, FINETUNE, INIT_FROM_HELP, start_in_words, start_of
 
 
@@ -51,7 +52,6 @@ REQUESTED = (
     "init_from",
     "pairs",
 )
-WHITENING = ("training", "collected")
 
 
 def score(
@@ -188,31 +188,6 @@ def score(
         write_atomically(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
         records.unlink()
     return result
-
-
-def check_whitening(
-    whitening: str, collected: LabelledImages | None, *networks: str, otherwise_used: bool = False
-) -> None:
-    """
-    Refuse images to whiten that nothing whitens, or a lack of them.
-
-    Args:
-        whitening (`str`): One of `WHITENING`.
-        collected (`LabelledImages`, *optional*): The images for `"collected"`.
-        networks (`str`): Of the victims, one of which must be able to whiten.
-        otherwise_used (`bool`): Whether the collected images serve something else as well.
-    """
-    if whitening not in WHITENING:
-        raise ValueError(f"whitening is {whitening!r}, but must be one of {', '.join(WHITENING)}.")
-    whitened = [name for name in victims.NAMES if hasattr(victims.get(name), "whiten")]
-    if whitening == "collected" and not set(whitened) & set(networks):
-        raise ValueError(
-            f"whitening is 'collected', but must be 'training' for victim {networks[0]!r}: the first layer of "
-            f"{' and '.join(whitened)} alone whitens."
-        )
-    if (collected is None) != (whitening == "training") and not (otherwise_used and whitening == "training"):
-        given, needed = ("None", "a set of images") if collected is None else (f"{len(collected)} images", "None")
-        raise ValueError(f"collected is {given}, but must be {needed} where whitening is {whitening!r}.")
 
 
 def _model_path(model_dir: str | Path | None, victim: str, seed: int) -> Path | None:
@@ -366,16 +341,7 @@ def _title(purifier: Any) -> str:
     return str(purifier.config.get("_name_or_path") if pipeline else purifier)
 
 
-# Of options that `jcdp audit` has as well. The hours: one image of 32x32 pixels is 3.3 GFLOP for a training step of a
-# ResNet-18 of width 64, and `fast` shows each 30 times; a core does 100 to 300 GFLOP/s, in bfloat16 or float32.
-VICTIM_HELP = (
-    "network of the victims; if neither it nor the recipe is given, convnet94 on a CPU and resnet18 on a GPU. On a "
-    "CPU, one resnet18 of width 64 with recipe fast takes 1 to 3 hours of a core for each 10,000 images of 32x32 "
-    "pixels: three victims of 50,000 images take 15 to 45 hours. With --width 16 it is about a seventh"
-)
-RECIPE_HELP = "how victims are trained; airbench with convnet94 and fast with other networks if not given"
 COLLECTED_HELP = "unprotected images for --whitening or --init_from collected, or for pairs; no labels needed"
-WHITENING_HELP = "images whose patches convnet94 whitens first: training images, or --collected"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

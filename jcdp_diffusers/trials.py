@@ -72,13 +72,12 @@ class Trial:
             pipeline, for countermeasures that purify.
         purification (`PurificationConfig` or `str`, *optional*): Replaces the countermeasure's own settings.
         draws (`int`): Purifications of each image, of which the victim sees one per epoch in turn.
-        pairs (`Pairs`, *optional*): For countermeasures that learn from protected images and their originals.
+        pairs (`Pairs`, *optional*): For countermeasures that need them.
         init_from (`InitFrom`, *optional*): What the victim starts from instead of random weights.
         collected (`LabelledImages`, *optional*): Unprotected images, for countermeasures that need them.
         whitening (`LabelledImages`, *optional*): Images whose patches the first layer of `"convnet94"` whitens, in
             place of the training images.
-        work_dir (`Path`, *optional*): Where purified images and pretrained networks are kept, so that the victims of
-            all seeds share them.
+        work_dir (`Path`, *optional*): Where purified images and pretrained networks are kept for all seeds.
         model_path (`Path`, *optional*): Safetensors file in which the trained network is kept.
         about (`dict`): What the images are, for the record: poison, roles and the like. Part of the trial's name, but
             for `PROVENANCE`.
@@ -157,9 +156,9 @@ class Trial:
     @property
     def _start(self) -> dict:
         """What decides where the victim starts and how it goes on from there."""
-        start, weights = self.pretraining, self.init_from.source
-        given = start is None
-        start = {"weights": weights.digest, "replaced_classes": weights.classes} if given else {"pretraining": start}
+        start, source = {"pretraining": self.pretraining}, self.init_from.source
+        if isinstance(source, Weights):
+            start = {"weights": source.digest, "replaced_classes": source.classes}
         return start | {"finetune": self.init_from.finetune, "learning_rate_factor": LEARNING_RATE_FACTOR}
 
     @functools.cached_property
@@ -221,6 +220,7 @@ def measure(
     engine: str = "local",
     address: str | None = None,
     progress: bool = True,
+    beside: Sequence[engines.Task] = (),
 ) -> None:
     """
     Measure what is not on record, and return when all is.
@@ -238,6 +238,7 @@ def measure(
             None for as many as it has room for.
         engine (`str`), address (`str`, *optional*): See `engines.run`. The ranks of a launcher take turns.
         progress (`bool`): Show a bar.
+        beside (`Sequence[engines.Task]`): Other tasks, which are begun first and run as victims do.
 
     Raises:
         ValueError: If another command writes these records, or an option cannot be used.
@@ -247,7 +248,8 @@ def measure(
     rank, world = engines.ranks()
     if engine == "local" and processes is None:
         processes = min(available_cores(), max(1, len(trials))) if device.type == "cpu" and world == 1 else 1
-    tasks = [_Task(trial, records, device, progress and rank == 0 and processes == 1) for trial in trials]
+    shown = progress and rank == 0 and processes == 1
+    tasks = [*beside, *(_Task(trial, records, device, shown) for trial in trials)]
     records.parent.mkdir(parents=True, exist_ok=True)
     lock = engines.folder_lock(records.with_name(f".{records.name}.lock"))
     with (
@@ -258,23 +260,23 @@ def measure(
         missing = engines.first_rank_decides(lambda: [row for row, task in enumerate(tasks) if not task.is_done()])
         bar.update(len(tasks) - len(missing))
         how = {"open_worker": _no_worker, "engine": engine, "address": address, "gpus": int(device.type == "cuda")}
-        starts = {tasks[row].trial.pretrained_path: tasks[row].trial for row in missing}
-        starts.pop(None, None)
-        if starts:
-            few = processes if engine == "ray" else min(processes, len(starts))
-            shown = progress and rank == 0 and few == 1
-            pretrainings = [
-                Pretraining(
-                    path,
-                    trial.init_from,
-                    **{name: trial.pretraining[name] for name in ("victim", "width", "seed")},
-                    device=device,
-                    progress=shown,
-                )
-                for path, trial in starts.items()
-            ]
-            engines.run(pretrainings, processes=few, **how)
-        engines.run(tasks, processes=processes, on_done=lambda task, accuracy: _show(bar, task.trial, accuracy), **how)
+        starts = [tasks[row].trial for row in missing if isinstance(tasks[row], _Task)]
+        _pretrain(starts, processes, device, progress and rank == 0, how)
+        engines.run(tasks, processes=processes, on_done=lambda task, result: _show(bar, task, result), **how)
+
+
+def _pretrain(trials: Sequence[Trial], processes: int | None, device: torch.device, progress: bool, how: dict) -> None:
+    """Train each network once that trials start from, in the same way as victims are run."""
+    starts = {trial.pretrained_path: trial for trial in trials if trial.pretrained_path is not None}
+    few = processes if how["engine"] == "ray" else min(processes, max(1, len(starts)))
+    told = {"device": device, "progress": progress and few == 1}
+    names = ("victim", "width", "seed")
+    pretrainings = [
+        Pretraining(path, one.init_from, **{name: one.pretraining[name] for name in names}, **told)
+        for path, one in starts.items()
+    ]
+    if pretrainings:
+        engines.run(pretrainings, processes=few, **how)
 
 
 def results_by_trial(records: str | os.PathLike, *, what: str) -> dict[str, dict]:
@@ -463,9 +465,9 @@ def _keep_model(result: VictimResult, trial: Trial) -> None:
     save_weights(trial.model_path, result.model, facts | {"trial": trial.name})
 
 
-def _show(bar: tqdm, trial: Trial, accuracy: float | None) -> None:
-    if accuracy is not None:  # else a process died after it had put the trial on record
-        bar.set_postfix_str(f"{trial.title}: {accuracy:.1%}")
+def _show(bar: tqdm, task: engines.Task, result: Any) -> None:
+    if isinstance(task, _Task) and result is not None:  # else a process died after it had put the trial on record
+        bar.set_postfix_str(f"{task.trial.title}: {result:.1%}")
     bar.update()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from .. import countermeasures, victims
 from ..data.checks import ROLES
 from ..outputs import check_output_folder, public_name
-from ..victims import RECIPES
+from ..victims import RECIPE_NAMES
+from ..victims.choice import RECIPE_HELP, VICTIM_HELP, WHITENING, WHITENING_HELP
 from .attacks import PRETRAINED, PURIFIED
 from .run import BEGUN_NAME, OWN_NAMES, audit
 
@@ -22,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--test", required=True, help="clean labelled images of the same classes")
     what.add_argument("--clean", help="originals of the protected images, under the same ids")
-    for role in ("protected", "collected", "collected_protected", "test", "clean"):
+    what.add_argument(
+        "--probe_images",
+        help="clean labelled images to probe what --method learns without labels; --clean if not given",
+    )
+    for role in ("protected", "collected", "collected_protected", "test", "clean", "probe_images"):
         what.add_argument(f"--{role}_split", help="the only one if not given" if role == "protected" else None)
     what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
     what.add_argument("--label_column")
@@ -51,9 +56,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--control", action="store_true", help="also train on clean images with noise of the same size, as a control"
     )
-    how.add_argument("--victim", default="resnet18", choices=victims.NAMES)
+    how.add_argument("--victim", choices=victims.NAMES, help=VICTIM_HELP)
+    how.add_argument(
+        "--method",
+        nargs="+",
+        default=["supervised"],
+        choices=victims.METHODS,
+        help="how victims learn; of several, the first gives the verdict, and the report has all",
+    )
+    how.add_argument("--whitening", default="training", choices=WHITENING, help=WHITENING_HELP)
+    how.add_argument(
+        "--fractions",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="F",
+        help="also train on images of which these fractions are protected, such as 0.2 0.4 0.6 0.8 1.0, beside the "
+        "clean rest alone; needs --clean",
+    )
     how.add_argument("--width", type=int, help="of the victims; the recipe's if not given")
-    how.add_argument("--protocol", default="fast", choices=tuple(RECIPES), help="the victims' recipe")
+    how.add_argument("--protocol", "--recipe", dest="protocol", choices=RECIPE_NAMES, help=RECIPE_HELP)
     how.add_argument("--seeds", type=int, default=3, help="victims per row")
     how.add_argument("--seed", type=int, default=0, help="of purifier and purification")
     how.add_argument(
@@ -78,12 +100,12 @@ def run(args: argparse.Namespace) -> None:
     """`jcdp audit`: the report, and where it lies."""
     if not 0 <= args.budget <= 255:
         raise ValueError(f"--budget is {args.budget}, but must lie within 0 and 255, in 1/255.")
-    roles = ("protected", "collected", "collected_protected", "test", "clean")
+    roles = ("protected", "collected", "collected_protected", "test", "clean", "probe_images")
     sources = {f"--{name}": getattr(args, name) for name in (*roles, "purifier")}
     check_output_folder(args.output, marks=(BEGUN_NAME,), own=OWN_NAMES, sources=sources, name="--output")
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     options = {role: {"split": getattr(args, f"{role}_split")} for role in roles}
-    for role in ("protected", "test", "clean"):
+    for role in ("protected", "test", "clean", "probe_images"):
         options[role] |= columns
     for role in ("collected", "collected_protected"):
         options[role]["image_column"] = args.image_column
@@ -94,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
         pairs=args.pairs,
         test=args.test,
         clean=args.clean,
+        probe_images=args.probe_images,
         purifier=args.purifier,
         perceptual=args.perceptual,
         output_dir=args.output,
@@ -105,6 +128,9 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         draws=args.draws,
         victim=args.victim,
+        method=args.method,
+        whitening=args.whitening,
+        fractions=args.fractions,
         width=args.width,
         preset=args.preset,
         budget=args.budget / 255,
@@ -133,5 +159,6 @@ def command_of(args: argparse.Namespace) -> str:
             continue
         words.append(action.option_strings[0])
         if action.nargs != 0:
-            words.append(public_name(value) if Path(str(value)).is_absolute() else str(value))
+            values = value if isinstance(value, list) else [value]
+            words += [public_name(one) if Path(str(one)).is_absolute() else str(one) for one in values]
     return shlex.join(words)

@@ -28,6 +28,8 @@ from .purifier import AuditPurifier, purify
 
 
 FOLDER = "draws"
+# So that draws keep the seeds of their victims where more victims are asked for later.
+SEEDS_APART = 1000
 
 
 def separate_spreads(draws: Sequence[Sequence[float]]) -> dict:
@@ -108,7 +110,7 @@ def trials_of_draws(first: Sequence[Trial], more: Sequence[LabelledImages]) -> l
         more (`Sequence[LabelledImages]`): The other draws.
     """
     seeds = [trial.seed for trial in first]
-    apart = max(seeds) - min(seeds) + 1
+    apart = SEEDS_APART * (1 + (max(seeds) - min(seeds)) // SEEDS_APART)
     return [
         [
             dataclasses.replace(
@@ -144,16 +146,13 @@ def figures_of_draws(first: Sequence[Trial], more: Sequence[Sequence[Trial]], re
 
 def over_draws(entry: Mapping, found: Mapping) -> dict:
     """
-    A row of the report whose images were drawn several times: its accuracy is that over all draws.
+    A row of the report whose images were drawn several times.
 
     Args:
-        entry (`dict`): The row, with the figures of the first draw.
+        entry (`dict`): The row, with the figures of all victims of all draws.
         found (`dict`): From `figures_of_draws`.
 
     Returns:
-        `dict`: The row with `accuracy` over all victims of all draws. Its `std` stays one between victims of the same
-        images, as in all other rows.
+        `dict`: The row, whose `std` of the accuracy stays one between victims of the same images, as in other rows.
     """
-    values = [value for victims in found["values"] for value in victims]
-    accuracy = {"mean": found["mean"], "std": found["between_victims"], "values": values}
-    return dict(entry) | {"accuracy": accuracy}
+    return dict(entry) | {"accuracy": entry["accuracy"] | {"std": found["between_victims"]}}

@@ -85,6 +85,8 @@ def noise_in_short(report: Mapping) -> str:
 
 def after_a_save(report: Mapping) -> list[str]:
     """What a JPEG save does to the protection, as far as it was measured."""
+    if report["verdict"]["status"] in ("exchanged", "smoke"):
+        return []
     rows = {entry["row"]: entry for entry in report["rows"]}
     before, said = rows["protected"]["accuracy"]["mean"], []
     for row, quality in SAVE_ROWS.items():
@@ -95,7 +97,7 @@ def after_a_save(report: Mapping) -> list[str]:
                 f"loss, {100 * before:.0f} %."
             )
     missing = [row for row in SAVE_ROWS if row not in rows]
-    if missing and report["verdict"]["status"] not in ("exchanged", "smoke"):
+    if missing:
         victims = len(missing) * len(report["victims"]["seeds"])
         seconds = seconds_in_words(rows["protected"]["train_seconds"])
         said.append(

@@ -10,6 +10,8 @@ from PIL import Image
 
 from ..outputs import printable
 from .evidence import evidence_in_words
+from .fractions import FRACTIONS_CAPTION, draw_fractions, fractions_table, fractions_title
+from .learners import report_of, title_of
 from .owner import noise_in_short, numbers, what_to_do
 from .pictures import NativePictures, Strips, draw_curves, draw_losses, draw_spectrum, row_colours
 from .words import (
@@ -60,10 +62,11 @@ th { text-align: left; font-weight: 600; color: #5f6368; font-size: .82rem; over
 th, td { padding: .5rem .8rem .5rem 0; border-bottom: 1px solid #e4e6e9; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.bar { width: 17%; min-width: 7rem; vertical-align: middle; }
-#results td { overflow-wrap: normal; }
-#results td:first-child { min-width: 11.5rem; }
-#results td.note { min-width: 7rem; }
+.results td { overflow-wrap: normal; }
+.results td:first-child { min-width: 11.5rem; }
+.results td.note { min-width: 7rem; }
 #settings td:first-child, #visibility td:first-child { width: 9rem; color: #5f6368; }
+.fractions th.n { white-space: normal; }
 .track { background: #f1f3f4; border-radius: .2rem; height: .85rem; position: relative; }
 .fill { height: 100%; border-radius: .2rem; }
 .tick { position: absolute; top: -.15rem; width: 1px; height: 1.15rem; background: #202124; opacity: .55; }
@@ -101,7 +104,8 @@ code { font-size: .92em; }
   .numbers b { font-size: 1.7rem; }
   .numbers span { font-size: .8rem; }
   td.bar, th.bar, .wide { display: none; }
-  #results td:first-child { min-width: 0; overflow-wrap: anywhere; }
+  .fractions :is(th, td):nth-child(3), .fractions :is(th, td):nth-child(5) { display: none; }
+  .results td:first-child { min-width: 0; overflow-wrap: anywhere; }
   #settings tr, #settings td { display: block; width: auto; border: 0; padding: 0; }
   #settings tr { padding: .5rem 0; border-bottom: 1px solid #e4e6e9; }
   .strip { grid-template-columns: repeat($count, minmax(0, 1fr)); gap: .15rem; margin-top: .5rem; }
@@ -116,7 +120,11 @@ code { font-size: .92em; }
   @page { margin: 14mm; }
   #owner { break-after: page; }
   #owner p.verdict { font-size: 1.25rem; }
-  #owner h2 { margin-top: 1.1rem; }
+  #owner h2 { margin: .7rem 0 .3rem; }
+  #owner p.mark, #owner p.note, #owner p.way { margin: .4rem .6rem 0 0; }
+  #owner ul { margin: .3rem 0; }
+  .numbers { margin: .8rem 0 .6rem; }
+  .numbers b { font-size: 1.8rem; }
   #full { border-top: 0; margin-top: 0; }
   #full > h2:first-child { margin-top: 0; }
   h2 { break-after: avoid; }
@@ -129,6 +137,7 @@ code { font-size: .92em; }
 <h1>Audit of a protected data set</h1>
 <p class="verdict" id="verdict" data-status="$status">$sentence</p>
 $marks
+$ways
 <div class="numbers" id="numbers">
 $numbers
 </div>
@@ -144,7 +153,7 @@ $advice
 </section>
 <section id="full">
 <h2>What victims learned</h2>
-<table id="results">
+<table id="results" class="results">
 <thead><tr><th>victims</th><th class="n">test accuracy</th><th class="n">std</th><th class="bar"></th>
 <th class="n wide">best epoch</th><th class="n wide">training accuracy</th><th class="wide">before</th>
 <th class="n wide">training</th></tr></thead>
@@ -155,6 +164,8 @@ $rows
 <p class="note">Accuracy after the last epoch on $test clean test images, mean over $seeds; the marks in a bar are the
 single victims. The best epoch is chosen by the test images and is no result. Giving one answer for all images gets
 $chance. Times are per victim, before and while training, on $device.</p>
+$others
+$fractions
 <h2>How sure this is</h2>
 <ul id="certainty">
 $certainty
@@ -217,11 +228,14 @@ def page(report: dict, strips: Strips, native: NativePictures) -> str:
         status=judged["status"],
         sentence=_escape(judged["sentence"]).replace("-&gt;", "→").replace(" %", "&nbsp;%"),
         marks="\n".join(f'<p class="mark">{_escape(mark)}</p>' for mark in marks(report)),
+        ways="\n".join(f'<p class="way">{_escape(sentence)}</p>' for sentence in report["side_by_side"]),
         numbers=_numbers(report),
         natives=_natives(native),
         native_caption=_escape(f"{native.caption} {noise_in_short(report)}".strip()),
         advice=_items(what_to_do(report)),
         rows="\n".join(_result_row(row, entry, colour) for row, entry, colour in rows),
+        others="\n".join(_other(report, other) for other in report["others"]),
+        fractions="\n".join(_fractions(one) for one in (report, *report["others"]) if one["fractions"]),
         test=report["data"]["sets"]["test"]["images"],
         seeds="one seed" if seeds == 1 else f"{seeds} seeds",
         chance=f"{100 * report['chance']:.0f} %",
@@ -275,6 +289,33 @@ def _spectrum(spectrum: dict | None) -> str:
     if spectrum is None:
         return ""
     return f'{draw_spectrum(spectrum)}\n<p class="note">{_escape(SPECTRUM_CAPTION)}</p>'
+
+
+def _other(report: dict, other: dict) -> str:
+    """The table and the verdict of a further way of learning."""
+    alone = report_of(report, other)
+    rows = zip(results_table(alone), alone["rows"], row_colours(alone))
+    shown = "\n".join(_result_row(row, entry, colour) for row, entry, colour in rows)
+    head = '<tr><th>victims</th><th class="n">test accuracy</th><th class="n">std</th><th class="bar"></th>'
+    head += '<th class="n wide">best epoch</th><th class="n wide">training accuracy</th><th class="wide">before</th>'
+    head += '<th class="n wide">training</th></tr>'
+    return (
+        f"<h2>{_escape(title_of(other))}</h2>\n<p>{_escape(other['verdict']['sentence'])}</p>\n"
+        f'<table class="results"><thead>{head}</thead><tbody>\n{shown}\n</tbody></table>\n{draw_curves(alone)}'
+    )
+
+
+def _fractions(one: dict) -> str:
+    """Table and curve of the fractions."""
+    head, *rows = fractions_table(one["fractions"])
+    cells = ["".join(f'<td class="n">{_escape(cell)}</td>' for cell in row) for row in rows]
+    return (
+        f'<h2>{_escape(fractions_title(one))}</h2>\n<table class="fractions"><thead><tr>'
+        + "".join(f'<th class="n">{_escape(cell)}</th>' for cell in head)
+        + "</tr></thead><tbody>\n"
+        + "\n".join(f"<tr>{row}</tr>" for row in cells)
+        + f'\n</tbody></table>\n<p class="note">{_escape(FRACTIONS_CAPTION)}</p>\n{draw_fractions(one["fractions"])}'
+    )
 
 
 def _result_row(row: dict, entry: dict, colour: str) -> str:

@@ -86,6 +86,11 @@ def _tool_of(source: Any, attack: str) -> Tool:
     return Tool(card["method"], kind(**numbers), card["seed"])
 
 
+def assumptions_of(asked: AuditSettings) -> dict[str, str]:
+    """By attack, what it assumes beyond protected and collected images."""
+    return {one.name: one.countermeasure.assumes for one in asked.tried if one.countermeasure.assumes}
+
+
 def check_labels(tool: Tool | None, sets: Mapping[str, LabelledImages]) -> None:
     """
     Refuse collected images without the labels that a tool needs.
@@ -121,7 +126,7 @@ def pairs_of(
         return make_pairs(sets["collected_protected"], sets["collected"])
     if tool is None:
         return None
-    smoke, originals = asked.recipe.smoke, sets["collected"]
+    smoke, originals = asked.smoke, sets["collected"]
     count = SMOKE_PAIRS if smoke else asked.pairs
     if poisons.get(tool.method).uses_labels:
         originals = few_of_each_class(_labelled_as_protected(tool, sets), count)

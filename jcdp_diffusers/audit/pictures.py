@@ -15,7 +15,13 @@ from ..data import LabelledImages
 from ..outputs import printable, replacing
 
 
-COLOURS = {"clean": "#2f6f4f", "control": "#2f8f9d", "protected": "#b3261e", "purified": "#1f5fa8"}
+COLOURS = {
+    "clean": "#2f6f4f",
+    "control": "#2f8f9d",
+    "early-stopping": "#d98880",
+    "protected": "#b3261e",
+    "purified": "#1f5fa8",
+}
 OTHER_COLOURS = ("#8a5a00", "#6b4fa0", "#4a6a73", "#a0427d", "#5c6b1f", "#7a4a2b")
 SHOWN = 10  # images, one of each class
 # Of the pictures at 1:1: two beside each other fit a phone, four a printed page.
@@ -59,7 +65,8 @@ def picture_strips(sets: Mapping[str, LabelledImages]) -> Strips:
         sets (`dict`): `protected`, `purified` and, where known, `clean` images, row by row the same.
     """
     protected, purified, clean = sets["protected"], sets["purified"], sets.get("clean")
-    chosen = [int(np.argmax(protected.labels == label)) for label in np.unique(protected.labels)][:SHOWN]
+    labels = np.arange(len(protected)) if protected.labels is None else protected.labels
+    chosen = [int(np.argmax(labels == label)) for label in np.unique(labels)[:SHOWN]]
     strips = {} if clean is None else {"clean": clean.images[chosen]}
     strips |= {"protected": protected.images[chosen], "purified": purified.images[chosen]}
     changes = {"what purification changed": (protected, purified)}
@@ -73,8 +80,10 @@ def picture_strips(sets: Mapping[str, LabelledImages]) -> Strips:
     gain = max(1, int(127.5 / max(1.0, largest)))
     for title, difference in differences.items():
         strips[f"{title}, x{gain}"] = np.rint((127.5 + gain * difference).clip(0, 255)).astype(np.uint8)
+    if protected.labels is None:
+        return Strips(strips, tuple(f"image {row + 1}" for row in chosen), gain)
     names = protected.class_names or tuple(map(str, range(protected.num_classes)))
-    return Strips(strips, tuple(names[int(protected.labels[row])] for row in chosen), gain)
+    return Strips(strips, tuple(names[int(labels[row])] for row in chosen), gain)
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,9 @@ def draw_curves(report: dict, path: Path | None = None) -> str:
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(5, 3.2))
     for entry, colour in zip(report["rows"], row_colours(report)):
-        epochs = range(1, len(entry["curves"][0]) + 1)
+        if not entry["curves"]:
+            continue
+        epochs = entry["curve_epochs"]
         for curve in entry["curves"]:
             axis.plot(epochs, 100 * np.array(curve), color=colour, alpha=0.25, linewidth=1)
         mean = 100 * np.mean(entry["curves"], axis=0)

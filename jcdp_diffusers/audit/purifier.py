@@ -15,7 +15,7 @@ from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PurificationConfig
 from ..purify.dataset import open_purifier, purify_dataset
 from ..results import append_record, as_settings, plain, read_records
-from ..train.default_purifier import Plan, plan_for, purifier_to_be, train_planned
+from ..train.default_purifier import MANY_IMAGES, Plan, plan_for, purifier_to_be, shortened, train_planned
 from ..train.provenance import check_trained_on
 from ..train.record import RECORD_NAME, read_record
 from ..trials import describe_images
@@ -67,7 +67,7 @@ def choose_purifier(
         ValueError: If it does not suit the images, has seen what it must not have seen, or cannot do what is asked.
     """
     if purifier is None:
-        plan = asked.plan or plan_for(sets["collected"], device, asked.recipe.smoke)
+        plan = asked.plan or _plan(sets["collected"], asked, device)
         network = None if asked.perceptual is None else load_perceptual(asked.perceptual)
         pipe = purifier_to_be(plan, sets["collected"], network)
         check_purifier(pipe, sets["protected"])
@@ -79,12 +79,24 @@ def choose_purifier(
     return AuditPurifier(str(purifier), pipe, _purification(pipe, asked.preset, asked), listed)
 
 
+def _plan(collected: LabelledImages, asked: AuditSettings, device: torch.device) -> Plan:
+    """
+    The purifier to train. On a CPU and with many images it is a short one, unless a preset or an attack purifies with
+    settings of its own, which may need more timesteps.
+    """
+    plan = plan_for(collected, device, asked.smoke)
+    own = [one for one in asked.tried if one.countermeasure.needs_purifier and not one.purifies_as_the_audit]
+    if device.type != "cpu" or asked.smoke or len(collected) < MANY_IMAGES or asked.preset is not None or own:
+        return plan
+    return shortened(plan)
+
+
 def _purification(
     pipe: JointConditionalPurificationPipeline, preset: str | PurificationConfig | None, asked: AuditSettings
 ) -> PurificationConfig:
     """The settings of the audit's purification; refuse them, and attacks, if they are beyond the purifier."""
     config = pipe.resolve_config(preset)
-    if asked.recipe.smoke:
+    if asked.smoke:
         return pipe.resolve_config(in_seconds(config))
     for one in asked.tried:
         one.check(pipe)
@@ -98,6 +110,8 @@ def trained(
     records: Path,
     device: torch.device,
     say: Callable[[str], None],
+    *,
+    progress: bool = True,
 ) -> AuditPurifier:
     """Train the purifier, unless it is on record with these settings, and open it."""
     folder = Path(used.name)
@@ -116,7 +130,8 @@ def trained(
     else:
         say(f"Training a purifier on {len(collected)} collected images: {training.max_train_steps} steps")
         start = time.perf_counter()
-        train_planned(dataclasses.replace(used.plan, training=training), collected, folder, used.perceptual)
+        plan = dataclasses.replace(used.plan, training=training)
+        train_planned(plan, collected, folder, used.perceptual, progress=progress)
         purification = dataclasses.replace(used.plan.purification, **training.facts_of_the_network())
         purification.save_pretrained(folder)
         seconds = round(time.perf_counter() - start, 2)
@@ -125,23 +140,29 @@ def trained(
             what="seconds",
             value=seconds,
             seed=asked.seed,
-            protocol=asked.recipe.name,
+            protocol="smoke" if asked.smoke else "audit",
             settings=settings,
             device=device.type,
             seconds=seconds,
         )
-    pipe = open_purifier(used.name, device, output_dir=folder.with_name("purified"))
-    return dataclasses.replace(used, pipe=pipe)
+    return opened(used, device, folder.with_name("purified"))
 
 
-def purify(protected: LabelledImages, used: AuditPurifier, folder: Path, seed: int) -> LabelledImages:
+def opened(used: AuditPurifier, device: torch.device, purified_dir: Path) -> AuditPurifier:
+    """The purifier with its pipeline, placed for images that lie or will lie in a folder."""
+    return dataclasses.replace(used, pipe=open_purifier(used.name, device, output_dir=purified_dir))
+
+
+def purify(
+    protected: LabelledImages, used: AuditPurifier, folder: Path, seed: int, *, progress: bool = True
+) -> LabelledImages:
     """
     The purified images, made where they do not lie in the folder yet.
 
     Raises:
         ValueError: If the folder holds those of another data set.
     """
-    purify_dataset(protected, used.pipe, output_dir=folder, seed=seed, preset=used.config)
+    purify_dataset(protected, used.pipe, output_dir=folder, seed=seed, preset=used.config, progress=progress)
     purified = load_images(folder, channels=protected.images.shape[3])
     if purified.ids != protected.ids:
         raise ValueError(

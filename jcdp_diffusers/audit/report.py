@@ -8,6 +8,8 @@ from pathlib import Path
 from ..data import LabelledImages
 from ..outputs import printable, write_atomically
 from .evidence import evidence_in_words
+from .fractions import FRACTIONS_CAPTION, draw_fractions, fractions_name, fractions_table, fractions_title
+from .learners import report_of, title_of
 from .owner import noise_in_short, numbers, what_to_do
 from .page import page
 from .pictures import (
@@ -49,6 +51,9 @@ def write_report(output_dir: Path, report: dict, sets: Mapping[str, LabelledImag
     draw_curves(report, pictures / "curves.png")
     if report["data"]["spectrum"] is not None:
         draw_spectrum(report["data"]["spectrum"], pictures / "spectrum.png")
+    for number, one in enumerate((report, *report["others"])):
+        if one["fractions"]:
+            draw_fractions(one["fractions"], pictures / fractions_name(number))
     write_atomically(output_dir / "report.json", json.dumps(report, indent=2) + "\n")
     write_atomically(output_dir / "report.md", markdown(report, strips.caption, native))
     write_atomically(output_dir / "report.html", page(report, strips, native))
@@ -75,6 +80,7 @@ def _first_page(report: dict, native: NativePictures) -> list[str]:
         f"**{_text(report['verdict']['sentence'])}**",
         "",
         *(f"> {mark}\n" for mark in marks(report)),
+        *(f"{_text(sentence)}\n" for sentence in report["side_by_side"]),
         *_table(("test accuracy", "", "victims"), shown),
         "",
         f"![{kinds}](pictures/native.png)",
@@ -88,21 +94,39 @@ def _first_page(report: dict, native: NativePictures) -> list[str]:
     ]
 
 
-def _full_report(report: dict, caption: str) -> list[str]:
+def _results(report: dict) -> list[str]:
     head = ("victims", "test accuracy", "std", "each seed", "best epoch", "training accuracy", "before", "training")
     names = ("title", "test", "std", "values", "best", "train", "before", "seconds")
-    table = [[_text(row[name]) for name in names] for row in results_table(report)]
+    return _table(head, [[_text(row[name]) for name in names] for row in results_table(report)])
+
+
+def _others(report: dict) -> list[str]:
+    """Tables and verdicts of further ways of learning, and tables and curves of fractions."""
+    lines = []
+    for other in report["others"]:
+        lines += [f"## {_text(title_of(other))}", "", _text(other["verdict"]["sentence"]), ""]
+        lines += [*_results(report_of(report, other)), ""]
+    for number, one in enumerate((report, *report["others"])):
+        if one["fractions"]:
+            head, *rows = fractions_table(one["fractions"])
+            lines += [f"## {_text(fractions_title(one))}", "", *_table(tuple(head), rows), "", FRACTIONS_CAPTION, ""]
+            lines += [f"![Accuracy over the protected fraction](pictures/{fractions_name(number)})", ""]
+    return lines
+
+
+def _full_report(report: dict, caption: str) -> list[str]:
     measures = [[_text(title), _text(said)] for title, said in visible(report)]
     spectrum = report["data"]["spectrum"]
     pictured = ["![Spectrum of the protection](pictures/spectrum.png)", "", SPECTRUM_CAPTION, ""]
     return [
         "## What victims learned",
         "",
-        *_table(head, table),
+        *_results(report),
         "",
         "Test accuracy is that after the last epoch, mean over seeds. The best epoch is chosen by the test images and "
         "is no result. Seconds are per victim, before and while training.",
         "",
+        *_others(report),
         "## How sure this is",
         "",
         *(f"- {_text(sentence)}" for sentence in certainty(report)),

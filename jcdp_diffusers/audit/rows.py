@@ -17,7 +17,7 @@ from ..results import as_settings
 from ..trials import Trial, describe_images, purifier_digest, results_by_trial
 from ..victims.finetuning import InitFrom, pretraining_recipe
 from .purifier import AuditPurifier
-from .settings import AuditSettings
+from .settings import AuditSettings, Learner
 
 
 TITLES = {
@@ -26,6 +26,9 @@ TITLES = {
     "protected": "protected images",
     "purified": "purification",
 }
+
+EARLY_STOPPING = "early-stopping"
+TITLES_OF_OTHERS = {EARLY_STOPPING: "early stopping (best epoch on record, chosen by the test images)"}
 
 
 def control_images(clean: LabelledImages, protected: LabelledImages, seed: int) -> LabelledImages:
@@ -38,6 +41,7 @@ def trials_of(
     sets: Mapping[str, LabelledImages],
     used: AuditPurifier,
     asked: AuditSettings,
+    learner: Learner,
     work_dir: Path,
     pairs: Pairs | None = None,
 ) -> dict[str, list[Trial]]:
@@ -45,30 +49,42 @@ def trials_of(
     The trials by row, one for each seed.
 
     Args:
-        sets (`dict`): Images by role, with `purified` and, where asked for, `control`.
+        sets (`dict`): Images by role, where asked for with `control`. Without `purified` among them, the rows that
+            need the purifier are left out.
         used (`AuditPurifier`): For attacks that purify.
-        asked (`AuditSettings`): Attacks, victims and seeds.
+        asked (`AuditSettings`): Attacks and seeds.
+        learner (`Learner`): Of the victims.
         work_dir (`Path`): Where attacks keep what they have purified.
         pairs ([`Pairs`], *optional*): For attacks that learn from them.
     """
     rows = {row: (sets[row], "none", None, None) for row in TITLES if row in sets}
     tuned = {one.finetune for one in asked.tried} - {None}
-    starts = {how: InitFrom(sets["collected"], how, pretraining_recipe(asked.recipe)) for how in tuned}
+    starts = {how: InitFrom(sets["collected"], how, pretraining_recipe(learner.recipe)) for how in tuned}
     for one in asked.tried:
+        if one.countermeasure.needs_pairs and pairs is None:
+            raise ValueError(f"pairs is None, but attack {one.name!r} needs them.")
+        if "purified" not in sets and (one.takes_purified or one.countermeasure.needs_purifier):
+            continue
         # In a smoke run every attack that purifies does so in seconds.
-        replaced = one.countermeasure.needs_purifier and (asked.recipe.smoke or one.purifies_as_the_audit)
+        replaced = one.countermeasure.needs_purifier and (asked.smoke or one.purifies_as_the_audit)
         images = sets["purified" if one.takes_purified else "protected"]
         rows[one.name] = (images, one.countermeasure.name, used.config if replaced else None, starts.get(one.finetune))
+    whitens = asked.whitening == "collected" and learner.whitens
     facts = {"audit": describe_images(sets["protected"])["content"], "roles": asked.roles}
-    purification = {"purifier": purifier_digest(used.name), "purification": as_settings(used.config)}
+    purification = {}
+    if "purified" in sets:
+        purification = {"purifier": purifier_digest(used.name), "purification": as_settings(used.config)}
     return {
         row: [
             Trial(
                 images,
                 sets["test"],
-                asked.recipe,
+                learner.recipe,
                 seed,
-                victim=asked.victim,
+                victim=learner.victim,
+                method=learner.method,
+                probe=None if learner.method == "supervised" else sets.get("probe", sets.get("clean")),
+                whitening=sets["collected"] if whitens and start is None else None,
                 width=asked.width,
                 countermeasure=name,
                 purifier=used.name,
@@ -76,7 +92,7 @@ def trials_of(
                 pairs=pairs if countermeasures.get(name).needs_pairs else None,
                 init_from=start,
                 work_dir=work_dir,
-                about=facts | {"row": row} | (purification if images is sets["purified"] else {}),
+                about=facts | {"row": row} | (purification if images is sets.get("purified") else {}),
             )
             for seed in asked.victim_seeds
         ]
@@ -97,10 +113,30 @@ def figures(
         purified_dir (`Path`): Their folder.
     """
     seconds = json.loads((purified_dir / SUMMARY_NAME).read_text())["seconds_of_work"]
-    rows = [{"row": row, "title": _title(row, own)} | _figures(own, records) for row, own in trials.items()]
-    for entry in rows:
-        entry["prepare_seconds"] += seconds if trials[entry["row"]][0].train is purified else 0
+    rows = []
+    for row, own in trials.items():
+        rows.append({"row": row, "title": _title(row, own)} | _figures(own, records))
+        rows[-1]["prepare_seconds"] += seconds if own[0].train is purified else 0
+        if row == "protected" and own[0].method == "supervised":
+            rows.append(early_stopping(rows[-1]))
     return rows
+
+
+def early_stopping(protected: Mapping) -> dict:
+    """
+    A row for whoever stops the training of the protected images in time. It costs nothing, for the test accuracy after
+    each epoch is on record. The epoch is chosen by the test images, so nobody gets more, and the row is not judged.
+
+    Args:
+        protected (`dict`): The row of protected images.
+    """
+    unknown = {"train_accuracy": None, "per_class_accuracy": None, "curves": [], "curve_epochs": []}
+    changes = {
+        "row": EARLY_STOPPING,
+        "title": TITLES_OF_OTHERS[EARLY_STOPPING],
+        "accuracy": protected["best_accuracy"],
+    }
+    return dict(protected) | changes | unknown
 
 
 def _title(row: str, trials: list[Trial]) -> str:
@@ -112,17 +148,25 @@ def _figures(trials: list[Trial], records: Path) -> dict:
     """Figures of one row over its seeds."""
     accuracy, details = (results_by_trial(records, what=what) for what in ("accuracy", "victim"))
     own = [details[trial.name]["value"] for trial in trials]
+    # What learns without labels is followed by the nearest neighbours of its features.
+    figure = "test_accuracy" if trials[0].method == "supervised" else "knn_accuracy"
     return {
         "accuracy": _spread([accuracy[trial.name]["value"] for trial in trials]),
-        "best_accuracy": _spread([entry["best_accuracy"] for entry in own]),
-        "train_accuracy": _spread([entry["train_accuracy"] for entry in own]),
+        "best_accuracy": _spread_if_known([entry["best_accuracy"] for entry in own]),
+        "train_accuracy": _spread_if_known([entry["train_accuracy"] for entry in own]),
         "per_class_accuracy": np.mean([entry["per_class_accuracy"] for entry in own], axis=0).round(4).tolist(),
-        "curves": [[epoch["test_accuracy"] for epoch in entry["history"]] for entry in own],
+        "curves": [[epoch[figure] for epoch in entry["history"] if figure in epoch] for entry in own],
+        "curve_epochs": [epoch["epoch"] for epoch in own[0]["history"] if figure in epoch],
         "train_seconds": statistics.fmean(entry["train_seconds"] for entry in own),
         "prepare_seconds": max(entry["prepare_seconds"] for entry in own),
         "device": accuracy[trials[0].name]["device"],
         "threads": own[0]["threads"],
     }
+
+
+def _spread_if_known(values: list[float | None]) -> dict | None:
+    """Of a figure that a way of learning may not have."""
+    return None if values[0] is None else _spread(values)
 
 
 def _spread(values: list[float]) -> dict:

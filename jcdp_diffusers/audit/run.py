@@ -8,9 +8,12 @@ command, given again after an interruption, goes on from there; given with more 
 only what is new.
 """
 
+import dataclasses
+import functools
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,19 +21,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..countermeasures import Pairs
 from ..data import LabelledImages
 from ..outputs import check_output_folder, public_name, write_atomically
 from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions, plain
-from ..trials import describe_images, measure, purifier_digest
+from ..trials import Trial, describe_images, measure, purifier_digest
+from ..victims.choice import check_whitening
+from .beside import prepare_beside
 from .draws import FOLDER, draw_again, figures_of_draws, over_draws, trials_of_draws
+from .fractions import check_fractions, figures_of_fractions, trials_of_fractions
+from .learners import in_words, side_by_side
 from .limits import limits
-from .pairs import check_labels, check_pairs_asked, pairs_of
+from .pairs import assumptions_of, check_labels, check_pairs_asked, pairs_of
 from .purifier import AuditPurifier, choose_purifier, purify, trained
 from .report import write_report
 from .rows import control_images, figures, trials_of
 from .sets import describe, few, read_sets, separate, shortcut_in_words
-from .settings import AuditSettings
+from .settings import AuditSettings, Learner
 from .verdict import verdict
 
 
@@ -58,6 +66,7 @@ def audit(
     collected_protected: Any = None,
     purifier: str | os.PathLike | None = None,
     clean: Any = None,
+    probe_images: Any = None,
     output_dir: str | os.PathLike = "runs/audit",
     image_size: int | None = None,
     channels: int = 3,
@@ -82,6 +91,8 @@ def audit(
         purifier (`str` or `os.PathLike`, *optional*): Folder or Hub id; trained on `collected` if not given.
         clean (*optional*): The originals of the protected images, under the same ids. Without them nobody can say how
             much the protection takes away.
+        probe_images (*optional*): For a method without labels, the clean labelled images that a linear probe of the
+            victims' features is trained on; by default `clean`.
         output_dir (`str` or `os.PathLike`): An empty folder, or that of an audit to go on with. It gets `report.html`,
             `report.md`, `report.json`, `pictures/`, `records.jsonl`, the purified images in `purified/` and the
             purifier, if it is trained, in `purifier/`. More seeds, attacks and protocols may follow in it. Another
@@ -104,6 +115,7 @@ def audit(
     asked = AuditSettings(**settings)
     sources = {"protected": protected, "collected": collected, "test": test, "clean": clean}
     sources["collected_protected"] = collected_protected
+    sources["probe_images"] = probe_images
     check_output_folder(
         output_dir, marks=(BEGUN_NAME,), own=OWN_NAMES, sources=sources | {"purifier": purifier}, name="output_dir"
     )
@@ -142,22 +154,32 @@ def carry_out(
     # 1. The images, and what is used on them: all that can be refused is refused here
     _check_asked(asked, sources, purifier)
     tool = check_pairs_asked(asked, sources)
-    sets = read_sets(sources, **reading)
+    sets = read_sets(sources, asked.methods, **reading)
     check_labels(tool, sets)
     used = choose_purifier(purifier, sets, asked, output_dir, device)
     begun = _begun(asked, sets, used)
     _check_begun(output_dir, begun)
+    learners = asked.learners(device, sets["protected"].images.shape[1:])
+    whitening = sets.get("collected") if asked.whitening == "collected" else None
+    check_whitening(asked.whitening, whitening, *(learner.victim for learner in learners))
     separation = separate(sets, asked)
     say("; ".join(f"{role}: {len(data)} images" for role, data in sets.items()))
-    sets = few(sets) if asked.recipe.smoke else sets
+    sets = few(sets) if asked.smoke else sets
+    check_fractions(sets, asked, learners)
     data = describe(sets, separation, used.pipe.perceptual, seed=asked.seed)
-    say(shortcut_in_words(data["shortcut"]))
+    if data["shortcut"] is not None:
+        say(shortcut_in_words(data["shortcut"]))
 
-    # 2. The purifier
+    # 2. The purifier; on several cores with victims that need none beside it
     output_dir.mkdir(parents=True, exist_ok=True)
     records = output_dir / "records.jsonl"
+    if asked.control:
+        sets["control"] = control_images(sets["clean"], sets["protected"], asked.seed)
+    _write_begun(output_dir, {what: value for what, value in begun.items() if what != "preset"})
+    pairs = pairs_of(tool, asked, sets, output_dir / "pairs", device)
+    if device.type == "cpu":
+        _prepare_beside(used, sets, asked, learners, output_dir, pairs, begun, processes, say)
     if used.plan is not None:
-        _write_begun(output_dir, {what: value for what, value in begun.items() if what != "preset"})
         used = trained(used, sets["collected"], asked, records, device, say)
 
     # 3. Purification
@@ -166,26 +188,126 @@ def carry_out(
     say(f"Purifying {len(sets['protected'])} images: {said}")
     sets["purified"] = purify(sets["protected"], used, output_dir / "purified", asked.seed)
     drawn = draw_again(sets["protected"], used, output_dir, draws=asked.draws, seed=asked.seed)
-    if asked.control:
-        sets["control"] = control_images(sets["clean"], sets["protected"], asked.seed)
 
     # 4. Victims, the first seed of every row first
-    pairs = pairs_of(tool, asked, sets, output_dir / "pairs", device)
-    trials = trials_of(sets, used, asked, output_dir / "attacks", pairs)
-    more = trials_of_draws(trials["purified"], drawn)
-    order = [trial for turn in zip(*trials.values(), *more) for trial in turn]
-    say(f"Victims: {len(order)} of {asked.recipe.epochs} epochs")
+    by_learner = _trials(sets, used, asked, learners, output_dir, pairs)
+    more = trials_of_draws(by_learner[0].rows["purified"], drawn)
+    order = in_turn([*more, *(own for one in by_learner for own in one.all)])
+    say(f"Victims: {len(order)}; {in_words(learners, len(sets['protected']))}")
     measure(order, records, device=device, processes=processes)
 
     # 5. The report
-    rows = figures(trials, records, sets["purified"], output_dir / "purified")
-    draws = figures_of_draws(trials["purified"], more, records)
-    if more:
-        rows = [over_draws(entry, draws) if entry["row"] == "purified" else entry for entry in rows]
-    report = _report(rows, draws, sets, data, used, asked, trials["protected"][0].settings, command)
+    first, *others = by_learner
+    draws = figures_of_draws(first.rows["purified"], more, records)
+    every = [trial for draw in (first.rows["purified"], *more) for trial in draw]
+    learned = [_learned(first.with_row("purified", every), sets, asked, records, output_dir, draws)]
+    learned += [_learned(one, sets, asked, records, output_dir, None) for one in others]
+    report = _report(learned, draws, sets, data, used, asked, command)
     write_report(output_dir, report, sets)
-    say(report["verdict"]["sentence"])
+    for sentence in (report["verdict"]["sentence"], *report["side_by_side"]):
+        say(sentence)
     return report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trials:
+    """The trials of one way of learning: by row, and by fraction those of all images and of the clean rest."""
+
+    rows: dict[str, list[Trial]]
+    fractions: dict[float, tuple[list[Trial], list[Trial]]]
+
+    def with_row(self, row: str, trials: list[Trial]) -> "_Trials":
+        """The same with other trials in a row."""
+        return dataclasses.replace(self, rows=self.rows | {row: trials})
+
+    @property
+    def all(self) -> list[list[Trial]]:
+        """Each row and each of the rows of fractions."""
+        return [*self.rows.values(), *(own for pair in self.fractions.values() for own in pair)]
+
+
+def _trials(
+    sets: Mapping[str, LabelledImages],
+    used: AuditPurifier,
+    asked: AuditSettings,
+    learners: Sequence[Learner],
+    output_dir: Path,
+    pairs: Pairs | None,
+) -> list[_Trials]:
+    """The trials of each way of learning; without `purified` among the sets, those that need no purifier."""
+    found = []
+    for learner in learners:
+        rows = trials_of(sets, used, asked, learner, output_dir / "attacks", pairs)
+        found.append(_Trials(rows, trials_of_fractions(sets, asked, rows["protected"]) if asked.fractions else {}))
+    return found
+
+
+def in_turn(rows: Sequence[Sequence[Trial]]) -> list[Trial]:
+    """The first seed of every row, then the second seed of every row, and so on; each trial once."""
+    order = (trial for turn in itertools.zip_longest(*rows) for trial in turn if trial is not None)
+    return list({trial.name: trial for trial in order}.values())
+
+
+def _prepare_beside(
+    used: AuditPurifier,
+    sets: Mapping[str, LabelledImages],
+    asked: AuditSettings,
+    learners: Sequence[Learner],
+    output_dir: Path,
+    pairs: Pairs | None,
+    begun: dict,
+    processes: int | None,
+    say: Callable[[str], None],
+) -> None:
+    """See `beside`."""
+    trials = in_turn([own for one in _trials(sets, used, asked, learners, output_dir, pairs) for own in one.all])
+    waiting = 1 + sum(one.takes_purified or one.countermeasure.needs_purifier for one in asked.tried)
+    prepare_beside(
+        used,
+        sets,
+        asked,
+        output_dir,
+        trials,
+        waiting=len(asked.victim_seeds) * (waiting * len(learners) + asked.draws - 1),
+        begin=functools.partial(_write_begun, output_dir, begun),
+        processes=processes,
+        say=say,
+    )
+
+
+def _learned(
+    trials: _Trials,
+    sets: Mapping[str, LabelledImages],
+    asked: AuditSettings,
+    records: Path,
+    output_dir: Path,
+    draws: dict | None,
+) -> dict:
+    """What a report says of one way of learning."""
+    rows = figures(trials.rows, records, sets["purified"], output_dir / "purified")
+    several = {}
+    if draws is not None and draws["count"] > 1:
+        rows = [over_draws(entry, draws) if entry["row"] == "purified" else entry for entry in rows]
+        several["purified"] = draws["values"]
+    accuracies = {entry["row"]: entry["accuracy"]["values"] for entry in rows}
+    first = trials.rows["protected"][0]
+    recipe = first.settings["recipe"]
+    beside = {"draws": several, "assuming": frozenset(assumptions_of(asked))}
+    titles = {entry["row"]: entry["title"] for entry in rows}
+    return {
+        "verdict": verdict(accuracies, titles, test_images=len(sets["test"]), smoke=recipe["smoke"], **beside),
+        "rows": rows,
+        "fractions": figures_of_fractions(trials.fractions, records),
+        "victims": {
+            "victim": first.victim,
+            "method": first.method,
+            "width": first.settings["width"],
+            "seeds": list(asked.victim_seeds),
+            "recipe": recipe,
+            "probe_images": None if first.probe is None else len(first.probe),
+            "whitening": None if first.whitening is None else len(first.whitening),
+        },
+    }
 
 
 def _check_asked(asked: AuditSettings, sources: Mapping[str, Any], purifier: str | os.PathLike | None) -> None:
@@ -196,6 +318,11 @@ def _check_asked(asked: AuditSettings, sources: Mapping[str, Any], purifier: str
         raise ValueError(f"collected is None, but must be a set of images for attack {started[0]!r}.")
     if asked.control and sources["clean"] is None:
         raise ValueError("control is True, but without clean images there is nothing to add its noise to.")
+    if asked.fractions and sources["clean"] is None:
+        raise ValueError(
+            f"fractions is {list(asked.fractions)}, but without clean images there is nothing beside protected ones."
+        )
+    _check_probe_asked(asked, sources)
     if purifier is not None and asked.perceptual is not None:
         raise ValueError(
             f"perceptual is {str(asked.perceptual)!r}, but goes with a purifier that is trained here: that of "
@@ -208,11 +335,24 @@ def _check_asked(asked: AuditSettings, sources: Mapping[str, Any], purifier: str
         )
 
 
+def _check_probe_asked(asked: AuditSettings, sources: Mapping[str, Any]) -> None:
+    probed = [method for method in asked.methods if method != "supervised"]
+    if probed and sources.get("probe_images") is None and sources["clean"] is None:
+        raise ValueError(
+            f"probe_images is None, but must be clean labelled images for method {probed[0]!r} where no clean "
+            "originals are given."
+        )
+    if not probed and sources.get("probe_images") is not None:
+        raise ValueError(
+            f"probe_images is {str(sources['probe_images'])!r}, but must be None for method 'supervised'."
+        )
+
+
 def _begun(asked: AuditSettings, sets: Mapping[str, LabelledImages], used: AuditPurifier) -> dict:
     """What an output folder's purifier and purified images are made for, in JSON's types."""
     trains = used.plan is not None
     begun = {
-        "smoke": asked.recipe.smoke,
+        "smoke": asked.smoke,
         "seed": asked.seed,
         "protected": describe_images(sets["protected"])["content"],
         "purifier": None if trains else purifier_digest(used.name),
@@ -251,27 +391,20 @@ def _write_begun(output_dir: Path, begun: dict) -> None:
 
 
 def _report(
-    rows: list[dict],
+    learned: Sequence[dict],
     draws: dict,
     sets: Mapping[str, LabelledImages],
     data: dict,
     used: AuditPurifier,
     asked: AuditSettings,
-    settings: Mapping[str, Any],
     command: str,
 ) -> dict:
-    """What `report.json` holds, in JSON's types; `settings` are those of a victim."""
-    recipe, test, trains = settings["recipe"], sets["test"], used.plan is not None
-    accuracies = {entry["row"]: entry["accuracy"]["values"] for entry in rows}
-    several = {"purified": draws["values"]} if draws["count"] > 1 else {}
-    assumptions = {one.name: one.countermeasure.assumes for one in asked.tried if one.countermeasure.assumes}
-    titles = {entry["row"]: entry["title"] for entry in rows}
-    beside = {"draws": several, "assuming": frozenset(assumptions)}
-    judged = verdict(accuracies, titles, test_images=len(test), smoke=recipe["smoke"], **beside)
-    tried = {one.name: one.as_done(used.config, smoke=recipe["smoke"]) for one in asked.tried}
+    """What `report.json` holds, in JSON's types; `learned` is what victims got, by way of learning."""
+    test, trains, smoke = sets["test"], used.plan is not None, asked.smoke
+    tried = {one.name: one.as_done(used.config, smoke=smoke) for one in asked.tried}
     said = limits(
-        judged["status"],
-        victim=settings["victim"],
+        learned[0]["verdict"]["status"],
+        victim=" and ".join(dict.fromkeys(one["victims"]["victim"] for one in learned)),
         seeds=len(asked.victim_seeds),
         test_images=len(test),
         clean_known="clean" in sets,
@@ -279,31 +412,26 @@ def _report(
         listed=used.listed,
         training=used.record if trains else None,
         attacks=[one.name for one in asked.tried],
-        assumptions=assumptions,
+        assumptions=assumptions_of(asked),
     )
     report = {
-        "verdict": judged,
-        "smoke": recipe["smoke"],
+        "smoke": smoke,
         "roles": asked.roles,
-        "rows": rows,
+        **learned[0],
+        "others": list(learned[1:]),
+        "side_by_side": side_by_side(learned),
         "draws": draws,
         "chance": float(np.bincount(test.labels).max() / len(test)),
         "data": data,
         "purifier": _purifier_facts(used),
         "purification": as_settings(used.config) | {"evaluations_per_image": used.config.evaluations_per_image},
-        "victims": {
-            "victim": settings["victim"],
-            "width": settings["width"],
-            "seeds": list(asked.victim_seeds),
-            "recipe": recipe,
-        },
         "attacks": {
             name: {"source": one.source, "cost": one.cost, "settings": dict(one.settings)}
             for name, one in tried.items()
         },
         "limits": said,
         "command": command,
-        "device": rows[0]["device"],
+        "device": learned[0]["rows"][0]["device"],
         "packages": package_versions(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -1,13 +1,13 @@
 """The images of an audit: read, checked against each other, and described for the report."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..countermeasures.iss import SAVES, jpeg
-from ..data import LabelledImages, load_images
+from ..data import LabelledImages, find_overlap, load_images
 from ..data.checks import (
     check_separation,
     check_sets,
@@ -18,6 +18,7 @@ from ..data.checks import (
 )
 from ..data.perturbations import noise_kept, visibility
 from ..perceptual import LPIPSModel, lpips_at_hand
+from ..victims import METHODS
 from .evidence import spectral_evidence
 from .settings import AuditSettings
 from .shortcut import shortcut_test
@@ -25,22 +26,31 @@ from .shortcut import shortcut_test
 
 SMOKE_IMAGES = 200
 UNLABELLED = ("collected", "collected_protected")  # roles whose labels no victim uses
+ROLE_NAMES = {"probe": "probe_images"}  # what arguments call a role
 
 
 def read_sets(
-    sources: Mapping[str, Any], *, image_size: int | None, channels: int, options: Mapping[str, dict]
+    sources: Mapping[str, Any],
+    methods: Sequence[str],
+    *,
+    image_size: int | None,
+    channels: int,
+    options: Mapping[str, dict],
 ) -> dict[str, LabelledImages]:
     """
     Read the images of each role once, and refuse those that do not fit together.
 
     Args:
-        sources (`dict`): `protected`, `test` and, where given, `collected`, `collected_protected` and `clean`; None
-            for the others.
+        sources (`dict`): `protected`, `test` and, where given, `collected`, `collected_protected`, `clean` and
+            `probe_images`; None for the others.
+        methods (`Sequence[str]`): How victims learn. Where none of them needs labels, the protected images may do
+            without.
         image_size, channels: As for `data.load_images`.
         options (`dict`): Further options of `data.load_images` by role.
 
     Returns:
-        `dict`: The images by role; the clean ones in the order of the protected ones.
+        `dict`: The images by role, those of `probe_images` as `probe`; the clean ones in the order of the protected
+        ones.
 
     Raises:
         ValueError: If a set cannot be read or used, in one sentence that begins with its role.
@@ -50,15 +60,37 @@ def read_sets(
         for role, source in sources.items()
         if source is not None
     }
-    sets = check_sets(labelled(sets), {role: data for role, data in sets.items() if role in UNLABELLED})
+    if "probe_images" in sets:
+        sets["probe"] = sets.pop("probe_images")
+    sets = _checked(sets, methods)
     if "clean" in sets:
         sets["clean"] = match_originals(sets["clean"], sets["protected"])
     return sets
 
 
+def _checked(sets: Mapping[str, LabelledImages], methods: Sequence[str]) -> dict[str, LabelledImages]:
+    """The sets in one space of labels; those that need none as they are."""
+    needing = {role: data for role, data in sets.items() if role not in UNLABELLED}
+    if sets["protected"].labels is None:
+        if "supervised" in methods:
+            raise ValueError(
+                "protected has no labels, but must have one per image for method 'supervised': "
+                f"{', '.join(method for method in METHODS if method != 'supervised')} need none (--method)."
+            )
+        probed = "probe" if "probe" in sets else "clean"
+        if sets[probed].labels is None:
+            raise ValueError(
+                f"{ROLE_NAMES.get(probed, probed)} has no labels, but a linear probe needs one per image."
+            )
+        needing = {probed: sets[probed], "test": sets["test"]}
+    order = {role: sets[role] for role in sets}
+    checked = check_sets(needing, {role: data for role, data in sets.items() if role not in needing})
+    return {role: checked[role] for role in order}
+
+
 def labelled(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:
-    """The roles that have labels, none of which may have trained a purifier."""
-    return {role: data for role, data in sets.items() if role not in UNLABELLED}
+    """The roles none of which may have trained a purifier."""
+    return {role: data for role, data in sets.items() if role not in (*UNLABELLED, "probe")}
 
 
 def _load(role: str, source: Any, image_size: int | None, channels: int, options: dict) -> LabelledImages:
@@ -84,13 +116,25 @@ def separate(sets: Mapping[str, LabelledImages], asked: AuditSettings) -> dict:
     Returns:
         `dict`: What `data.checks.check_separation` counted, and the `budget` by which it compared.
     """
+    if "probe" in sets and len(pairs := find_overlap(sets["probe"], sets["test"], budget=asked.budget)):
+        first, second = pairs[0]
+        raise ValueError(
+            f"probe_images has {len(np.unique(pairs[:, 0]))} images that are test ones, the first "
+            f"{sets['probe'].ids[first]!r} and {sets['test'].ids[second]!r}, but must have none of them."
+        )
     roles = (sets.get(role) for role in ("protected", "collected", "test", "clean"))
     return check_separation(*roles, roles=asked.roles, budget=asked.budget) | {"budget": asked.budget}
 
 
 def few(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:
     """What a smoke run has time for."""
-    chosen = {role: few_of_each_class(sets[role], SMOKE_IMAGES) for role in ("protected", "test")}
+    chosen = {
+        role: sets[role].subset(range(min(SMOKE_IMAGES, len(sets[role]))))
+        if sets[role].labels is None
+        else few_of_each_class(sets[role], SMOKE_IMAGES)
+        for role in ("protected", "test", "probe")
+        if role in sets
+    }
     if "clean" in sets:
         chosen["clean"] = match_originals(sets["clean"], chosen["protected"])
     return dict(sets) | chosen
@@ -117,7 +161,7 @@ def describe(
         else visibility(clean.images, protected.images, perceptual=_network_of_lpips(perceptual)),
         "jpeg_saves": None if clean is None else _noise_after_saves(clean, protected),
         "spectrum": None if collected is None else spectral_evidence(protected, collected, clean, seed=seed),
-        "shortcut": shortcut_test(protected, test, clean),
+        "shortcut": None if protected.labels is None else shortcut_test(protected, test, clean),
         "separation": dict(separation),
     }
 

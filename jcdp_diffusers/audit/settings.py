@@ -5,12 +5,36 @@ import functools
 import os
 from collections.abc import Sequence
 
+import torch
+
 from .. import victims
 from ..data.checks import ROLES
 from ..purification_config import PRESETS, PurificationConfig
 from ..train.default_purifier import Plan
-from ..victims import RECIPES, Recipe
+from ..victims import METHODS, Recipe, choose, get_recipe, recipes_of
+from ..victims.choice import WHITENING
 from .attacks import Attack, attack
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """
+    One way in which the victims of an audit learn.
+
+    Args:
+        method (`str`): One of `victims.METHODS`.
+        victim (`str`): The network.
+        recipe (`Recipe`): Its training.
+    """
+
+    method: str
+    victim: str
+    recipe: Recipe
+
+    @property
+    def whitens(self) -> bool:
+        """Whether the network's first layer whitens patches."""
+        return hasattr(victims.get(self.victim), "whiten")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +43,11 @@ class AuditSettings:
     How an audit is done.
 
     Args:
-        protocol (`str` or `Recipe`): Of the victims, one of `RECIPES`; `"smoke"` shows in seconds that everything
-            works, with few images and few steps of every purification.
+        protocol (`str` or `Recipe`, *optional*): Of the victims, a recipe of every method; by default what suits
+            device and method, see [`victims.choice.choose`]. `"smoke"` shows in seconds that everything works, with
+            few images and few steps of every purification.
+        method (`str` or `Sequence[str]`): How victims learn: one or several of `victims.METHODS`. The verdict is that
+            of the first; the others have tables and verdicts beside it.
         roles (`str`): `"disjoint"`, or `"paper"` for a purifier that has been trained on the test images.
         attacks (`Sequence[str]`): Countermeasures to try beside purification; see `countermeasures.NAMES`. With
             `purified` among the names that are joined, this audit's purification takes its place in their order:
@@ -33,7 +60,9 @@ class AuditSettings:
         seed (`int`): Of the purifier, the purification and the control's noise.
         draws (`int`): Purifications of the protected images, each with victims of its own: several show the spread
             between draws beside that between victims; see `draws`.
-        victim (`str`): One of `victims.NAMES`.
+        victim (`str`, *optional*): One of `victims.NAMES`; by default what suits device, recipe and method.
+        whitening (`str`): Whose patches the first layer of `"convnet94"` whitens: those of the `"training"` images of
+            each row, or of the `"collected"` ones.
         width (`int`, *optional*): Of the victims; the recipe's by default.
         preset (`str` or `PurificationConfig`, *optional*): How to purify; by default what the purifier's repository
             says, or the plan.
@@ -43,12 +72,15 @@ class AuditSettings:
             the audit, see `perceptual.load_perceptual`; a given purifier has its own beside it, or none.
         budget (`float`): Largest change of a value by the protection, images in [0, 1]. Images of two roles that are
             as near are refused as one image; see `data.check_roles`.
+        fractions (`Sequence[float]`): Fractions of each class, above 0 and at most 1, for which victims of partly
+            protected images are compared with victims of the clean rest; see `fractions`.
 
     Raises:
         ValueError: If a value is none of those, in one sentence.
     """
 
-    protocol: str | Recipe = "fast"
+    protocol: str | Recipe | None = None
+    method: str | Sequence[str] = "supervised"
     roles: str = "disjoint"
     attacks: Sequence[str] = ()
     pairs: int = 4000
@@ -56,36 +88,79 @@ class AuditSettings:
     seeds: int | Sequence[int] = 3
     seed: int = 0
     draws: int = 1
-    victim: str = "resnet18"
+    victim: str | None = None
+    whitening: str = "training"
     width: int | None = None
     preset: str | PurificationConfig | None = None
     plan: Plan | None = None
     perceptual: str | os.PathLike | None = None
     budget: float = 16 / 255
+    fractions: Sequence[float] = ()
 
     def __post_init__(self):
-        if not isinstance(self.protocol, Recipe) and self.protocol not in RECIPES:
-            raise ValueError(f"protocol is {self.protocol!r}, but must be one of {', '.join(RECIPES)}.")
+        self._check_methods()
         if self.roles not in ROLES:
             raise ValueError(f"roles is {self.roles!r}, but must be one of {', '.join(ROLES)}.")
         if not self.victim_seeds or len(set(self.victim_seeds)) < len(self.victim_seeds):
             raise ValueError(f"seeds is {self.seeds!r}, but must give at least one victim, each another seed.")
         if not isinstance(self.draws, int) or self.draws < 1:
             raise ValueError(f"draws is {self.draws!r}, but must be a whole number of at least 1.")
-        victims.get(self.victim)
+        if self.victim is not None:
+            victims.get(self.victim)
+        if self.whitening not in WHITENING:
+            raise ValueError(f"whitening is {self.whitening!r}, but must be one of {', '.join(WHITENING)}.")
         if isinstance(self.preset, str) and self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join(PRESETS)}.")
         if not 0 <= self.budget <= 1:
             raise ValueError(f"budget is {self.budget}, but must lie within 0 and 1 (--budget: 0 and 255, in 1/255).")
         if self.pairs < 1:
             raise ValueError(f"pairs is {self.pairs}, but must be at least 1.")
+        for fraction in self.fractions:
+            if not 0 < fraction <= 1:
+                raise ValueError(f"fractions is {list(self.fractions)}, but {fraction} must be above 0 and at most 1.")
         for name in self.attacks:
-            attack(name)
+            one = attack(name)
+            for method in self.methods:
+                one.countermeasure.require_learning(method)
+                if one.finetune is not None and method != "supervised":
+                    raise ValueError(f"attacks has {name!r}, but must have no start for method {method!r}.")
+
+    def _check_methods(self) -> None:
+        """Refuse ways of learning that there are not, and a recipe that one of them does not have."""
+        methods = self.methods
+        if not methods or len(set(methods)) < len(methods) or not set(methods) <= set(METHODS):
+            raise ValueError(f"method is {self.method!r}, but must be one or several of {', '.join(METHODS)}.")
+        for method in methods:
+            known = recipes_of(method)
+            if isinstance(self.protocol, str) and self.protocol not in known:
+                raise ValueError(
+                    f"protocol is {self.protocol!r}, but must be one of {', '.join(known)} for method {method!r}."
+                )
+            if self.protocol is not None:
+                get_recipe(self.protocol, method)
 
     @property
-    def recipe(self) -> Recipe:
-        """The victims' recipe."""
-        return self.protocol if isinstance(self.protocol, Recipe) else RECIPES[self.protocol]
+    def methods(self) -> tuple[str, ...]:
+        """How victims learn, each way once."""
+        return (self.method,) if isinstance(self.method, str) else tuple(self.method)
+
+    @property
+    def smoke(self) -> bool:
+        """Whether everything takes seconds and no figure means anything."""
+        return self.protocol is not None and get_recipe(self.protocol, self.methods[0]).smoke
+
+    def learners(self, device: str | torch.device, shape: Sequence[int]) -> tuple[Learner, ...]:
+        """
+        Networks and recipes by method.
+
+        Args:
+            device (`str` or `torch.device`): Where victims are trained.
+            shape (`Sequence[int]`): Height and width of the images, and whatever follows them.
+        """
+        options = {"device": device, "shape": tuple(shape), "short": True}
+        return tuple(
+            Learner(method, *choose(self.victim, self.protocol, method, **options)) for method in self.methods
+        )
 
     @property
     def victim_seeds(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ BROKEN_FRACTION = 0.5
 ERROR = 0.05
 # Two victims show a spread. To say that there is nothing, three are needed.
 LEAST_SEEDS, LEAST_SEEDS_FOR_NOTHING = 2, 3
-NO_ATTACKS = ("clean", "protected", "control")
+NO_ATTACKS = ("clean", "protected", "control", "early-stopping")  # the last one is chosen by the test images
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # How much more could be measured: victims per row, and test images in multiples of those at hand.
 MORE_SEEDS = (3, 4, 5, 6, 8, 10, 15, 20, 30, 50)
@@ -59,8 +59,8 @@ def verdict(
 
     Args:
         accuracies (`dict`): Test accuracies of the victims in [0, 1], one per seed, by row: `"protected"`; `"clean"`
-            where the originals are known; `"control"`, which is not judged; every other row is an attack on the
-            protection.
+            where the originals are known; `"control"` and `"early-stopping"`, which are not judged; every other row is
+            an attack on the protection.
         titles (`dict`): What the attacks are called.
         test_images (`int`): How many images scored each victim.
         smoke (`bool`): Whether the victims were trained for seconds only, so that nothing can be said.

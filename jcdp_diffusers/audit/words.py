@@ -44,14 +44,18 @@ def results_table(report: dict) -> list[dict]:
                 "test": f"{100 * accuracy['mean']:.1f} %",
                 "std": "-" if accuracy["std"] is None else f"{100 * accuracy['std']:.1f}",
                 "values": ", ".join(f"{100 * value:.1f}" for value in accuracy["values"]),
-                "best": f"{100 * entry['best_accuracy']['mean']:.1f} %",
-                "train": f"{100 * entry['train_accuracy']['mean']:.1f} %",
+                "best": _mean(entry["best_accuracy"]),
+                "train": _mean(entry["train_accuracy"]),
                 "fraction": accuracy["mean"],
                 "before": before,
                 "seconds": seconds_in_words(entry["train_seconds"]),
             }
         )
     return table
+
+
+def _mean(spread: Mapping | None) -> str:
+    return "-" if spread is None else f"{100 * spread['mean']:.1f} %"
 
 
 def row_title(entry: Mapping, draws: int = 1) -> str:
@@ -155,7 +159,8 @@ def checks(report: dict) -> list[tuple[bool, str]]:
     found += _roles_checked(report)
     if report["data"]["noise"] is not None:
         found += _noise_checked(report["data"]["noise"], _levels(report))
-    return [*found, _shortcut_checked(report["data"]["shortcut"])]
+    shortcut = report["data"]["shortcut"]  # needs the labels of protected images
+    return found if shortcut is None else [*found, _shortcut_checked(shortcut)]
 
 
 def _levels(report: dict) -> int:
@@ -254,22 +259,33 @@ def _whole(fraction: float) -> str:
 def settings_in_words(report: dict) -> list[tuple[str, str]]:
     """Settings in words, by topic."""
     victims = report["victims"]
-    recipe = victims["recipe"]
     said = [
         ("Purifier", _purifier_in_words(report["purifier"])),
         ("Purification", _purification_in_words(report["purification"])),
         (
             "Victims",
-            f"{victims['victim']}, width {victims['width']}, protocol `{recipe['name']}` ({recipe['epochs']} epochs, "
-            f"batch {recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, {recipe['schedule']}), seeds "
-            f"{', '.join(map(str, victims['seeds']))}; last epoch, test images never altered",
+            _victims_in_words(victims),
         ),
+        *(("Victims", _victims_in_words(other["victims"])) for other in report["others"]),
         ("Roles", _roles_in_words(report["roles"], report["purifier"]["trained_on"])),
         ("Device", report["device"]),
     ]
     said += [(f"`{name}`", f"{facts['source']}; cost: {facts['cost']}") for name, facts in report["attacks"].items()]
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items() if version)
     return [*said, ("Versions", packages)]
+
+
+def _victims_in_words(victims: Mapping) -> str:
+    recipe, learner, whitened = victims["recipe"], victims["victim"], ""
+    if victims["method"] != "supervised":
+        learner += f" by {victims['method']}, a linear probe of {victims['probe_images']} clean labelled images"
+    if victims["whitening"]:
+        whitened = f", patches of {victims['whitening']} collected images whitened"
+    return (
+        f"{learner}, width {victims['width']}, protocol `{recipe['name']}` ({recipe['epochs']} epochs, batch "
+        f"{recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, {recipe['schedule']}){whitened}, seeds "
+        f"{', '.join(map(str, victims['seeds']))}; last epoch, test images never altered"
+    )
 
 
 def _purifier_in_words(purifier: Mapping) -> str:

@@ -129,6 +129,22 @@ def with_steps(plan: Plan, steps: int) -> Plan:
     return dataclasses.replace(plan, training=training)
 
 
+def shortened(plan: Plan) -> Plan:
+    """
+    The plan for many images on a CPU in the time of an audit: 500 training steps at 32x32 pixels and a like share at
+    other sizes, all of them at the timesteps below 50, and half of the rounds of purification.
+
+    At 32x32 pixels and 10,000 images that is about 7 and 5 minutes of one core.
+
+    Args:
+        plan ([`Plan`]): From [`plan_for`], with timesteps up to 200 and the preset `tuned`.
+    """
+    plan = with_steps(plan, plan.training.max_train_steps * 5 // 36)
+    training = dataclasses.replace(plan.training, trained_timesteps=(0, 50))
+    rounds = plan.purification.num_rounds // 2
+    return Plan(plan.unet, training, dataclasses.replace(plan.purification, num_rounds=rounds))
+
+
 def purifier_to_be(
     plan: Plan, images: LabelledImages, perceptual: LPIPSModel | None
 ) -> JointConditionalPurificationPipeline:
@@ -142,7 +158,9 @@ def purifier_to_be(
     return pipe
 
 
-def train_planned(plan: Plan, images: LabelledImages, folder: Path, perceptual: LPIPSModel | None) -> None:
+def train_planned(
+    plan: Plan, images: LabelledImages, folder: Path, perceptual: LPIPSModel | None, *, progress: bool = True
+) -> None:
     """Train a plan's purifier into a folder, or go on where an interrupted training stopped if the plan says so."""
     height, _, channels = images.images.shape[1:]
     train_purifier(
@@ -151,6 +169,7 @@ def train_planned(plan: Plan, images: LabelledImages, folder: Path, perceptual: 
         scheduler=ddpm_scheduler(),
         output_dir=folder,
         config=plan.training,
+        progress=progress,
     )
     if perceptual is not None:
         perceptual.save_pretrained(folder / "perceptual")

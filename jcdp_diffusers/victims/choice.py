@@ -3,6 +3,7 @@
 import torch
 
 from .. import victims
+from ..data import LabelledImages
 from .recipes import AirbenchRecipe, Recipe, get_recipe
 
 
@@ -10,6 +11,16 @@ from .recipes import AirbenchRecipe, Recipe, get_recipe
 _RECIPES = {"convnet94": "airbench"}
 # A position of the last maps of convnet94 sees 51 pixels, so that of larger images it would see parts alone.
 LARGEST_SIDE = 64
+WHITENING = ("training", "collected")
+# What `jcdp score` and `jcdp audit` say of the options. The hours: one image of 32x32 pixels is 3.3 GFLOP for a
+# training step of a ResNet-18 of width 64, `fast` shows each 30 times, and a core does 100 to 300 GFLOP/s.
+VICTIM_HELP = (
+    "network of the victims; if neither it nor the recipe is given, convnet94 on a CPU and resnet18 on a GPU. On a "
+    "CPU, one resnet18 of width 64 with recipe fast takes 1 to 3 hours of a core for each 10,000 images of 32x32 "
+    "pixels: three victims of 50,000 images take 15 to 45 hours. With --width 16 it is about a seventh"
+)
+RECIPE_HELP = "how victims are trained; airbench with convnet94 and fast with other networks if not given"
+WHITENING_HELP = "images whose patches convnet94 whitens first: training images, or --collected"
 
 
 def choose(
@@ -64,3 +75,28 @@ def choose(
         name = _RECIPES.get(victim, "fast")
         recipe = get_recipe("airbench-short" if short and name == "airbench" else name)
     return victim, recipe
+
+
+def check_whitening(
+    whitening: str, collected: LabelledImages | None, *networks: str, otherwise_used: bool = False
+) -> None:
+    """
+    Refuse images to whiten that nothing whitens, or a lack of them.
+
+    Args:
+        whitening (`str`): One of `WHITENING`.
+        collected (`LabelledImages`, *optional*): The images for `"collected"`.
+        networks (`str`): Of the victims, one of which must be able to whiten.
+        otherwise_used (`bool`): Whether the collected images serve something else as well.
+    """
+    if whitening not in WHITENING:
+        raise ValueError(f"whitening is {whitening!r}, but must be one of {', '.join(WHITENING)}.")
+    whitened = [name for name in victims.NAMES if hasattr(victims.get(name), "whiten")]
+    if whitening == "collected" and not set(whitened) & set(networks):
+        raise ValueError(
+            f"whitening is 'collected', but must be 'training' for victim {networks[0]!r}: the first layer of "
+            f"{' and '.join(whitened)} alone whitens."
+        )
+    if (collected is None) != (whitening == "training") and not (otherwise_used and whitening == "training"):
+        given, needed = ("None", "a set of images") if collected is None else (f"{len(collected)} images", "None")
+        raise ValueError(f"collected is {given}, but must be {needed} where whitening is {whitening!r}.")

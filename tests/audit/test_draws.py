@@ -87,7 +87,12 @@ def test_every_victim_of_every_draw_has_a_seed_of_its_own():
     recipe = RECIPES["smoke"]
     first = [Trial(images, images, recipe, seed, about={"row": "purified"}) for seed in (3, 4, 7)]
     more = trials_of_draws(first, others)
-    assert [[trial.seed for trial in trials] for trials in more] == [[8, 9, 12], [13, 14, 17]]
+    assert [[trial.seed for trial in trials] for trials in more] == [[1003, 1004, 1007], [2003, 2004, 2007]]
     assert [trials[0].about["row"] for trials in more] == ["purified, draw 2", "purified, draw 3"]
     assert all(trial.train is other for trials, other in zip(more, others) for trial in trials)
+    far = [Trial(images, images, recipe, seed, about={"row": "purified"}) for seed in (0, 1000)]
+    assert [[trial.seed for trial in trials] for trials in trials_of_draws(far, others)] == [
+        [2000, 3000],
+        [4000, 5000],
+    ]
     assert len({trial.name for trials in (first, *more) for trial in trials}) == 9

@@ -16,6 +16,7 @@ from jcdp_diffusers.audit.run import audit
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.data.perturbations import apply_perturbation, visibility
+from jcdp_diffusers.devices import cpu_threads
 from jcdp_diffusers.perceptual import LPIPSModel, lpips_at_hand
 from jcdp_diffusers.poisons import get
 from jcdp_diffusers.purification_config import PurificationConfig
@@ -75,6 +76,7 @@ def test_everything_is_there(audited, folders):
     assert [row["row"] for row in report["rows"]] == [
         "clean",
         "protected",
+        "early-stopping",
         "purified",
         "gray",
         "eclipse",
@@ -133,8 +135,13 @@ def test_every_figure_of_the_report_is_on_record(audited):
     report = json.loads((audited / "report.json").read_text())
     records = results_by_trial(audited / "records.jsonl", what="accuracy").values()
     on_record = {(record["settings"]["row"], record["seed"]): record["value"] for record in records}
-    shown = {(row["row"], 0): row["accuracy"]["values"][0] for row in report["rows"]}
+    shown = {(row["row"], 0): row["accuracy"]["values"][0] for row in report["rows"] if row["row"] != "early-stopping"}
     assert on_record == shown
+    (protected,) = (row for row in report["rows"] if row["row"] == "protected")
+    (stopped,) = (row for row in report["rows"] if row["row"] == "early-stopping")
+    assert stopped["accuracy"] == protected["best_accuracy"]
+    assert stopped["accuracy"]["values"] == pytest.approx([max(protected["curves"][0])], abs=1e-5)
+    assert "best epoch on record, chosen by the test images" in (audited / "report.md").read_text()
     assert all(record["protocol"] == "smoke" for record in records)
 
 
@@ -181,7 +188,7 @@ def test_without_clean_images_and_with_a_purifier_given(folders, audited, tmp_pa
         preset=plan_for(digits(range(5)), torch.device("cpu"), True).purification,
         say=lambda line: None,
     )
-    assert [row["row"] for row in report["rows"]] == ["protected", "purified"]
+    assert [row["row"] for row in report["rows"]] == ["protected", "early-stopping", "purified"]
     assert report["verdict"]["regained_share"] is None and report["data"]["noise"] is None
     limits = " ".join(report["limits"])
     assert "No clean originals were given" in limits
@@ -220,13 +227,14 @@ def test_several_draws_show_their_spread_beside_that_of_the_victims(folders, aud
         "protected": [0, 1],
         "purified": [0, 1],
         "jpeg-95": [0, 1],
-        "purified, draw 2": [2, 3],
+        "purified, draw 2": [1000, 1001],
     }
     values = [list(found[row].values()) for row in ("purified", "purified, draw 2")]
     assert report["draws"] == {"count": 2, "values": values} | separate_spreads(values)
     (row,) = (row for row in report["rows"] if row["row"] == "purified")
     assert row["accuracy"]["values"] == sum(values, [])
     assert row["accuracy"]["std"] == report["draws"]["between_victims"]
+    assert len(row["best_accuracy"]["values"]) == len(row["train_accuracy"]["values"]) == len(row["curves"]) == 4
     text = (output / "report.md").read_text()
     assert "trained on purified images, 2 draws" in text and "Purification was drawn 2 times, with 2 victims" in text
     assert "protected images, saved as JPEG of quality 95" in text and "--draws 2" in report["command"]
@@ -496,3 +504,119 @@ def test_arguments_that_do_not_fit(folders):
         )
     with pytest.raises(ValueError, match="protocol is 'quick', but must be one of"):
         audit(protected=folders["protected"], test=folders["test"], purifier="x", protocol="quick")
+
+
+def test_several_ways_of_learning(folders, audited, tmp_path):
+    """One report has a classifier and a representation."""
+    roles = ("protected", "collected", "test", "clean")
+    more = ["--purifier", str(audited / "purifier"), "--method", "supervised", "simclr"]
+    assert main(command(folders, tmp_path / "out", *more, roles=roles)) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    (other,) = report["others"]
+    assert report["victims"]["method"] == "supervised" and other["victims"]["method"] == "simclr"
+    assert [row["row"] for row in report["rows"]] == ["clean", "protected", "early-stopping", "purified"]
+    assert [row["row"] for row in other["rows"]] == ["clean", "protected", "purified"]
+    assert other["rows"][0]["train_accuracy"] is None and other["verdict"]["status"] == "smoke"
+    learned = [100 * one["rows"][-1]["accuracy"]["mean"] for one in (report, other)]
+    said = f"a classifier learns {learned[0]:.0f} %, a representation (SimCLR) learns {learned[1]:.0f} %"
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert f"From the purified images, {said}." in text and "What a representation (SimCLR) learned" in text
+    settings = [one["settings"] for one in results_by_trial(tmp_path / "out/records.jsonl", what="accuracy").values()]
+    assert [one.get("method") for one in settings].count("simclr") == 3 == len(settings) - 3
+    assert {one["probe"]["images"] for one in settings if "probe" in one} == {
+        report["data"]["sets"]["clean"]["images"]
+    }
+
+
+def test_fractions_and_whitening_by_collected_images(folders, audited, tmp_path):
+    roles = ("protected", "collected", "test", "clean")
+    more = ["--purifier", str(audited / "purifier"), "--fractions", "0.5", "1", "--victim", "convnet94"]
+    assert main(command(folders, tmp_path / "out", *more, "--whitening", "collected", roles=roles)) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    half, whole = report["fractions"]
+    assert (half["fraction"], whole["fraction"]) == (0.5, 1) and whole["clean_rest"] is None
+    assert whole["all"]["values"] == report["rows"][1]["accuracy"]["values"]
+    assert (tmp_path / "out/pictures/fractions.png").exists()
+    for name in ("report.md", "report.html"):
+        assert "Where a part is protected" in (tmp_path / "out" / name).read_text()
+    assert "patches of 100 collected images whitened" in (tmp_path / "out/report.md").read_text()
+    assert "--fractions 0.5 1.0 --protocol smoke" in report["command"]
+    settings = [one["settings"] for one in results_by_trial(tmp_path / "out/records.jsonl", what="accuracy").values()]
+    assert all(one["whitening"]["images"] == 100 for one in settings)
+    images = {one["row"]: one["train"]["images"] for one in settings}
+    assert images["50 % protected"] == images["protected"]
+    assert abs(images["without the protected 50 %"] - images["protected"] / 2) <= 5  # each of ten classes is halved
+
+
+@pytest.fixture
+def without_labels(folders, tmp_path) -> dict[str, str]:
+    bare = load_images(folders["protected"])
+    write_dataset(tmp_path / "bare", LabelledImages(bare.images, None, bare.ids))
+    write_dataset(tmp_path / "probe", digits(range(500, 620)))
+    return {**folders, "protected": str(tmp_path / "bare"), "probe": str(tmp_path / "probe")}
+
+
+def test_images_without_labels_need_a_way_of_learning_without(without_labels, audited, tmp_path, capfd):
+    more = ("--purifier", str(audited / "purifier"))
+    asked = command(without_labels, tmp_path / "out", *more, roles=("protected", "test"))
+    for more, message in (
+        ((), "protected has no labels, but must have one per image for method 'supervised': simclr"),
+        (("--method", "byol"), "--probe_images is None, but must be clean labelled images for method 'byol'"),
+        (
+            ("--method", "byol", "--probe_images", without_labels["test"]),
+            "--probe_images has 150 images that are test",
+        ),
+        (("--probe_images", without_labels["probe"]), "must be None for method 'supervised'"),
+        (("--method", "byol", "--probe_images", without_labels["protected"]), "--probe_images has no labels"),
+    ):
+        assert main([*asked, *more]) == 1
+        assert message in sentence(capfd)
+
+
+@pytest.mark.long
+def test_the_purifier_is_trained_beside_victims(folders, audited, tmp_path):
+    """In two processes, to the same figures; thread for thread the same purifier."""
+    roles = ("protected", "collected", "test", "clean")
+    asked = command(folders, tmp_path / "out", "--countermeasures", ATTACKS, roles=roles)
+    asked[asked.index("--processes") + 1] = "2"
+    with cpu_threads(1):
+        assert main(asked) == 0
+        assert main(command(folders, tmp_path / "one", "--countermeasures", ATTACKS, roles=roles)) == 0
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("out", "one")]
+    assert [row["accuracy"] for row in reports[0]["rows"]] == [row["accuracy"] for row in reports[1]["rows"]]
+    assert reports[0]["purifier"]["digest"] == reports[1]["purifier"]["digest"]
+
+
+@pytest.mark.long
+def test_images_without_labels_are_audited(without_labels, audited, tmp_path):
+    more = ("--purifier", str(audited / "purifier"), "--method", "byol", "--probe_images", without_labels["probe"])
+    assert main(command(without_labels, tmp_path / "out", *more, roles=("protected", "test"))) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["data"]["shortcut"] is None and report["victims"]["method"] == "byol"
+    assert [row["row"] for row in report["rows"]] == ["protected", "purified"]
+    assert "resnet18 by byol, a linear probe of 120 clean labelled images" in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--fractions", "0.5", "1.2"), "--fractions is [0.5, 1.2], but 1.2 must be above 0 and at most 1"),
+        (("--fractions", "0"), "0.0 must be above 0 and at most 1"),
+        (("--fractions", "0.5"), "--fractions is [0.5], but without clean images"),
+        (("--method", "simclr", "simclr"), "--method is ['simclr', 'simclr'], but must be one or several of"),
+        (
+            ("--method", "supervised", "simclr", "--countermeasures", "mixup"),
+            "'mixup', but mixup does not go with method 'simclr'",
+        ),
+        (
+            ("--method", "supervised", "simclr", "--protocol", "iss"),
+            "--protocol is 'iss', but must be one of cp, fast",
+        ),
+        (("--whitening", "collected"), "--whitening is 'collected', but must be 'training' for victim 'resnet18'"),
+    ],
+)
+def test_what_does_not_apply_is_refused(more, message, folders, tmp_path, capfd):
+    assert main(command(folders, tmp_path / "out", *more)) == 1
+    assert message in sentence(capfd)
+    assert not (tmp_path / "out").exists()

@@ -103,6 +103,52 @@ def test_a_control_has_the_poisons_size_and_another_look(source, tmp_path, monke
         benchmark.read_grid(path, poisons=["rain-control"])
 
 
+def accuracies(folder: Path) -> dict[str, float]:
+    """By trial."""
+    return {
+        r["settings"]["trial"]: r["value"] for r in read_records(folder / "records.jsonl") if r["what"] == "accuracy"
+    }
+
+
+def test_a_grid_whose_victims_learn_without_labels(source, tmp_path, monkeypatch, capsys):
+    changes = {"method": "simclr", "countermeasures": ["none", "gray"], "seeds": [0]}
+    path = grid_file(tmp_path, source, **changes)
+    cells = benchmark.run_grid(benchmark.read_grid(path), tmp_path / "out", say=lambda line: None)
+    assert [(cell.about["poison"], cell.countermeasure) for cell in cells] == [
+        (poison, column) for poison in ("none", "lsp") for column in ("none", "gray")
+    ]
+    clean = load_images(source, split="train").subset(range(120))
+    for record in read_records(tmp_path / "out/records.jsonl"):
+        settings = record["settings"]
+        assert settings["method"] == settings["recipe"]["method"] == "simclr"
+        assert settings["probe"] == trials.describe_images(clean)
+    # Their figures stand in no table of victims that learn otherwise.
+    with pytest.raises(SystemExit, match="the method 'supervised'"):
+        run(tables, monkeypatch, "grid", "--records", tmp_path / "out/records.jsonl", "--smoke")
+    run(tables, monkeypatch, "methods", "--records", tmp_path / "out/records.jsonl", "--smoke")
+    values = accuracies(tmp_path / "out")
+    shown = [f"{100 * values[cell.name]:.1f}" for cell in (cells[0], cells[2], cells[3])]
+    assert f"| LSP | SimCLR | {' | '.join(shown)} |" in capsys.readouterr().out
+    assert benchmark.tables_command(benchmark.read_grid(path), "out").endswith("--smoke --method simclr")
+    with pytest.raises(ValueError, match="countermeasure is 'mixup', .* 'simclr'; .* gray"):
+        benchmark.read_grid(grid_file(tmp_path, source, **changes | {"countermeasures": ["mixup"]}))
+    with pytest.raises(ValueError, match="protocol is 'iss', .* cp, fast"):
+        benchmark.read_grid(grid_file(tmp_path, source, **changes | {"protocol": "iss"}))
+
+
+@pytest.mark.long
+def test_on_ray_the_figures_are_those_of_one_process(measured, source, tmp_path):
+    pytest.importorskip("ray")
+    path = grid_file(tmp_path, source, countermeasures=["none", "gray"], seeds=[0])
+    command = [sys.executable, "eval/benchmark.py", str(path), "--output", str(tmp_path / "out"), "--engine", "ray"]
+    root = Path(benchmark.__file__).parents[1]
+    ended = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, timeout=500, cwd=root)
+    assert ended.returncode == 0, ended.stderr
+    found, before = accuracies(tmp_path / "out"), accuracies(measured / "out")
+    assert len(found) == 4 and found == {name: before[name] for name in found}
+    assert "4 trials on record" in ended.stdout
+
+
 def test_a_grid_replaces_numbers_of_its_one_poison(source, tmp_path):
     path = grid_file(
         tmp_path, source, poisons=["lsp"], poison_settings={"norm": 2}, countermeasures=["none"], seeds=[0]

@@ -8,7 +8,7 @@ from jcdp_diffusers.data import LabelledImages
 from jcdp_diffusers.perceptual import LPIPSModel
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.purification_config import PurificationConfig
-from jcdp_diffusers.train.default_purifier import plan_for, purifier_to_be, train_planned, with_steps
+from jcdp_diffusers.train.default_purifier import plan_for, purifier_to_be, shortened, train_planned, with_steps
 
 
 def grey(count: int, side: int = 16) -> LabelledImages:
@@ -51,6 +51,16 @@ def test_larger_images_get_a_network_of_their_own(side, names):
 def test_a_plan_with_fewer_steps_keeps_its_checkpoints():
     plan = with_steps(plan_for(grey(5), torch.device("cpu"), smoke=False), 100)
     assert (plan.training.max_train_steps, plan.training.checkpointing_steps) == (100, 25)
+
+
+@pytest.mark.parametrize(("side", "steps"), [(32, 500), (64, 500), (128, 222)])
+def test_the_purifier_of_an_audit_is_trained_in_minutes(side, steps):
+    """It sees the timesteps alone that its purification uses."""
+    long = plan_for(grey(4000, 8).with_images(np.zeros((4000, side, side, 3), np.uint8)), torch.device("cpu"), False)
+    short = shortened(long)
+    assert short.training.max_train_steps == steps and short.unet == long.unet
+    assert short.purification.evaluations_per_image * 2 == long.purification.evaluations_per_image
+    assert short.purification.diffusion_steps <= short.training.trained_timesteps[1] == 50
 
 
 def test_a_planned_purifier_is_trained_with_its_network_beside_it(tmp_path):
