@@ -270,11 +270,10 @@ def _pretrain(trials: Sequence[Trial], processes: int | None, device: torch.devi
     starts = {trial.pretrained_path: trial for trial in trials if trial.pretrained_path is not None}
     few = processes if how["engine"] == "ray" else min(processes, max(1, len(starts)))
     told = {"device": device, "progress": progress and few == 1}
-    names = ("victim", "width", "seed")
-    pretrainings = [
-        Pretraining(path, one.init_from, **{name: one.pretraining[name] for name in names}, **told)
-        for path, one in starts.items()
-    ]
+    pretrainings = []
+    for path, one in starts.items():
+        decided = {name: one.pretraining[name] for name in ("victim", "width", "seed")}
+        pretrainings.append(Pretraining(path, one.init_from, **decided, **told))
     if pretrainings:
         engines.run(pretrainings, processes=few, **how)
 
