@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # which pyproject.toml reads from here
 
 # Name -> module. Each is imported when the name is first used, so that `import jcdp_diffusers` and `jcdp --help` load
 # neither torch nor diffusers.

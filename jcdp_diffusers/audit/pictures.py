@@ -4,6 +4,7 @@ curves, and the loss of a purifier trained for it.
 """
 
 import io
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,7 +274,8 @@ def row_colours(report: dict) -> list[str]:
 def _pyplot():
     import matplotlib
 
-    matplotlib.use("Agg")
+    if "matplotlib.pyplot" not in sys.modules:  # a notebook that draws keeps the backend that shows its figures
+        matplotlib.use("Agg")
     # Text stays text in SVG, in the page's own font.
     matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "jcdp"})
     import matplotlib.pyplot as plt
