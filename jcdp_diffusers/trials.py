@@ -269,11 +269,10 @@ def _pretrain(trials: Sequence[Trial], processes: int | None, device: torch.devi
     """Train each network once that trials start from, in the same way as victims are run."""
     starts = {trial.pretrained_path: trial for trial in trials if trial.pretrained_path is not None}
     few = processes if how["engine"] == "ray" else min(processes, max(1, len(starts)))
-    told = {"device": device, "progress": progress and few == 1}
-    pretrainings = []
+    shown, pretrainings = progress and few == 1, []
     for path, one in starts.items():
         decided = {name: one.pretraining[name] for name in ("victim", "width", "seed")}
-        pretrainings.append(Pretraining(path, one.init_from, **decided, **told))
+        pretrainings.append(Pretraining(path, one.init_from, **decided, device=device, progress=shown))
     if pretrainings:
         engines.run(pretrainings, processes=few, **how)
 
