@@ -9,7 +9,7 @@ import torch
 
 from .. import victims
 from ..data.checks import ROLES
-from ..purification_config import PRESETS, PurificationConfig
+from ..purification_config import ADAPTIVE, PRESETS, PurificationConfig
 from ..train.default_purifier import Plan
 from ..victims import METHODS, Recipe, choose, get_recipe, recipes_of
 from ..victims.choice import WHITENING
@@ -52,6 +52,8 @@ class AuditSettings:
         attacks (`Sequence[str]`): Countermeasures to try beside purification; see `countermeasures.NAMES`. With
             `purified` among the names that are joined, this audit's purification takes its place in their order:
             `purified+corruption`, `impulse-filter+purified+corruption`.
+        pairs (`int`): How many of the collected images are protected for an attack that learns from pairs; 4,000 are
+            the most that BridgePure takes.
         control (`bool`): Whether victims are also trained on a control: the clean images with noise of the same size
             that means nothing (`poisons.control`).
         seeds (`int` or `Sequence[int]`): Victims per row, with seeds 0, 1, ..., or the seeds themselves.
@@ -63,7 +65,7 @@ class AuditSettings:
             each row, or of the `"collected"` ones.
         width (`int`, *optional*): Of the victims; the recipe's by default.
         preset (`str` or `PurificationConfig`, *optional*): How to purify; by default what the purifier's repository
-            says, or the plan.
+            says, or the plan. `"adaptive"` reads the spectrum of the protection against the collected images.
         plan (`Plan`, *optional*): The purifier to train where none is given; by default it is chosen by the size of
             the images and the device.
         perceptual (`str` or `os.PathLike`, *optional*): The perceptual network that goes with a purifier trained for
@@ -81,6 +83,7 @@ class AuditSettings:
     method: str | Sequence[str] = "supervised"
     roles: str = "disjoint"
     attacks: Sequence[str] = ()
+    pairs: int = 4000
     control: bool = False
     seeds: int | Sequence[int] = 3
     seed: int = 0
@@ -106,16 +109,21 @@ class AuditSettings:
             victims.get(self.victim)
         if self.whitening not in WHITENING:
             raise ValueError(f"whitening is {self.whitening!r}, but must be one of {', '.join(WHITENING)}.")
-        if isinstance(self.preset, str) and self.preset not in PRESETS:
-            raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join(PRESETS)}.")
+        if isinstance(self.preset, str) and self.preset not in (*PRESETS, ADAPTIVE):
+            raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join((*PRESETS, ADAPTIVE))}.")
         if not 0 <= self.budget <= 1:
             raise ValueError(f"budget is {self.budget}, but must lie within 0 and 1 (--budget: 0 and 255, in 1/255).")
+        if self.pairs < 1:
+            raise ValueError(f"pairs is {self.pairs}, but must be at least 1.")
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise ValueError(f"fractions is {list(self.fractions)}, but {fraction} must be above 0 and at most 1.")
         for name in self.attacks:
+            one = attack(name)
             for method in self.methods:
-                attack(name).countermeasure.require_learning(method)
+                one.countermeasure.require_learning(method)
+                if one.finetune is not None and method != "supervised":
+                    raise ValueError(f"attacks has {name!r}, but must have no start for method {method!r}.")
 
     def _check_methods(self) -> None:
         """Refuse ways of learning that there are not, and a recipe that one of them does not have."""
