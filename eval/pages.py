@@ -20,7 +20,7 @@ from eval import purify_scaling
 from eval.measured import NOT_MEASURED, POISONS, Measured, spread
 from eval.page_figures import figure
 from eval.speed_tables import speed_table
-from eval.studies import detection, finetune_versus_scratch
+from eval.studies import detection, finetune_versus_scratch, spectrum_guidance
 from eval.tables import grid_table, markdown_table, poison_table
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.results import read_records, summarise
@@ -125,6 +125,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/detection.md": {
         "false alarms": lambda: detection.false_alarm_table(read_records(RESULTS / "detection.jsonl")),
         "detection": lambda: detection.table(read_records(RESULTS / "detection.jsonl")),
+    },
+    "docs/spectrum.md": {
+        "validation": lambda: spectrum_guidance.table(read_records(RESULTS / "spectrum_guidance.jsonl"), "validation"),
+        "residues": lambda: spectrum_guidance.residue_table(read_records(RESULTS / "spectrum_guidance.jsonl")),
     },
     "docs/speed.md": {
         "speed": lambda: speed_table(read_records(RESULTS / "throughput.jsonl"), "ddpm-cifar10"),

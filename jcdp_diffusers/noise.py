@@ -121,7 +121,7 @@ def coloured(noise: torch.Tensor, corner: float) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Gaussian noise of the same shape, the same linear map of each image's noise.
     """
-    return noise if corner == 0 else _filtered(noise, _spectrum(noise, corner).sqrt())
+    return noise if corner == 0 else _filtered(noise, noise_power(noise, corner).sqrt())
 
 
 def times_covariance(gradient: torch.Tensor, corner: float) -> torch.Tensor:
@@ -135,7 +135,7 @@ def times_covariance(gradient: torch.Tensor, corner: float) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Same shape.
     """
-    return gradient if corner == 0 else _filtered(gradient, _spectrum(gradient, corner))
+    return gradient if corner == 0 else _filtered(gradient, noise_power(gradient, corner))
 
 
 def checked_corner(corner: float) -> float:
@@ -150,7 +150,17 @@ def colour_in_words(corner: float | None) -> str:
     return f", noise of corner frequency {corner:g} cycles per image" if corner else ""
 
 
-def _spectrum(images: torch.Tensor, corner: float) -> torch.Tensor:
+def noise_power(images: torch.Tensor, corner: float) -> torch.Tensor:
+    """
+    The power of `coloured` noise by frequency, over that of white noise.
+
+    Args:
+        images (`torch.Tensor`): Whose size, type and device it is for, shape (..., H, W).
+        corner (`float`): As for `coloured`.
+
+    Returns:
+        `torch.Tensor`: Shape (H, W // 2 + 1), at the coefficients of `torch.fft.rfft2`.
+    """
     height, width = images.shape[-2:]
     down, across = (
         torch.fft.fftfreq(height, 1 / height, device=images.device),

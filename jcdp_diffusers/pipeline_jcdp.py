@@ -20,10 +20,18 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 
 from .acceleration.feature_cache import FeatureCache, check_cacheable
-from .guidance import earlier_chain_noise, in_window, perceptual_gradient, pixel_gradient, strength
+from .guidance import (
+    earlier_chain_noise,
+    in_window,
+    perceptual_gradient,
+    pixel_gradient,
+    posterior_start,
+    strength,
+    towards_protected,
+)
 from .hub import create_repository, push_purifier
 from .images import Images, pictures_of, to_bytes, within_unit_range
-from .noise import coloured, content_id, image_keys, normal_noise, times_covariance
+from .noise import coloured, content_id, image_keys, noise_power, normal_noise, times_covariance
 from .perceptual import LPIPSModel, load_perceptual
 from .purification_config import CONFIG_NAME, PurificationConfig
 from .repository import check_folder, check_on_hub, only_variant
@@ -237,8 +245,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 that has an RGB or grey image without loss; or a float array (N, H, W, C) or tensor (N, C, H, W) in
                 [0, 1]. C is the UNet's number of channels.
             preset (`str` or `PurificationConfig`, *optional*): `"unconditional"`, `"tuned"`, `"paper"`, `"code"`,
-                `"gdmp"`, or settings. With a purifier of coloured noise (`noise_corner`) none of them is the
-                published method.
+                `"gdmp"`, or settings, such as `adaptive_settings` makes. With a purifier of coloured noise
+                (`noise_corner`) none of the presets is the published method.
             diffusion_steps (`int`, *optional*): T_p.
             num_inference_steps (`int` or `tuple[int, ...]`, *optional*): UNet evaluations per round, at most T_p; or
                 one number for each round.
@@ -298,6 +306,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         if config.perceptual_guidance_scale > 0:
             self.perceptual.check_size(*original.shape[-2:])
         self.check_colour(config, *original.shape[-2:])
+        self.check_protection(config, *original.shape[-2:])
 
         # 2. Pad to whole micro-batches, so that the networks see one shape only
         device = self._execution_device
@@ -327,7 +336,10 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                     networks = [FeatureCache(self.unet, config.feature_reuse) for _ in batches]
                 for index, rows in enumerate(batches):
                     noise = draw_noise(rows, round_index, 0, "start").mul_((1 - start_bar) ** 0.5)
-                    sample[rows] = sample[rows].mul_(start_bar**0.5).add_(noise)
+                    if config.protection is not None and round_index == 0:
+                        sample[rows] = self.start_by_protection(config, original[rows], noise, start_bar)
+                    else:
+                        sample[rows] = sample[rows].mul_(start_bar**0.5).add_(noise)
                     chain_noise[rows], chain_bar[index] = noise, start_bar
                 for step_index, timestep in enumerate(scheduler.timesteps.tolist()):
                     for index, rows in enumerate(batches):
@@ -395,6 +407,14 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         prediction = network(sample.to(self.unet.dtype), time, return_dict=False)[0]
         # The state's type and layout: sums of tensors that lie differently cost several times as much.
         prediction = prediction.to(torch.float32, memory_format=torch.contiguous_format)
+        if config.protection is not None:
+            estimate = scheduler.predicted_original(prediction, timestep, sample)
+            bar = scheduler.alpha_bars[timestep]
+            ratio = noise_power(sample, config.noise_corner) * ((1 - bar) / bar)
+            estimate = towards_protected(
+                estimate, original, config.protection, ratio, scale=config.protection_guidance_scale
+            )
+            prediction = scheduler.output_for(estimate, timestep, sample)
         gradient = None
         pixel = config.pixel_guidance_scale > 0 and in_window(timestep, config.pixel_guidance_window)
         perceptual = config.perceptual_guidance_scale > 0 and in_window(timestep, config.perceptual_guidance_window)
@@ -421,6 +441,11 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         noise = draw_noise("variance") if scheduler.adds_noise(timestep) else torch.zeros_like(sample)
         previous = scheduler.step(prediction, timestep, sample, gradient=gradient, variance_noise=noise)
         return previous.prev_sample, chain_bar
+
+    def start_by_protection(self, config, original, noise, bar) -> torch.Tensor:
+        """x_Tp of one micro-batch where the protection's spectrum is known; `noise` has the variance 1 - bar."""
+        ratio = noise_power(noise, config.noise_corner) * ((1 - bar) / bar)
+        return posterior_start(original, config.protection, bar, noise, ratio, scale=config.protection_guidance_scale)
 
     def resolve_config(self, preset: str | PurificationConfig | None = None, **arguments) -> PurificationConfig:
         """
@@ -503,6 +528,18 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             raise ValueError(
                 f"images are {height}x{width}, but must have the size that this purifier's noise_corner "
                 f"({config.noise_corner:g} cycles per image) was trained with: {trained}."
+            )
+
+    def check_protection(self, config: PurificationConfig, height: int, width: int) -> None:
+        """Refuse a protection's spectrum that was read from images of another size or number of channels."""
+        if config.protection is None:
+            return
+        channels, frequencies = len(config.protection.power), len(config.protection.power[0])
+        wanted = self.unet.config.in_channels, min(height, width) // 2 + 1
+        if (channels, frequencies) != wanted:
+            raise ValueError(
+                f"protection has {channels} colour axes and {frequencies} frequencies, but must have {wanted[0]} and "
+                f"{wanted[1]} for images of {height}x{width}."
             )
 
     def prepare_scheduler(self, config: PurificationConfig, round_index: int = 0) -> DDPMScheduler:

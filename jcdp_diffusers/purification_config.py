@@ -1,8 +1,9 @@
-"""How to purify: settings, five named presets, and the file in which a purifier repository keeps its own."""
+"""How to purify: settings, six named presets, and the file in which a purifier repository keeps its own."""
 
 import dataclasses
 import json
 import os
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -13,11 +14,16 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from .guidance import STRENGTHS
 from .noise import checked_corner
 from .repository import read_json
+from .spectrum import ProtectionTable, radial_bins
 
 
 CONFIG_NAME = "purification_config.json"
 REFERENCES = ("chain", "fresh")
 SAMPLERS = ("ddpm", "ddim")
+# The preset that depends on the images: `adaptive_settings`.
+ADAPTIVE = "adaptive"
+ADAPTIVE_SCALE = 0.3
+HIDDEN_BELOW_NOISE = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +64,9 @@ class PurificationConfig:
         noise_corner (`float`): Corner frequency of the noise that the network was trained to remove, in cycles per
             image (`noise.coloured`); 0 is white noise, a DDPM's own. With another a published preset (`"paper"`,
             `"code"`, `"gdmp"`, `"unconditional"`, AVATAR's) is no longer the published method.
+        protection_guidance_scale (`float`): Scale of the guide by the protection's spectrum
+            (`guidance.towards_protected`); 0 is off, 1 is the posterior.
+        protection (`ProtectionTable` or `dict`, *optional*): That spectrum, of images of the size that are purified.
     """
 
     diffusion_steps: int = 100
@@ -77,6 +86,8 @@ class PurificationConfig:
     perceptual_network: str | None = None
     trained_timesteps: tuple[int, int] | None = None
     noise_corner: float = 0.0
+    protection_guidance_scale: float = 0.0
+    protection: ProtectionTable | None = None
 
     def __post_init__(self):
         self._settle_types()
@@ -94,11 +105,17 @@ class PurificationConfig:
         if not isinstance(self.start_one_level_higher, bool):
             raise ValueError(f"start_one_level_higher is {self.start_one_level_higher!r}, but must be True or False.")
         self._check_evaluations()
-        for name in ("pixel_guidance_scale", "perceptual_guidance_scale", "final_variance_factor"):
+        for name in (
+            "pixel_guidance_scale",
+            "perceptual_guidance_scale",
+            "final_variance_factor",
+            "protection_guidance_scale",
+        ):
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, but must be a finite number of at least 0.")
         object.__setattr__(self, "noise_corner", checked_corner(self.noise_corner))
+        self._check_protection()
         if not isinstance(self.perceptual_network, str | None):
             raise ValueError(f"perceptual_network is {self.perceptual_network!r}, but must be a name or None.")
         for name, accepted in (
@@ -137,6 +154,21 @@ class PurificationConfig:
             raise ValueError(
                 f"num_inference_steps is {self.num_inference_steps}, but must lie between 1 and diffusion_steps "
                 f"({self.diffusion_steps})."
+            )
+
+    def _check_protection(self) -> None:
+        if isinstance(self.protection, Mapping):  # as JSON has it
+            try:
+                object.__setattr__(self, "protection", ProtectionTable(**self.protection))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"protection cannot be used: {error}") from error
+        if not isinstance(self.protection, ProtectionTable | None):
+            raise ValueError(f"protection is {self.protection!r:.80}, but must be a ProtectionTable or None.")
+        if (self.protection is None) != (self.protection_guidance_scale == 0):
+            given = "None" if self.protection is None else "a table"
+            raise ValueError(
+                f"protection_guidance_scale is {self.protection_guidance_scale:g} and protection is {given}, but "
+                "must be given together."
             )
 
     @property
@@ -214,6 +246,11 @@ class PurificationConfig:
         Raises:
             ValueError: If the preset is unknown, or a setting impossible.
         """
+        if preset == ADAPTIVE:
+            raise ValueError(
+                f"preset is {ADAPTIVE!r}, but must be made from collected images first: by adaptive_settings, or by "
+                "--collected of jcdp purify."
+            )
         if preset is not None and not isinstance(preset, cls) and preset not in PRESETS:
             raise ValueError(f"preset is {preset!r}, but must be one of {tuple(PRESETS)} or a PurificationConfig.")
         base = PRESETS[preset] if isinstance(preset, str) else preset or repository or PRESETS["unconditional"]
@@ -318,3 +355,41 @@ def default_settings(end: int, **facts) -> PurificationConfig:
     steps = min(usual.diffusion_steps, end)
     evaluations = min(usual.num_inference_steps, steps)
     return dataclasses.replace(usual, diffusion_steps=steps, num_inference_steps=evaluations, **facts)
+
+
+def adaptive_settings(
+    table: ProtectionTable, alpha_bars: Sequence[float], *, scale: float = ADAPTIVE_SCALE, evaluations: int = 10
+) -> PurificationConfig:
+    """
+    Preset `"adaptive"`: one recipe that knows nothing of the poison but what the spectrum says.
+
+    The guide is `guidance.towards_protected`. T_p is the first timestep whose noise covers at least
+    `HIDDEN_BELOW_NOISE` of what the protection hides of the images: V = P S / (P + S) summed over all colour axes and
+    coefficients, of which the noise (1 - alpha_bar) / alpha_bar covers the part below it. What lies below the noise is
+    drawn anew by the network, and what lies above it is Gaussian.
+
+    Args:
+        table (`ProtectionTable`): From `ProtectionSpectrum.table`.
+        alpha_bars (`Sequence[float]`): By timestep, up to the last one that the network was trained on.
+        scale (`float`): Of the guide; below 1, because a victim reads less of a protection than a mean square tells.
+            Chosen on validation images (docs/spectrum.md).
+        evaluations (`int`): Of the network, at most T_p.
+    """
+    power, background = np.array(table.power) / scale, np.array(table.background)
+    background[:, 0] = background[:, 1]
+    hidden = power * background / (power + background)
+    side = 2 * (hidden.shape[1] - 1)
+    count = np.bincount(radial_bins(side, side)[0].ravel())
+    steps = len(alpha_bars)
+    for timestep, bar in enumerate(alpha_bars):
+        below = np.minimum(hidden, (1 - bar) / bar * 127.5**2)
+        if (below * count).sum() >= HIDDEN_BELOW_NOISE * (hidden * count).sum():
+            steps = timestep + 1
+            break
+    return PurificationConfig(
+        diffusion_steps=steps,
+        num_inference_steps=min(evaluations, steps),
+        variance_type="fixed_small",
+        protection_guidance_scale=scale,
+        protection=table,
+    )

@@ -39,7 +39,7 @@ PACKAGES = (
 )
 
 # Settings that came after the first records, and what was meant by those that do not have them.
-LATER = {"noise_corner": 0.0}
+LATER = {"noise_corner": 0.0, "protection_guidance_scale": 0.0, "protection": None}
 
 
 def as_settings(config: Any) -> dict:

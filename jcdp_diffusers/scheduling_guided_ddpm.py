@@ -80,6 +80,32 @@ class GuidedDDPMScheduler(DDPMScheduler):
         output = DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=original)
         return output if return_dict else (previous, original)
 
+    def predicted_original(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor) -> torch.Tensor:
+        """
+        x_0 as the network predicts it, clipped as the configuration says.
+
+        Args:
+            model_output, timestep, sample: As for `step`.
+        """
+        return self._predicted_original(model_output, self.alpha_bars[timestep], sample)
+
+    def output_for(self, original: torch.Tensor, timestep: int, sample: torch.Tensor) -> torch.Tensor:
+        """
+        What the network would have to predict at x_t for this x_0: the inverse of `predicted_original`, without clips.
+
+        A guide that knows a better x_0 so acts in every sampler, whatever its stride and its variance.
+
+        Args:
+            original (`torch.Tensor`): x_0, shape (B, C, H, W).
+            timestep, sample: As for `step`.
+        """
+        bar = self.alpha_bars[timestep]
+        if self.config.prediction_type == "epsilon":
+            return (sample - bar**0.5 * original).div_((1 - bar) ** 0.5)
+        if self.config.prediction_type == "v_prediction":
+            return (bar**0.5 * sample - original).div_((1 - bar) ** 0.5)
+        return original
+
     def _bars(self, timestep: int) -> tuple[float, float]:
         """alpha_bar at t and at the timestep that this run goes to next, 1 at its end."""
         following = int(self.previous_timestep(timestep))

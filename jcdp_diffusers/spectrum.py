@@ -27,7 +27,52 @@ SEEN_ERRORS = 3.0
 # frequency. CIFAR-100 against CIFAR-10 reaches 0.23, LSP on a fifth of the images 0.26, on all of them 1.3.
 LEAST_EXCESS = 0.25
 SIGNIFICANCE = 0.01
+LEAST_POWER = 1e-6  # of images in a table: grey ones have no colour at all
 CHUNK_PIXELS = 2048 * 32 * 32  # of the images whose transforms are in memory at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class ProtectionTable:
+    """
+    What a guide has to know of a protection (`guidance.towards_protected`): a small table that JSON can hold.
+
+    Args:
+        axes (`tuple[tuple[float, ...], ...]`): (C, C), the rows are orthonormal colour axes.
+        power (`tuple[tuple[float, ...], ...]`): (C, F), the power of the protection per value of an image, by colour
+            axis and by the frequencies 0, 1, ... F - 1 of `radial_bins`, in squared levels of 255; at least 0.
+        background (`tuple[tuple[float, ...], ...]`): (C, F), that of unprotected images; positive. The first column,
+            of the mean colour, is not used.
+
+    Raises:
+        ValueError: If the shapes do not fit together, or a number cannot be what it is for.
+    """
+
+    axes: tuple[tuple[float, ...], ...]
+    power: tuple[tuple[float, ...], ...]
+    background: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self):
+        for name in ("axes", "power", "background"):
+            try:
+                values = np.array(getattr(self, name), dtype=np.float64)
+            except (TypeError, ValueError):
+                values = np.empty(0)
+            if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, but must be a table of finite numbers.")
+            object.__setattr__(self, name, tuple(tuple(row) for row in values.tolist()))
+        axes, power, background = (np.array(getattr(self, name)) for name in ("axes", "power", "background"))
+        if axes.shape[0] != axes.shape[1] or not np.allclose(axes @ axes.T, np.eye(len(axes)), atol=1e-3):
+            raise ValueError(f"axes is {self.axes}, but must have orthonormal rows, one for each channel.")
+        for name, values in (("power", power), ("background", background)):
+            if len(values) != len(axes) or values.shape != power.shape:
+                raise ValueError(
+                    f"{name} is of shape {values.shape}, but must have a row for each of the {len(axes)} axes and "
+                    f"power's {power.shape[1]} frequencies."
+                )
+        if (power < 0).any():
+            raise ValueError(f"power is {power.min():g} at its smallest, but must be at least 0.")
+        if (background <= 0).any():
+            raise ValueError(f"background is {background.min():g} at its smallest, but must be positive.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +115,22 @@ class ProtectionSpectrum:
     def upper_bound(self) -> np.ndarray:
         """(C, F), what the power is not above, up to the chance of two standard errors."""
         return np.maximum(self.power, 0) + BOUND_ERRORS * self.error
+
+    def table(self) -> ProtectionTable:
+        """
+        What a guide has to know: the estimate where it is seen, and an upper bound where it is not.
+
+        Brightness varies so much that its own bound is far above any protection. So where a protection is not seen in
+        an axis, it is taken to be no stronger than in the axes where it is seen at that frequency; if it is in none,
+        no stronger than the smallest of their bounds. The mean colour is taken as the frequency 1.
+        """
+        power, bound, seen = self.power[:, 1:], self.upper_bound[:, 1:], self.seen[:, 1:]
+        elsewhere = np.where(seen.any(axis=0), np.where(seen, power, 0).max(axis=0), bound.min(axis=0))
+        power = np.where(seen, power, np.minimum(bound, elsewhere))
+        power, background = np.concatenate([power[:, :1], power], axis=1), np.maximum(self.background, LEAST_POWER)
+        # Five digits: more than the estimate has, and the same on every machine.
+        digits = np.vectorize(lambda value: float(f"{value:.5g}"))
+        return ProtectionTable(digits(self.axes), digits(power), digits(background))
 
 
 def radial_bins(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,11 @@ import json
 import pytest
 
 from jcdp_diffusers import PRESETS, PurificationConfig
-from jcdp_diffusers.purification_config import default_settings
+from jcdp_diffusers.purification_config import adaptive_settings, default_settings
+from jcdp_diffusers.spectrum import ProtectionTable
+
+
+TABLE = ProtectionTable(((1.0,),), ((5.0, 5.0, 5.0),), ((9e9, 9e9, 9e9),))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -22,6 +26,34 @@ def test_a_number_of_evaluations_for_each_round(tmp_path):
     same = PurificationConfig(diffusion_steps=20, num_rounds=3, num_inference_steps=5)
     assert same.evaluations_per_round == (5, 5, 5) and same.evaluations_per_image == 15
     assert PRESETS["code"].evaluations_per_round == (20, 20, 20, 20)
+
+
+def test_a_protections_spectrum_is_part_of_the_file(tmp_path):
+    fitted = PurificationConfig(protection_guidance_scale=0.5, protection=TABLE)
+    fitted.save_pretrained(tmp_path)
+    assert PurificationConfig.from_pretrained(tmp_path) == fitted
+    path = tmp_path / "purification_config.json"
+    path.write_text(path.read_text().replace("5.0", "-5.0"))
+    with pytest.raises(ValueError, match="protection cannot be used: power is -5"):
+        PurificationConfig.from_pretrained(tmp_path)
+
+
+def test_adaptive_settings_cover_what_the_protection_hides():
+    """Images much stronger than the protection, which is white: nine tenths of its power is the noise to reach."""
+    bars = [1 - 0.001 * (t + 1) for t in range(200)]
+    found = adaptive_settings(TABLE, bars, scale=0.01)
+    assert found.protection == TABLE and found.protection_guidance_scale == 0.01 and found.num_inference_steps == 10
+    noise = [(1 - bar) / bar * 127.5**2 for bar in bars]
+    wanted = 0.9 * 5.0 / 0.01
+    assert noise[found.diffusion_steps - 1] >= wanted > noise[found.diffusion_steps - 2]
+    assert adaptive_settings(TABLE, bars, scale=1.0).diffusion_steps == 1
+    assert adaptive_settings(TABLE, bars[:4], scale=0.001).diffusion_steps == 4  # the network knows no more
+    assert adaptive_settings(TABLE, bars[:4], scale=0.001).num_inference_steps == 4
+
+
+def test_the_adaptive_preset_cannot_be_used_without_images():
+    with pytest.raises(ValueError, match="preset is 'adaptive'"):
+        PurificationConfig.resolve("adaptive")
 
 
 def test_a_folder_without_the_file_has_no_settings(tmp_path):
@@ -85,6 +117,10 @@ def test_the_default_has_a_tenth_of_its_steps_and_fits_every_network():
         (dict(reference="none"), "reference is 'none', but must be one of"),
         (dict(variance_type="learned"), "variance_type is 'learned', but must be one of"),
         (dict(pixel_guidance_window=(5, 3)), r"pixel_guidance_window is \(5, 3\), but must be two timesteps"),
+        (dict(protection_guidance_scale=0.5), "protection_guidance_scale is 0.5 and protection is None"),
+        (dict(protection=TABLE), "protection_guidance_scale is 0 and protection is a table"),
+        (dict(protection_guidance_scale=1, protection=[1.0]), r"protection is \(1.0,\)"),
+        (dict(protection_guidance_scale=1, protection={"axes": [[1.0]]}), "protection cannot be used: "),
         (dict(trained_timesteps=(0,)), r"trained_timesteps is \(0,\), but must be two timesteps"),
     ],
 )

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from jcdp_diffusers.spectrum import (
+    ProtectionSpectrum,
+    ProtectionTable,
     colour_axes,
     describe_difference,
     permutation_p_value,
@@ -81,6 +83,42 @@ def test_white_noise_has_its_variance_everywhere_it_can_be_seen(protected, colle
     assert (np.abs(found.power - 16) < 5 * found.error + 2)[:, 1:].all()  # rounding adds a twelfth, clipping takes
     assert found.seen[2, 4:].all()
     assert (found.upper_bound >= found.power).all()
+
+
+def test_a_guides_table_is_the_estimate_where_it_is_seen_and_bounded_where_it_is_not():
+    """
+    Brightness at 1, seen nowhere: the smallest bound of all axes. At 2, seen in colour alone: no more than there, or
+    than its own bound. At 3, seen in both: the estimates. The mean colour: as at 1.
+    """
+    found = ProtectionSpectrum(
+        axes=np.eye(2),
+        frequencies=np.arange(4),
+        power=np.array([[900.0, 50, -20, 40], [90.0, 1, 30, 35]]),
+        error=np.array([[100.0, 25, 30, 2], [1.0, 2, 3, 4]]),
+        background=np.array([[1e6, 1e4, 1e3, 0], [1e3, 100, 50, 20]]),
+        images=(100, 100),
+    )
+    table = found.table()
+    assert table.power == ((5.0, 5.0, 30.0, 40.0), (5.0, 5.0, 30.0, 35.0))
+    assert table.axes == ((1.0, 0.0), (0.0, 1.0))
+    assert 0 < table.background[0][3] < 1e-5 and table.background[1][1:] == (100.0, 50.0, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(power=((1.0, -1.0),)), "power is -1 at its smallest"),
+        (dict(background=((1.0, 0.0),)), "background is 0 at its smallest"),
+        (dict(background=((1.0,),)), r"background is of shape \(1, 1\)"),
+        (dict(axes=((2.0,),)), r"axes is \(\(2.0,\),\)"),
+        (dict(power=(("a", "b"),)), r"power is \(\('a', 'b'\),\)"),
+        (dict(power=((1.0, float("nan")),)), r"power is \(\(1.0, nan\),\)"),
+        (dict(power=((1.0,), (1.0, 2.0))), "power is "),
+    ],
+)
+def test_tables_that_mean_nothing_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        ProtectionTable(**dict(axes=((1.0,),), power=((1.0, 2.0),), background=((3.0, 4.0),)) | change)
 
 
 def test_without_a_protection_z_is_about_standard_normal():

@@ -12,7 +12,8 @@ from ..countermeasures.purifiers import check_purifier
 from ..data import LabelledImages, load_images
 from ..perceptual import LPIPSModel, load_perceptual
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
-from ..purification_config import PurificationConfig
+from ..purification_config import ADAPTIVE, PurificationConfig
+from ..purify.adaptive import adaptive_config
 from ..purify.dataset import open_purifier, purify_dataset
 from ..results import append_record, as_settings, plain, read_records
 from ..train.default_purifier import MANY_IMAGES, Plan, plan_for, purifier_to_be, shortened, train_planned
@@ -71,12 +72,12 @@ def choose_purifier(
         network = None if asked.perceptual is None else load_perceptual(asked.perceptual)
         pipe = purifier_to_be(plan, sets["collected"], network)
         check_purifier(pipe, sets["protected"])
-        config = _purification(pipe, asked.preset or plan.purification, asked)
+        config = _purification(pipe, asked.preset or plan.purification, asked, sets)
         return AuditPurifier(str(output_dir / "purifier"), pipe, config, len(sets["collected"]), plan, network)
     listed = check_trained_on(purifier, labelled(sets), roles=asked.roles)
     pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
     check_purifier(pipe, sets["protected"])
-    return AuditPurifier(str(purifier), pipe, _purification(pipe, asked.preset, asked), listed)
+    return AuditPurifier(str(purifier), pipe, _purification(pipe, asked.preset, asked, sets), listed)
 
 
 def _plan(collected: LabelledImages, asked: AuditSettings, device: torch.device) -> Plan:
@@ -92,9 +93,16 @@ def _plan(collected: LabelledImages, asked: AuditSettings, device: torch.device)
 
 
 def _purification(
-    pipe: JointConditionalPurificationPipeline, preset: str | PurificationConfig | None, asked: AuditSettings
+    pipe: JointConditionalPurificationPipeline,
+    preset: str | PurificationConfig | None,
+    asked: AuditSettings,
+    sets: Mapping[str, LabelledImages],
 ) -> PurificationConfig:
     """The settings of the audit's purification; refuse them, and attacks, if they are beyond the purifier."""
+    if preset == ADAPTIVE:
+        if "collected" not in sets:
+            raise ValueError(f"collected is None, but preset {ADAPTIVE!r} reads the protection's spectrum against it.")
+        preset = adaptive_config(sets["protected"], sets["collected"], pipe)
     config = pipe.resolve_config(preset)
     if asked.smoke:
         return pipe.resolve_config(in_seconds(config))

@@ -9,7 +9,7 @@ import torch
 
 from .. import victims
 from ..data.checks import ROLES
-from ..purification_config import PRESETS, PurificationConfig
+from ..purification_config import ADAPTIVE, PRESETS, PurificationConfig
 from ..train.default_purifier import Plan
 from ..victims import METHODS, Recipe, choose, get_recipe, recipes_of
 from ..victims.choice import WHITENING
@@ -63,7 +63,7 @@ class AuditSettings:
             each row, or of the `"collected"` ones.
         width (`int`, *optional*): Of the victims; the recipe's by default.
         preset (`str` or `PurificationConfig`, *optional*): How to purify; by default what the purifier's repository
-            says, or the plan.
+            says, or the plan. `"adaptive"` reads the spectrum of the protection against the collected images.
         plan (`Plan`, *optional*): The purifier to train where none is given; by default it is chosen by the size of
             the images and the device.
         perceptual (`str` or `os.PathLike`, *optional*): The perceptual network that goes with a purifier trained for
@@ -106,8 +106,8 @@ class AuditSettings:
             victims.get(self.victim)
         if self.whitening not in WHITENING:
             raise ValueError(f"whitening is {self.whitening!r}, but must be one of {', '.join(WHITENING)}.")
-        if isinstance(self.preset, str) and self.preset not in PRESETS:
-            raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join(PRESETS)}.")
+        if isinstance(self.preset, str) and self.preset not in (*PRESETS, ADAPTIVE):
+            raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join((*PRESETS, ADAPTIVE))}.")
         if not 0 <= self.budget <= 1:
             raise ValueError(f"budget is {self.budget}, but must lie within 0 and 1 (--budget: 0 and 255, in 1/255).")
         for fraction in self.fractions:

@@ -305,9 +305,9 @@ def _purifier_in_words(purifier: Mapping) -> str:
 
 def _purification_in_words(purification: Mapping) -> str:
     guides = ", ".join(
-        f"{name} guide {purification[f'{name}_guidance_scale']:g}"
-        for name in ("pixel", "perceptual")
-        if purification[f"{name}_guidance_scale"]
+        f"{guide} guide {purification[f'{name}_guidance_scale']:g}"
+        for name, guide in (("pixel", "pixel"), ("perceptual", "perceptual"), ("protection", "spectrum"))
+        if purification.get(f"{name}_guidance_scale")
     )
     rounds = purification["num_rounds"]
     return (

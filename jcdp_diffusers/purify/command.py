@@ -10,10 +10,13 @@ import threading
 import torch
 
 from ..acceleration.placement import PRECISIONS
+from ..data import load_images
 from ..devices import default_device
 from ..engines import ENGINES, ranks
 from ..perceptual import load_perceptual
-from ..purification_config import PRESETS
+from ..pipeline_jcdp import JointConditionalPurificationPipeline
+from ..purification_config import ADAPTIVE, PRESETS, PurificationConfig
+from .adaptive import adaptive_config
 from .dataset import open_purifier, purify_to_folder
 from .folder import Folder
 from .tiling import FITS
@@ -34,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--push_to_hub", metavar="REPO", help="publish the finished data set")
 
     how = parser.add_argument_group("how (not given: what the purifier's repository says)")
-    how.add_argument("--preset", choices=tuple(PRESETS))
+    how.add_argument(
+        "--preset",
+        choices=(*PRESETS, ADAPTIVE),
+        help=f"{ADAPTIVE}: made from the data set's spectrum and --collected's",
+    )
+    how.add_argument("--collected", help=f"other, unprotected images of the same kind, for preset {ADAPTIVE}")
+    how.add_argument("--collected_split", help="the only one if not given")
     how.add_argument("--diffusion_steps", type=int, help="T_p")
     how.add_argument(
         "--num_inference_steps",
@@ -82,6 +91,14 @@ def run(args: argparse.Namespace) -> None:
     }
     if options["num_inference_steps"] is not None and len(options["num_inference_steps"]) == 1:
         (options["num_inference_steps"],) = options["num_inference_steps"]
+    collected = {name: options.pop(name) for name in ("collected", "collected_split")}
+    if (args.preset == ADAPTIVE) != (args.collected is not None):
+        raise ValueError(
+            f"--collected is {args.collected!r} and --preset is {args.preset!r}, but {ADAPTIVE!r} and --collected "
+            "must be given together."
+        )
+    if args.preset == ADAPTIVE:
+        options["preset"] = _adaptive(args, **collected)
     pipe = functools.partial(open_here, output_dir=output, **opening)
     gpus = int(torch.device(args.device or default_device()).type == "cuda")  # of an actor on Ray
     try:
@@ -99,6 +116,18 @@ def run(args: argparse.Namespace) -> None:
     if summary["resized"]:
         kept = "" if args.fit == "tile" else "; --fit tile keeps an image's size"
         print(f"{summary['resized']:,} images were not of the purifier's size and have been resized{kept}.")
+
+
+def _adaptive(args: argparse.Namespace, collected: str, collected_split: str | None) -> PurificationConfig:
+    """Preset `"adaptive"`; both sets are brought to the purifier's size."""
+    pipe = JointConditionalPurificationPipeline.from_pretrained(args.purifier, revision=args.revision)
+    brought = {
+        "image_size": args.image_size or pipe.unet.config.sample_size,
+        "channels": pipe.unet.config.in_channels,
+        "image_column": args.image_column,
+    }
+    protected = load_images(args.dataset, split=args.split, id_column=args.id_column, **brought)
+    return adaptive_config(protected, load_images(collected, split=collected_split, **brought), pipe)
 
 
 def open_here(*, purifier: str, device: str | None, perceptual: str | None, compile: bool, **options):

@@ -41,8 +41,9 @@ Joint conditional diffusion purification
 ([*Unlearnable Examples Give a False Sense of Security: Piercing through Unexploitable Data with Learnable
 Examples*](https://arxiv.org/abs/2305.09241), ACM MM 2023) by `jcdp-diffusers`.
 T_p = {diffusion_steps} forward steps, {evaluations} network evaluations per image in {num_rounds} round(s); scale of
-the pixel guide {pixel_guidance_scale:g}, of the perceptual guide {perceptual_guidance_scale:g}{colour}. All settings
-are in `run.json`. The noise of an image depends on the seed and its id alone, so each row can be made again by itself.
+the pixel guide {pixel_guidance_scale:g}, of the perceptual guide {perceptual_guidance_scale:g}{spectrum}{colour}. All
+settings are in `run.json`. The noise of an image depends on the seed and its id alone, so each row can be made again
+by itself.
 
 {sizes_rule}
 
@@ -91,7 +92,7 @@ def summarise_shards(records: dict[str, dict]) -> dict:
 def dataset_card(run: dict, summary: dict, title: str) -> DatasetCard:
     """README.md of the folder, with the metadata that `load_dataset` and the Hub read."""
     settings, sizes, purifier = run["settings"], run["sizes"], run["purifier"]
-    split = run["source"]["split"]
+    split, scale = run["source"]["split"], settings.get("protection_guidance_scale")
     data = DatasetCardData(
         pretty_name=title,
         task_categories=["image-classification"],
@@ -125,6 +126,7 @@ def dataset_card(run: dict, summary: dict, title: str) -> DatasetCard:
         num_rounds=settings["num_rounds"],
         pixel_guidance_scale=settings["pixel_guidance_scale"],
         perceptual_guidance_scale=settings["perceptual_guidance_scale"],
+        spectrum=f", of the spectrum's guide {scale:g}" if scale else "",
         colour=colour_in_words(settings.get("noise_corner")),
         sizes_rule=_RULES[sizes["fit"]].format(size=sizes["image_size"], overlap=sizes["tile_overlap"]),
     )

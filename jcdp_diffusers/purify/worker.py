@@ -135,6 +135,7 @@ class Worker(contextlib.ExitStack):
         if config.perceptual_guidance_scale > 0:
             config = dataclasses.replace(config, perceptual_network=self.pipe.perceptual.name)  # the one that is used
         self.pipe.check_colour(config, size, size)
+        self.pipe.check_protection(config, size, size)
         columns = {name: getattr(job, name) for name in ("image_column", "label_column", "id_column")}
         self.rows = open_rows(job.dataset, split=job.split, streaming=job.streaming, **columns)
         length = self.rows.length
