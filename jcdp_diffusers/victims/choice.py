@@ -77,7 +77,9 @@ def choose(
     return victim, recipe
 
 
-def check_whitening(whitening: str, collected: LabelledImages | None, *networks: str) -> None:
+def check_whitening(
+    whitening: str, collected: LabelledImages | None, *networks: str, otherwise_used: bool = False
+) -> None:
     """
     Refuse images to whiten that nothing whitens, or a lack of them.
 
@@ -85,6 +87,7 @@ def check_whitening(whitening: str, collected: LabelledImages | None, *networks:
         whitening (`str`): One of `WHITENING`.
         collected (`LabelledImages`, *optional*): The images for `"collected"`.
         networks (`str`): Of the victims, one of which must be able to whiten.
+        otherwise_used (`bool`): Whether the collected images serve something else as well.
     """
     if whitening not in WHITENING:
         raise ValueError(f"whitening is {whitening!r}, but must be one of {', '.join(WHITENING)}.")
@@ -94,6 +97,6 @@ def check_whitening(whitening: str, collected: LabelledImages | None, *networks:
             f"whitening is 'collected', but must be 'training' for victim {networks[0]!r}: the first layer of "
             f"{' and '.join(whitened)} alone whitens."
         )
-    if (collected is None) != (whitening == "training"):
+    if (collected is None) != (whitening == "training") and not (otherwise_used and whitening == "training"):
         given, needed = ("None", "a set of images") if collected is None else (f"{len(collected)} images", "None")
         raise ValueError(f"collected is {given}, but must be {needed} where whitening is {whitening!r}.")
