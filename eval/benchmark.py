@@ -29,12 +29,13 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from eval.grid_file import DATA_ROLES, Grid, read_grid, typed
+from eval.grid_file import DATA_ROLES, Column, Grid, read_grid, typed
 from jcdp_diffusers import countermeasures, engines
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.cli import ends_in_one_sentence
+from jcdp_diffusers.countermeasures import Pairs, make_pairs
 from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
-from jcdp_diffusers.data import LabelledImages, load_images
+from jcdp_diffusers.data import LabelledImages, join_labels, load_images
 from jcdp_diffusers.data.checks import check_separation, check_sets, few_of_each_class
 from jcdp_diffusers.data.examples import digits
 from jcdp_diffusers.data.perturbations import measured_norms
@@ -50,6 +51,7 @@ from jcdp_diffusers.train.default_purifier import Plan, plan_for, purifier_to_be
 from jcdp_diffusers.train.provenance import check_trained_on
 from jcdp_diffusers.trials import Trial, describe_images, measure
 from jcdp_diffusers.victims import RECIPE_NAMES
+from jcdp_diffusers.victims.finetuning import COLLECTED, InitFrom, read_weights
 
 
 DIGITS = (900, 500, 397)
@@ -95,6 +97,7 @@ def run_grid(
         for name, (images, _) in _protected(grid, clean, output_dir, device).items():
             if name != "none":
                 check_separation(images, collected, test, clean, roles=grid.roles)
+        _pairs(grid, clean, collected, output_dir, device, lambda line: None)
         return _purifiers(grid, collected, perceptual, output_dir, device, say)
 
     with contextlib.ExitStack() as stack:
@@ -102,9 +105,10 @@ def run_grid(
         engines.first_rank_decides(lambda: stack.enter_context(lock))
         purifiers = engines.first_rank_decides(make)
         protected = _protected(grid, clean, output_dir, device)  # as rank 0 has made and kept them
+        pairs = _pairs(grid, clean, collected, output_dir, device, say)
         probe = None if grid.method == "supervised" else clean
-        work_dir = output_dir / "prepared"
-        trials = grid_trials(grid, data_name, protected, test, purifiers, roles, work_dir, probe, collected)
+        told = data_name, protected, test, purifiers, roles, output_dir / "prepared", probe
+        trials = grid_trials(grid, *told, collected, pairs=pairs)
         measure(
             trials,
             output_dir / "records.jsonl",
@@ -127,6 +131,8 @@ def grid_trials(
     work_dir: Path,
     probe: LabelledImages | None = None,
     collected: LabelledImages | None = None,
+    *,
+    pairs: Mapping[tuple[str, int | None], Pairs] | None = None,
 ) -> list[Trial]:
     """
     The trials of a grid, a whole table of one seed before the second seed.
@@ -138,14 +144,21 @@ def grid_trials(
         test (`LabelledImages`): Clean test images.
         purifiers (`dict`): By column that needs one, its folder or Hub id.
         roles (`str`): What records say of the purifiers' training images.
-        work_dir (`Path`), probe, collected (`LabelledImages`, *optional*): See `Trial`.
+        work_dir (`Path`), probe, collected (`LabelledImages`, *optional*): See `Trial`; victims may be pretrained on
+            the last, too.
+        pairs (`dict`, *optional*): For columns that need pairs, these by poison and number. A poison that is not
+            there has no such trial.
     """
+    starts = {title: _start(grid, column, collected) for title, column in grid.columns().items()}
     facts = {"grid": grid.name, "dataset": data_name, "collected": _collected_name(grid, data_name), **grid.about}
     trials = []
     for seed in grid.seeds:
         for victim in grid.victims:
             for poison, (images, poison_facts) in protected.items():
                 for title, column in grid.columns().items():
+                    paired = pairs.get((poison, column.collected)) if column.needs_pairs else None
+                    if column.needs_pairs and paired is None:
+                        continue
                     about = facts | {"poison": poison, "column": title, **poison_facts}
                     about |= {"roles": roles} if column.needs_purifier else {}
                     about |= {} if column.collected is None else {"collected_count": column.collected}
@@ -163,12 +176,23 @@ def grid_trials(
                             purifier=purifiers.get(title),
                             purification=column.purification,
                             draws=column.draws,
+                            pairs=paired,
+                            init_from=starts[title],
                             collected=collected if column.needs_collected else None,
                             work_dir=work_dir,
                             about=about,
                         )
                     )
     return trials
+
+
+def _start(grid: Grid, column: Column, collected: LabelledImages | None) -> InitFrom | None:
+    """What a column's victims start from."""
+    if column.init_from is None:
+        return None
+    if column.init_from != COLLECTED:
+        return InitFrom(read_weights(column.init_from), column.finetune)
+    return InitFrom(_collected_for(column.collected, collected), column.finetune, grid.pretraining_recipe)
 
 
 def _check_columns(
@@ -256,6 +280,24 @@ def _protect(
         protected = control.norm_matched(clean, protected, seed=grid.poison_seed)
         return protected, facts | {"poison_norms": measured_norms(clean.images, protected.images)}
     return protected, facts | {"poison_norms": card["measured"], "poison_seconds": card["seconds"]}
+
+
+def _pairs(
+    grid: Grid, clean: LabelledImages, collected: LabelledImages, output_dir: Path, device: torch.device, say
+) -> dict[tuple[str, int | None], Pairs]:
+    """By poison and number, collected images and what the poison makes of them, made once and kept."""
+    counts = dict.fromkeys(column.collected for column in grid.columns().values() if column.needs_pairs)
+    pairs = {}
+    if counts and collected.labels is None:
+        raise ValueError("data has for collected no labels, but the poisons that make pairs need one for every image.")
+    for name in grid.poisons if counts else ():
+        if name == "none" or name.endswith(control.SUFFIX):
+            say(f"{name} is no protection tool: it has no pairs, and no trial of a column that needs them.")
+            continue
+        for count in counts:
+            originals = join_labels({"protected": clean, "collected": _collected_for(count, collected)})["collected"]
+            pairs[name, count] = make_pairs(_protect(originals, name, grid, output_dir, device)[0], originals)
+    return pairs
 
 
 def _purifiers(

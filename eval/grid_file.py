@@ -21,7 +21,8 @@ from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION
 from jcdp_diffusers.train.unets import UNETS
-from jcdp_diffusers.victims import Recipe, recipes_of
+from jcdp_diffusers.victims import ContrastiveRecipe, Recipe, recipes_of
+from jcdp_diffusers.victims.finetuning import COLLECTED, FINETUNE, pretraining_recipe
 
 
 DATA_ROLES = ("protected", "collected", "test")
@@ -36,13 +37,23 @@ class Column:
         countermeasure (`str`): A name of `countermeasures`, or several joined by `+`.
         purification (`PurificationConfig`, *optional*): Replaces the countermeasure's own settings.
         draws (`int`): See `Trial`.
-        collected (`int`, *optional*): How many of the collected images train the purifier; all by default.
+        collected (`int`, *optional*): How many of the collected images train the purifier or the victim's start, or
+            are paired; all by default.
+        init_from (`str`, *optional*): What the victim starts from: `"collected"`, for SimCLR on these images, or
+            whatever `victims.finetuning.read_weights` takes.
+        finetune (`str`): One of `victims.finetuning.FINETUNE`.
     """
 
     countermeasure: str
     purification: PurificationConfig | None = None
     draws: int = 1
     collected: int | None = None
+    init_from: str | None = None
+    finetune: str = "all"
+
+    @property
+    def needs_pairs(self) -> bool:
+        return countermeasures.get(self.countermeasure).needs_pairs
 
     @property
     def needs_purifier(self) -> bool:
@@ -67,8 +78,9 @@ class Grid:
         poisons (`list`): Of `poisons.NAMES`; `none` for clean images; or a poison's name with `-control`, for noise of
             the same size that means nothing (`poisons.control`).
         countermeasures (`list`): Names of `countermeasures`, or dicts of `use` (a name), `as` (what the column is
-            called), `draws` (see `Trial`), `collected` (how many of the collected images train this column's purifier,
-            from the first) and fields of `PurificationConfig` that replace the countermeasure's own.
+            called), `draws` (see `Trial`), `collected` (how many of the collected images this column uses, from the
+            first), `init_from` and `finetune` (see `Column`) and fields of `PurificationConfig` that replace the
+            countermeasure's own. A column that needs pairs has them from the poison itself, on the collected images.
         protocol (`str`): The victims' recipe.
         method (`str`): How victims learn, one of `victims.METHODS`. Features learned without labels are probed with
             the clean originals of the protected images.
@@ -81,6 +93,8 @@ class Grid:
             was trained on (`jcdp_diffusers.train.provenance`), its records have roles `unknown` and their own table.
         unet (`str`), training (`dict`): Of the purifier that is trained, instead of what suits images and device;
             `training` holds fields of `TrainingConfig`.
+        pretraining (`dict`): Fields that replace those of SimCLR's recipe for `init_from: collected`; the recipe is
+            that of the protocol's name.
         perceptual (`str`): The perceptual network that goes with a purifier trained here; see `load_perceptual`.
         about (`dict`): Further facts for the records, such as `purifier_origin`.
     """
@@ -102,6 +116,7 @@ class Grid:
     purifier: str | None = None
     unet: str | None = None
     training: dict = dataclasses.field(default_factory=dict)
+    pretraining: dict = dataclasses.field(default_factory=dict)
     perceptual: str | None = None
     about: dict = dataclasses.field(default_factory=dict)
 
@@ -138,6 +153,7 @@ class Grid:
         if self.unet is not None and self.unet not in UNETS:
             raise ValueError(f"unet is {self.unet!r}, but must be one of {', '.join(UNETS)}.")
         typed("training", self.training, TrainingConfig)
+        typed("pretraining", self.pretraining, ContrastiveRecipe)
         if self.data != "digits":
             if not isinstance(self.data, dict) or not set(DATA_ROLES) <= self.data.keys():
                 raise ValueError(f"data is {self.data!r}, but must be 'digits' or have {', '.join(DATA_ROLES)}.")
@@ -162,6 +178,12 @@ class Grid:
         recipe = recipes_of(self.method)[self.protocol]
         return dataclasses.replace(recipe, **typed("recipe", self.recipe, type(recipe)))
 
+    @property
+    def pretraining_recipe(self) -> ContrastiveRecipe:
+        """SimCLR's recipe with what the grid changes of it."""
+        recipe = pretraining_recipe(self.full_recipe)
+        return dataclasses.replace(recipe, **typed("pretraining", self.pretraining, ContrastiveRecipe))
+
     def columns(self) -> dict[str, Column]:
         """Columns by their name."""
         columns = {}
@@ -173,14 +195,17 @@ class Grid:
                 raise ValueError(f"countermeasures has two columns {title!r}: as gives a column another name.")
             countermeasures.get(name).require_learning(self.method)
             purifies = countermeasures.get(name).needs_purifier
+            start = _start(title, entry, self.method)
+            uses_collected = countermeasures.get(name).needs_pairs or start.get("init_from") == COLLECTED
             numbers = {key: entry.pop(key) for key in ("draws", "collected") if key in entry}
             for key, value in numbers.items():
-                if type(value) is not int or value < 1 or not purifies:
+                used = purifies or (key == "collected" and uses_collected)
+                if type(value) is not int or value < 1 or not used:
                     raise ValueError(
                         f"countermeasures has {title!r} with {key} {value!r}, but {key} must be a number of at least "
                         "1, and goes with a countermeasure that purifies."
                     )
-            if self.purifier is not None and "collected" in numbers:
+            if self.purifier is not None and purifies and "collected" in numbers:
                 raise ValueError(
                     f"countermeasures has {title!r} with collected {numbers['collected']}, but purifier names a "
                     "trained one: leave one of the two out."
@@ -188,8 +213,21 @@ class Grid:
             config = _replaced(name, entry) if entry else None
             if self.full_recipe.smoke and purifies:
                 config = SMOKE_PURIFICATION
-            columns[title] = Column(name, config, **numbers)
+            columns[title] = Column(name, config, **numbers, **start)
         return columns
+
+
+def _start(title: str, entry: dict, method: str) -> dict[str, str]:
+    """What a column says of the victim's start, taken out of its entry."""
+    start = {key: entry.pop(key) for key in ("init_from", "finetune") if key in entry}
+    if start and (not isinstance(start.get("init_from"), str) or start.get("finetune", "all") not in FINETUNE):
+        raise ValueError(
+            f"countermeasures has {title!r} with {start}, but init_from must be {COLLECTED!r}, a file, a folder or a "
+            f"Hub id, and finetune one of {', '.join(FINETUNE)}."
+        )
+    if start and method != "supervised":
+        raise ValueError(f"countermeasures has {title!r} with init_from, but method must be 'supervised' for that.")
+    return start
 
 
 def _replaced(name: str, fields: Mapping[str, Any]) -> PurificationConfig:

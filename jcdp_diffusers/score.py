@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from . import countermeasures, victims
+from .countermeasures import assumed
 from .countermeasures.purifiers import check_purifier_suits
 from .data import LabelledImages, find_overlap, load_images
 from .data.checks import check_sets
@@ -30,6 +31,7 @@ from .train.provenance import check_trained_on
 from .trials import Trial, given_seeds, is_model_of, measure, results_by_trial, spread_over_seeds
 from .victims import RECIPE_NAMES, Recipe, choose, recipes_of
 from .victims.choice import RECIPE_HELP, VICTIM_HELP, WHITENING, WHITENING_HELP, check_whitening
+from .victims.finetuning import COLLECTED, FINETUNE, INIT_FROM_HELP, start_in_words, start_of
 
 
 # Of a trial, what every victim of a score has in common. What the trial leaves out is None.
@@ -47,6 +49,8 @@ REQUESTED = (
     "test",
     "probe",
     "whitening",
+    "init_from",
+    "pairs",
 )
 
 
@@ -61,6 +65,9 @@ def score(
     protocol: str | Recipe | None = None,
     whitening: str = "training",
     collected: LabelledImages | None = None,
+    collected_protected: LabelledImages | None = None,
+    init_from: str | os.PathLike | None = None,
+    finetune: str = "all",
     seeds: int | Sequence[int] = 3,
     countermeasure: str | None = None,
     purifier: str | os.PathLike | JointConditionalPurificationPipeline | None = None,
@@ -91,8 +98,15 @@ def score(
             default what suits device, victim and method.
         whitening (`str`, defaults to `"training"`): Whose patches the first layer of `"convnet94"` whitens: those of
             the training images, or of the `"collected"` ones.
-        collected (`LabelledImages`, *optional*): For whitening `"collected"`: unprotected images of the same shape,
-            none of which is in `test`; their labels are not used.
+        collected (`LabelledImages`, *optional*): For whitening or `init_from` `"collected"`, or for a countermeasure
+            that needs pairs: unprotected images of the same shape, none of which is in `test`; their labels are not
+            used.
+        collected_protected (`LabelledImages`, *optional*): For a countermeasure that needs pairs: what the protection
+            tool makes of collected images, under their ids.
+        init_from (`str` or `os.PathLike`, *optional*): What victims start from instead of random weights:
+            `"collected"`, for a network that SimCLR trains on the collected images; or a file, a folder or a Hub id,
+            see `victims.finetuning`. The last layer is always new.
+        finetune (`str`, defaults to `"all"`): Of such a network, what is trained: `"all"`, or the `"upper"` stages.
         seeds (`int` or `Sequence[int]`, defaults to 3): How many victims, with seeds 0, 1, ..., or the seeds
             themselves.
         countermeasure (`str`, *optional*): One of `countermeasures.NAMES`, or several joined by `"+"`.
@@ -125,7 +139,11 @@ def score(
     if isinstance(protocol, str) and protocol not in (known := recipes_of(method)):
         raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(known)} for method {method!r}.")
     victim, recipe = choose(victim, protocol, method, device=device, shape=train.images.shape[1:])
-    check_whitening(whitening, collected, victim)
+    start = start_of(init_from, finetune, collected, recipe)
+    chosen = countermeasures.get(countermeasure or "none")
+    pairs = chosen.pairs_of(collected_protected, collected)
+    others = pairs is not None or init_from == COLLECTED or chosen.needs_collected
+    check_whitening(whitening, collected, victim, otherwise_used=others)
     if output is not None:
         check_output_file(output)
     countermeasure = countermeasure or "none"
@@ -137,6 +155,7 @@ def score(
     if collected is not None:
         check_sets({"test": test}, {"collected": collected})
         _refuse_overlap("collected", collected, test, overlap_budget)
+        _refuse_overlap("collected", collected, train, overlap_budget, "train")
     _check_purifier(countermeasure, purifier, purification, train, test)
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
@@ -149,7 +168,10 @@ def score(
             "purifier": purifier,
             "purification": purification,
             "draws": draws,
-            "whitening": collected,
+            "whitening": collected if whitening == "collected" else None,
+            "pairs": pairs,
+            "collected": collected if chosen.needs_collected else None,
+            "init_from": start,
             "work_dir": temporary if checkpoint_dir is None else Path(checkpoint_dir),
         }
         trials = [
@@ -211,14 +233,16 @@ def _check_probe(
     return probe, test, list(probe.class_names or map(str, range(probe.num_classes)))
 
 
-def _refuse_overlap(role: str, data: LabelledImages, test: LabelledImages, budget: float | None) -> None:
-    pairs = [] if budget is None else find_overlap(data, test, budget=budget)
+def _refuse_overlap(
+    role: str, data: LabelledImages, other: LabelledImages, budget: float | None, other_role: str = "test"
+) -> None:
+    pairs = [] if budget is None else find_overlap(data, other, budget=budget)
     if len(pairs):
         first, second = pairs[0]
+        why = "a test image must not be trained on" if other_role == "test" else "they must be different images"
         raise ValueError(
-            f"{role} and test have {len(np.unique(pairs[:, 1]))} images in common (same id, same pixels or within "
-            f"{255 * budget:.0f}/255), the first {data.ids[first]!r} and {test.ids[second]!r}; a test image must not "
-            "be trained on."
+            f"{role} and {other_role} have {len(np.unique(pairs[:, 1]))} images in common (same id, same pixels or "
+            f"within {255 * budget:.0f}/255), the first {data.ids[first]!r} and {other.ids[second]!r}; {why}."
         )
 
 
@@ -317,6 +341,9 @@ def _title(purifier: Any) -> str:
     return str(purifier.config.get("_name_or_path") if pipeline else purifier)
 
 
+COLLECTED_HELP = "unprotected images for --whitening or --init_from collected, or for pairs; no labels needed"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `jcdp score`."""
     what = parser.add_argument_group("what to score")
@@ -326,8 +353,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--test_split")
     what.add_argument("--probe", help="clean labelled images for a method without labels")
     what.add_argument("--probe_split")
-    what.add_argument("--collected", help="unprotected images for --whitening collected; no labels needed")
+    what.add_argument("--collected", help=COLLECTED_HELP)
     what.add_argument("--collected_split")
+    what.add_argument("--collected_protected", help="of --collected what the protection tool makes, for pairs")
+    what.add_argument("--collected_protected_split")
     what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
     what.add_argument("--label_column")
     what.add_argument("--image_size", type=int, help="side in pixels to which images are brought first")
@@ -340,6 +369,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--width", type=int, help="of the network; the recipe's if not given")
     how.add_argument("--recipe", "--protocol", dest="protocol", choices=RECIPE_NAMES, help=RECIPE_HELP)
     how.add_argument("--whitening", default="training", choices=WHITENING, help=WHITENING_HELP)
+    how.add_argument("--init_from", help=INIT_FROM_HELP)
+    how.add_argument("--finetune", default="all", choices=FINETUNE, help="with --init_from: all, or the upper stages")
     how.add_argument("--seeds", type=int, default=3, help="number of victims")
     how.add_argument(
         "--countermeasure", default="none", help=f"{', '.join(countermeasures.NAMES)}, or several joined by '+'"
@@ -361,7 +392,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`jcdp score`, from parsed options to a line with the figure."""
     check_output_file(args.output, sources={"train": args.train, "test": args.test})
-    train, test, probe, collected = (_load(args, role) for role in ("train", "test", "probe", "collected"))
+    roles = ("train", "test", "probe", "collected", "collected_protected")
+    train, test, probe, collected, collected_protected = (_load(args, role) for role in roles)
     result = score(
         train,
         test,
@@ -372,6 +404,9 @@ def run(args: argparse.Namespace) -> None:
         protocol=args.protocol,
         whitening=args.whitening,
         collected=collected,
+        collected_protected=collected_protected,
+        init_from=args.init_from,
+        finetune=args.finetune,
         seeds=args.seeds,
         countermeasure=args.countermeasure,
         purifier=args.purifier,
@@ -397,6 +432,8 @@ def sentence(result: dict[str, Any]) -> str:
     victims_said = "1 victim" if count == 1 else f"{count} victims"
     spread = "" if accuracy["std"] is None else f" (standard deviation {100 * accuracy['std']:.1f})"
     with_measure = "" if request["countermeasure"] == "none" else f" with {request['countermeasure']}"
+    with_measure += assumed(countermeasures.get(request["countermeasure"]).assumes)
+    start = "" if request["init_from"] is None else f", {start_in_words(request['init_from'])},"
     other = "".join(
         f"; {words} {100 * result[figure]['mean']:.1f} %"
         for figure, words in (
@@ -408,8 +445,8 @@ def sentence(result: dict[str, Any]) -> str:
     smoke = " This was a smoke run: the figures mean nothing." if result["smoke"] else ""
     return (
         f"{victims_said} ({learner}, width {request['width']}, recipe {request['recipe']['name']})"
-        f"{with_measure} got {100 * accuracy['mean']:.1f} %{spread} of {request['test']['images']} test images right "
-        f"after the last epoch{other}.{smoke}"
+        f"{with_measure}{start} got {100 * accuracy['mean']:.1f} %{spread} of {request['test']['images']} test images "
+        f"right after the last epoch{other}.{smoke}"
     )
 
 

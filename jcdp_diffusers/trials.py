@@ -19,25 +19,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from . import countermeasures, engines
+from .countermeasures import Pairs
 from .data import LabelledImages
 from .devices import available_cores, cpu_threads, device_in_words
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .purification_config import PurificationConfig
+from .purify.digest import noise_corner, purifier_digest
 from .purify.manifest import RUN_NAME
 from .results import append_record, as_settings, plain, read_records, summarise, without_later
 from .victims import Recipe, VictimResult, get_recipe, train_victim
+from .victims.finetuning import (
+    LEARNING_RATE_FACTOR,
+    InitFrom,
+    Pretraining,
+    Weights,
+    check_start,
+    facts_of,
+    read_weights,
+    save_weights,
+)
 
 
 # Countermeasures are prepared once for all victims, as the papers do it.
 PREPARATION_SEED = 0
 # Facts that a record keeps and that decide nothing: what a comparison is called, what a poison took and measures.
-PROVENANCE = ("grid", "poison_seconds", "poison_norms")
+PROVENANCE = ("grid", "poison_seconds", "poison_norms", "assumes")
 # Fields of a trial that came after the first records: left out at the value that was meant before, as in `results`.
 LATER = {"draws": 1, "method": "supervised"}
 FIGURES = ("accuracy", "best_accuracy", "train_accuracy", "knn_accuracy")
@@ -62,10 +72,12 @@ class Trial:
             pipeline, for countermeasures that purify.
         purification (`PurificationConfig` or `str`, *optional*): Replaces the countermeasure's own settings.
         draws (`int`): Purifications of each image, of which the victim sees one per epoch in turn.
+        pairs (`Pairs`, *optional*): For countermeasures that need them.
+        init_from (`InitFrom`, *optional*): What the victim starts from instead of random weights.
         collected (`LabelledImages`, *optional*): Unprotected images, for countermeasures that need them.
         whitening (`LabelledImages`, *optional*): Images whose patches the first layer of `"convnet94"` whitens, in
             place of the training images.
-        work_dir (`Path`, *optional*): Where purified images are kept, so that the victims of all seeds share them.
+        work_dir (`Path`, *optional*): Where purified images and pretrained networks are kept for all seeds.
         model_path (`Path`, *optional*): Safetensors file in which the trained network is kept.
         about (`dict`): What the images are, for the record: poison, roles and the like. Part of the trial's name, but
             for `PROVENANCE`.
@@ -83,6 +95,8 @@ class Trial:
     purifier: str | os.PathLike | JointConditionalPurificationPipeline | None = None
     purification: PurificationConfig | str | None = None
     draws: int = 1
+    pairs: Pairs | None = None
+    init_from: InitFrom | None = None
     collected: LabelledImages | None = None
     whitening: LabelledImages | None = None
     work_dir: Path | None = None
@@ -96,6 +110,12 @@ class Trial:
             raise ValueError(f"probe is {given}, but must be {needed} for method {self.method!r}.")
         countermeasures.get(self.countermeasure).require_learning(self.method)
         countermeasures.get(self.countermeasure).require_collected(self.collected)
+        if self.init_from is not None:
+            if self.method != "supervised":
+                raise ValueError(f"init_from is given, but must be None for method {self.method!r}.")
+            if self.work_dir is None and not isinstance(self.init_from.source, Weights):
+                raise ValueError("work_dir is None, but must be a folder for a network that is pretrained.")
+            check_start(self.init_from, self.victim, self.width or self.recipe.width, self.train.images.shape[1:])
 
     @functools.cached_property
     def settings(self) -> dict:
@@ -115,6 +135,11 @@ class Trial:
         }
         if self.probe is not None:
             settings["probe"] = describe_images(self.probe)
+        if self.init_from is not None:
+            settings["init_from"] = self._start
+        if countermeasure.needs_pairs and self.pairs is not None:
+            settings["pairs"] = {role: describe_images(data) for role, data in self.pairs._asdict().items()}
+            settings["assumes"] = countermeasure.assumes
         if countermeasure.needs_collected:
             settings["collected_images"] = describe_images(self.collected)
         if self.whitening is not None:
@@ -123,10 +148,40 @@ class Trial:
             settings |= {"purifier": None, "purification": purification}
             if self.purifier is not None:
                 settings["purifier"] = purifier_digest(self.purifier)
-                settings["noise_corner"] = _noise_corner(self.purifier)
+                settings["noise_corner"] = noise_corner(self.purifier)
         settings |= {name: getattr(self, name) for name, before in LATER.items() if getattr(self, name) != before}
         settings = without_later(plain(settings, "settings"))
         return settings | {"trial": trial_name(settings, self.seed)}
+
+    @property
+    def _start(self) -> dict:
+        """What decides where the victim starts and how it goes on from there."""
+        start, source = {"pretraining": self.pretraining}, self.init_from.source
+        if isinstance(source, Weights):
+            start = {"weights": source.digest, "replaced_classes": source.classes}
+        return start | {"finetune": self.init_from.finetune, "learning_rate_factor": LEARNING_RATE_FACTOR}
+
+    @functools.cached_property
+    def pretraining(self) -> dict | None:
+        """All that decides the network that is pretrained for this trial; None where none is."""
+        if self.init_from is None or isinstance(self.init_from.source, Weights):
+            return None
+        return {
+            "collected": describe_images(self.init_from.source),
+            "method": "simclr",
+            "recipe": dataclasses.asdict(self.init_from.recipe),
+            "victim": self.victim,
+            "width": self.width or self.recipe.width,
+            "seed": PREPARATION_SEED,
+        }
+
+    @property
+    def pretrained_path(self) -> Path | None:
+        """Where the network that is pretrained for this trial is kept, under the name of what decides it."""
+        if self.pretraining is None:
+            return None
+        name = f"{self.victim}-{_hash(plain(self.pretraining, 'pretraining'))}.safetensors"
+        return self.work_dir / "pretrained" / name
 
     @property
     def name(self) -> str:
@@ -193,7 +248,8 @@ def measure(
     rank, world = engines.ranks()
     if engine == "local" and processes is None:
         processes = min(available_cores(), max(1, len(trials))) if device.type == "cpu" and world == 1 else 1
-    tasks = [*beside, *(_Task(trial, records, device) for trial in trials)]
+    shown = progress and rank == 0 and processes == 1
+    tasks = [*beside, *(_Task(trial, records, device, shown) for trial in trials)]
     records.parent.mkdir(parents=True, exist_ok=True)
     lock = engines.folder_lock(records.with_name(f".{records.name}.lock"))
     with (
@@ -201,16 +257,24 @@ def measure(
         tqdm(total=len(tasks), unit="victim", desc="victims", disable=not progress or rank > 0) as bar,
     ):
         engines.first_rank_decides(lambda: stack.enter_context(lock))
-        bar.update(len(tasks) - sum(not task.is_done() for task in tasks))
-        engines.run(
-            tasks,
-            open_worker=_no_worker,
-            engine=engine,
-            processes=processes,
-            address=address,
-            on_done=lambda task, result: _show(bar, task, result),
-            gpus=int(device.type == "cuda"),
-        )
+        missing = engines.first_rank_decides(lambda: [row for row, task in enumerate(tasks) if not task.is_done()])
+        bar.update(len(tasks) - len(missing))
+        how = {"open_worker": _no_worker, "engine": engine, "address": address, "gpus": int(device.type == "cuda")}
+        starts = [tasks[row].trial for row in missing if isinstance(tasks[row], _Task)]
+        _pretrain(starts, processes, device, progress and rank == 0, how)
+        engines.run(tasks, processes=processes, on_done=lambda task, result: _show(bar, task, result), **how)
+
+
+def _pretrain(trials: Sequence[Trial], processes: int | None, device: torch.device, progress: bool, how: dict) -> None:
+    """Train each network once that trials start from, in the same way as victims are run."""
+    starts = {trial.pretrained_path: trial for trial in trials if trial.pretrained_path is not None}
+    few = processes if how["engine"] == "ray" else min(processes, max(1, len(starts)))
+    shown, pretrainings = progress and few == 1, []
+    for path, one in starts.items():
+        decided = {name: one.pretraining[name] for name in ("victim", "width", "seed")}
+        pretrainings.append(Pretraining(path, one.init_from, **decided, device=device, progress=shown))
+    if pretrainings:
+        engines.run(pretrainings, processes=few, **how)
 
 
 def results_by_trial(records: str | os.PathLike, *, what: str) -> dict[str, dict]:
@@ -265,66 +329,6 @@ def describe_images(data: LabelledImages) -> dict:
     return {"images": len(data), "shape": list(data.images.shape[1:]), "content": digest.hexdigest()}
 
 
-def purifier_digest(purifier: str | os.PathLike | JointConditionalPurificationPipeline) -> str:
-    """
-    What a purifier is known by: its content, whatever it is called.
-
-    Of a folder, a hash of networks, scheduler and noise spectrum; of a pipeline, a hash of the same as they are in
-    memory; of a Hub id, the id and the commit that it stands for now.
-    """
-    if isinstance(purifier, JointConditionalPurificationPipeline):
-        return _digest_of_pipeline(purifier)
-    folder = Path(purifier)
-    if not folder.is_dir():
-        # Every purifier has this file. It lies in a folder of the cache that bears the commit's name.
-        return f"{purifier}@{Path(hf_hub_download(str(purifier), 'model_index.json')).parent.name}"
-    parts = [folder / part for part in ("unet", "scheduler", "perceptual")]
-    files = [path for part in parts for path in sorted(part.glob("*"))]
-    if not (folder / "unet").is_dir():  # a network that lies beside model_index.json, as in google/ddpm-cifar10-32
-        names = ("config.json", "scheduler_config.json", "diffusion_pytorch_model*")
-        files += [path for name in names for path in sorted(folder.glob(name))]
-    states = (path.stat() for path in files)
-    return _digest_of_files(
-        tuple((path, state.st_size, state.st_mtime_ns, state.st_ino) for path, state in zip(files, states)),
-        _noise_corner(purifier),
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _digest_of_files(files: tuple[tuple[Path, int, int, int], ...], noise_corner: float) -> str:
-    """A hash of files, read again where one is of another size, time or inode than before."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path, *_ in files:
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    if noise_corner:
-        digest.update(f"noise_corner {noise_corner}".encode())
-    return digest.hexdigest()
-
-
-def _digest_of_pipeline(pipe: JointConditionalPurificationPipeline) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (pipe.unet, pipe.perceptual):
-        for name, tensor in {} if part is None else sorted(part.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    for part in (pipe.unet, pipe.scheduler):
-        # What begins with an underscore says where the part is from.
-        config = {name: value for name, value in part.config.items() if not name.startswith("_")}
-        digest.update(json.dumps(plain(config, "config"), sort_keys=True).encode())
-    digest.update(f"noise_corner {_noise_corner(pipe)}".encode())
-    return digest.hexdigest()
-
-
-def _noise_corner(purifier: str | os.PathLike | JointConditionalPurificationPipeline) -> float:
-    """What a pipeline or a folder says; a Hub repository says it when it is opened, and its commit stands for it."""
-    if isinstance(purifier, JointConditionalPurificationPipeline):
-        config = purifier.purification_config
-    else:
-        config = PurificationConfig.from_pretrained(purifier) if Path(purifier).is_dir() else None
-    return 0.0 if config is None else config.noise_corner
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Task:
     """A trial, as an engine runs it."""
@@ -332,6 +336,7 @@ class _Task:
     trial: Trial
     records: Path
     device: torch.device
+    progress: bool  # whether preparations show a bar of their own
 
     @property
     def name(self) -> str:
@@ -344,7 +349,7 @@ class _Task:
 
     def run(self, worker: None) -> float:
         try:
-            return _train(self.trial, self.records, self.device)
+            return _train(self.trial, self.records, self.device, self.progress)
         except engines.FAILURES as error:
             raise RuntimeError(f"{self.trial.title}: {error}") from error
 
@@ -367,7 +372,7 @@ def _no_worker() -> None:
     """What a trial needs it opens itself: trials have purifiers of their own, and most have none."""
 
 
-def _train(trial: Trial, records: Path, device: torch.device) -> float:
+def _train(trial: Trial, records: Path, device: torch.device, progress: bool) -> float:
     """Train one victim, append its records, and return its accuracy."""
     countermeasure = countermeasures.get(trial.countermeasure)
     num_classes = max((trial.train if trial.probe is None else trial.probe).num_classes, trial.test.num_classes)
@@ -383,8 +388,10 @@ def _train(trial: Trial, records: Path, device: torch.device) -> float:
             num_classes=num_classes,
             purifier=trial.purifier,
             purification=trial.purification,
+            pairs=trial.pairs,
             checkpoint_dir=work_dir,
             draws=trial.draws,
+            progress=progress,
             collected=trial.collected,
         )
         result = train_victim(
@@ -399,6 +406,7 @@ def _train(trial: Trial, records: Path, device: torch.device) -> float:
             device=device,
             num_classes=num_classes,
             hooks=prepared.hooks,
+            **_start_of(trial),
             whitening=trial.whitening,
             checkpoint_dir=checkpoint_dir,
         )
@@ -423,6 +431,15 @@ def _train(trial: Trial, records: Path, device: torch.device) -> float:
     return result.accuracy
 
 
+def _start_of(trial: Trial) -> dict[str, Any]:
+    """What a victim starts from, for `train_victim`."""
+    if trial.init_from is None:
+        return {}
+    path = trial.pretrained_path
+    weights = trial.init_from.source if path is None else read_weights(path)
+    return {"init_from": weights, "finetune": trial.init_from.finetune}
+
+
 def _details(result: VictimResult) -> dict[str, Any]:
     """What a record says of a victim beside its accuracy."""
     return {
@@ -441,11 +458,9 @@ def _details(result: VictimResult) -> dict[str, Any]:
 
 
 def _keep_model(result: VictimResult, trial: Trial) -> None:
-    trial.model_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = trial.model_path.with_name(f".{trial.model_path.name}.tmp")
-    weights = {name: tensor.contiguous() for name, tensor in result.model.state_dict().items()}
-    save_file(weights, temporary, metadata={"trial": trial.name})
-    os.replace(temporary, trial.model_path)
+    height, width, channels = trial.train.images.shape[1:]
+    facts = facts_of(trial.victim, (channels, height, width))
+    save_weights(trial.model_path, result.model, facts | {"trial": trial.name})
 
 
 def _show(bar: tqdm, task: engines.Task, result: Any) -> None:
@@ -462,7 +477,8 @@ def _preparation(trial: Trial) -> str:
     countermeasure = countermeasures.get(trial.countermeasure)
     parts = countermeasure.parts or (countermeasure,)
     before = [[part.name, dict(part.settings)] for part in parts if part.kind != "hook"]
-    return _hash([trial.settings["train"], before, *map(trial.settings.get, ("purifier", "purification"))])
+    decided = [trial.settings["train"], before, *map(trial.settings.get, ("purifier", "purification"))]
+    return _hash([*decided, trial.settings["pairs"]] if "pairs" in trial.settings else decided)
 
 
 def _seconds_of_work(work_dir: Path | None, draws: int, seconds: float) -> float:

@@ -16,9 +16,10 @@ from sklearn.datasets import load_digits
 
 from jcdp_diffusers import trials, victims
 from jcdp_diffusers.cli import main
+from jcdp_diffusers.countermeasures import paired
 from jcdp_diffusers.data import LabelledImages, write_dataset
 from jcdp_diffusers.purification_config import PurificationConfig
-from jcdp_diffusers.score import check_pair, score
+from jcdp_diffusers.score import check_pair, score, sentence
 from jcdp_diffusers.victims import Recipe, get_recipe, predict, train_victim
 
 
@@ -208,6 +209,66 @@ def test_models_that_were_not_kept_are_not_promised(train, test, tmp_path):
     (tmp_path / "score.json").unlink()
     score(train, test, model_dir=tmp_path / "models", **output)
     assert score(train, test, model_dir=tmp_path / "models", **output)["accuracy"]  # finished, and the model is there
+
+
+# --------------------------------------------------------------------------------------------- pretrained, and pairs
+
+
+@pytest.fixture(scope="module")
+def collected():
+    return digits(220, 300)
+
+
+def test_victims_that_start_from_collected_images(result, train, test, collected, tmp_path):
+    options = {"protocol": QUICK, "seeds": 2, "init_from": "collected", "collected": collected}
+    recipe = dataclasses.replace(get_recipe("smoke", "simclr"), max_steps_per_epoch=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jcdp_diffusers.victims.finetuning.pretraining_recipe", lambda _: recipe)
+        started = score(train, test, finetune="upper", checkpoint_dir=tmp_path, **options)
+        said = sentence(started)
+    assert started["request"]["init_from"]["pretraining"]["collected"]["images"] == 80
+    assert "pretrained without labels on 80 collected images, the upper stages fine-tuned," in said
+    assert started["runs"][0]["history"] != result["runs"][0]["history"] and result["request"]["init_from"] is None
+    assert len(list((tmp_path / "pretrained").iterdir())) == 1
+
+
+def test_victims_that_start_from_what_an_earlier_score_kept(train, test, collected, tmp_path):
+    score(collected, test, protocol=QUICK, seeds=1, model_dir=tmp_path)
+    started = score(train, test, protocol=QUICK, seeds=1, init_from=tmp_path / "resnet18-0.safetensors")
+    assert started["request"]["init_from"]["replaced_classes"] == 10
+    assert "a new last layer in place of that for 10 classes, all weights fine-tuned," in sentence(started)
+    with pytest.raises(ValueError, match="init_from is .*images of 3x16x16, but must .* 3x8x8"):
+        small = [data.with_images(data.images[:, ::2, ::2]) for data in (train, test)]
+        score(*small, protocol=QUICK, seeds=1, init_from=tmp_path)
+
+
+def test_a_score_with_pairs_says_what_it_assumes(train, test, collected, monkeypatch):
+    short = paired.PairedSettings(unet="tiny32", epochs=1, batch_size=40)
+    monkeypatch.setitem(paired.SETTINGS, "paired-small", short)
+    after = collected.with_images(collected.images // 2)
+    options = {"protocol": QUICK, "seeds": 1, "countermeasure": "paired-small"}
+    scored = score(train, test, collected=collected, collected_protected=after, **options)
+    assert "with paired-small (assumes that the protection tool is public) got" in sentence(scored)
+    assert scored["request"]["pairs"]["originals"]["images"] == 80
+    with pytest.raises(ValueError, match="collected_protected is None, but countermeasure 'paired-small'"):
+        score(train, test, collected=collected, **options)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"init_from": "collected"}, "collected is None, .* init_from is 'collected'"),
+        ({"collected": digits(220, 300)}, "collected is 80 images, but must be None"),
+        ({"finetune": "upper"}, "finetune is 'upper', .* 'all' where init_from is None"),
+        ({"init_from": "collected", "collected": digits(100, 300)}, "collected and test have 100 images in common"),
+        ({"init_from": "collected", "collected": digits(110, 120)}, "collected and train have 10 images in common"),
+        ({"init_from": "no/such"}, "init_from is 'no/such'"),
+        ({"collected_protected": digits(220, 300)}, "collected_protected has 80 images, .* 'none'"),
+    ],
+)
+def test_starts_and_pairs_that_cannot_be(changes, message, train, test):
+    with pytest.raises(ValueError, match=message):
+        score(train, test, protocol="smoke", **changes)
 
 
 # --------------------------------------------------------------------------------------------------------- interruption

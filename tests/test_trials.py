@@ -1,6 +1,7 @@
 """Trials: named by content, measured once, by one command at a time, and taken up after a crash."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from hub_server import HubServer
 from purifying import quick_pipe
 
 from jcdp_diffusers import trials
+from jcdp_diffusers.countermeasures import Pairs, paired
 from jcdp_diffusers.data import LabelledImages
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.purification_config import PurificationConfig
@@ -28,7 +30,8 @@ from jcdp_diffusers.trials import (
     spread_over_seeds,
     trial_name,
 )
-from jcdp_diffusers.victims import RECIPES, get_recipe, train_victim
+from jcdp_diffusers.victims import RECIPES, finetuning, get, get_recipe, train_victim
+from jcdp_diffusers.victims.finetuning import InitFrom, Weights, read_weights
 
 
 QUICK = dataclasses.replace(RECIPES["smoke"], epochs=1, max_steps_per_epoch=2, batch_size=8)
@@ -269,6 +272,86 @@ def test_a_process_that_dies_of_a_signal_is_one_sentence_that_names_the_trial(tm
     with pytest.raises(RuntimeError, match=ended) as told:
         measure([trial(7, train=deadly), trial(8, recipe=SLOW)], tmp_path / "r.jsonl", processes=2, progress=False)
     assert "\n" not in str(told.value) and "process pool" not in str(told.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ pretrained
+
+
+def test_victims_of_all_seeds_start_from_one_network_that_is_pretrained_once(tmp_path, monkeypatch):
+    counted, pretrain = [], finetuning.pretrain
+
+    def count(collected, **options):
+        counted.append(collected)
+        return pretrain(collected, **options)
+
+    monkeypatch.setattr(finetuning, "pretrain", count)
+    how = {"work_dir": tmp_path / "work"}
+    start = InitFrom(images(30, 5), recipe=SIMCLR)
+    wanted = [trial(seed, init_from=start, **how) for seed in (0, 1)]
+    wanted.append(trial(0, init_from=dataclasses.replace(start, finetune="upper"), **how))
+    measure(wanted, tmp_path / "records.jsonl", progress=False)
+    assert len(counted) == 1 and len({one.pretrained_path for one in wanted}) == 1
+    assert [path.name for path in (tmp_path / "work/pretrained").iterdir()] == [wanted[0].pretrained_path.name]
+    alone = train_victim(TRAIN, TEST, recipe=QUICK, init_from=read_weights(wanted[0].pretrained_path))
+    details = results_by_trial(tmp_path / "records.jsonl", what="victim")
+    assert details[wanted[0].name]["value"]["confusion"] == alone.confusion.tolist()
+    found = details[wanted[2].name]["settings"]["init_from"]
+    assert found["finetune"] == "upper" and found["pretraining"]["collected"]["images"] == 30
+
+    # Nothing is pretrained for what is on record, and everything anew for other images or another recipe.
+    wanted[0].pretrained_path.unlink()
+    measure(wanted, tmp_path / "records.jsonl", progress=False)
+    assert len(counted) == 1
+    others = [
+        trial(0, init_from=InitFrom(images(30, 6), recipe=SIMCLR), **how),
+        trial(0, init_from=InitFrom(images(30, 5), recipe=dataclasses.replace(SIMCLR, epochs=1)), **how),
+    ]
+    measure(others, tmp_path / "records.jsonl", progress=False)
+    assert len(counted) == 3 and len({one.pretrained_path for one in (*wanted, *others)}) == 3
+
+
+def test_a_start_is_part_of_the_name_only_where_there_is_one(tmp_path):
+    tensors = get("resnet18")(3, width=QUICK.width).state_dict()
+    given, named = Weights("here", tensors), Weights("elsewhere", tensors)
+    other = Weights("here", tensors | {"conv1.weight": torch.ones(8, 3, 3, 3)})
+    one, same, another, upper = (
+        trial(init_from=InitFrom(weights, how))
+        for weights, how in ((given, "all"), (named, "all"), (other, "all"), (given, "upper"))
+    )
+    assert one.name == same.name and len({trial().name, one.name, another.name, upper.name}) == 4
+    assert "init_from" not in trial().settings and "pairs" not in trial().settings
+    collected = InitFrom(images(30, 5), recipe=SIMCLR)
+    labelled = InitFrom(dataclasses.replace(images(30, 5), labels=None), recipe=SIMCLR)
+    assert trial(init_from=collected, work_dir=tmp_path).name == trial(init_from=labelled, work_dir=tmp_path).name
+
+
+def test_a_start_that_cannot_be(tmp_path):
+    collected = InitFrom(images(30, 5), recipe=SIMCLR)
+    with pytest.raises(ValueError, match="init_from is 'w', which has no bn1.bias"):
+        trial(init_from=InitFrom(Weights("w", {"conv1.weight": torch.zeros(1)})))
+    with pytest.raises(ValueError, match="collected has images of 8x8x3, but must have those of train, 8x4x3"):
+        narrow = TRAIN.with_images(TRAIN.images[:, :, :4])
+        trial(init_from=collected, work_dir=tmp_path, train=narrow)
+    with pytest.raises(ValueError, match="work_dir is None"):
+        trial(init_from=collected)
+    with pytest.raises(ValueError, match="init_from is given, .* None for method 'simclr'"):
+        trial(init_from=collected, work_dir=tmp_path, method="simclr", recipe=SIMCLR, probe=TRAIN)
+
+
+def test_pairs_name_a_trial_and_its_preparation_and_say_what_they_assume(tmp_path, monkeypatch):
+    short = paired.PairedSettings(unet="tiny32", epochs=1, batch_size=8)
+    monkeypatch.setitem(paired.SETTINGS, "paired-small", short)
+    originals = images(16, 8)
+    pairs = [Pairs(originals.with_images(originals.images // by), originals) for by in (2, 3)]
+    how = {"countermeasure": "paired-small", "work_dir": tmp_path / "work"}
+    wanted = [trial(pairs=one, **how) for one in pairs]
+    assert len({one.name for one in wanted}) == 2
+    assert wanted[0].settings["assumes"] == "the protection tool is public"
+    measure([*wanted, trial(1, pairs=pairs[0], **how)], tmp_path / "records.jsonl", progress=False)
+    assert len(list((tmp_path / "work").glob("*/paired-small-0/paired.json"))) == 2
+    details = results_by_trial(tmp_path / "records.jsonl", what="victim")
+    trained = json.loads(next((tmp_path / "work").glob("*/paired-small-0/summary.json")).read_text())
+    assert all(one["value"]["prepare_seconds"] > 0 for one in details.values()) and trained["seconds_of_work"] > 0
 
 
 # ------------------------------------------------------------------------------------------------------------- purifiers

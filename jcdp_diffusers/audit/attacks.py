@@ -1,6 +1,7 @@
 """
 What an audit tries against a protection beside its own purification: a countermeasure by name, alone or joined with
-that purification, such as `impulse-filter+purified+corruption`.
+that purification, such as `impulse-filter+purified+corruption`. With `pretrained` or `pretrained-upper` among the
+names, victims start from a network that SimCLR has trained on the collected images.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +17,11 @@ from ..train.default_purifier import SMOKE_PURIFICATION
 # What an attack calls the audit's own purification. In front of others, they are made on the purified images; behind
 # others, images go through those first and are then purified in the same way.
 PURIFIED = "purified"
+# Names of a victim's start, and what of it is fine-tuned.
+PRETRAINED = {"pretrained": "all", "pretrained-upper": "upper"}
+
+
+_TUNED = {"all": "all weights", "upper": "the upper stages"}
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,12 @@ class Attack:
     Args:
         name (`str`): What the row is called.
         countermeasure (`Countermeasure`): What is done to the images that it takes, and while training.
+        finetune (`str`, *optional*): What is fine-tuned of a pretrained network; None for random weights.
     """
 
     name: str
     countermeasure: Countermeasure
+    finetune: str | None = None
 
     @property
     def takes_purified(self) -> bool:
@@ -55,6 +63,15 @@ class Attack:
 
     def as_done(self, config: PurificationConfig, *, smoke: bool) -> Countermeasure:
         """For a report: the countermeasure, with the settings that purification had in it; `config` is the audit's."""
+        if self.finetune is not None:
+            images = replace(self, finetune=None).as_done(config, smoke=smoke)
+            return replace(
+                images,
+                name=self.name,
+                source=f"SimCLR on the collected images, then fine-tuning of {_TUNED[self.finetune]}; {images.source}",
+                cost=f"one training without labels for all rows that start from it; {images.cost}",
+                settings=dict(images.settings) | {"finetune": self.finetune},
+            )
         if not self.countermeasure.needs_purifier or not (smoke or self.purifies_as_the_audit):
             return self.countermeasure
 
@@ -78,6 +95,15 @@ def attack(name: str) -> Attack:
         ValueError: If it is no countermeasure, names the audit's purification alone, or purifies twice.
     """
     names = name.split("+")
+    starts = [part for part in names if part in PRETRAINED]
+    if len(starts) > 1:
+        raise ValueError(f"attacks (--countermeasures) has {name!r}, but a victim has one start: name one of them.")
+    if starts:
+        others = "+".join(part for part in names if part not in starts) or "none"
+        images = Attack(others, countermeasures.get("none")) if others == PURIFIED else attack(others)
+        # A start has no place in the order of what is done to images, so it comes last.
+        whole = starts[0] if others == "none" else f"{others}+{starts[0]}"
+        return replace(images, name=whole, finetune=PRETRAINED[starts[0]])
     if PURIFIED not in names:
         return Attack(name, countermeasures.get(name))
     others = countermeasures.get("+".join(part for part in names if part != PURIFIED) or "none")

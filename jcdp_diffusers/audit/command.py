@@ -8,23 +8,26 @@ from .. import countermeasures, victims
 from ..data.checks import ROLES
 from ..outputs import check_output_folder, public_name
 from ..victims import RECIPE_NAMES
-from ..victims.choice import RECIPE_HELP, VICTIM_HELP, WHITENING, WHITENING_HELP
-from .attacks import PURIFIED
+from ..victims.choice import SHORT_RECIPE_HELP, VICTIM_HELP, WHITENING, WHITENING_HELP
+from .attacks import PRETRAINED, PURIFIED
 from .run import BEGUN_NAME, OWN_NAMES, audit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `jcdp audit`."""
     what = parser.add_argument_group("the images, each a folder, file or Hub id")
-    what.add_argument("--protected", required=True, help="protected images with labels")
+    what.add_argument("--protected", required=True, help="protected images; with labels if --method needs them")
     what.add_argument("--collected", help="unprotected images that train the purifier; no labels needed")
+    what.add_argument(
+        "--collected_protected", help="of --collected what the protection tool makes, for an attack with pairs"
+    )
     what.add_argument("--test", required=True, help="clean labelled images of the same classes")
     what.add_argument("--clean", help="originals of the protected images, under the same ids")
     what.add_argument(
         "--probe_images",
         help="clean labelled images to probe what --method learns without labels; --clean if not given",
     )
-    for role in ("protected", "collected", "test", "clean", "probe_images"):
+    for role in ("protected", "collected", "collected_protected", "test", "clean", "probe_images"):
         what.add_argument(f"--{role}_split", help="the only one if not given" if role == "protected" else None)
     what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
     what.add_argument("--label_column")
@@ -43,10 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--preset", help="how to purify; what the purifier's repository says if not given")
     how.add_argument(
         "--countermeasures",
+        "--attacks",
         default="",
         help=f"to try beside purification, commas between them: {', '.join(countermeasures.NAMES)}; several joined by "
-        f"'+', such as impulse-filter+{PURIFIED}+corruption, where {PURIFIED} is the audit's purification",
+        f"'+', such as impulse-filter+{PURIFIED}+corruption, where {PURIFIED} is the audit's purification; "
+        f"{' or '.join(PRETRAINED)} for victims that start from a network trained on --collected",
     )
+    how.add_argument("--pairs", type=int, default=4000, help="how many of --collected an attack with pairs protects")
     how.add_argument(
         "--control", action="store_true", help="also train on clean images with noise of the same size, as a control"
     )
@@ -69,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "clean rest alone; needs --clean",
     )
     how.add_argument("--width", type=int, help="of the victims; the recipe's if not given")
-    how.add_argument("--protocol", "--recipe", dest="protocol", choices=RECIPE_NAMES, help=RECIPE_HELP)
+    how.add_argument("--protocol", "--recipe", dest="protocol", choices=RECIPE_NAMES, help=SHORT_RECIPE_HELP)
     how.add_argument("--seeds", type=int, default=3, help="victims per row")
     how.add_argument("--seed", type=int, default=0, help="of purifier and purification")
     how.add_argument(
@@ -94,17 +100,20 @@ def run(args: argparse.Namespace) -> None:
     """`jcdp audit`: the report, and where it lies."""
     if not 0 <= args.budget <= 255:
         raise ValueError(f"--budget is {args.budget}, but must lie within 0 and 255, in 1/255.")
-    roles = ("protected", "collected", "test", "clean", "probe_images")
+    roles = ("protected", "collected", "collected_protected", "test", "clean", "probe_images")
     sources = {f"--{name}": getattr(args, name) for name in (*roles, "purifier")}
     check_output_folder(args.output, marks=(BEGUN_NAME,), own=OWN_NAMES, sources=sources, name="--output")
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     options = {role: {"split": getattr(args, f"{role}_split")} for role in roles}
     for role in ("protected", "test", "clean", "probe_images"):
         options[role] |= columns
-    options["collected"]["image_column"] = args.image_column
+    for role in ("collected", "collected_protected"):
+        options[role]["image_column"] = args.image_column
     audit(
         protected=args.protected,
         collected=args.collected,
+        collected_protected=args.collected_protected,
+        pairs=args.pairs,
         test=args.test,
         clean=args.clean,
         probe_images=args.probe_images,

@@ -15,6 +15,7 @@ def limits(
     listed: int | None,
     training: Mapping | None,
     attacks: Sequence[str],
+    assumptions: Mapping[str, str],
 ) -> list[str]:
     """
     What the figures of an audit do not say, in sentences.
@@ -29,6 +30,7 @@ def limits(
         listed (`int`, *optional*): How many images trained the purifier, where that is known.
         training (`dict`, *optional*): The record of the purifier's training, if it was trained for the audit.
         attacks (`Sequence[str]`): What was tried beside purification.
+        assumptions (`dict`): By attack, what it assumes beyond protected and collected images.
     """
     error = 100 * 1.96 * math.sqrt(0.25 / test_images)
     found = [
@@ -56,6 +58,10 @@ def limits(
         found.append(
             "The row eclipse purifies with the purifier of this audit, where its authors train one of few images."
         )
+    found += [
+        f"The row {name} assumes more than the others: that {assumes}. It says nothing of anybody without that access."
+        for name, assumes in assumptions.items()
+    ]
     if attacks and status != "exchanged":
         found.append(
             f"The verdict speaks of the strongest of {len(attacks) + 1} attacks. The same test images choose it, and "

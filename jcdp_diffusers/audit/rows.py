@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import countermeasures
+from ..countermeasures import Pairs, assumed
 from ..data import LabelledImages
 from ..data.perturbations import apply_perturbation
 from ..poisons.control import shuffled
 from ..purify.dataset_card import SUMMARY_NAME
 from ..results import as_settings
 from ..trials import Trial, describe_images, purifier_digest, results_by_trial
+from ..victims.finetuning import InitFrom, pretraining_recipe
 from .purifier import AuditPurifier
 from .settings import AuditSettings, Learner
 
@@ -40,6 +43,7 @@ def trials_of(
     asked: AuditSettings,
     learner: Learner,
     work_dir: Path,
+    pairs: Pairs | None = None,
 ) -> dict[str, list[Trial]]:
     """
     The trials by row, one for each seed.
@@ -51,15 +55,21 @@ def trials_of(
         asked (`AuditSettings`): Attacks and seeds.
         learner (`Learner`): Of the victims.
         work_dir (`Path`): Where attacks keep what they have purified.
+        pairs ([`Pairs`], *optional*): For attacks that learn from them.
     """
-    rows = {row: (sets[row], "none", None) for row in TITLES if row in sets}
+    rows = {row: (sets[row], "none", None, None) for row in TITLES if row in sets}
+    tuned = {one.finetune for one in asked.tried} - {None}
+    starts = {how: InitFrom(sets["collected"], how, pretraining_recipe(learner.recipe)) for how in tuned}
     for one in asked.tried:
+        if one.countermeasure.needs_pairs and pairs is None:
+            raise ValueError(f"pairs is None, but attack {one.name!r} needs them.")
         if "purified" not in sets and (one.takes_purified or one.countermeasure.needs_purifier):
             continue
         # In a smoke run every attack that purifies does so in seconds.
         replaced = one.countermeasure.needs_purifier and (asked.smoke or one.purifies_as_the_audit)
         images = sets["purified" if one.takes_purified else "protected"]
-        rows[one.name] = (images, one.countermeasure.name, used.config if replaced else None)
+        rows[one.name] = (images, one.countermeasure.name, used.config if replaced else None, starts.get(one.finetune))
+    whitens = asked.whitening == "collected" and learner.whitens
     facts = {"audit": describe_images(sets["protected"])["content"], "roles": asked.roles}
     purification = {}
     if "purified" in sets:
@@ -74,17 +84,19 @@ def trials_of(
                 victim=learner.victim,
                 method=learner.method,
                 probe=None if learner.method == "supervised" else sets.get("probe", sets.get("clean")),
-                whitening=sets["collected"] if asked.whitening == "collected" and learner.whitens else None,
+                whitening=sets["collected"] if whitens and start is None else None,
                 width=asked.width,
                 countermeasure=name,
                 purifier=used.name,
                 purification=config,
+                pairs=pairs if countermeasures.get(name).needs_pairs else None,
+                init_from=start,
                 work_dir=work_dir,
                 about=facts | {"row": row} | (purification if images is sets.get("purified") else {}),
             )
             for seed in asked.victim_seeds
         ]
-        for row, (images, name, config) in rows.items()
+        for row, (images, name, config, start) in rows.items()
     }
 
 
@@ -103,7 +115,7 @@ def figures(
     seconds = json.loads((purified_dir / SUMMARY_NAME).read_text())["seconds_of_work"]
     rows = []
     for row, own in trials.items():
-        rows.append({"row": row, "title": TITLES.get(row, row)} | _figures(own, records))
+        rows.append({"row": row, "title": _title(row, own)} | _figures(own, records))
         rows[-1]["prepare_seconds"] += seconds if own[0].train is purified else 0
         if row == "protected" and own[0].method == "supervised":
             rows.append(early_stopping(rows[-1]))
@@ -125,6 +137,11 @@ def early_stopping(protected: Mapping) -> dict:
         "accuracy": protected["best_accuracy"],
     }
     return dict(protected) | changes | unknown
+
+
+def _title(row: str, trials: list[Trial]) -> str:
+    """What a row is called, with what it assumes of the attacker."""
+    return TITLES.get(row, row) + assumed(countermeasures.get(trials[0].countermeasure).assumes)
 
 
 def _figures(trials: list[Trial], records: Path) -> dict:

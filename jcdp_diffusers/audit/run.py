@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..countermeasures import Pairs
 from ..data import LabelledImages
 from ..outputs import check_output_folder, public_name, write_atomically
 from ..purification_config import PurificationConfig
@@ -32,9 +33,10 @@ from .draws import FOLDER, draw_again, figures_of_draws, over_draws, trials_of_d
 from .fractions import check_fractions, figures_of_fractions, trials_of_fractions
 from .learners import in_words, side_by_side
 from .limits import limits
+from .pairs import assumptions_of, check_labels, check_pairs_asked, pairs_of
 from .purifier import AuditPurifier, choose_purifier, purify, trained
 from .report import write_report
-from .rows import TITLES, control_images, figures, trials_of
+from .rows import control_images, figures, trials_of
 from .sets import describe, few, read_sets, separate, shortcut_in_words
 from .settings import AuditSettings, Learner
 from .verdict import verdict
@@ -45,6 +47,7 @@ BEGUN_NAME = "audit.json"
 OWN_NAMES = (
     "attacks",
     FOLDER,
+    "pairs",
     "pictures",
     "purified",
     "purifier",
@@ -60,6 +63,7 @@ def audit(
     protected: Any,
     test: Any,
     collected: Any = None,
+    collected_protected: Any = None,
     purifier: str | os.PathLike | None = None,
     clean: Any = None,
     probe_images: Any = None,
@@ -82,6 +86,8 @@ def audit(
         collected: Unprotected images like the protected ones, without need of labels, that train the purifier. May be
             left out where a purifier is given; what that was trained on is looked up in its repository
             (`train.provenance.check_trained_on`), or unknown and among the report's limits.
+        collected_protected (*optional*): Collected images as the protection tool leaves them, under their ids, for an
+            attack that learns from pairs. Without them the card of `protected` must name a poison of this package.
         purifier (`str` or `os.PathLike`, *optional*): Folder or Hub id; trained on `collected` if not given.
         clean (*optional*): The originals of the protected images, under the same ids. Without them nobody can say how
             much the protection takes away.
@@ -108,6 +114,7 @@ def audit(
     """
     asked = AuditSettings(**settings)
     sources = {"protected": protected, "collected": collected, "test": test, "clean": clean}
+    sources["collected_protected"] = collected_protected
     sources["probe_images"] = probe_images
     check_output_folder(
         output_dir, marks=(BEGUN_NAME,), own=OWN_NAMES, sources=sources | {"purifier": purifier}, name="output_dir"
@@ -146,7 +153,9 @@ def carry_out(
     """
     # 1. The images, and what is used on them: all that can be refused is refused here
     _check_asked(asked, sources, purifier)
+    tool = check_pairs_asked(asked, sources)
     sets = read_sets(sources, asked.methods, **reading)
+    check_labels(tool, sets)
     used = choose_purifier(purifier, sets, asked, output_dir, device)
     begun = _begun(asked, sets, used)
     _check_begun(output_dir, begun)
@@ -166,10 +175,10 @@ def carry_out(
     records = output_dir / "records.jsonl"
     if asked.control:
         sets["control"] = control_images(sets["clean"], sets["protected"], asked.seed)
-    if used.plan is not None:
-        _write_begun(output_dir, {what: value for what, value in begun.items() if what != "preset"})
+    _write_begun(output_dir, {what: value for what, value in begun.items() if what != "preset"})
+    pairs = pairs_of(tool, asked, sets, output_dir / "pairs", device)
     if device.type == "cpu":
-        _prepare_beside(used, sets, asked, learners, output_dir, begun, processes, say)
+        _prepare_beside(used, sets, asked, learners, output_dir, pairs, begun, processes, say)
     if used.plan is not None:
         used = trained(used, sets["collected"], asked, records, device, say)
 
@@ -181,7 +190,7 @@ def carry_out(
     drawn = draw_again(sets["protected"], used, output_dir, draws=asked.draws, seed=asked.seed)
 
     # 4. Victims, the first seed of every row first
-    by_learner = _trials(sets, used, asked, learners, output_dir)
+    by_learner = _trials(sets, used, asked, learners, output_dir, pairs)
     more = trials_of_draws(by_learner[0].rows["purified"], drawn)
     order = in_turn([*more, *(own for one in by_learner for own in one.all)])
     say(f"Victims: {len(order)}; {in_words(learners, len(sets['protected']))}")
@@ -223,11 +232,12 @@ def _trials(
     asked: AuditSettings,
     learners: Sequence[Learner],
     output_dir: Path,
+    pairs: Pairs | None,
 ) -> list[_Trials]:
     """The trials of each way of learning; without `purified` among the sets, those that need no purifier."""
     found = []
     for learner in learners:
-        rows = trials_of(sets, used, asked, learner, output_dir / "attacks")
+        rows = trials_of(sets, used, asked, learner, output_dir / "attacks", pairs)
         found.append(_Trials(rows, trials_of_fractions(sets, asked, rows["protected"]) if asked.fractions else {}))
     return found
 
@@ -244,12 +254,13 @@ def _prepare_beside(
     asked: AuditSettings,
     learners: Sequence[Learner],
     output_dir: Path,
+    pairs: Pairs | None,
     begun: dict,
     processes: int | None,
     say: Callable[[str], None],
 ) -> None:
     """See `beside`."""
-    trials = in_turn([own for one in _trials(sets, used, asked, learners, output_dir) for own in one.all])
+    trials = in_turn([own for one in _trials(sets, used, asked, learners, output_dir, pairs) for own in one.all])
     waiting = 1 + sum(one.takes_purified or one.countermeasure.needs_purifier for one in asked.tried)
     prepare_beside(
         used,
@@ -281,8 +292,10 @@ def _learned(
     accuracies = {entry["row"]: entry["accuracy"]["values"] for entry in rows}
     first = trials.rows["protected"][0]
     recipe = first.settings["recipe"]
+    beside = {"draws": several, "assuming": frozenset(assumptions_of(asked))}
+    titles = {entry["row"]: entry["title"] for entry in rows}
     return {
-        "verdict": verdict(accuracies, TITLES, test_images=len(sets["test"]), smoke=recipe["smoke"], draws=several),
+        "verdict": verdict(accuracies, titles, test_images=len(sets["test"]), smoke=recipe["smoke"], **beside),
         "rows": rows,
         "fractions": figures_of_fractions(trials.fractions, records),
         "victims": {
@@ -301,6 +314,8 @@ def _check_asked(asked: AuditSettings, sources: Mapping[str, Any], purifier: str
     """Refuse what does not go together, before anything is read."""
     if purifier is None and sources["collected"] is None:
         raise ValueError("collected is None, but without a purifier images are needed to train one.")
+    if sources["collected"] is None and (started := [one.name for one in asked.tried if one.finetune is not None]):
+        raise ValueError(f"collected is None, but must be a set of images for attack {started[0]!r}.")
     if asked.control and sources["clean"] is None:
         raise ValueError("control is True, but without clean images there is nothing to add its noise to.")
     if asked.fractions and sources["clean"] is None:
@@ -397,6 +412,7 @@ def _report(
         listed=used.listed,
         training=used.record if trains else None,
         attacks=[one.name for one in asked.tried],
+        assumptions=assumptions_of(asked),
     )
     report = {
         "smoke": smoke,

@@ -25,6 +25,7 @@ from .shortcut import shortcut_test
 
 
 SMOKE_IMAGES = 200
+UNLABELLED = ("collected", "collected_protected")  # roles whose labels no victim uses
 ROLE_NAMES = {"probe": "probe_images"}  # what arguments call a role
 
 
@@ -40,8 +41,8 @@ def read_sets(
     Read the images of each role once, and refuse those that do not fit together.
 
     Args:
-        sources (`dict`): `protected`, `test` and, where given, `collected`, `clean` and `probe_images`; None for the
-            others.
+        sources (`dict`): `protected`, `test` and, where given, `collected`, `collected_protected`, `clean` and
+            `probe_images`; None for the others.
         methods (`Sequence[str]`): How victims learn. Where none of them needs labels, the protected images may do
             without.
         image_size, channels: As for `data.load_images`.
@@ -69,7 +70,7 @@ def read_sets(
 
 def _checked(sets: Mapping[str, LabelledImages], methods: Sequence[str]) -> dict[str, LabelledImages]:
     """The sets in one space of labels; those that need none as they are."""
-    needing = {role: data for role, data in sets.items() if role != "collected"}
+    needing = {role: data for role, data in sets.items() if role not in UNLABELLED}
     if sets["protected"].labels is None:
         if "supervised" in methods:
             raise ValueError(
@@ -89,7 +90,7 @@ def _checked(sets: Mapping[str, LabelledImages], methods: Sequence[str]) -> dict
 
 def labelled(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:
     """The roles none of which may have trained a purifier."""
-    return {role: data for role, data in sets.items() if role not in ("collected", "probe")}
+    return {role: data for role, data in sets.items() if role not in (*UNLABELLED, "probe")}
 
 
 def _load(role: str, source: Any, image_size: int | None, channels: int, options: dict) -> LabelledImages:

@@ -52,6 +52,8 @@ class AuditSettings:
         attacks (`Sequence[str]`): Countermeasures to try beside purification; see `countermeasures.NAMES`. With
             `purified` among the names that are joined, this audit's purification takes its place in their order:
             `purified+corruption`, `impulse-filter+purified+corruption`.
+        pairs (`int`): How many of the collected images are protected for an attack that learns from pairs; 4,000 are
+            the most that BridgePure takes.
         control (`bool`): Whether victims are also trained on a control: the clean images with noise of the same size
             that means nothing (`poisons.control`).
         seeds (`int` or `Sequence[int]`): Victims per row, with seeds 0, 1, ..., or the seeds themselves.
@@ -81,6 +83,7 @@ class AuditSettings:
     method: str | Sequence[str] = "supervised"
     roles: str = "disjoint"
     attacks: Sequence[str] = ()
+    pairs: int = 4000
     control: bool = False
     seeds: int | Sequence[int] = 3
     seed: int = 0
@@ -110,12 +113,17 @@ class AuditSettings:
             raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join((*PRESETS, ADAPTIVE))}.")
         if not 0 <= self.budget <= 1:
             raise ValueError(f"budget is {self.budget}, but must lie within 0 and 1 (--budget: 0 and 255, in 1/255).")
+        if self.pairs < 1:
+            raise ValueError(f"pairs is {self.pairs}, but must be at least 1.")
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise ValueError(f"fractions is {list(self.fractions)}, but {fraction} must be above 0 and at most 1.")
         for name in self.attacks:
+            one = attack(name)
             for method in self.methods:
-                attack(name).countermeasure.require_learning(method)
+                one.countermeasure.require_learning(method)
+                if one.finetune is not None and method != "supervised":
+                    raise ValueError(f"attacks has {name!r}, but must have no start for method {method!r}.")
 
     def _check_methods(self) -> None:
         """Refuse ways of learning that there are not, and a recipe that one of them does not have."""

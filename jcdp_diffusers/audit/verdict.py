@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .intervals import Interval, Sample, interval
@@ -48,6 +48,7 @@ def verdict(
     *,
     test_images: int,
     smoke: bool = False,
+    assuming: Collection[str] = (),
     draws: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> dict:
     """
@@ -63,6 +64,8 @@ def verdict(
         titles (`dict`): What the attacks are called.
         test_images (`int`): How many images scored each victim.
         smoke (`bool`): Whether the victims were trained for seconds only, so that nothing can be said.
+        assuming (`Collection[str]`): Attacks that assume more than the others. The sentence speaks of one of them only
+            where no other attack bears it out.
         draws (`dict`, *optional*): For rows whose images were purified several times, the accuracies of each draw's
             victims. The row's interval is then that of the mean over draws; see `intervals.Sample.of_draws`.
 
@@ -91,8 +94,9 @@ def verdict(
         row: Sample.of_draws(draws[row], test_images) if row in draws else Sample.of(values, test_images)
         for row, values in accuracies.items()
     }
-    found = Finding("smoke", _attacks(rows)[0]) if smoke else find(rows, largest=_largest(accuracies))
-    enough = what_would_decide(rows, _largest(accuracies)) if found.status == "undecided" else None
+    largest = _largest(accuracies)
+    found = Finding("smoke", _attacks(rows, assuming)[0]) if smoke else find(rows, largest=largest, assuming=assuming)
+    enough = what_would_decide(rows, largest, assuming) if found.status == "undecided" else None
     lost = _lost(rows)
     gained = interval([(1, rows[found.attack]), (-1, rows["protected"])])
     share = None
@@ -108,15 +112,16 @@ def verdict(
     }
 
 
-def find(rows: Mapping[str, Sample], *, largest: Mapping[str, float]) -> Finding:
+def find(rows: Mapping[str, Sample], *, largest: Mapping[str, float], assuming: Collection[str] = ()) -> Finding:
     """
     What the figures say.
 
     Args:
         rows (`dict`): By name, as in `verdict`.
         largest (`dict`): The best victim of each attack, for no protection survives that one victim got around.
+        assuming (`Collection[str]`): As in `verdict`.
     """
-    attacks = _attacks(rows)
+    attacks = _attacks(rows, assuming)
     return _without_clean(rows, attacks) if "clean" not in rows else _with_clean(rows, attacks, largest)
 
 
@@ -156,12 +161,14 @@ def _without_clean(rows: Mapping[str, Sample], attacks: Sequence[str]) -> Findin
     return Finding("undecided", attacks[0], "whether the protection holds")
 
 
-def what_would_decide(rows: Mapping[str, Sample], largest: Mapping[str, float]) -> dict | None:
+def what_would_decide(
+    rows: Mapping[str, Sample], largest: Mapping[str, float], assuming: Collection[str] = ()
+) -> dict | None:
     """
     Numbers of seeds and test images that would decide, if means and spreads stayed as they are.
 
     Args:
-        rows, largest: As for `find`.
+        rows, largest, assuming: As for `find`.
 
     Returns:
         `dict`: `seeds`, victims per row, and `test_images`, the pair with the smallest product; None if a row has a
@@ -174,7 +181,7 @@ def what_would_decide(rows: Mapping[str, Sample], largest: Mapping[str, float]) 
     numbers.append([_rounded(images * more) for more in MORE_IMAGES if images * more <= max(images, MOST_IMAGES)])
     for product, more, other in sorted((one * two, one, two) for one in numbers[0] for two in numbers[1]):
         planned = {name: replace(row, seeds=more, test_images=other) for name, row in rows.items()}
-        if find(planned, largest=largest).status != "undecided":
+        if find(planned, largest=largest, assuming=assuming).status != "undecided":
             return {"seeds": more, "test_images": other}
     return None
 
@@ -185,9 +192,10 @@ def _rounded(count: int) -> int:
     return -(-count // step) * step if count >= 100 else count
 
 
-def _attacks(rows: Mapping[str, Sample]) -> list[str]:
-    """Rows that are attacks, the strongest first."""
-    return sorted((row for row in rows if row not in NO_ATTACKS), key=lambda row: -rows[row].mean)
+def _attacks(rows: Mapping[str, Sample], assuming: Collection[str]) -> list[str]:
+    """Rows that are attacks, the strongest first, those that assume more behind all others."""
+    found = (row for row in rows if row not in NO_ATTACKS)
+    return sorted(found, key=lambda row: (row in assuming, -rows[row].mean))
 
 
 def _largest(accuracies: Mapping[str, Sequence[float]]) -> dict[str, float]:

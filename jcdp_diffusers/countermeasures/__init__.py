@@ -25,12 +25,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..data import LabelledImages
+from ..data.checks import match_originals
 from .draws import Draws
 
 
@@ -75,10 +76,46 @@ _FILES = {
     "coin": "convolution",
     "advcl": "advcl",
     "advcl-plain": "advcl",
+    "paired": "paired",
+    "paired-small": "paired",
 }
 # Several that a paper takes together; "none" is plain training.
 _COMBINATIONS = {"none": "", "eclipse": "eclipse-purifier+corruption"}
 NAMES = (*_COMBINATIONS, *_FILES)
+
+
+class Pairs(NamedTuple):
+    """
+    Images that somebody has protected with the tool that made the protected set, and their originals, row by row.
+
+    Args:
+        protected (`LabelledImages`): After the tool.
+        originals (`LabelledImages`): Before it, under the same ids.
+    """
+
+    protected: LabelledImages
+    originals: LabelledImages
+
+
+def make_pairs(protected: LabelledImages, originals: LabelledImages) -> Pairs:
+    """
+    Join images after a protection tool with those before it, by id.
+
+    Raises:
+        ValueError: If an original is missing or does not resemble its image, or the tool has changed nothing.
+    """
+    try:
+        pairs = Pairs(protected, match_originals(originals, protected))
+    except ValueError as error:  # which calls the originals clean
+        raise ValueError(f"pairs: {error}") from error
+    if np.array_equal(*(data.images for data in pairs)):
+        raise ValueError("pairs has protected images that are their originals, but the tool must have changed them.")
+    return pairs
+
+
+def assumed(what: str) -> str:
+    """For behind a countermeasure's name: what it assumes, see `Countermeasure.assumes`."""
+    return f" (assumes that {what})" if what else ""
 
 
 @dataclass(frozen=True)
@@ -95,6 +132,7 @@ class Context:
             Hub id of one; `None` where there is none.
         purification (`PurificationConfig` or `str`, *optional*): Settings that replace those of the purifying
             countermeasures.
+        pairs ([`Pairs`], *optional*): For countermeasures that learn from them.
         checkpoint_dir (`Path`, *optional*): Folder in which costly work is kept, so that the same call continues an
             interrupted one.
         progress (`bool`, *optional*, defaults to `False`): Show a bar.
@@ -107,6 +145,7 @@ class Context:
     num_classes: int | None = None
     purifier: Any = None
     purification: Any = None
+    pairs: Pairs | None = None
     checkpoint_dir: Path | None = None
     progress: bool = False
     collected: LabelledImages | None = None
@@ -141,6 +180,9 @@ class Countermeasure:
         function (`Callable`, *optional*): See the module's description; `None` for a combination.
         settings (`dict`, *optional*): Every number of the method, for records.
         needs_purifier (`bool`, *optional*, defaults to `False`): Whether `prepare` needs a `purifier`.
+        needs_pairs (`bool`, *optional*, defaults to `False`): Whether `prepare` needs `pairs`.
+        assumes (`str`, *optional*): What an attacker must have beyond the protected images and some unprotected ones.
+            Every table, report and verdict says so.
         suits (`tuple[str]`, *optional*, defaults to all of `LEARNING`): Ways of learning that it goes with. A hook
             that changes labels or the loss, or needs labels, suits `"supervised"` alone.
         method (`str`, *optional*): The one method that it goes with, such as `"simclr"`, where not all that `suits`
@@ -161,6 +203,8 @@ class Countermeasure:
     function: Callable | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     needs_purifier: bool = False
+    needs_pairs: bool = False
+    assumes: str = ""
     suits: tuple[str, ...] = LEARNING
     method: str | None = None
     needs_collected: bool = False
@@ -178,6 +222,7 @@ class Countermeasure:
         num_classes: int | None = None,
         purifier: Any = None,
         purification: Any = None,
+        pairs: Pairs | None = None,
         checkpoint_dir: str | Path | None = None,
         draws: int = 1,
         progress: bool = False,
@@ -191,24 +236,25 @@ class Countermeasure:
             num_classes (`int`, *optional*): By default `data.num_classes`.
             draws (`int`, *optional*, defaults to 1): How often a countermeasure that purifies does it, with seed,
                 seed + 1, ...; the victim trains on one draw per epoch in turn.
-            seed, device, purifier, purification, checkpoint_dir, progress, collected: See [`Context`].
+            seed, device, purifier, purification, pairs, checkpoint_dir, progress, collected: See [`Context`].
 
         Returns:
             [`Prepared`]
 
         Raises:
-            ValueError: If a purifier is needed and none given, the countermeasure cannot use these images, or several
-                draws are asked of one without a purifier.
+            ValueError: If a purifier or pairs are needed and not given, the countermeasure cannot use these images, or
+                several draws are asked of one without a purifier.
         """
         if draws < 1 or (draws > 1 and not self.needs_purifier):
             accepted = "at least 1" if self.needs_purifier else "1, because nothing is purified"
             raise ValueError(f"draws is {draws}, but for countermeasure {self.name!r} it must be {accepted}.")
         self.require(purifier)
+        self.require_pairs(pairs)
         self.require_collected(collected)
         if num_classes is None and data.labels is not None:
             num_classes = data.num_classes
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-        context = Context(seed, device, num_classes, purifier, purification, folder, progress, collected)
+        context = Context(seed, device, num_classes, purifier, purification, pairs, folder, progress, collected)
         start = time.perf_counter()
         sets, hooks = [data] * draws, []
         for part in self._parts:
@@ -231,6 +277,43 @@ class Countermeasure:
             raise ValueError(
                 f"purifier is None, but countermeasure {self.name!r} needs one: a pipeline, a folder or a Hub id."
             )
+
+    def require_pairs(self, pairs: Pairs | None) -> None:
+        """
+        Check that pairs are there where they are needed.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        if self.needs_pairs and pairs is None:
+            raise ValueError(
+                f"pairs is None, but countermeasure {self.name!r} needs unprotected images and what the protection "
+                "tool makes of them."
+            )
+
+    def pairs_of(self, protected: LabelledImages | None, originals: LabelledImages | None) -> Pairs | None:
+        """
+        Pairs for a countermeasure that needs them, of what a command was given; None for one that does not.
+
+        Args:
+            protected (`LabelledImages`, *optional*): Collected images after the protection tool
+                (`collected_protected`).
+            originals (`LabelledImages`, *optional*): Collected images.
+
+        Raises:
+            ValueError: If one of the two is missing, or protected ones are given for nothing.
+        """
+        if not self.needs_pairs:
+            if protected is not None:
+                raise ValueError(
+                    f"collected_protected has {len(protected)} images, but must be None for countermeasure "
+                    f"{self.name!r}, which needs no pairs."
+                )
+            return None
+        for role, data in (("collected", originals), ("collected_protected", protected)):
+            if data is None:
+                raise ValueError(f"{role} is None, but countermeasure {self.name!r} needs it to make pairs.")
+        return make_pairs(protected, originals)
 
     def require_collected(self, collected: LabelledImages | None) -> None:
         """
@@ -312,6 +395,8 @@ def join(name: str, members: list[Countermeasure]) -> Countermeasure:
         cost="; ".join(part.cost for part in parts) or "nothing",
         settings={part.name: dict(part.settings) for part in parts},
         needs_purifier=any(part.needs_purifier for part in parts),
+        needs_pairs=any(part.needs_pairs for part in parts),
+        assumes="; ".join(dict.fromkeys(part.assumes for part in parts if part.assumes)),
         suits=tuple(learning for learning in LEARNING if all(learning in part.suits for part in parts)),
         method=next((part.method for part in parts if part.method is not None), None),
         needs_collected=any(part.needs_collected for part in parts),

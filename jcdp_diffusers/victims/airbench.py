@@ -83,14 +83,15 @@ class WhiteningBias:
     The bias of the whitening layer is trained in the first epochs only.
 
     Args:
-        network (`nn.Module`): Without a layer `whitening`, nothing is done.
+        network (`nn.Module`): Without a layer `whitening`, or where that is frozen, nothing is done.
         epochs (`int`): How many.
     """
 
     def __init__(self, network: nn.Module, epochs: int):
-        self.network = network
+        bias = network.whitening.bias if hasattr(network, "whitening") else None
+        self.bias = bias if bias is not None and bias.requires_grad else None
         self.epochs = epochs
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        if hasattr(self.network, "whitening"):
-            self.network.whitening.bias.requires_grad_(epoch < self.epochs)
+        if self.bias is not None:
+            self.bias.requires_grad_(epoch < self.epochs)

@@ -20,6 +20,7 @@ VICTIM_HELP = (
     "pixels: three victims of 50,000 images take 15 to 45 hours. With --width 16 it is about a seventh"
 )
 RECIPE_HELP = "how victims are trained; airbench with convnet94 and fast with other networks if not given"
+SHORT_RECIPE_HELP = RECIPE_HELP.replace("airbench", "airbench-short")
 WHITENING_HELP = "images whose patches convnet94 whitens first: training images, or --collected"
 
 
@@ -77,7 +78,9 @@ def choose(
     return victim, recipe
 
 
-def check_whitening(whitening: str, collected: LabelledImages | None, *networks: str) -> None:
+def check_whitening(
+    whitening: str, collected: LabelledImages | None, *networks: str, otherwise_used: bool = False
+) -> None:
     """
     Refuse images to whiten that nothing whitens, or a lack of them.
 
@@ -85,6 +88,7 @@ def check_whitening(whitening: str, collected: LabelledImages | None, *networks:
         whitening (`str`): One of `WHITENING`.
         collected (`LabelledImages`, *optional*): The images for `"collected"`.
         networks (`str`): Of the victims, one of which must be able to whiten.
+        otherwise_used (`bool`): Whether the collected images serve something else as well.
     """
     if whitening not in WHITENING:
         raise ValueError(f"whitening is {whitening!r}, but must be one of {', '.join(WHITENING)}.")
@@ -94,6 +98,6 @@ def check_whitening(whitening: str, collected: LabelledImages | None, *networks:
             f"whitening is 'collected', but must be 'training' for victim {networks[0]!r}: the first layer of "
             f"{' and '.join(whitened)} alone whitens."
         )
-    if (collected is None) != (whitening == "training"):
+    if (collected is None) != (whitening == "training") and not (otherwise_used and whitening == "training"):
         given, needed = ("None", "a set of images") if collected is None else (f"{len(collected)} images", "None")
         raise ValueError(f"collected is {given}, but must be {needed} where whitening is {whitening!r}.")

@@ -1,11 +1,14 @@
 """
 The networks of victims: logits (B, num_classes) from images (B, C, H, W) in [0, 1].
 
-Each network has `features(images)`, (B, num_features), which its last layer sees, and `num_features`. The ResNet-18 is
-the victim of almost every paper on unlearnable examples. The others ask whether a result holds for networks that the
-poison was not made for: VGG, DenseNet and MobileNet from torchvision, the vision transformer from transformers. They
-are made for images of 224x224, so each is changed where it would shrink small images to nothing; the changes are named
-with each builder. Width 64 is the published network, and every other width scales its channels in proportion.
+Each network has `features(images)`, (B, num_features), which its last layer sees, and `num_features`. `lower_stages()`
+are the modules of its lower half, which fine-tuning may leave as they are.
+
+The ResNet-18 is the victim of almost every paper on unlearnable examples. The others ask whether a result holds for
+networks that the poison was not made for: VGG, DenseNet and MobileNet from torchvision, the vision transformer from
+transformers. They are made for images of 224x224, so each is changed where it would shrink small images to nothing;
+the changes are named with each builder. Width 64 is the published network, and every other width scales its channels
+in proportion.
 """
 
 import torch
@@ -87,22 +90,32 @@ class ResNet18(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.fc(self.features(images))
 
+    def lower_stages(self) -> list[nn.Module]:
+        """Stem and the first two of four stages."""
+        return [self.conv1, self.bn1, self.layer1, self.layer2]
+
 
 class FeaturesAndHead(nn.Module):
     """
     A network of two parts.
 
     Args:
-        body (`nn.Module`): From images (B, C, H, W) to features (B, num_features).
+        body (`nn.Sequential`): From images (B, C, H, W) to features (B, num_features); its first part has the stages.
         head (`nn.Module`): From features to logits (B, num_classes).
         num_features (`int`): Size of the features.
+        lower (`int`): How many modules of the body's first part are the lower stages.
     """
 
-    def __init__(self, body: nn.Module, head: nn.Module, num_features: int):
+    def __init__(self, body: nn.Sequential, head: nn.Module, num_features: int, lower: int):
         super().__init__()
         self.body = body
         self.head = head
         self.num_features = num_features
+        self.lower = lower
+
+    def lower_stages(self) -> list[nn.Module]:
+        """See [`FeaturesAndHead`]."""
+        return list(self.body[0].children())[: self.lower]
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return self.body(images)
@@ -181,6 +194,10 @@ class ConvNet94(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(images)) / 9
 
+    def lower_stages(self) -> list[nn.Module]:
+        """The whitening and the first of three groups."""
+        return [self.whitening, self.groups[0]]
+
 
 class ConvGroup(nn.Module):
     """Two 3x3 convolutions with batch normalisation without scale and GELU; the first halves height and width."""
@@ -219,7 +236,8 @@ def vgg16(num_classes: int, *, in_channels: int = 3, width: int = 64) -> nn.Modu
         if isinstance(layer, nn.MaxPool2d):
             layer.ceil_mode = True
     body = nn.Sequential(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return FeaturesAndHead(body, nn.Linear(8 * width, num_classes), 8 * width)
+    lower = 14  # up to the second pooling
+    return FeaturesAndHead(body, nn.Linear(8 * width, num_classes), 8 * width, lower)
 
 
 def densenet121(num_classes: int, *, in_channels: int = 3, width: int = 64) -> nn.Module:
@@ -236,7 +254,8 @@ def densenet121(num_classes: int, *, in_channels: int = 3, width: int = 64) -> n
     nn.init.kaiming_normal_(model.features.conv0.weight)
     model.features.pool0 = nn.Identity()
     body = nn.Sequential(model.features, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return FeaturesAndHead(body, model.classifier, model.classifier.in_features)
+    lower = list(model.features._modules).index("transition2") + 1  # the first two of four dense blocks
+    return FeaturesAndHead(body, model.classifier, model.classifier.in_features, lower)
 
 
 def mobilenet_v2(num_classes: int, *, in_channels: int = 3, width: int = 64) -> nn.Module:
@@ -263,7 +282,8 @@ def mobilenet_v2(num_classes: int, *, in_channels: int = 3, width: int = 64) -> 
     nn.init.kaiming_normal_(stem.weight, mode="fan_out")
     model.features[0][0] = stem
     body = nn.Sequential(model.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return FeaturesAndHead(body, model.classifier, model.last_channel)
+    lower = 7  # the stem and the blocks of the first three stages
+    return FeaturesAndHead(body, model.classifier, model.last_channel, lower)
 
 
 def vit(num_classes: int, *, in_channels: int = 3, width: int = 64) -> nn.Module:
@@ -303,6 +323,13 @@ class ViT(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier.classifier(self.features(images))
+
+    def lower_stages(self) -> list[nn.Module]:
+        """The embeddings and the first half of the layers."""
+        from transformers.models.vit.modeling_vit import ViTLayer
+
+        layers = [module for module in self.classifier.modules() if isinstance(module, ViTLayer)]
+        return [self.classifier.vit.embeddings, *layers[: len(layers) // 2]]
 
 
 def last_layer(network: nn.Module) -> nn.Linear:

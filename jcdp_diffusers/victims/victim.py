@@ -14,7 +14,8 @@ from torch import nn
 from .. import victims
 from ..data import LabelledImages
 from ..devices import has_bfloat16
-from . import evaluation
+from . import evaluation, finetuning
+from .finetuning import Weights
 from .recipes import ContrastiveRecipe, Recipe, get_recipe
 from .supervised import supervised_objective
 from .training import Hooks, Objective, reproducible, train
@@ -76,11 +77,13 @@ def train_victim(
     num_classes: int | None = None,
     hooks: Sequence[Any] = (),
     whitening: LabelledImages | None = None,
+    init_from: Weights | None = None,
+    finetune: str = "all",
     progress: Callable[[dict[str, float]], None] | None = None,
     checkpoint_dir: str | Path | None = None,
 ) -> VictimResult:
     """
-    Train a victim from scratch and score it.
+    Train a victim from scratch, or from pretrained weights, and score it.
 
     Equal arguments give equal weights on one machine with one number of threads.
 
@@ -100,6 +103,9 @@ def train_victim(
         hooks (`Sequence`, *optional*): Countermeasures while training; see [`training`].
         whitening ([`LabelledImages`], *optional*): For `"convnet94"`, the images whose patches its first layer
             whitens, such as clean collected ones; the training images by default.
+        init_from ([`Weights`], *optional*): Of a pretrained network, to start from; the last layer is new, and the
+            learning rate a tenth of the recipe's. See [`finetuning`].
+        finetune (`str`, defaults to `"all"`): Of a pretrained network, what is trained: `"all"`, or `"upper"` stages.
         progress (`Callable`, *optional*): Called with each entry of the history as soon as it is there.
         checkpoint_dir (`str` or `Path`, *optional*): Folder in which the training is kept after each epoch, so that
             the same call goes on where it was cut off. Each training needs a folder of its own.
@@ -109,7 +115,8 @@ def train_victim(
 
     Raises:
         ValueError: If a set has no labels or one beyond `num_classes`, sets differ in classes or in the shape of their
-            images, a name is unknown, a set is too small for the recipe, or `checkpoint_dir` holds another training.
+            images, a name is unknown, a set is too small for the recipe, weights do not fit the network, or
+            `checkpoint_dir` holds another training.
         FloatingPointError: If the loss is no longer finite.
     """
     if method not in victims.METHODS:
@@ -117,13 +124,17 @@ def train_victim(
     recipe = get_recipe(recipe, method).for_images(len(train))
     num_classes = _check_sets(train, probe, test, method, recipe, num_classes)
     _check_network(victim, train, whitening)
+    _check_start(init_from, finetune, method, whitening)
     device = torch.device(device)
     width = recipe.width if width is None else width
     start = time.perf_counter()
     with reproducible(seed, device):
         height, side, channels = train.images.shape[1:]
         model = victims.build(victim, num_classes, in_channels=channels, width=width, image_size=min(height, side))
-    if hasattr(model, "whiten"):
+    if init_from is not None:
+        recipe = finetuning.finetuning_recipe(recipe)
+        finetuning.start_from(model, init_from, victim, train.images.shape[1:], finetune)
+    elif hasattr(model, "whiten"):
         model.to(device).whiten(_on_device(train if whitening is None else whitening, device)[0])
     training = Training(train, probe, test, num_classes, recipe, seed, device, hooks, progress, checkpoint_dir)
     figures = training.supervised(model) if method == "supervised" else training.contrastive(model)
@@ -138,6 +149,8 @@ def train_victim(
             **_counts(train=train, test=test, probe=probe, whitening=whitening),
             "recipe": asdict(recipe),
             "hooks": [type(hook).__name__ for hook in hooks],
+            "init_from": None if init_from is None else init_from.digest,
+            "finetune": None if init_from is None else finetune,
             "precision": "bfloat16" if recipe.bfloat16 and has_bfloat16(device) else "float32",
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "smoke": recipe.smoke,
@@ -312,6 +325,23 @@ def _check_network(victim: str, train_set: LabelledImages, whitening: LabelledIm
         raise ValueError(
             f"whitening has images of {whitening.images.shape[3]} channels, but must have those of train, "
             f"{train_set.images.shape[3]}."
+        )
+
+
+def _check_start(init_from: Weights | None, finetune: str, method: str, whitening: LabelledImages | None) -> None:
+    """Refuse what does not go with pretrained weights, or what goes with them alone."""
+    if init_from is None:
+        if finetune != "all":
+            raise ValueError(f"finetune is {finetune!r}, but must be 'all' where init_from is None.")
+        return
+    if finetune not in finetuning.FINETUNE:
+        raise ValueError(f"finetune is {finetune!r}, but must be one of {', '.join(finetuning.FINETUNE)}.")
+    if method != "supervised":
+        raise ValueError(f"init_from is {init_from.name!r}, but must be None for method {method!r}.")
+    if whitening is not None:
+        raise ValueError(
+            f"whitening has {len(whitening)} images, but must be None with init_from: the pretrained network has its "
+            "own first layer."
         )
 
 

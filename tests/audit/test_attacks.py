@@ -39,8 +39,28 @@ def test_another_purification_keeps_its_settings_except_in_a_smoke_run():
 
 
 @pytest.mark.parametrize(
+    ("name", "whole", "others", "finetune"),
+    [
+        ("pretrained", "pretrained", "none", "all"),
+        ("pretrained-upper", "pretrained-upper", "none", "upper"),
+        ("pretrained+jpeg-10+cutout", "jpeg-10+cutout+pretrained", "jpeg-10+cutout", "all"),
+        ("pretrained+purified", "purified+pretrained", "none", "all"),
+        ("purified+corruption+pretrained", "purified+corruption+pretrained", "corruption", "all"),
+    ],
+)
+def test_a_start_goes_with_any_attack_and_comes_last(name, whole, others, finetune):
+    one = attack(name)
+    assert (one.name, one.countermeasure.name, one.finetune) == (whole, others, finetune)
+    assert one.takes_purified == ("purified" in name)
+    done = one.as_done(AUDITS, smoke=False)
+    assert done.name == whole and "SimCLR on the collected images" in done.source
+    assert done.settings["finetune"] == finetune
+
+
+@pytest.mark.parametrize(
     ("name", "said"),
     [
+        ("pretrained+pretrained-upper", "a victim has one start"),
         ("purified", "that is a row of every audit"),
         ("purified+purified", "images are purified once"),
         ("purified+avatar", "images are purified once"),

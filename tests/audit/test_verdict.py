@@ -53,6 +53,16 @@ def test_statuses_and_figures(rows, status, figures):
     assert judged["status"] == status and figures in judged["sentence"]
 
 
+def test_an_attack_that_assumes_more_counts_where_no_other_bears_the_sentence_out():
+    rows = {"clean": [0.8, 0.81], "protected": [0.1, 0.106], "purified": [0.7, 0.71], "paired": [0.78, 0.79]}
+    titles = TITLES | {"paired": "paired (assumes that the tool is public)"}
+    judge = lambda rows: verdict(rows, titles, test_images=1000, assuming={"paired"})
+    assert judge(rows)["attack"] == "purified" and judge(rows)["status"] == "broken"
+    judged = judge(rows | {"purified": [0.11, 0.12]})
+    assert judged["attack"] == "paired" and judged["status"] == "broken"
+    assert "10 % -> 78 % by paired (assumes that the tool is public), clean" in judged["sentence"]
+
+
 def test_the_strongest_attack_counts():
     rows = {"clean": [0.8, 0.81], "protected": [0.1, 0.106], "purified": [0.3, 0.31], "jpeg-10": [0.7, 0.71]}
     judged = verdict(rows, TITLES, test_images=1000)
@@ -163,7 +173,7 @@ SIZES = [
 def no_search(monkeypatch, request):
     """What would be enough is of no interest in a simulation, and slow."""
     if "sizes" in request.fixturenames:
-        monkeypatch.setattr("jcdp_diffusers.audit.verdict.what_would_decide", lambda rows, largest: None)
+        monkeypatch.setattr("jcdp_diffusers.audit.verdict.what_would_decide", lambda rows, largest, assuming: None)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -217,6 +227,7 @@ def told(status="broken", **changed):
         "listed": 100,
         "training": {"steps": 20, "seconds": 3.2},
         "attacks": [],
+        "assumptions": {},
     }
     return limits(status, **facts | changed)
 
@@ -238,6 +249,10 @@ def test_limits_that_every_audit_has():
         ({"listed": None, "training": None}, "does not list the images that trained it"),
         ({"training": None, "clean_known": False}, "by the list of 100 images in its repository"),
         ({"attacks": ["eclipse"]}, "The row eclipse purifies with the purifier of this audit"),
+        (
+            {"assumptions": {"paired": "the tool is public"}},
+            "The row paired assumes more than the others: that the tool",
+        ),
         ({"attacks": ["jpeg-10", "gray"]}, "the strongest of 3 attacks"),
         ({"status": "smoke"}, "no figure means anything"),
         # Three victims, none of whom succeeded: 1 - 0.05 ** (1 / 3) = 0.63.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits, load_sample_image
 
-from jcdp_diffusers.countermeasures import advcl, d_vae
+from jcdp_diffusers.countermeasures import Pairs, advcl, d_vae, paired
 from jcdp_diffusers.data import LabelledImages
 from jcdp_diffusers.victims import ContrastiveRecipe
 
@@ -40,6 +40,27 @@ def photos() -> LabelledImages:
     return LabelledImages(np.stack(pieces), np.arange(8) % 4, tuple(f"photo/{row}" for row in range(8)))
 
 
+@pytest.fixture(scope="session")
+def others() -> LabelledImages:
+    return digits(300, 420)
+
+
+@pytest.fixture(scope="session")
+def pairs_like():
+    """`pairs_like(data)`: pairs of the shape of a data set."""
+    return _pairs_like
+
+
+def _pairs_like(data: LabelledImages) -> Pairs:
+    """Digits of the shape of a data set, and the same after a tool that darkens every fourth column."""
+    height, _, channels = data.images.shape[1:]
+    originals = digits(300, 340, channels)
+    originals = originals.with_images(np.resize(originals.images, (40, height, *data.images.shape[2:])))
+    images = originals.images.astype(int)
+    images[:, :, ::4] -= 20
+    return Pairs(originals.with_images(images.clip(0, 255).astype(np.uint8)), originals)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
@@ -68,8 +89,11 @@ def quick_adversaries(monkeypatch, quick_views):
 
 
 @pytest.fixture(autouse=True)
-def quick_auto_encoders(monkeypatch):
-    """D-VAE in seconds, so that whatever is tested of every countermeasure is tested of it."""
+def quick_networks(monkeypatch):
+    """D-VAE and pairs in seconds, so that whatever is tested of every countermeasure is tested of them."""
+    short = paired.PairedSettings(unet="tiny32", epochs=2, batch_size=20, learning_rate=1e-3)
+    for name in paired.SETTINGS:
+        monkeypatch.setitem(paired.SETTINGS, name, short)
     tiny = d_vae.DVAESettings(width=4, latent=4, epochs=2, batch_size=32, free_epochs=1)
     for name in d_vae.SETTINGS:
         monkeypatch.setitem(d_vae.SETTINGS, name, tiny)

@@ -30,9 +30,9 @@ def purifier():
 
 
 @pytest.fixture
-def prepare(purifier, collected):
+def prepare(purifier, collected, pairs_like):
     def prepare(name, data, **options):
-        options = {"purifier": purifier, "collected": collected} | options
+        options = {"purifier": purifier, "collected": collected, "pairs": pairs_like(data)} | options
         return countermeasures.get(name).prepare(data, purification=SHORT, **options)
 
     return prepare
@@ -207,13 +207,13 @@ def test_keeps_rows_and_labels_and_makes_one_hook_per_hook(name, prepare, few):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("ueraser")])
-def test_works_on_grey_images(name, fit, train, test, collected):
+def test_works_on_grey_images(name, fit, train, test, collected, pairs_like):
     def grey(data):
         return data.with_images(data.images[..., :1])
 
     purifier = JointConditionalPurificationPipeline(tiny_unet(channels=1, size=16), DDPMScheduler())
     options = {"purifier": purifier, "purification": SHORT, "collected": grey(collected)}
-    prepared = countermeasures.get(name).prepare(grey(train), **options)
+    prepared = countermeasures.get(name).prepare(grey(train), pairs=pairs_like(grey(train)), **options)
     assert fit(name, prepared, grey(test)).confusion.sum() == len(test)
 
 
@@ -255,6 +255,18 @@ def test_unknown_names_are_refused(name):
 def test_a_purifier_that_is_missing(name, train):
     with pytest.raises(ValueError, match=f"purifier is None, but countermeasure '{name}' needs one"):
         countermeasures.get(name).prepare(train)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if countermeasures.get(name).needs_pairs])
+def test_pairs_that_are_missing_and_what_they_assume(name, train):
+    measure = countermeasures.get(f"{name}+cutout")
+    assert measure.needs_pairs and measure.assumes == countermeasures.get(name).assumes != ""
+    with pytest.raises(ValueError, match=f"pairs is None, but countermeasure '{re.escape(name)}"):
+        measure.prepare(train)
+
+
+def test_only_pairs_assume_more():
+    assert {name for name in NAMES if countermeasures.get(name).assumes} == {"paired", "paired-small"}
 
 
 @pytest.mark.parametrize("name", ["ueraser-lite", "ueraser", "ueraser-max"])

@@ -460,7 +460,7 @@ def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
         described = {id(given): settings["train"], id(test): settings["test"], id(probe): settings.get("probe")}
         monkeypatch.setattr(trials, "describe_images", lambda data: described[id(data)])
         monkeypatch.setattr(trials, "purifier_digest", lambda purifier: settings.get("purifier"))
-        monkeypatch.setattr(trials, "_noise_corner", lambda purifier: settings.get("noise_corner", 0.0))
+        monkeypatch.setattr(trials, "noise_corner", lambda purifier: settings.get("noise_corner", 0.0))
         poison = {name: value for name, value in settings.items() if name.startswith("poison_")}
         names = set()
         for path, grid in grids:
