@@ -76,8 +76,8 @@ def prepare_beside(
     say: Callable[[str], None],
 ) -> None:
     """
-    Train the purifier and purify beside victims. Does nothing with one core, and where one of the two is done: the
-    stages of the audit follow anyway and find what is there.
+    Train the purifier and purify beside victims. Does nothing with one core, where one of the two is done, and
+    where all victims have room in one turn afterwards: the stages of the audit follow anyway and find what is there.
 
     Args:
         used, sets, asked, output_dir, begin: As for [`Preparation`].
@@ -97,9 +97,9 @@ def prepare_beside(
     # A copy of the settings without what they have worked out, and a purifier without its pipeline: both are sent.
     without = dataclasses.replace(used, pipe=None)
     task = Preparation(without, wanted, dataclasses.replace(asked), output_dir, begin, threads)
-    if task.is_done():
+    first = missing[: max(0, len(missing) - -waiting % cores)]
+    if task.is_done() or not first:
         return
-    first = missing[: len(missing) - -waiting % cores]
     what = "Purification" if used.plan is None else f"A purifier of {used.plan.training.max_train_steps} steps"
     say(f"{what} on {threads} of {cores} cores, beside {len(first)} victims that need none")
     measure(first, records, device="cpu", processes=cores - threads + 1, beside=[task])

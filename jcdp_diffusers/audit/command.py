@@ -8,7 +8,7 @@ from .. import countermeasures, victims
 from ..data.checks import ROLES
 from ..outputs import check_output_folder, public_name
 from ..victims import RECIPE_NAMES
-from ..victims.choice import RECIPE_HELP, VICTIM_HELP, WHITENING, WHITENING_HELP
+from ..victims.choice import SHORT_RECIPE_HELP, VICTIM_HELP, WHITENING, WHITENING_HELP
 from .attacks import PRETRAINED, PURIFIED
 from .run import BEGUN_NAME, OWN_NAMES, audit
 
@@ -16,7 +16,7 @@ from .run import BEGUN_NAME, OWN_NAMES, audit
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `jcdp audit`."""
     what = parser.add_argument_group("the images, each a folder, file or Hub id")
-    what.add_argument("--protected", required=True, help="protected images with labels")
+    what.add_argument("--protected", required=True, help="protected images; with labels if --method needs them")
     what.add_argument("--collected", help="unprotected images that train the purifier; no labels needed")
     what.add_argument(
         "--collected_protected", help="of --collected what the protection tool makes, for an attack with pairs"
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "clean rest alone; needs --clean",
     )
     how.add_argument("--width", type=int, help="of the victims; the recipe's if not given")
-    how.add_argument("--protocol", "--recipe", dest="protocol", choices=RECIPE_NAMES, help=RECIPE_HELP)
+    how.add_argument("--protocol", "--recipe", dest="protocol", choices=RECIPE_NAMES, help=SHORT_RECIPE_HELP)
     how.add_argument("--seeds", type=int, default=3, help="victims per row")
     how.add_argument("--seed", type=int, default=0, help="of purifier and purification")
     how.add_argument(

@@ -67,12 +67,13 @@ def page(
     handlers = Handlers(pipe)
     with gr.Blocks(title="jcdp demo", analytics_enabled=False, delete_cache=(SECONDS_KEPT,) * 2) as blocks:
         gr.Markdown(HEAD)
-        pictures = gr.File(label="Pictures", file_count="multiple", file_types=["image"], elem_id="pictures")
+        kinds = ["image", ".heic", ".heif"]
+        pictures = gr.File(label="Pictures", file_count="multiple", file_types=kinds, elem_id="pictures")
         size = gr.Radio(list(LONGEST_SIDES), value="full size", label="Work on each picture at its", elem_id="size")
-        with gr.Tabs():
-            with gr.Tab("Purify", elem_id="purify-tab"):
+        with gr.Tabs(selected="protect" if pipe is None else "purify"):
+            with gr.Tab("Purify", id="purify"):
                 purify = _purify_tab(pipe)
-            with gr.Tab("Protect", elem_id="protect-tab"):
+            with gr.Tab("Protect", id="protect"):
                 protect = _protect_tab()
         status = gr.Textbox("Drop pictures above.", label="Status", interactive=False, elem_id="status")
         with gr.Column(visible=False, elem_id="results") as column:

@@ -20,6 +20,7 @@ VICTIM_HELP = (
     "pixels: three victims of 50,000 images take 15 to 45 hours. With --width 16 it is about a seventh"
 )
 RECIPE_HELP = "how victims are trained; airbench with convnet94 and fast with other networks if not given"
+SHORT_RECIPE_HELP = RECIPE_HELP.replace("airbench", "airbench-short")
 WHITENING_HELP = "images whose patches convnet94 whitens first: training images, or --collected"
 
 

@@ -39,7 +39,7 @@ def asked_for(monkeypatch, used, tmp_path, *, trials, waiting, processes):
 
 @pytest.mark.parametrize(
     "processes, waiting, first, threads, workers",
-    [(2, 3, 5, 1, 2), (2, 6, 6, 1, 2), (3, 3, 6, 1, 3), (4, 3, 5, 2, 3), (16, 3, 0, 8, 9)],
+    [(2, 3, 5, 1, 2), (2, 6, 6, 1, 2), (3, 3, 6, 1, 3), (4, 3, 5, 2, 3), (5, 3, 4, 2, 4)],
 )
 def test_half_of_the_cores_purify_and_the_last_turn_is_full(
     monkeypatch, used, tmp_path, processes, waiting, first, threads, workers
@@ -53,6 +53,7 @@ def test_half_of_the_cores_purify_and_the_last_turn_is_full(
 def test_one_core_or_nothing_beside_leaves_everything_to_the_stages(monkeypatch, used, tmp_path):
     assert asked_for(monkeypatch, used, tmp_path, trials=6, waiting=3, processes=1) == []
     assert asked_for(monkeypatch, used, tmp_path, trials=0, waiting=3, processes=2) == []
+    assert asked_for(monkeypatch, used, tmp_path, trials=6, waiting=3, processes=16) == []
     (tmp_path / "purified").mkdir()
     (tmp_path / "purified/summary.json").write_text("{}")
     assert asked_for(monkeypatch, used, tmp_path, trials=6, waiting=3, processes=2) == []
