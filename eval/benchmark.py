@@ -156,7 +156,7 @@ def grid_trials(
         for victim in grid.victims:
             for poison, (images, poison_facts) in protected.items():
                 for title, column in grid.columns().items():
-                    paired = pairs.get((poison, column.collected)) if column.needs_pairs else None
+                    paired = (pairs or {}).get((poison, column.collected)) if column.needs_pairs else None
                     if column.needs_pairs and paired is None:
                         continue
                     about = facts | {"poison": poison, "column": title, **poison_facts}

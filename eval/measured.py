@@ -9,6 +9,7 @@ from typing import NamedTuple
 import yaml
 
 from jcdp_diffusers import trials
+from jcdp_diffusers.countermeasures import assumed
 from jcdp_diffusers.poisons import NAMES as POISON_NAMES
 from jcdp_diffusers.poisons import get as get_poison
 from jcdp_diffusers.poisons.control import SUFFIX as CONTROL
@@ -64,6 +65,9 @@ COLUMNS = {
     "impulse-filter": "impulse filter",
     "impulse-filter+unconditional+corruption": "impulse filter, diffusion without guide, corruption",
     "impulse filter, coloured noise, 2 rounds, corruption": "impulse filter, coloured noise, 2 rounds, corruption",
+    "pretrained": "victim pretrained on collected images (SimCLR)",
+    "paired": "paired purifier",
+    "paired-small": "paired purifier, small",
     # Published, not among ours.
     "gaussian-filter": "Gaussian filter",
     "d-vae": "D-VAE",
@@ -165,6 +169,12 @@ class Measured:
             and key.collected not in (None, key.dataset)
         ]
         return ", ".join([COLUMNS.get(key.column, key.column), *told])
+
+    def assumption(self, dataset: str, column: str) -> str:
+        """For behind a column's title: what it assumes of an attacker beyond what others do."""
+        keys = [key for key in self.keys(dataset) if key.column == column]
+        told = {one["settings"].get("assumes", "") for key in keys for one in self._cells[key]["accuracy"].values()}
+        return assumed("; ".join(sorted(told - {""})))
 
     def by_seed(self, what: str, key: Key) -> dict[int, Mapping]:
         """Records of one cell: `accuracy`, or `victim` for its details."""

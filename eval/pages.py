@@ -121,6 +121,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "victims": table_by(lambda record: record["settings"]["victim"], "victims", "victim"),
         "guides": grid_of("guides"),
         "coloured": grid_of("coloured"),
+        "attacks": lambda: grid_table(Measured(read_records(RESULTS / "attacks_cifar10_5k.jsonl")), "cifar10"),
     },
     "docs/detection.md": {
         "false alarms": lambda: detection.false_alarm_table(read_records(RESULTS / "detection.jsonl")),

@@ -63,7 +63,7 @@ def _grid_rows(measured: Measured, dataset: str, collected: str) -> str:
     head += ["seconds before training", "seconds of training", *(BASELINES[name] for name in baselines)]
     rows = []
     for column in columns:
-        row = [COLUMNS.get(column, column)]
+        row = [COLUMNS.get(column, column) + measured.assumption(dataset, column)]
         row += [
             spread(measured.accuracies(dataset, poison, column, collected=collected, poison_preset=preset))
             for poison, preset in poisons

@@ -19,6 +19,8 @@ import numpy as np
 from .audit.evidence import rise_in_words
 from .audit.shortcut import PIXEL_MODELS, SHORTCUT_IMAGES, SHORTCUT_VALUES, PixelModel, gap_of
 from .data import LabelledImages, find_overlap, load_images
+from .data.photographs import stored_sizes, working_size
+from .devices import default_device
 from .outputs import check_output_file, write_atomically
 from .results import package_versions
 from .spectrum import describe_difference
@@ -250,14 +252,13 @@ def run(args: argparse.Namespace) -> None:
         sources = {f"--{name}": getattr(args, name) for name in ("dataset", "collected", "purified")}
         check_output_file(args.output, sources=sources, name="--output")
     sets = {}
+    image_size = args.image_size or _size_to_read(args)
     for role, split in (("dataset", args.split), ("collected", args.collected_split), ("purified", None)):
         if (source := getattr(args, role)) is not None:
             columns = (
                 {"image_column": args.image_column, "label_column": args.label_column} if role == "dataset" else {}
             )
-            sets[role] = load_images(
-                source, split=split, image_size=args.image_size, channels=args.channels, **columns
-            )
+            sets[role] = load_images(source, split=split, image_size=image_size, channels=args.channels, **columns)
     found = detect(sets["dataset"], sets.get("collected"), sets.get("purified"), seed=args.seed)
     if args.output is not None:
         path = Path(args.output)
@@ -271,3 +272,16 @@ def run(args: argparse.Namespace) -> None:
             f"{', '.join(map(repr, carriers['first'][:3]))}."
         )
         print("Gap by class, in points: " + ", ".join(f"{name} {100 * gap:.0f}" for name, gap in classes.items()))
+
+
+def _size_to_read(args: argparse.Namespace) -> int | None:
+    """The side to which photographs of assorted sizes are brought, which is said; None where images stay."""
+    sizes = {}
+    for role, split in (("dataset", args.split), ("collected", args.collected_split), ("purified", None)):
+        if (source := getattr(args, role)) is not None:
+            column = args.image_column if role == "dataset" else None
+            sizes[role] = stored_sizes(source, split=split, image_column=column)
+    side = working_size(sizes, default_device())
+    if side is not None:
+        print(f"Images of assorted sizes: looked at with {side}x{side} pixels (--image_size chooses another side).")
+    return side

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_spectrum import natural
 
 from jcdp_diffusers.cli import main
@@ -140,3 +141,15 @@ def test_the_command_writes_what_it_says(clean, collected, tmp_path, capsys):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["protected"] is True
     assert found["sentence"] in capsys.readouterr().out
+
+
+def test_photographs_of_assorted_sizes_are_looked_at_in_one(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    for row in range(60):
+        path = tmp_path / ("cat", "dog")[row % 2] / f"{row:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        small = Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        small.resize((70 + row, 130 - row), Image.Resampling.BICUBIC).save(path)
+    assert main(["detect", "--dataset", str(tmp_path), "--output", str(tmp_path.parent / "found.json")]) == 0
+    assert "looked at with 64x64 pixels" in capsys.readouterr().out  # half of them are narrower than 100
+    assert json.loads((tmp_path.parent / "found.json").read_text())["images"] == 60

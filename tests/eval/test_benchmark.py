@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 
 from eval import benchmark, figures, tables
 from jcdp_diffusers import trials
+from jcdp_diffusers.countermeasures import Pairs
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
@@ -458,7 +459,15 @@ def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
         )
         probe = None if "probe" not in settings else LabelledImages(given.images, given.labels, given.ids)
         described = {id(given): settings["train"], id(test): settings["test"], id(probe): settings.get("probe")}
-        monkeypatch.setattr(trials, "describe_images", lambda data: described[id(data)])
+        collected = given.subset(range(min(len(given), 1000)))
+        start, paired = settings.get("init_from", {}).get("pretraining", {}).get("collected"), settings.get("pairs")
+        pairs = {}
+        if paired is not None:
+            two = Pairs(*(LabelledImages(given.images, given.labels, given.ids) for _ in range(2)))
+            described |= {id(two.protected): paired["protected"], id(two.originals): paired["originals"]}
+            pairs[settings["poison"], settings["collected_count"]] = two
+        # What a victim is pretrained on is a copy, without labels.
+        monkeypatch.setattr(trials, "describe_images", lambda data: described.get(id(data), start))
         monkeypatch.setattr(trials, "purifier_digest", lambda purifier: settings.get("purifier"))
         monkeypatch.setattr(trials, "noise_corner", lambda purifier: settings.get("noise_corner", 0.0))
         poison = {name: value for name, value in settings.items() if name.startswith("poison_")}
@@ -474,5 +483,5 @@ def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
                 protected = {settings["poison"]: (given, poison)}
                 purifiers = dict.fromkeys(grid.columns(), "purifier")
                 told = grid.data["name"], protected, test, purifiers, settings.get("roles"), Path("prepared")
-                names |= {one.name for one in benchmark.grid_trials(grid, *told, probe)}
+                names |= {one.name for one in benchmark.grid_trials(grid, *told, probe, collected, pairs=pairs)}
         assert settings["trial"] in names, (settings["grid"], settings["poison"], settings["column"])
