@@ -8,18 +8,17 @@ Pictures keep their size: what is larger than the purifier's images goes through
 import contextlib
 import html
 import os
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from .. import poisons
+from ..acceleration.placement import place
 from ..devices import default_device
 from ..engines import FAILURES
 from ..outputs import printable
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
-from ..purify.dataset import open_purifier
 from .command import HOW_TO_GET_A_PURIFIER
 from .pictures import COLUMNS, PictureWork, methods_for_pictures, methods_left_out, usable_presets
 
@@ -62,8 +61,8 @@ def page(
     """
     pipe = None
     if purifier is not None:
-        place = {"output_dir": tempfile.gettempdir(), "precision": precision}
-        pipe = open_purifier(purifier, device or default_device(), **place)
+        pipe = JointConditionalPurificationPipeline.from_pretrained(purifier)
+        pipe = place(pipe, device or default_device(), precision=precision)
     handlers = Handlers(pipe)
     with gr.Blocks(title="jcdp demo", analytics_enabled=False, delete_cache=(SECONDS_KEPT,) * 2) as blocks:
         gr.Markdown(HEAD)
