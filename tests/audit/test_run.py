@@ -212,6 +212,7 @@ def test_a_given_purifier_that_has_seen_what_it_must_not_is_refused(folders, aud
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_several_draws_show_their_spread_beside_that_of_the_victims(folders, audited, tmp_path):
     output = tmp_path / "out"
     asked = ("--purifier", str(audited / "purifier"), "--seeds", "2", "--draws", "2", "--countermeasures", "jpeg-95")

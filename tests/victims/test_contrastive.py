@@ -241,7 +241,14 @@ def test_half_of_the_views_are_mirrored_or_none():
 # ------------------------------------------------------------------------------------------------------------- learning
 
 
-@pytest.mark.parametrize("method, epochs", [("simclr", 12), ("moco-v2", 25), ("byol", 15)])
+@pytest.mark.parametrize(
+    "method, epochs",
+    [
+        ("simclr", 12),
+        pytest.param("moco-v2", 25, marks=pytest.mark.long),
+        pytest.param("byol", 15, marks=pytest.mark.long),
+    ],
+)
 def test_learns_digits_without_labels(method, epochs):
     """A probe of 100 labelled digits gains at least 8 points over one on the features that training starts from."""
     train, probe, test = small(0, 800), small(800, 900), small(900, 1797)
