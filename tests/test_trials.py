@@ -351,7 +351,8 @@ def test_pairs_name_a_trial_and_its_preparation_and_say_what_they_assume(tmp_pat
     assert len(list((tmp_path / "work").glob("*/paired-small-0/paired.json"))) == 2
     details = results_by_trial(tmp_path / "records.jsonl", what="victim")
     trained = json.loads(next((tmp_path / "work").glob("*/paired-small-0/summary.json")).read_text())
-    assert all(one["value"]["prepare_seconds"] > 0 for one in details.values()) and trained["seconds_of_work"] > 0
+    # Of sixteen images, seconds may be zero once they are rounded.
+    assert all(one["value"]["prepare_seconds"] >= 0 for one in details.values()) and trained["seconds_of_work"] >= 0
 
 
 # ------------------------------------------------------------------------------------------------------------- purifiers

@@ -157,6 +157,7 @@ def table(records: list[dict], part: str) -> str:
 def spectra(study: Study, poisons: list[str]) -> None:
     """A record per poison: its spectrum as estimated, and the true one."""
     for poison in poisons:
+        start = time.perf_counter()
         protected, found = study.estimate(poison)
         difference = protected.images - study.protected("none").images.astype(np.float64)
         bins, frequencies = radial_bins(*difference.shape[1:3])
@@ -165,7 +166,8 @@ def spectra(study: Study, poisons: list[str]) -> None:
         value = {"true": true, "estimate": found.power, "error": found.error, "background": found.background}
         value["guide"] = found.table().power
         settings = {"dataset": "cifar10", "poison": poison, "poison_preset": "cpu", "images": list(found.images)}
-        facts = {"seed": None, "protocol": "spectrum", "device": "cpu", "seconds": 0.0}
+        facts = {"seed": None, "protocol": "spectrum", "device": "cpu"}
+        facts["seconds"] = round(time.perf_counter() - start, 2)
         append_record(study.args.output, what="spectrum", value=value, settings=settings | {"part": "none"}, **facts)
 
 
