@@ -14,7 +14,6 @@ import numpy as np
 
 from ..data import LabelledImages
 from ..trials import Trial, spread_over_seeds
-from .pictures import COLOURS, _finished, _pyplot
 from .settings import AuditSettings, Learner
 
 
@@ -145,20 +144,3 @@ def fractions_name(number: int) -> str:
 
 def _std(accuracy: Mapping) -> str:
     return "-" if accuracy["std"] is None else f"{100 * accuracy['std']:.1f}"
-
-
-def draw_fractions(fractions: Sequence[Mapping], path: Path | None = None) -> str:
-    """Both accuracies over the protected fraction, with the range over seeds: as SVG, or into a PNG file."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(5, 2.6))
-    for name, label, colour in (("all", "all images", "protected"), ("clean_rest", "clean images alone", "clean")):
-        shown = [one for one in fractions if one[name] is not None]
-        places = [100 * one["fraction"] for one in shown]
-        values = np.array([[100 * value for value in one[name]["values"]] for one in shown]).reshape(len(shown), -1)
-        axis.plot(places, values.mean(axis=1), color=COLOURS[colour], marker="o", markersize=4, label=label)
-        axis.fill_between(places, values.min(axis=1), values.max(axis=1), color=COLOURS[colour], alpha=0.15)
-    axis.set(xlabel="protected (%)", ylabel="test accuracy (%)", xlim=(0, 105), ylim=(0, 100))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    figure.tight_layout(pad=0.3)
-    return _finished(figure, path)

@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 
-from ..countermeasures.iss import SAVES
-from .words import row_title, seconds_in_words
+from .words import SAVE_ROWS, row_title, seconds_in_words
 
 
-SAVE_ROWS = {f"jpeg-{quality}": quality for quality in SAVES}
 _WHAT_TO_DO = {
     "broken": (
         "Do not rely on this protection. Whoever applies this attack can train on your images.",

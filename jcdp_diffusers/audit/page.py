@@ -10,10 +10,18 @@ from PIL import Image
 
 from ..outputs import printable
 from .evidence import evidence_in_words
-from .fractions import FRACTIONS_CAPTION, draw_fractions, fractions_table, fractions_title
+from .fractions import FRACTIONS_CAPTION, fractions_table, fractions_title
 from .learners import report_of, title_of
 from .owner import noise_in_short, numbers, what_to_do
-from .pictures import NativePictures, Strips, draw_curves, draw_losses, draw_spectrum, row_colours
+from .pictures import (
+    NativePictures,
+    Strips,
+    draw_curves,
+    draw_fractions,
+    draw_losses,
+    draw_spectrum,
+    row_colours,
+)
 from .words import (
     SPECTRUM_CAPTION,
     certainty,
@@ -154,9 +162,7 @@ $advice
 <section id="full">
 <h2>What victims learned</h2>
 <table id="results" class="results">
-<thead><tr><th>victims</th><th class="n">test accuracy</th><th class="n">std</th><th class="bar"></th>
-<th class="n wide">best epoch</th><th class="n wide">training accuracy</th><th class="wide">before</th>
-<th class="n wide">training</th></tr></thead>
+<thead>$head</thead>
 <tbody>
 $rows
 </tbody>
@@ -210,6 +216,12 @@ $limits
 """)
 
 
+# Of every table of victims.
+_HEAD = """<tr><th>victims</th><th class="n">test accuracy</th><th class="n">std</th><th class="bar"></th>
+<th class="n wide">best epoch</th><th class="n wide">training accuracy</th><th class="wide">before</th>
+<th class="n wide">training</th></tr>"""
+
+
 def page(report: dict, strips: Strips, native: NativePictures) -> str:
     """
     The report as a page: the owner's part first, which prints on one sheet, then all tables.
@@ -233,6 +245,7 @@ def page(report: dict, strips: Strips, native: NativePictures) -> str:
         natives=_natives(native),
         native_caption=_escape(f"{native.caption} {noise_in_short(report)}".strip()),
         advice=_items(what_to_do(report)),
+        head=_HEAD,
         rows="\n".join(_result_row(row, entry, colour) for row, entry, colour in rows),
         others="\n".join(_other(report, other) for other in report["others"]),
         fractions="\n".join(_fractions(one) for one in (report, *report["others"]) if one["fractions"]),
@@ -296,12 +309,9 @@ def _other(report: dict, other: dict) -> str:
     alone = report_of(report, other)
     rows = zip(results_table(alone), alone["rows"], row_colours(alone))
     shown = "\n".join(_result_row(row, entry, colour) for row, entry, colour in rows)
-    head = '<tr><th>victims</th><th class="n">test accuracy</th><th class="n">std</th><th class="bar"></th>'
-    head += '<th class="n wide">best epoch</th><th class="n wide">training accuracy</th><th class="wide">before</th>'
-    head += '<th class="n wide">training</th></tr>'
     return (
         f"<h2>{_escape(title_of(other))}</h2>\n<p>{_escape(other['verdict']['sentence'])}</p>\n"
-        f'<table class="results"><thead>{head}</thead><tbody>\n{shown}\n</tbody></table>\n{draw_curves(alone)}'
+        f'<table class="results"><thead>{_HEAD}</thead><tbody>\n{shown}\n</tbody></table>\n{draw_curves(alone)}'
     )
 
 

@@ -1,11 +1,11 @@
 """
 The pictures of a report: images of each class, the same at 1:1, where the protection is in the spectrum, learning
-curves, and the loss of a purifier trained for it.
+curves, accuracy over the protected fraction, and the loss of a purifier trained for it.
 """
 
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,6 +242,23 @@ def _mixture(axis: np.ndarray) -> str:
     names = ("R", "G", "B") if len(axis) == 3 else tuple(f"channel {number + 1}" for number in range(len(axis)))
     said = " ".join(f"{'-' if weight < 0 else '+'} {abs(weight):.2f} {name}" for weight, name in zip(axis, names))
     return said.removeprefix("+ ").replace("- ", "-", 1) if axis[0] < 0 else said.removeprefix("+ ")
+
+
+def draw_fractions(fractions: Sequence[Mapping], path: Path | None = None) -> str:
+    """Both accuracies over the protected fraction, with the range over seeds: as SVG, or into a PNG file."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(5, 2.6))
+    for name, label, colour in (("all", "all images", "protected"), ("clean_rest", "clean images alone", "clean")):
+        shown = [one for one in fractions if one[name] is not None]
+        places = [100 * one["fraction"] for one in shown]
+        values = np.array([[100 * value for value in one[name]["values"]] for one in shown]).reshape(len(shown), -1)
+        axis.plot(places, values.mean(axis=1), color=COLOURS[colour], marker="o", markersize=4, label=label)
+        axis.fill_between(places, values.min(axis=1), values.max(axis=1), color=COLOURS[colour], alpha=0.15)
+    axis.set(xlabel="protected (%)", ylabel="test accuracy (%)", xlim=(0, 105), ylim=(0, 100))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout(pad=0.3)
+    return _finished(figure, path)
 
 
 def draw_losses(report: dict) -> str | None:

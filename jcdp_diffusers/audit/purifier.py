@@ -21,7 +21,7 @@ from ..train.provenance import check_trained_on
 from ..train.record import RECORD_NAME, read_record
 from ..trials import describe_images
 from .attacks import in_seconds
-from .sets import labelled
+from .sets import kept_from_purifiers
 from .settings import AuditSettings
 
 
@@ -74,7 +74,7 @@ def choose_purifier(
         check_purifier(pipe, sets["protected"])
         config = _purification(pipe, asked.preset or plan.purification, asked, sets)
         return AuditPurifier(str(output_dir / "purifier"), pipe, config, len(sets["collected"]), plan, network)
-    listed = check_trained_on(purifier, labelled(sets), roles=asked.roles)
+    listed = check_trained_on(purifier, kept_from_purifiers(sets), roles=asked.roles)
     pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
     check_purifier(pipe, sets["protected"])
     return AuditPurifier(str(purifier), pipe, _purification(pipe, asked.preset, asked, sets), listed)

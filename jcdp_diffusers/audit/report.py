@@ -8,13 +8,14 @@ from pathlib import Path
 from ..data import LabelledImages
 from ..outputs import printable, write_atomically
 from .evidence import evidence_in_words
-from .fractions import FRACTIONS_CAPTION, draw_fractions, fractions_name, fractions_table, fractions_title
+from .fractions import FRACTIONS_CAPTION, fractions_name, fractions_table, fractions_title
 from .learners import report_of, title_of
 from .owner import noise_in_short, numbers, what_to_do
 from .page import page
 from .pictures import (
     NativePictures,
     draw_curves,
+    draw_fractions,
     draw_spectrum,
     native_pictures,
     picture_strips,

@@ -14,7 +14,7 @@ from ..data.perturbations import apply_perturbation
 from ..poisons.control import shuffled
 from ..purify.dataset_card import SUMMARY_NAME
 from ..results import as_settings
-from ..trials import Trial, describe_images, purifier_digest, results_by_trial
+from ..trials import Trial, describe_images, purifier_digest, results_by_trial, spread_over_seeds
 from ..victims.finetuning import InitFrom, pretraining_recipe
 from .purifier import AuditPurifier
 from .settings import AuditSettings, Learner
@@ -146,32 +146,17 @@ def _title(row: str, trials: list[Trial]) -> str:
 
 def _figures(trials: list[Trial], records: Path) -> dict:
     """Figures of one row over its seeds."""
-    accuracy, details = (results_by_trial(records, what=what) for what in ("accuracy", "victim"))
+    details, spreads = results_by_trial(records, what="victim"), spread_over_seeds(trials, records)
     own = [details[trial.name]["value"] for trial in trials]
     # What learns without labels is followed by the nearest neighbours of its features.
     figure = "test_accuracy" if trials[0].method == "supervised" else "knn_accuracy"
     return {
-        "accuracy": _spread([accuracy[trial.name]["value"] for trial in trials]),
-        "best_accuracy": _spread_if_known([entry["best_accuracy"] for entry in own]),
-        "train_accuracy": _spread_if_known([entry["train_accuracy"] for entry in own]),
+        **{name: spreads.get(name) for name in ("accuracy", "best_accuracy", "train_accuracy")},
         "per_class_accuracy": np.mean([entry["per_class_accuracy"] for entry in own], axis=0).round(4).tolist(),
         "curves": [[epoch[figure] for epoch in entry["history"] if figure in epoch] for entry in own],
         "curve_epochs": [epoch["epoch"] for epoch in own[0]["history"] if figure in epoch],
         "train_seconds": statistics.fmean(entry["train_seconds"] for entry in own),
         "prepare_seconds": max(entry["prepare_seconds"] for entry in own),
-        "device": accuracy[trials[0].name]["device"],
+        "device": details[trials[0].name]["device"],
         "threads": own[0]["threads"],
-    }
-
-
-def _spread_if_known(values: list[float | None]) -> dict | None:
-    """Of a figure that a way of learning may not have."""
-    return None if values[0] is None else _spread(values)
-
-
-def _spread(values: list[float]) -> dict:
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "values": values,
     }

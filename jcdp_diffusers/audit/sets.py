@@ -83,12 +83,11 @@ def _checked(sets: Mapping[str, LabelledImages], methods: Sequence[str]) -> dict
                 f"{ROLE_NAMES.get(probed, probed)} has no labels, but a linear probe needs one per image."
             )
         needing = {probed: sets[probed], "test": sets["test"]}
-    order = {role: sets[role] for role in sets}
     checked = check_sets(needing, {role: data for role, data in sets.items() if role not in needing})
-    return {role: checked[role] for role in order}
+    return {role: checked[role] for role in sets}  # in their order
 
 
-def labelled(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:
+def kept_from_purifiers(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:
     """The roles none of which may have trained a purifier."""
     return {role: data for role, data in sets.items() if role not in (*UNLABELLED, "probe")}
 

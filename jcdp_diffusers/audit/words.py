@@ -9,6 +9,8 @@ from ..noise import colour_in_words
 from .verdict import MARGIN
 
 
+# Rows of protected images that were saved as people save pictures, and the quality.
+SAVE_ROWS = {f"jpeg-{quality}": quality for quality in SAVES}
 SPECTRUM_CAPTION = (
     "The power that the protection adds, by colour axis and frequency, in squared levels of 255. It is estimated from "
     "the collected images, without originals and without labels."
@@ -69,8 +71,8 @@ def row_title(entry: Mapping, draws: int = 1) -> str:
     parts = entry["row"].split("+")
     if parts[0] in ("clean", "control", "protected"):
         return f"trained on {entry['title']}"
-    if entry["row"] in (saves := {f"jpeg-{quality}": quality for quality in SAVES}):
-        return f"protected images, saved as JPEG of quality {saves[entry['row']]}"
+    if entry["row"] in SAVE_ROWS:
+        return f"protected images, saved as JPEG of quality {SAVE_ROWS[entry['row']]}"
     if parts[0] == "purified":
         with_others = f", with {'+'.join(parts[1:])}" if parts[1:] else ""
         several = f", {draws} draws" if draws > 1 and not parts[1:] else ""
