@@ -25,8 +25,8 @@ from ..data.perturbations import apply_perturbation, measured_norms, visibility,
 from ..devices import default_device
 from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
-from ..victims.pretrained import public_weights
 from .photographs import export, places_of_export, size_to_read
+from .pretrained import public_weights
 from .published import ORDERS, read_perturbation
 
 

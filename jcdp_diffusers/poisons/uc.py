@@ -34,8 +34,7 @@ from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
 from ..devices import seeded
-from ..victims import pretrained
-from . import Poison, surrogate
+from . import Poison, pretrained, surrogate
 from .checkpoint import Checkpoint
 
 
@@ -68,8 +67,8 @@ class UCSettings:
         view_size (`int`): Side of the square that is cut out of them and that the surrogate sees, in pixels.
         noise_on (`str`): `"views"`: noise has the views' size and is added to them. `"images"`: it has the images'
             size and is added before they are enlarged.
-        surrogate (`str`): One of `victims.pretrained.NAMES`.
-        weights (`str`, *optional*): Of the surrogate: see `victims.pretrained.load`.
+        surrogate (`str`): One of `pretrained.NAMES`.
+        weights (`str`, *optional*): Of the surrogate: see `pretrained.load`.
         normalisation (`str`, *optional*): Of the surrogate's input, where it is not that of its published weights.
         feature_std (`float`, *optional*): Features are divided so that they have this standard deviation, over all
             images and features. `None`: they stay as the surrogate gives them, as in the program.
@@ -104,7 +103,7 @@ class UCCLIPSettings(UCSettings):
     Numbers of UC-CLIP: those of [`UCSettings`], with another surrogate.
 
     Args:
-        surrogate (`str`): One of `victims.pretrained.NAMES`.
+        surrogate (`str`): One of `pretrained.NAMES`.
     """
 
     surrogate: str = "clip"

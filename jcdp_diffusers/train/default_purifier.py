@@ -3,7 +3,9 @@ The purifier that is trained where none is given: which network, how it is train
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,26 +47,59 @@ class _Choice:
     batch: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """
+    Default purifiers for one kind of device and number of images.
+
+    Args:
+        choices (`tuple`): By side of the images, smallest first.
+        checkpoints (`int`): How many the training writes.
+        training (`dict`): Fields of `TrainingConfig` that all of them have.
+        purification (`PurificationConfig`): How they purify.
+    """
+
+    choices: tuple[_Choice, ...]
+    checkpoints: int
+    training: Mapping[str, Any]
+    purification: PurificationConfig
+
+
 # On a CPU with few images: about 30 to 140 TFLOP of training, minutes on two cores.
-_FEW = (
-    _Choice(32, "tiny32", 1200, 32),
-    _Choice(64, "mini64", 1200, 32),
-    _Choice(128, "mini128", 800, 16),
-    _Choice(256, "mini256", 600, 8),
+_FEW = _Case(
+    (
+        _Choice(32, "tiny32", 1200, 32),
+        _Choice(64, "mini64", 1200, 32),
+        _Choice(128, "mini128", 800, 16),
+        _Choice(256, "mini256", 600, 8),
+    ),
+    checkpoints=4,
+    training={"learning_rate": 1e-3},
+    purification=PurificationConfig(diffusion_steps=60, num_inference_steps=6),
 )
 # On a CPU with many: 280 TFLOP.
-_MANY = (
-    _Choice(32, "mini32", 3600, 64),
-    _Choice(64, "mini64", 3600, 32),
-    _Choice(128, "mini128", 1600, 16),
-    _Choice(256, "mini256", 1600, 8),
+_MANY = _Case(
+    (
+        _Choice(32, "mini32", 3600, 64),
+        _Choice(64, "mini64", 3600, 32),
+        _Choice(128, "mini128", 1600, 16),
+        _Choice(256, "mini256", 1600, 8),
+    ),
+    checkpoints=6,
+    training={"learning_rate": 1e-3, "lr_scheduler": "cosine", "mixed_precision": "bf16"},
+    purification=PRESETS["tuned"],
 )
 # On an accelerator: about 100 PFLOP, five minutes of a GPU that does 280 TFLOP/s.
-_ACCELERATOR = (
-    _Choice(32, "ddpm-cifar10", 20_000, 128),
-    _Choice(64, "small64", 20_000, 128),
-    _Choice(128, "small128", 10_000, 64),
-    _Choice(256, "small256", 8_000, 64),
+_ACCELERATOR = _Case(
+    (
+        _Choice(32, "ddpm-cifar10", 20_000, 128),
+        _Choice(64, "small64", 20_000, 128),
+        _Choice(128, "small128", 10_000, 64),
+        _Choice(256, "small256", 8_000, 64),
+    ),
+    checkpoints=10,
+    training={"mixed_precision": "bf16"},
+    purification=PurificationConfig(diffusion_steps=100, num_inference_steps=20),
 )
 LARGEST_SIDE = 256
 MANY_IMAGES = 4000
@@ -95,23 +130,17 @@ def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Pl
             **common,
         )
         return Plan("tiny32", training, SMOKE_PURIFICATION)
-    on_cpu, many = device.type != "cuda", len(collected) >= MANY_IMAGES
-    chosen = _choice(_ACCELERATOR if not on_cpu else _MANY if many else _FEW, height)
+    case = _ACCELERATOR if device.type == "cuda" else _MANY if len(collected) >= MANY_IMAGES else _FEW
+    chosen = _choice(case.choices, height)
     training = TrainingConfig(
         max_train_steps=chosen.steps,
         train_batch_size=chosen.batch,
         trained_timesteps=(0, 200),
-        **({"learning_rate": 1e-3} if on_cpu else {}),
-        **({"lr_scheduler": "cosine"} if on_cpu and many else {}),
-        checkpointing_steps=chosen.steps // (10 if not on_cpu else 6 if many else 4),
-        mixed_precision="bf16" if many or not on_cpu else "no",
+        checkpointing_steps=chosen.steps // case.checkpoints,
+        **case.training,
         **common,
     )
-    if not on_cpu:
-        return Plan(chosen.unet, training, PurificationConfig(diffusion_steps=100, num_inference_steps=20))
-    if many:
-        return Plan(chosen.unet, training, PRESETS["tuned"])
-    return Plan(chosen.unet, training, PurificationConfig(diffusion_steps=60, num_inference_steps=6))
+    return Plan(chosen.unet, training, case.purification)
 
 
 def _choice(choices: tuple[_Choice, ...], side: int) -> _Choice:

@@ -1,5 +1,5 @@
 """
-Image networks that somebody else trained, as extractors of features.
+Image networks that somebody else trained, as the surrogates of poisons: extractors of features.
 
 * `resnet50`, `squeezenet1_0`: torchvision's ImageNet classifiers. Features are what their last layer reads: 2048 of
   ResNet-50; 512 of SqueezeNet, averaged over the last map.

@@ -8,7 +8,7 @@ import torchvision
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from jcdp_diffusers.victims import pretrained
+from jcdp_diffusers.poisons import pretrained
 
 
 @pytest.fixture(scope="module")
