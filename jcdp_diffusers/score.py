@@ -140,14 +140,14 @@ def score(
         raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(known)} for method {method!r}.")
     victim, recipe = choose(victim, protocol, method, device=device, shape=train.images.shape[1:])
     start = start_of(init_from, finetune, collected, recipe)
-    chosen = countermeasures.get(countermeasure or "none")
+    countermeasure = countermeasure or "none"
+    chosen = countermeasures.get(countermeasure)
+    chosen.require_learning(method)
     pairs = chosen.pairs_of(collected_protected, collected)
     others = pairs is not None or init_from == COLLECTED or chosen.needs_collected
     check_whitening(whitening, collected, victim, otherwise_used=others)
     if output is not None:
         check_output_file(output)
-    countermeasure = countermeasure or "none"
-    countermeasures.get(countermeasure).require_learning(method)
     if method == "supervised" and probe is None:
         train, test, names = check_pair(train, test, overlap_budget)
     else:

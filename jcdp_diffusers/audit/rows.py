@@ -90,6 +90,7 @@ def trials_of(
                 purifier=used.name,
                 purification=config,
                 pairs=pairs if countermeasures.get(name).needs_pairs else None,
+                collected=sets["collected"] if countermeasures.get(name).needs_collected else None,
                 init_from=start,
                 work_dir=work_dir,
                 about=facts | {"row": row} | (purification if images is sets.get("purified") else {}),

@@ -314,8 +314,9 @@ def _check_asked(asked: AuditSettings, sources: Mapping[str, Any], purifier: str
     """Refuse what does not go together, before anything is read."""
     if purifier is None and sources["collected"] is None:
         raise ValueError("collected is None, but without a purifier images are needed to train one.")
-    if sources["collected"] is None and (started := [one.name for one in asked.tried if one.finetune is not None]):
-        raise ValueError(f"collected is None, but must be a set of images for attack {started[0]!r}.")
+    using = [one.name for one in asked.tried if one.finetune is not None or one.countermeasure.needs_collected]
+    if sources["collected"] is None and using:
+        raise ValueError(f"collected is None, but must be a set of images for attack {using[0]!r}.")
     if asked.control and sources["clean"] is None:
         raise ValueError("control is True, but without clean images there is nothing to add its noise to.")
     if asked.fractions and sources["clean"] is None:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from ..data import ImageRejected, LabelledImages, decode_image, load_images
+from ..data.found import say_once
 
 
 MEMORY_LIMIT = 2**30  # bytes of uint8 pixels that are held in memory rather than decoded again at every visit
@@ -56,12 +57,16 @@ class ImageFiles(torch.utils.data.Dataset):
         """Image number key[0], cropped for draw number key[1]: uint8, shape (C, resolution, resolution)."""
         index, draw = key
         row = self.dataset[int(index)]
+        changes: list[str] = []
+        size = self.resolution if self.center_crop else None
         try:
-            pixels = decode_image(row["image"], self.channels, self.resolution if self.center_crop else None)
+            pixels = decode_image(row["image"], self.channels, size, changes=changes)
         except ImageRejected as error:
             raise ValueError(
                 f"image {row['id']!r} cannot be used: {error.reason}; --skip_unusable_images leaves such images out."
             ) from error
+        for change in changes:  # once for all images: which of them, only reading all would tell
+            say_once(f"Among the training images: {change}.")
         if not self.center_crop:
             pixels = self._random_square(pixels, draw)
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy())

@@ -1,11 +1,17 @@
 """What an audit tries beside its own purification, by name."""
 
 import pytest
+from digits import digits
 
+from jcdp_diffusers.audit import audit
 from jcdp_diffusers.audit.attacks import attack, in_seconds
+from jcdp_diffusers.audit.purifier import AuditPurifier
+from jcdp_diffusers.audit.rows import trials_of
+from jcdp_diffusers.audit.settings import AuditSettings
 from jcdp_diffusers.purification_config import PRESETS, PurificationConfig
 
 
+ROLES = ("protected", "test", "probe", "collected")
 AUDITS = PurificationConfig(diffusion_steps=40, num_inference_steps=4, num_rounds=2)
 
 
@@ -78,3 +84,20 @@ def test_a_smoke_run_purifies_with_few_steps_and_never_more_than_asked(config):
     quick = in_seconds(config)
     assert quick.evaluations_per_image <= 2
     assert quick.diffusion_steps == min(20, config.diffusion_steps)
+
+
+def test_an_attack_that_learns_from_collected_images_has_them(tmp_path):
+    sets = {role: digits(40 * number, 40 * number + 40) for number, role in enumerate(ROLES)}
+    asked = AuditSettings(method="simclr", protocol="smoke", attacks=("advcl", "advcl-plain"), seeds=1)
+    (learner,) = asked.learners("cpu", sets["protected"].images.shape[1:])
+    rows = trials_of(sets, AuditPurifier("unused", None, PurificationConfig(), None), asked, learner, tmp_path)
+    assert rows["advcl"][0].collected is sets["collected"]
+    assert rows["advcl-plain"][0].collected is None and rows["protected"][0].collected is None
+
+
+def test_an_attack_that_learns_from_collected_images_needs_them(tmp_path):
+    sets = {role: digits(40 * number, 40 * number + 40) for number, role in enumerate(ROLES)}
+    given = {"protected": sets["protected"], "test": sets["test"], "probe_images": sets["probe"], "purifier": "unused"}
+    with pytest.raises(ValueError, match="collected is None.*'advcl'"):
+        audit(**given, method="simclr", attacks=("advcl",), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from jcdp_diffusers.data import LabelledImages, load_images, open_dataset
+from jcdp_diffusers.data.found import say_once
 from jcdp_diffusers.train.images import BatchLayout, ImageFiles, epoch_order, micro_batches, training_images, usable
 
 
@@ -120,3 +121,17 @@ def test_unusable_images_are_named_or_left_out():
     with pytest.raises(ValueError, match="image 'train/0' .*damaged.*--skip_unusable_images"):
         ImageFiles(dataset, resolution=16)[0, 0]
     assert dataset.filter(usable, fn_kwargs={"channels": 3})["id"] == ["train/1", "train/2"]
+
+
+def test_what_is_changed_in_training_images_is_said(caplog):
+    images = []
+    for _ in range(2):
+        buffer = io.BytesIO()
+        picture(16, 16, 1, "RGBA").save(buffer, "PNG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    files = ImageFiles(open_dataset(datasets.Dataset.from_dict({"image": images}, features=features)), resolution=16)
+    say_once.cache_clear()
+    for row in range(2):
+        files[row, 0]
+    assert caplog.text.count("transparency laid over white") == 1
