@@ -164,7 +164,8 @@ def test_a_lock_names_its_holder_and_is_free_when_the_holder_is_killed(tmp_path)
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray cluster of two nodes of this machine, with one processor each; and the driver's own, without any."""
-    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    from ray import cluster_utils  # takes seconds
+
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the workers, which import the tasks
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})

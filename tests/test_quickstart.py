@@ -13,31 +13,14 @@ from jcdp_diffusers.data import load_images
 from jcdp_diffusers.data.examples import digits
 from jcdp_diffusers.data.perturbations import measured_norms
 from jcdp_diffusers.poisons.protect import read_card
-from jcdp_diffusers.quickstart import PRESETS, Preset, run_quickstart
+from jcdp_diffusers.quickstart import PRESETS, run_quickstart
 from jcdp_diffusers.results import read_records
-from jcdp_diffusers.train.config import TrainingConfig
-from jcdp_diffusers.train.default_purifier import Plan
 from jcdp_diffusers.trials import describe_images, results_by_trial
 
 
-SHORT = Preset(
-    title="Digits, too few and too short to mean anything",
-    sizes=(60, 40, 60),
-    plan=Plan(
-        "tiny32",
-        TrainingConfig(
-            max_train_steps=2,
-            train_batch_size=4,
-            trained_timesteps=(0, 50),
-            noise_corner=4.0,
-            validation_steps=2,
-            checkpointing_steps=1,
-        ),
-        PurificationConfig(diffusion_steps=10, num_inference_steps=2),
-    ),
-    recipe="smoke",
-    seeds=2,
-)
+_SMOKE = PRESETS["smoke"]
+_TRAINING = dataclasses.replace(_SMOKE.plan.training, noise_corner=4.0, validation_steps=2, checkpointing_steps=1)
+SHORT = dataclasses.replace(_SMOKE, plan=dataclasses.replace(_SMOKE.plan, training=_TRAINING), seeds=2)
 ROWS = ("clean", "control", "protected", "early-stopping", "purified")
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from interrupts import cut_off_at_save
 
 from jcdp_diffusers import countermeasures, saved_state
 from jcdp_diffusers.countermeasures import Context
@@ -86,22 +87,12 @@ def test_takes_a_shift_by_class_out_of_images(train):
 
 
 @pytest.mark.parametrize("saves", [1, 3, 4, 6])
-def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(saves, train, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(saves, train, tmp_path):
     data = train.subset(range(64))
     whole = disentangle(data, Context(num_classes=10), TINY, "d-vae").images
-    monkeypatch.setattr(saved_state, "SAVE_EVERY", 0.0)
-    save, count = saved_state.SavedState.save, iter(range(1, 100))
-
-    def save_and_stop(self, state):
-        save(self, state)
-        if next(count) == saves:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(saved_state.SavedState, "save", save_and_stop)
     context = Context(num_classes=10, checkpoint_dir=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off_at_save(saved_state.SavedState, saves):
         disentangle(data, context, TINY, "d-vae")
-    monkeypatch.setattr(saved_state.SavedState, "save", save)
     assert np.array_equal(disentangle(data, context, TINY, "d-vae").images, whole)
     assert np.array_equal(disentangle(data, context, TINY, "d-vae").images, whole)
     with pytest.raises(ValueError, match="checkpoint_dir is .*another run"):

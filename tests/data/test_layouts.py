@@ -135,6 +135,23 @@ def check_tree(paths):
     in_a_folder_of_its_own(check)
 
 
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["train/cat/0.png", "train/dog/1.png", "test/cat/0.png", "test/dog/1.png"],
+        ["cat/0.png", "cat/1.png", "dog/0.png"],
+        ["photo-test-1.png", "train_1.png"],
+    ],
+)
+def test_usual_trees_are_read_by_datasets_too_and_compared(paths, tmp_path):
+    root = tmp_path / "d"
+    root.mkdir()
+    plant(root, paths)
+    theirs = by_datasets(root, "imagefolder")
+    assert {split: len(by_us(root, split)) for split in theirs} == {split: len(rows) for split, rows in theirs.items()}
+    compare(root, "imagefolder")
+
+
 @QUICK
 @given(TREES)
 @example(["train/cat/0.png", "train/dog/1.png", "test/cat/0.png"])

@@ -4,6 +4,7 @@ import builtins
 import io
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image, ImageCms
 
@@ -88,7 +89,6 @@ def test_transparency_is_laid_over_white():
 
 
 def test_heic_is_read_and_turned_upright():
-    pillow_heif = pytest.importorskip("pillow_heif")
     pillow_heif.register_heif_opener()
     pixels, exif = photograph(), Image.Exif()
     exif[0x0112] = 6

@@ -139,7 +139,6 @@ def test_a_grid_whose_victims_learn_without_labels(source, tmp_path, monkeypatch
 
 @pytest.mark.long
 def test_on_ray_the_figures_are_those_of_one_process(measured, source, tmp_path):
-    pytest.importorskip("ray")
     path = grid_file(tmp_path, source, countermeasures=["none", "gray"], seeds=[0])
     command = [sys.executable, "eval/benchmark.py", str(path), "--output", str(tmp_path / "out"), "--engine", "ray"]
     root = Path(benchmark.__file__).parents[1]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from interrupts import cut_off_at_save
 from safetensors.torch import save_file
 
 from jcdp_diffusers import poisons
@@ -99,20 +100,12 @@ def test_same_command_again_does_nothing_and_another_is_refused(source, tmp_path
         command("--method", "ops", *options)
 
 
-def test_command_goes_on_where_it_was_cut_off(source, data, tmp_path, monkeypatch):
+def test_command_goes_on_where_it_was_cut_off(source, data, tmp_path):
     output = tmp_path / "protected"
     options = ("--method", "tap", "--preset", "smoke", "--dataset", source, "--split", "train", "--output", output)
-    save = Checkpoint.save
-
-    def save_and_stop(self, state):
-        save(self, state)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off_at_save(Checkpoint):
         command(*options)
     assert not (output / "README.md").exists() and (output / ".poison-state" / "tap.pt").exists()
-    monkeypatch.setattr(Checkpoint, "save", save)
     command(*options)
     whole = poisons.get("tap")(data.tensor(), torch.from_numpy(data.labels), preset="smoke")
     np.testing.assert_array_equal(load_images(output).images, apply_perturbation(data.images, whole))

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from interrupts import cut_off_at_save
 from torch import nn
 from torch.nn import functional as F
 
-from jcdp_diffusers import poisons, saved_state, victims
+from jcdp_diffusers import poisons, victims
 from jcdp_diffusers.poisons import checkpoint, emn, remn, surrogate, tap
 from jcdp_diffusers.poisons.emn import EMNSettings
 from jcdp_diffusers.poisons.remn import REMNSettings
@@ -249,10 +250,6 @@ def test_augmentation_crops_mirrors_and_differentiates(images):
     assert set(gradient.round(decimals=4).unique().tolist()) == {0.0, 1.0}
 
 
-class Interrupted(Exception):
-    """Stands for a kill right after a state was saved."""
-
-
 # Changes of the preset `smoke` without which a method would be done before the third save.
 LONGER = {
     "emn": {"stop_error": 0.0, "max_rounds": 2},
@@ -263,25 +260,12 @@ LONGER = {
 @pytest.mark.filterwarnings("ignore:emn")
 @pytest.mark.parametrize("saves", [1, 2, 3])
 @pytest.mark.parametrize("name", [name for name in poisons.NAMES if poisons.get(name).surrogate])
-def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(name, saves, images, labels, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(name, saves, images, labels, tmp_path):
     settings = replace(poisons.settings(name, "smoke"), **LONGER.get(name, {}))
     whole = poisons.get(name)(images, labels, preset=settings)
 
-    save = checkpoint.Checkpoint.save
-    count = 0
-
-    def save_and_stop(self, state):
-        nonlocal count
-        save(self, state)
-        count += 1
-        if count == saves:
-            raise Interrupted
-
-    monkeypatch.setattr(saved_state, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(checkpoint.Checkpoint, "save", save_and_stop)
-    with pytest.raises(Interrupted):
+    with cut_off_at_save(checkpoint.Checkpoint, saves):
         poisons.get(name)(images, labels, preset=settings, checkpoint_dir=tmp_path)
-    monkeypatch.setattr(checkpoint.Checkpoint, "save", save)
     resumed = poisons.get(name)(images, labels, preset=settings, checkpoint_dir=tmp_path)
     assert torch.equal(resumed, whole)
     assert torch.equal(poisons.get(name)(images, labels, preset=settings, checkpoint_dir=tmp_path), whole)

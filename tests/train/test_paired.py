@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from interrupts import cut_off_at_save
 from purifying import some_images
 
 from jcdp_diffusers import saved_state
@@ -94,23 +95,13 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("saves", [1, 2])
-def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(saves, originals, protected, tmp_path, monkeypatch):
+def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(saves, originals, protected, tmp_path):
     train_paired(protected, originals, tmp_path / "whole", TINY)
-    monkeypatch.setattr(saved_state, "SAVE_EVERY", 0.0)
-    save, count = saved_state.SavedState.save, iter(range(1, 100))
-
-    def save_and_stop(self, state):
-        save(self, state)
-        if next(count) == saves:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(saved_state.SavedState, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off_at_save(saved_state.SavedState, saves):
         train_paired(protected, originals, tmp_path / "cut", TINY)
     assert not (tmp_path / "cut").exists()
     with pytest.raises(ValueError, match="checkpoint_dir is .*another run"):
         train_paired(protected, striped(protected), tmp_path / "cut", TINY)
-    monkeypatch.setattr(saved_state.SavedState, "save", save)
     train_paired(protected, originals, tmp_path / "cut", TINY)
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
     assert read_facts(tmp_path / "cut")["losses"] == read_facts(tmp_path / "whole")["losses"]
