@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments (`list[str]`, *optional*): Words after `jcdp`; the process's own by default.
 
     Returns:
-        `int`: 0 done, 1 a failure with one sentence on stderr, 130 interrupted (the same command goes on from there).
+        `int`: 0 done, 1 a failure with one sentence on stderr, 130 interrupted (the same command continues).
         Wrong usage exits with 2.
     """
     arguments = sys.argv[1:] if arguments is None else arguments

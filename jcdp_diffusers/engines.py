@@ -91,7 +91,7 @@ def run(
             rank r runs every world-th missing task. `"ray"`: one actor per device of a Ray cluster; nodes may come
             and go.
         processes (`int`, *optional*): Local: how many processes, 1 by default. Ray: how many actors to ask for; by
-            default as many as the cluster has room for at any time.
+            default as many as fit on the cluster at any time.
         address (`str`, *optional*): Of a running Ray cluster, `"auto"` for this machine's. By default a cluster on
             this machine is started for the call.
         on_done (`Callable`, *optional*): Called with a task and what its `run` returned, here, as soon as it is done.
@@ -414,7 +414,7 @@ def _run_on_ray(
 class _RayCrew:
     """
     The actors of one call, and what each of them is at. An actor has one task at a time; when it dies, the task goes
-    to the next one that is free, and a new actor is asked for, which starts wherever the cluster has room.
+    to the next one that is free, and a new actor is asked for, which starts on any node where it fits.
     """
 
     def __init__(self, ray, open_worker: Callable[[], Any], actors: int | None, room: dict[str, float], tally: _Tally):
@@ -483,7 +483,7 @@ class _RayCrew:
         say(f"a worker could not be opened: {_sentence(error)}")
 
     def places(self) -> int:
-        """How many actors the nodes that are there have room for."""
+        """How many actors fit on the nodes that are there."""
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         wanted = {"CPU": self.room["num_cpus"], "GPU": self.room["num_gpus"]}
         places = sum(

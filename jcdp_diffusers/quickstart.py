@@ -4,7 +4,7 @@
 There are three presets. `digits` protects the handwritten digits that ship with scikit-learn, in minutes on two cores.
 `cifar10-mini` does the same with a part of CIFAR-10. `smoke` shows in seconds that an installation works, and its
 figures mean nothing. Each stage leaves its result in the output folder. The same command, given again after an
-interruption, goes on from there.
+interruption, continues.
 """
 
 import argparse

@@ -155,7 +155,7 @@ class Trial:
 
     @property
     def _start(self) -> dict:
-        """What decides where the victim starts and how it goes on from there."""
+        """What decides the victim's first weights and how they are fine-tuned."""
         start, source = {"pretraining": self.pretraining}, self.init_from.source
         if isinstance(source, Weights):
             start = {"weights": source.digest, "replaced_classes": source.classes}
@@ -235,7 +235,7 @@ def measure(
         device (`str` or `torch.device`): Where networks run.
         processes (`int`, *optional*): Victims at a time on this machine, each on a GPU of its own where there are
             several; None for one per processor on a CPU, and one on a GPU. On Ray, victims at a time on the cluster;
-            None for as many as it has room for.
+            None for as many as fit.
         engine (`str`), address (`str`, *optional*): See `engines.run`. The ranks of a launcher take turns.
         progress (`bool`): Show a bar.
         beside (`Sequence[engines.Task]`): Other tasks, which are begun first and run as victims do.

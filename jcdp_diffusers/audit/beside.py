@@ -2,7 +2,7 @@
 On several cores of a CPU: the purifier's training and the purification beside the victims that need neither.
 
 The purifier takes half of the cores, as a power of two, and each other core trains one victim at a time. Victims of
-the purified images come afterwards. As many other victims wait with them as the last turn of all cores has room for.
+the purified images come afterwards. Other victims that would fill the last turn of all cores are trained then, too.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def prepare_beside(
 ) -> None:
     """
     Train the purifier and purify beside victims. Does nothing with one core, where one of the two is done, and
-    where all victims have room in one turn afterwards: the stages of the audit follow anyway and find what is there.
+    where one turn of all cores is enough for all victims: then the stages of the audit do all of it in their order.
 
     Args:
         used, sets, asked, output_dir, begin: As for [`Preparation`].

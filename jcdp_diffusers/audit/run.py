@@ -4,7 +4,7 @@
     jcdp audit --protected DIR --collected DIR --test DIR --output DIR [--clean DIR] [--purifier REPO]
 
 Each stage leaves its result in the output folder: the purifier, the purified images, a record per victim. The same
-command, given again after an interruption, goes on from there; given with more seeds or countermeasures, it measures
+command, given again after an interruption, continues; given with more seeds or countermeasures, it measures
 only what is new.
 """
 

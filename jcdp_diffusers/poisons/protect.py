@@ -3,7 +3,7 @@
 
 The folder holds Parquet files with lossless images, ids and labels, and `README.md`, which is written last: a folder
 with it is complete. Until then the state of a costly poison lies beside it in a hidden folder, and the same command
-goes on from there.
+continues.
 """
 
 import argparse

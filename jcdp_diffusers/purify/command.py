@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--threads", type=int, help="of each worker on a CPU, a power of two")
     work.add_argument("--num_workers", type=int, help="processes of each worker that decode and encode images")
     work.add_argument("--engine", choices=ENGINES, default="local", help="ray: workers on a Ray cluster")
-    work.add_argument("--processes", type=int, help="workers; ray: by default as many as there is room for")
+    work.add_argument("--processes", type=int, help="workers; ray: by default as many as fit")
     work.add_argument("--address", help="of a running Ray cluster, auto for this machine's; else one is started here")
     work.add_argument("--device", help="cuda if there is one")
     work.add_argument(

@@ -6,6 +6,7 @@ import torch
 from sklearn.datasets import load_sample_image
 
 from jcdp_diffusers.data import LabelledImages
+from jcdp_diffusers.data.perturbations import apply_perturbation
 
 
 CLASSES = 4
@@ -44,3 +45,16 @@ def images(data) -> torch.Tensor:
 @pytest.fixture
 def labels(data) -> torch.Tensor:
     return torch.from_numpy(data.labels)
+
+
+@pytest.fixture(scope="session")
+def delta(data):
+    """A perturbation in whole levels, at most 8/255, of images that were clipped."""
+    noise = np.random.default_rng(0).integers(-8, 9, data.tensor().shape)
+    clean = data.images.transpose(0, 3, 1, 2).astype(int)
+    return ((clean + noise).clip(0, 255) - clean).astype(np.int8)
+
+
+@pytest.fixture(scope="session")
+def poisoned(data, delta):
+    return apply_perturbation(data.images, delta / 255.0)

@@ -12,19 +12,6 @@ from jcdp_diffusers.data.perturbations import apply_perturbation
 from jcdp_diffusers.poisons.published import read_perturbation
 
 
-@pytest.fixture(scope="module")
-def delta(data):
-    """A perturbation in whole levels, at most 8/255, of images that were clipped."""
-    noise = np.random.default_rng(0).integers(-8, 9, data.tensor().shape)
-    clean = data.images.transpose(0, 3, 1, 2).astype(int)
-    return ((clean + noise).clip(0, 255) - clean).astype(np.int8)
-
-
-@pytest.fixture(scope="module")
-def poisoned(data, delta):
-    return apply_perturbation(data.images, delta / 255.0)
-
-
 def write(path, array):
     if path.suffix == ".safetensors":
         save_file({"noise": torch.from_numpy(np.ascontiguousarray(array))}, path)

@@ -16,19 +16,6 @@ from jcdp_diffusers.poisons.published import read_perturbation
 EIGHT = {"linf": 8}
 
 
-@pytest.fixture(scope="module")
-def noise(data):
-    """Noise in [-8, 8], in whole levels, of images that were clipped: int8 (40, 3, 16, 16)."""
-    drawn = np.random.default_rng(0).integers(-8, 9, data.tensor().shape)
-    clean = data.images.transpose(0, 3, 1, 2).astype(int)
-    return ((clean + drawn).clip(0, 255) - clean).astype(np.int8)
-
-
-@pytest.fixture(scope="module")
-def poisoned(data, noise):
-    return apply_perturbation(data.images, noise / 255.0)
-
-
 def agrees(path, data, poisoned, **options):
     """The file is read as what makes the poisoned images; returns what was recognised."""
     perturbation, recognised = read_perturbation(path, data, **options)
@@ -146,22 +133,22 @@ def test_pil_has_images_and_labels(tmp_path, data, poisoned):
         read_perturbation(tmp_path / "unlearnable_cifar10.pt", wrong)
 
 
-def test_aue_and_aap_are_tensors_of_noise(tmp_path, data, noise, poisoned):
-    torch.save(torch.nn.Parameter(torch.from_numpy(noise).float() / 255), tmp_path / "poison.pt")
+def test_aue_and_aap_are_tensors_of_noise(tmp_path, data, delta, poisoned):
+    torch.save(torch.nn.Parameter(torch.from_numpy(delta).float() / 255), tmp_path / "poison.pt")
     recognised = agrees(tmp_path / "poison.pt", data, poisoned, budget=EIGHT)
     assert recognised["kind"] == "sample-wise" and "interval of length 1" in recognised["holds"]
     with pytest.raises(ValueError, match="darker and lighter still.*in_order_of"):
         read_perturbation(tmp_path / "poison.pt", data.subset(range(39, -1, -1)), budget=EIGHT)
-    torch.save(torch.from_numpy(noise[:4]).float() / 255, tmp_path / "poison.pt")
-    wanted = apply_perturbation(data.images, noise[:4][data.labels] / 255)
+    torch.save(torch.from_numpy(delta[:4]).float() / 255, tmp_path / "poison.pt")
+    wanted = apply_perturbation(data.images, delta[:4][data.labels] / 255)
     assert agrees(tmp_path / "poison.pt", data, wanted, budget=EIGHT)["kind"] == "class-wise"
 
 
-def test_sem_is_a_pickle_whose_array_is_read(tmp_path, data, noise, poisoned):
-    (tmp_path / "sem-fin-def-noise.pkl").write_bytes(pickle.dumps(noise))
+def test_sem_is_a_pickle_whose_array_is_read(tmp_path, data, delta, poisoned):
+    (tmp_path / "sem-fin-def-noise.pkl").write_bytes(pickle.dumps(delta))
     with pytest.raises(ValueError, match="'sem-fin-def-noise.pkl'.*convert it.*numpy.save"):
         read_perturbation(tmp_path / "sem-fin-def-noise.pkl", data)
-    np.save(tmp_path / "sem.npy", noise)
+    np.save(tmp_path / "sem.npy", delta)
     assert "perturbations in 1/255" in agrees(tmp_path / "sem.npy", data, poisoned, budget=EIGHT)["holds"]
 
 
@@ -194,10 +181,10 @@ def test_rows_in_their_order_stay_there(tmp_path, data, poisoned):
     assert agrees(tmp_path / "images.npy", data, poisoned, budget=EIGHT)["rows"] == "in the order of the clean images"
 
 
-def test_arrays_in_a_file_of_torchs_run_no_code(tmp_path, data, noise, capfd):
-    torch.save({"noise": noise}, tmp_path / "array.pth")
+def test_arrays_in_a_file_of_torchs_run_no_code(tmp_path, data, delta, capfd):
+    torch.save({"noise": delta}, tmp_path / "array.pth")
     perturbation, _ = read_perturbation(tmp_path / "array.pth", data, budget=EIGHT)
-    np.testing.assert_allclose(perturbation.numpy(), noise / 255.0, atol=1e-7)
+    np.testing.assert_allclose(perturbation.numpy(), delta / 255.0, atol=1e-7)
 
     class Payload:
         def __reduce__(self):
