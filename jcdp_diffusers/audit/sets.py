@@ -1,7 +1,11 @@
 """The images of an audit: read, checked against each other, and described for the report."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
+from diffusers import UNet2DModel
 
 from ..data import LabelledImages, load_images
 from ..data.checks import (
@@ -12,6 +16,7 @@ from ..data.checks import (
     few_of_each_class,
     match_originals,
 )
+from ..data.photographs import stored_sizes, working_size
 from .settings import AuditSettings
 from .shortcut import shortcut_test
 
@@ -20,27 +25,105 @@ SMOKE_IMAGES = 200
 
 
 def read_sets(
-    sources: Mapping[str, Any], *, image_size: int | None, channels: int, options: Mapping[str, dict]
-) -> dict[str, LabelledImages]:
+    sources: Mapping[str, Any],
+    *,
+    image_size: int | None,
+    channels: int,
+    options: Mapping[str, dict],
+    skip_unusable_images: bool = False,
+) -> tuple[dict[str, LabelledImages], dict[str, list[dict]]]:
     """
-    Read the images of each role once, and refuse those that do not fit together.
+    Read the images of each role once.
 
     Args:
-        sources (`dict`): `protected`, `test` and, where given, `collected` and `clean`; None for the others.
+        sources (`dict`): `protected` and, where given, `test`, `collected` and `clean`; None for the others.
         image_size, channels: As for `data.load_images`.
         options (`dict`): Further options of `data.load_images` by role.
+        skip_unusable_images (`bool`): Leave out images that cannot be used, rather than refuse their set.
 
     Returns:
-        `dict`: The images by role; the clean ones in the order of the protected ones.
+        `dict`: The images by role; and what was left out, by role: id, file and reason of each.
 
     Raises:
-        ValueError: If a set cannot be read or used, in one sentence that begins with its role.
+        ValueError: If a set cannot be read, in one sentence that begins with its role.
     """
-    sets = {
-        role: _load(role, source, image_size, channels, options.get(role, {}))
+    sets, unusable = {}, {}
+    for role, source in sources.items():
+        if source is not None:
+            reading = {"image_size": image_size, "channels": channels} | dict(options.get(role, {}))
+            sets[role], rejected = _load(role, source, reading, skip_unusable_images)
+            if rejected:
+                unusable[role] = rejected
+    if "clean" in unusable or "protected" in unusable:
+        sets = _both_usable(sets)
+    return sets, unusable
+
+
+def size_to_read(
+    sources: Mapping[str, Any],
+    purifier: str | os.PathLike | None,
+    options: Mapping[str, dict],
+    device: torch.device,
+) -> tuple[int | None, list[tuple[int, int]]]:
+    """
+    The side to which images are brought where nobody says one: a given purifier's, or what the device can work on.
+
+    Returns:
+        `int`: The side, None where images stay as they are; and the sizes of the first images, width and height.
+    """
+    sizes = {
+        role: _about(role, stored_sizes, source, **_where(options.get(role, {})))
         for role, source in sources.items()
         if source is not None
     }
+    found = [size for of_role in sizes.values() for size in of_role]
+    side = working_size(sizes, device.type)
+    if side is not None and purifier is not None:
+        own = UNet2DModel.load_config(purifier, subfolder="unet").get("sample_size")
+        side = own if isinstance(own, int) else side
+    return side, found
+
+
+def _where(options: Mapping) -> dict:
+    """Of the options of `data.load_images`, those of `data.open_dataset`."""
+    names = ("split", "image_column", "label_column", "id_column")
+    return {name: value for name, value in options.items() if name in names}
+
+
+def _about(role: str, function: Callable, source: Any, **options) -> Any:
+    """What a function says of a source, or its error with the role in front."""
+    try:
+        return function(source, **options)
+    except (ValueError, OSError) as error:  # says what is wrong, but not with which of the sets
+        raise ValueError(f"{role}: {error}") from error
+
+
+def _unusable(role: str, rejected: list[dict]) -> ValueError:
+    first = rejected[0]
+    return ValueError(
+        f"{role} has {len(rejected)} image(s) that cannot be used, the first {first['file'] or first['id']!r}: "
+        f"{first['reason']}; skip_unusable_images (--skip_unusable_images) leaves such images out."
+    )
+
+
+def _both_usable(sets: dict[str, LabelledImages]) -> dict[str, LabelledImages]:
+    """Without protected images whose original was left out, where there are originals."""
+    if "clean" not in sets:
+        return sets
+    usable = set(sets["clean"].ids)
+    return sets | {"protected": sets["protected"].subset([id_ in usable for id_ in sets["protected"].ids])}
+
+
+def check_together(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:
+    """
+    Refuse sets that do not fit together.
+
+    Returns:
+        `dict`: The images by role, with labels of one space; the clean ones in the order of the protected ones.
+
+    Raises:
+        ValueError: In one sentence that begins with a role.
+    """
     sets = check_sets(labelled(sets), {role: data for role, data in sets.items() if role == "collected"})
     if "clean" in sets:
         sets["clean"] = match_originals(sets["clean"], sets["protected"])
@@ -52,20 +135,17 @@ def labelled(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:
     return {role: data for role, data in sets.items() if role != "collected"}
 
 
-def _load(role: str, source: Any, image_size: int | None, channels: int, options: dict) -> LabelledImages:
+def _load(role: str, source: Any, reading: dict, skip_unusable_images: bool) -> tuple[LabelledImages, list[dict]]:
+    """The images of a role, and those that cannot be used, where they may be left out."""
     rejected: list[dict] = []
     try:
-        data = load_images(source, image_size=image_size, channels=channels, rejected=rejected, **options)
-    except (ValueError, OSError) as error:  # says what is wrong, but not with which of the sets
-        if not rejected:
+        data = load_images(source, rejected=rejected, **reading)
+    except (ValueError, OSError) as error:
+        if not rejected or skip_unusable_images:
             raise ValueError(f"{role}: {error}") from error
-    if rejected:
-        first = rejected[0]
-        raise ValueError(
-            f"{role} has {len(rejected)} image(s) that cannot be used, the first {first['file'] or first['id']!r}: "
-            f"{first['reason']}."
-        )
-    return data
+    if rejected and not skip_unusable_images:
+        raise _unusable(role, rejected)
+    return data, rejected
 
 
 def separate(sets: Mapping[str, LabelledImages], asked: AuditSettings) -> dict:

@@ -13,6 +13,10 @@ from ..victims import RECIPES, Recipe
 from .attacks import Attack, attack
 
 
+# Of an audit by the short form, `jcdp audit --protected DIR`.
+DIVIDED_MINUTES = 30.0
+
+
 @dataclasses.dataclass(frozen=True)
 class AuditSettings:
     """
@@ -39,6 +43,8 @@ class AuditSettings:
             the audit, see `perceptual.load_perceptual`; a given purifier has its own beside it, or none.
         budget (`float`): Largest change of a value by the protection, images in [0, 1]. Images of two roles that are
             as near are refused as one image; see `data.check_roles`.
+        budget_minutes (`float`, *optional*): The audit ends by then: its purifier gets fewer steps, its victims are
+            narrower or fewer. By default none, or `DIVIDED_MINUTES` where the audit divides the images itself.
 
     Raises:
         ValueError: If a value is none of those, in one sentence.
@@ -56,6 +62,7 @@ class AuditSettings:
     plan: Plan | None = None
     perceptual: str | os.PathLike | None = None
     budget: float = 16 / 255
+    budget_minutes: float | None = None
 
     def __post_init__(self):
         if not isinstance(self.protocol, Recipe) and self.protocol not in RECIPES:
@@ -69,6 +76,8 @@ class AuditSettings:
             raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join(PRESETS)}.")
         if not 0 <= self.budget <= 1:
             raise ValueError(f"budget is {self.budget}, but must lie within 0 and 1 (--budget: 0 and 255, in 1/255).")
+        if self.budget_minutes is not None and self.budget_minutes <= 0:
+            raise ValueError(f"budget_minutes is {self.budget_minutes:g}, but must be above 0.")
         for name in self.attacks:
             attack(name)
 

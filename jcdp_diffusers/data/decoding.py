@@ -1,12 +1,13 @@
 """One stored picture: decoded to uint8 pixels, or rejected with a reason."""
 
+import contextlib
 import functools
 import io
 import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
@@ -119,22 +120,28 @@ def _open_picture(value: Image.Image | bytes, *, verify: bool = True) -> Image.I
         raise ImageRejected("empty file (0 bytes)")
     if is_lfs_pointer(value):
         raise ImageRejected("a Git LFS pointer, not the image (git lfs pull fetches it)")
-    formats = IMAGE_FORMATS
-    if bytes(value[4:8]) == b"ftyp":  # HEIF's container, MP4's too
-        if not _reads_heic():
-            raise ImageRejected("a HEIC file, which needs the package pillow-heif: pip install 'jcdp-diffusers[heic]'")
-    else:
-        formats = IMAGE_FORMATS[:-1]  # Pillow knows the others only, as long as no HEIC file has been read
-    try:
-        picture = Image.open(io.BytesIO(value), formats=formats)
-    except Image.UnidentifiedImageError as error:
-        raise ImageRejected(f"not a readable image ({', '.join(IMAGE_FORMATS)} are accepted)") from error
-    except Image.DecompressionBombError as error:
-        raise ImageRejected(f"decompression bomb: more than {MAX_PIXELS} pixels") from error
+    picture = _identified(io.BytesIO(value))
     if verify and picture.format == "PNG":
         # Decoding alone passes over wrong checksums of the pixels.
         Image.open(io.BytesIO(value), formats=("PNG",)).verify()
     return picture
+
+
+def _identified(file: BinaryIO) -> Image.Image:
+    """The picture in a file, of which the header is read."""
+    formats = IMAGE_FORMATS
+    if file.read(8)[4:] == b"ftyp":  # HEIF's container, MP4's too
+        if not _reads_heic():
+            raise ImageRejected("a HEIC file, which needs the package pillow-heif: pip install 'jcdp-diffusers[heic]'")
+    else:
+        formats = IMAGE_FORMATS[:-1]  # Pillow knows the others only, as long as no HEIC file has been read
+    file.seek(0)
+    try:
+        return Image.open(file, formats=formats)
+    except Image.UnidentifiedImageError as error:
+        raise ImageRejected(f"not a readable image ({', '.join(IMAGE_FORMATS)} are accepted)") from error
+    except Image.DecompressionBombError as error:
+        raise ImageRejected(f"decompression bomb: more than {MAX_PIXELS} pixels") from error
 
 
 @functools.cache
@@ -158,10 +165,15 @@ def picture_size(value: Any) -> tuple[int, int]:
     Raises:
         ImageRejected: the header cannot be read.
     """
-    picture = _open_picture(_stored(value), verify=False)
+    path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
     try:
-        width, height = picture.size
-        return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
+        with contextlib.ExitStack() as stack:
+            if path is not None and os.path.isfile(path):  # of which no more is read than the header
+                picture = _identified(stack.enter_context(open(path, "rb")))
+            else:
+                picture = _open_picture(_stored(value), verify=False)
+            width, height = picture.size
+            return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
     except ImageRejected:
         raise
     except Exception as error:  # as in `decode_image`

@@ -1,5 +1,6 @@
 """Photographs of assorted sizes: at which size they are compared, and squares cut from them at full size."""
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ WORKING_SIZES = (32, 64, 128, 256)
 LARGEST = {"cpu": 64, "cuda": 256}
 # Sets whose images have one size stay as they are up to this side.
 LARGEST_AS_IT_IS = {"cpu": 128, "cuda": 256}
-SAMPLED = 256  # images whose headers are read
+SAMPLED = 64  # images whose headers are read
 SQUARES_IN_ALL = 2048  # to train a purifier on
 SQUARES_EACH = (2, 64)  # of a photograph, at least and at most
 
@@ -31,11 +32,13 @@ def stored_sizes(source: Any, **options) -> list[tuple[int, int]]:
         options: Of `data.open_dataset`.
 
     Returns:
-        `list`: At most `SAMPLED` sizes; images whose header cannot be read are passed over.
+        `list`: At most `SAMPLED` sizes; images whose header cannot be read are passed over, and so is the Hub.
     """
     if (arrays := arrays_of(source, options.get("split"))) is not None:
         height, width = arrays.images.shape[1:3]
         return [(width, height)]
+    if isinstance(source, str) and not os.path.exists(source):
+        return []  # of the Hub, where every look is a download
     sizes = []
     for row in open_dataset(source, streaming=True, **options).take(SAMPLED):
         try:
@@ -90,10 +93,13 @@ def squares_of_photographs(
         `LabelledImages`: uint8 (N, size, size, channels), without labels; N is about `SQUARES_IN_ALL`. Images that
         cannot be used are left out.
     """
-    rows = [row for row in open_dataset(source, streaming=True, **options) if ids is None or row["id"] in ids]
-    each = int(np.clip(SQUARES_IN_ALL // max(1, len(rows)), *SQUARES_EACH))
+    rows = open_dataset(source, streaming=True, **options).select_columns(["id", "image"])
+    count = sum(ids is None or row["id"] in ids for row in rows.select_columns(["id"]))
+    each = int(np.clip(SQUARES_IN_ALL // max(1, count), *SQUARES_EACH))
     squares, names = [], []
     for row in rows:
+        if ids is not None and row["id"] not in ids:
+            continue
         try:
             cut = list(_squares(row["image"], size, each, channels, np.random.default_rng([seed, len(names)])))
         except ImageRejected:

@@ -3,6 +3,7 @@ The purifier that is trained where none is given: which network, how it is train
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -142,8 +143,23 @@ def purifier_to_be(
     return pipe
 
 
-def train_planned(plan: Plan, images: LabelledImages, folder: Path, perceptual: LPIPSModel | None) -> None:
-    """Train a plan's purifier into a folder, or go on where an interrupted training stopped if the plan says so."""
+def train_planned(
+    plan: Plan,
+    images: LabelledImages,
+    folder: Path,
+    perceptual: LPIPSModel | None,
+    stop: Callable[[], bool] | None = None,
+) -> None:
+    """
+    Train a plan's purifier into a folder, or go on where an interrupted training stopped if the plan says so.
+
+    Args:
+        plan (`Plan`): The purifier.
+        images (`LabelledImages`): To train it on.
+        folder (`Path`): The repository to write.
+        perceptual (`LPIPSModel`, *optional*): To put beside it.
+        stop (`Callable`, *optional*): As for `train_purifier`.
+    """
     height, _, channels = images.images.shape[1:]
     train_purifier(
         images,
@@ -151,6 +167,7 @@ def train_planned(plan: Plan, images: LabelledImages, folder: Path, perceptual: 
         scheduler=ddpm_scheduler(),
         output_dir=folder,
         config=plan.training,
+        stop=stop,
     )
     if perceptual is not None:
         perceptual.save_pretrained(folder / "perceptual")
