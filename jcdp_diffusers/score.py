@@ -28,7 +28,7 @@ from .purification_config import PurificationConfig
 from .results import code_version, package_versions
 from .train.provenance import check_trained_on
 from .trials import Trial, given_seeds, is_model_of, measure, results_by_trial, spread_over_seeds
-from .victims import RECIPE_NAMES, Recipe, get_recipe, recipes_of
+from .victims import RECIPE_NAMES, Recipe, choose, recipes_of
 
 
 # Of a trial, what every victim of a score has in common. What the trial leaves out is None.
@@ -45,18 +45,22 @@ REQUESTED = (
     "train",
     "test",
     "probe",
+    "whitening",
 )
+WHITENING = ("training", "collected")
 
 
 def score(
     train: LabelledImages,
     test: LabelledImages,
     *,
-    victim: str = "resnet18",
+    victim: str | None = None,
     method: str = "supervised",
     probe: LabelledImages | None = None,
     width: int | None = None,
-    protocol: str | Recipe = "fast",
+    protocol: str | Recipe | None = None,
+    whitening: str = "training",
+    collected: LabelledImages | None = None,
     seeds: int | Sequence[int] = 3,
     countermeasure: str | None = None,
     purifier: str | os.PathLike | JointConditionalPurificationPipeline | None = None,
@@ -77,13 +81,18 @@ def score(
         train (`LabelledImages`): The training set: clean, protected or purified.
         test (`LabelledImages`): Clean images of the same classes and size, none of which is in `train`; they are never
             altered.
-        victim (`str`, defaults to `"resnet18"`): One of `victims.NAMES`.
+        victim (`str`, *optional*): One of `victims.NAMES`; by default what suits the device, the recipe and the
+            method, see [`victims.choice.choose`].
         method (`str`, defaults to `"supervised"`): How victims learn, one of `victims.METHODS`.
         probe (`LabelledImages`, *optional*): For a method without labels, clean labelled images of the same classes
             and size, which a linear layer on the victim's features is trained on.
         width (`int`, *optional*): The network's width; by default the recipe's.
-        protocol (`str` or `Recipe`, defaults to `"fast"`): The victims' recipe: a name of `recipes_of(method)`, or a
-            recipe.
+        protocol (`str` or `Recipe`, *optional*): The victims' recipe: a name of `recipes_of(method)`, or a recipe; by
+            default what suits device, victim and method.
+        whitening (`str`, defaults to `"training"`): Whose patches the first layer of `"convnet94"` whitens: those of
+            the training images, or of the `"collected"` ones.
+        collected (`LabelledImages`, *optional*): For whitening `"collected"`: unprotected images of the same shape,
+            none of which is in `test`; their labels are not used.
         seeds (`int` or `Sequence[int]`, defaults to 3): How many victims, with seeds 0, 1, ..., or the seeds
             themselves.
         countermeasure (`str`, *optional*): One of `countermeasures.NAMES`, or several joined by `"+"`.
@@ -115,8 +124,8 @@ def score(
     seeds = given_seeds(seeds)
     if isinstance(protocol, str) and protocol not in (known := recipes_of(method)):
         raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(known)} for method {method!r}.")
-    recipe = get_recipe(protocol, method)
-    victims.get(victim)
+    victim, recipe = choose(victim, protocol, method, device=device, shape=train.images.shape[1:])
+    check_whitening(whitening, collected, victim)
     if output is not None:
         check_output_file(output)
     countermeasure = countermeasure or "none"
@@ -125,6 +134,9 @@ def score(
         train, test, names = check_pair(train, test, overlap_budget)
     else:
         probe, test, names = _check_probe(train, probe, test, overlap_budget, method)
+    if collected is not None:
+        check_sets({"test": test}, {"collected": collected})
+        _refuse_overlap("collected", collected, test, overlap_budget)
     _check_purifier(countermeasure, purifier, purification, train, test)
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
@@ -137,6 +149,7 @@ def score(
             "purifier": purifier,
             "purification": purification,
             "draws": draws,
+            "whitening": collected,
             "work_dir": temporary if checkpoint_dir is None else Path(checkpoint_dir),
         }
         trials = [
@@ -153,6 +166,28 @@ def score(
         write_atomically(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
         records.unlink()
     return result
+
+
+def check_whitening(whitening: str, collected: LabelledImages | None, *networks: str) -> None:
+    """
+    Refuse images to whiten that nothing whitens, or a lack of them.
+
+    Args:
+        whitening (`str`): One of `WHITENING`.
+        collected (`LabelledImages`, *optional*): The images for `"collected"`.
+        networks (`str`): Of the victims, one of which must be able to whiten.
+    """
+    if whitening not in WHITENING:
+        raise ValueError(f"whitening is {whitening!r}, but must be one of {', '.join(WHITENING)}.")
+    whitened = [name for name in victims.NAMES if hasattr(victims.get(name), "whiten")]
+    if whitening == "collected" and not set(whitened) & set(networks):
+        raise ValueError(
+            f"whitening is 'collected', but must be 'training' for victim {networks[0]!r}: the first layer of "
+            f"{' and '.join(whitened)} alone whitens."
+        )
+    if (collected is None) != (whitening == "training"):
+        given, needed = ("None", "a set of images") if collected is None else (f"{len(collected)} images", "None")
+        raise ValueError(f"collected is {given}, but must be {needed} where whitening is {whitening!r}.")
 
 
 def _model_path(model_dir: str | Path | None, victim: str, seed: int) -> Path | None:
@@ -304,6 +339,17 @@ def _title(purifier: Any) -> str:
     return str(purifier.config.get("_name_or_path") if pipeline else purifier)
 
 
+# Of options that `jcdp audit` has as well. The hours: one image of 32x32 pixels is 3.3 GFLOP for a training step of a
+# ResNet-18 of width 64, and `fast` shows each 30 times; a core does 100 to 300 GFLOP/s, in bfloat16 or float32.
+VICTIM_HELP = (
+    "network of the victims; if neither it nor the recipe is given, convnet94 on a CPU and resnet18 on a GPU. On a "
+    "CPU, one resnet18 of width 64 with recipe fast takes 1 to 3 hours of a core for each 10,000 images of 32x32 "
+    "pixels: three victims of 50,000 images take 15 to 45 hours. With --width 16 it is about a seventh"
+)
+RECIPE_HELP = "how victims are trained; airbench with convnet94 and fast with other networks if not given"
+WHITENING_HELP = "images whose patches convnet94 whitens first: training images, or --collected"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `jcdp score`."""
     what = parser.add_argument_group("what to score")
@@ -313,6 +359,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--test_split")
     what.add_argument("--probe", help="clean labelled images for a method without labels")
     what.add_argument("--probe_split")
+    what.add_argument("--collected", help="unprotected images for --whitening collected; no labels needed")
+    what.add_argument("--collected_split")
     what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
     what.add_argument("--label_column")
     what.add_argument("--image_size", type=int, help="side in pixels to which images are brought first")
@@ -320,12 +368,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--output", required=True, metavar="FILE.json")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--victim", default="resnet18", choices=victims.NAMES)
+    how.add_argument("--victim", choices=victims.NAMES, help=VICTIM_HELP)
     how.add_argument("--method", default="supervised", choices=victims.METHODS, help="how victims learn")
     how.add_argument("--width", type=int, help="of the network; the recipe's if not given")
-    how.add_argument(
-        "--recipe", "--protocol", dest="protocol", default="fast", choices=RECIPE_NAMES, help="the victims' recipe"
-    )
+    how.add_argument("--recipe", "--protocol", dest="protocol", choices=RECIPE_NAMES, help=RECIPE_HELP)
+    how.add_argument("--whitening", default="training", choices=WHITENING, help=WHITENING_HELP)
     how.add_argument("--seeds", type=int, default=3, help="number of victims")
     how.add_argument(
         "--countermeasure", default="none", help=f"{', '.join(countermeasures.NAMES)}, or several joined by '+'"
@@ -347,7 +394,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`jcdp score`, from parsed options to a line with the figure."""
     check_output_file(args.output, sources={"train": args.train, "test": args.test})
-    train, test, probe = (_load(args, role) for role in ("train", "test", "probe"))
+    train, test, probe, collected = (_load(args, role) for role in ("train", "test", "probe", "collected"))
     result = score(
         train,
         test,
@@ -356,6 +403,8 @@ def run(args: argparse.Namespace) -> None:
         probe=probe,
         width=args.width,
         protocol=args.protocol,
+        whitening=args.whitening,
+        collected=collected,
         seeds=args.seeds,
         countermeasure=args.countermeasure,
         purifier=args.purifier,

@@ -62,6 +62,8 @@ class Trial:
             pipeline, for countermeasures that purify.
         purification (`PurificationConfig` or `str`, *optional*): Replaces the countermeasure's own settings.
         draws (`int`): Purifications of each image, of which the victim sees one per epoch in turn.
+        whitening (`LabelledImages`, *optional*): Images whose patches the first layer of `"convnet94"` whitens, in
+            place of the training images.
         work_dir (`Path`, *optional*): Where purified images are kept, so that the victims of all seeds share them.
         model_path (`Path`, *optional*): Safetensors file in which the trained network is kept.
         about (`dict`): What the images are, for the record: poison, roles and the like. Part of the trial's name, but
@@ -80,6 +82,7 @@ class Trial:
     purifier: str | os.PathLike | JointConditionalPurificationPipeline | None = None
     purification: PurificationConfig | str | None = None
     draws: int = 1
+    whitening: LabelledImages | None = None
     work_dir: Path | None = None
     model_path: Path | None = None
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -109,6 +112,8 @@ class Trial:
         }
         if self.probe is not None:
             settings["probe"] = describe_images(self.probe)
+        if self.whitening is not None:
+            settings["whitening"] = describe_images(self.whitening)
         if countermeasure.needs_purifier:
             settings |= {"purifier": None, "purification": purification}
             if self.purifier is not None:
@@ -386,6 +391,7 @@ def _train(trial: Trial, records: Path, device: torch.device) -> float:
             device=device,
             num_classes=num_classes,
             hooks=prepared.hooks,
+            whitening=trial.whitening,
             checkpoint_dir=checkpoint_dir,
         )
     if trial.model_path is not None:

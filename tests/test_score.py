@@ -92,6 +92,60 @@ def test_what_a_representation_cannot_be_scored_with(train, test, changes, messa
         score(train, test, **options)
 
 
+# ------------------------------------------------------------------------------------------- the network by the device
+
+
+@pytest.mark.parametrize(
+    "options, victim, recipe", [({}, "convnet94", "airbench"), ({"victim": "resnet18"}, "resnet18", "fast")]
+)
+def test_on_a_cpu_the_fast_network_is_the_default(train, test, monkeypatch, options, victim, recipe):
+    asked = []
+
+    def measured(trials, *_, **__):
+        asked.extend(trials)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jcdp_diffusers.score.measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        score(train, test, seeds=1, **options)
+    assert (asked[0].settings["victim"], asked[0].settings["recipe"]["name"]) == (victim, recipe)
+
+
+def test_whitening_by_collected_images(train, test):
+    recipe = dataclasses.replace(QUICK, epochs=1)
+    options = {"victim": "convnet94", "protocol": recipe, "seeds": 1}
+    collected = digits(220, 300, labels=None)
+    plain = score(train, test, **options)
+    whitened = score(train, test, whitening="collected", collected=collected, **options)
+    alone = train_victim(train, test, victim="convnet94", recipe=recipe, whitening=collected)
+    assert whitened["accuracy"]["values"] == [alone.accuracy]
+    assert whitened["runs"][0]["trial"] != plain["runs"][0]["trial"]
+    assert whitened["request"]["whitening"]["images"] == 80 and plain["request"]["whitening"] is None
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"whitening": "test"}, "whitening is 'test'"),
+        ({"whitening": "collected"}, "collected is None"),
+        ({"collected": digits(220, 300)}, "collected is 80 images, .* 'training'"),
+        ({"whitening": "collected", "collected": digits(200, 300)}, "collected and test have 20 images in common"),
+        ({"whitening": "collected", "collected": digits(220, 300), "victim": "vgg16"}, "whitening is 'collected', .* 'vgg16'"),
+        ({"whitening": "collected", "collected": digits(220, 300).with_images(digits(220, 300).images[:, :8])}, "8x16x3"),
+    ],
+)  # fmt: skip
+def test_whitening_that_cannot_be(train, test, changes, message):
+    with pytest.raises(ValueError, match=message):
+        score(train, test, **{"victim": "convnet94", "protocol": QUICK} | changes)
+
+
+def test_the_help_says_what_the_network_of_papers_costs(capsys):
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "resnet18 of width 64" in said and "1 to 3 hours of a core for each 10,000 images" in said
+
+
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
@@ -265,6 +319,7 @@ def test_a_method_without_labels_is_scored_by_a_probe(folders, capsys):
     result = json.loads((folders / "score.json").read_text())
     assert result["request"]["method"] == "simclr" and result["request"]["probe"]["images"] == 120
     assert result["knn_accuracy"]["values"] == [result["runs"][0]["knn_accuracy"]]
+    assert result["request"]["victim"] == "resnet18"
     assert "best_accuracy" not in result and np.sum(result["confusion"]) == 100
 
 

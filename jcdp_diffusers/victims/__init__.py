@@ -26,6 +26,7 @@ _MODULES = {
     "get_recipe": "recipes",
     "recipes_of": "recipes",
     "VictimResult": "victim",
+    "choose": "choice",
     "confusion_matrix": "evaluation",
     "predict": "evaluation",
     "random_crop_flip": "supervised",

@@ -172,6 +172,34 @@ def test_sizes(count, batch_size, epochs):
     assert recipe.for_images(7) is recipe
 
 
+@pytest.mark.parametrize(
+    "count, batch_size, epochs",
+    [(50_000, 1024, 10), (39_999, 1024, 5), (10_000, 256, 5), (5_000, 128, 10), (900, 32, 20)],
+)
+def test_sizes_of_the_short_training(count, batch_size, epochs):
+    """50,000 image passes below 40,000 images, within 5 and 20 epochs; all else is as in the long one."""
+    recipe = RECIPES["airbench-short"].for_images(count)
+    assert (recipe.batch_size, recipe.epochs) == (batch_size, epochs)
+    long = RECIPES["airbench"].for_images(count)
+    assert dataclasses.asdict(recipe) | {"name": "", "epochs": 0} == dataclasses.asdict(long) | {
+        "name": "",
+        "epochs": 0,
+    }
+    assert recipe.for_images(7) is recipe
+
+
+@pytest.mark.parametrize("size, last", [((32, 32), (3, 3)), ((9, 9), (1, 1)), ((64, 40), (7, 4))])
+def test_features_are_the_largest_values_of_the_last_maps(size, last):
+    """At 32x32 that is the authors' max-pooling of 3x3."""
+    network = convnet94(4, width=4).eval()
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    maps = F.gelu(network.whitening((images - network.mean) / network.std))
+    for group in network.groups:
+        maps = group(maps)
+    assert maps.shape[2:] == last
+    torch.testing.assert_close(network.features(images), F.max_pool2d(maps, last).flatten(1))
+
+
 def test_learns_and_goes_on_where_it_was_cut_off(tmp_path):
     train, test = digits(0, 400), digits(400, 700)
     recipe = dataclasses.replace(QUICK, epochs=24, width=16)
