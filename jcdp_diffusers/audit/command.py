@@ -10,25 +10,41 @@ from ..outputs import check_output_folder, public_name
 from ..victims import RECIPES
 from .attacks import PURIFIED
 from .run import BEGUN_NAME, OWN_NAMES, audit
+from .settings import DIVIDED_MINUTES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `jcdp audit`."""
     what = parser.add_argument_group("the images, each a folder, file or Hub id")
     what.add_argument("--protected", required=True, help="protected images with labels")
-    what.add_argument("--collected", help="unprotected images that train the purifier; no labels needed")
-    what.add_argument("--test", required=True, help="clean labelled images of the same classes")
+    what.add_argument(
+        "--collected", help="unprotected images that train the purifier; no labels needed; a part of the others"
+    )
+    what.add_argument("--test", help="clean labelled images of the same classes; a part of the others if not given")
     what.add_argument("--clean", help="originals of the protected images, under the same ids")
     for role in ("protected", "collected", "test", "clean"):
         what.add_argument(f"--{role}_split", help="the only one if not given" if role == "protected" else None)
     what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
     what.add_argument("--label_column")
-    what.add_argument("--image_size", type=int, help="side in pixels to which images are brought first")
+    what.add_argument(
+        "--image_size", type=int, help="side in pixels to which images are brought; chosen for assorted ones"
+    )
+    what.add_argument(
+        "--skip_unusable_images", action="store_true", help="leave out images that cannot be used, and list them"
+    )
     what.add_argument("--channels", type=int, choices=(1, 3), default=3)
     what.add_argument("--roles", choices=ROLES, default="disjoint", help="paper: collected are the test images")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--output", required=True, help="folder for report, records, purifier and purified images")
+    how.add_argument(
+        "--output", help="folder for report, records, purifier and purified images; audit-NAME if not given"
+    )
+    how.add_argument(
+        "--budget_minutes",
+        type=float,
+        metavar="N",
+        help=f"train no longer; {DIVIDED_MINUTES:g} if --test or --collected is left out, else without limit",
+    )
     how.add_argument("--purifier", help="folder or Hub id of a DDPM; trained on --collected if not given")
     how.add_argument(
         "--perceptual",
@@ -65,6 +81,8 @@ def run(args: argparse.Namespace) -> None:
     """`jcdp audit`: the report, and where it lies."""
     if not 0 <= args.budget <= 255:
         raise ValueError(f"--budget is {args.budget}, but must lie within 0 and 255, in 1/255.")
+    if args.output is None:
+        args.output = f"audit-{public_name(args.protected).rpartition('/')[2]}"
     roles = ("protected", "collected", "test", "clean")
     sources = {f"--{name}": getattr(args, name) for name in (*roles, "purifier")}
     check_output_folder(args.output, marks=(BEGUN_NAME,), own=OWN_NAMES, sources=sources, name="--output")
@@ -93,6 +111,8 @@ def run(args: argparse.Namespace) -> None:
         budget=args.budget / 255,
         image_size=args.image_size,
         channels=args.channels,
+        skip_unusable_images=args.skip_unusable_images,
+        budget_minutes=args.budget_minutes,
         load_options=options,
         device=args.device,
         processes=args.processes,

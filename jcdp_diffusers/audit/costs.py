@@ -1,5 +1,5 @@
 """
-What an audit will cost on this machine, found out by one step of each of its networks, and how to stay within a budget.
+What an audit will cost on this machine, by one step of each of its networks, and how to stay within a budget.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class Costs:
     Args:
         training (`float`): Of one step of the purifier's training; 0 where none is trained.
         purification (`float`): Of all purification.
-        victim (`dict`): Of one victim, by width.
+        victim (`dict`): Of one victim, by width; empty where there are none.
         rows (`int`): Victims of one seed.
         at_a_time (`int`): Victims that are trained at the same time.
     """
@@ -47,7 +47,7 @@ class Costs:
 
     def victims(self, width: int, seeds: int) -> float:
         """All victims."""
-        return self.victim[width] * -(-self.rows * seeds // self.at_a_time)
+        return self.victim[width] * -(-self.rows * seeds // self.at_a_time) if seeds else 0.0
 
     def total(self, steps: int, width: int, seeds: int) -> float:
         """All parts together."""
@@ -112,7 +112,7 @@ def _measured(sets, used: AuditPurifier, asked: AuditSettings, device, processes
     rows = sum(role in sets for role in ("clean", "protected")) + 1 + asked.control + len(asked.tried)
     at_a_time = processes or (available_cores() if device.type == "cpu" else 1)
     top, widths = asked.width or asked.recipe.width, []
-    while top not in widths and (not widths or top >= LEAST_WIDTH):
+    while "test" in sets and top not in widths and (not widths or top >= LEAST_WIDTH):
         widths.append(top)
         top //= 2
     return Costs(
@@ -137,8 +137,8 @@ def within_budget(costs: Costs, wanted: Extent, minutes: float) -> Extent:
         ValueError: If the smallest extent takes longer, with the minutes that it takes.
     """
     available, least = USED * 60 * minutes, max(1, round(LEAST_STEPS * wanted.steps)) if wanted.steps else 0
-    smallest = min(costs.victim)
-    choices = [(width, wanted.seeds) for width in sorted(costs.victim, reverse=True)]
+    smallest = min(costs.victim, default=0)
+    choices = [(width, wanted.seeds) for width in sorted(costs.victim or {0}, reverse=True)]
     choices += [(smallest, seeds) for seeds in range(wanted.seeds - 1, LEAST_SEEDS - 1, -1)]
     for width, seeds in choices:
         left = available - costs.purification - costs.victims(width, seeds)
@@ -148,8 +148,8 @@ def within_budget(costs: Costs, wanted: Extent, minutes: float) -> Extent:
     width, seeds = choices[-1]
     needed = costs.total(least, width, seeds) / 60 / USED
     raise ValueError(
-        f"budget_minutes is {minutes:g}, but must be at least {int(needed) + 1} on this machine, or the images fewer or "
-        "smaller (image_size)."
+        f"budget_minutes is {minutes:g}, but must be at least {int(needed) + 1} on this machine for so many images of "
+        "this size."
     )
 
 
@@ -199,8 +199,10 @@ def _step(
     def once() -> None:
         output = network(images, torch.zeros(count, device=device)).sample if is_unet else network(images)
         if backward:
-            loss = output.float().square().mean() if is_unet else F.cross_entropy(
-                output.float(), torch.zeros(count, dtype=torch.int64, device=device)
+            loss = (
+                output.float().square().mean()
+                if is_unet
+                else F.cross_entropy(output.float(), torch.zeros(count, dtype=torch.int64, device=device))
             )
             loss.backward()
 

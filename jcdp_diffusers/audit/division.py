@@ -93,10 +93,11 @@ def divide(
     if not missing:
         return sets, Division()
     if "clean" in sets:
-        sets["clean"] = match_originals(sets["clean"], sets["protected"])
+        clean = match_originals(sets["clean"], sets["protected"])
+        sets["clean"] = replace(clean, labels=sets["protected"].labels, class_names=sets["protected"].class_names)
         return _divide(sets, "clean", missing, seed, budget)
     for other in ("collected", "test"):
-        if other in sets and other not in missing and (other == "test" or sets[other].labels is not None):
+        if other in sets and sets[other].labels is not None:
             return _divide(sets, other, missing, seed, budget)
     return _divide(sets, "protected", missing, seed, budget)
 

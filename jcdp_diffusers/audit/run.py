@@ -1,15 +1,20 @@
 """
 `jcdp audit`: does a protection survive? Images, a purifier and victims in; a verdict and a report to forward out.
 
+    jcdp audit --protected DIR
     jcdp audit --protected DIR --collected DIR --test DIR --output DIR [--clean DIR] [--purifier REPO]
 
+Roles that are not given are divided off from those that are (`division`). Photographs of assorted sizes are brought to
+one for the comparison; the purifier is trained on squares of them at their own size, too.
 Each stage leaves its result in the output folder: the purifier, the purified images, a record per victim. The same
 command, given again after an interruption, goes on from there; given with more seeds or countermeasures, it measures
 only what is new.
 """
 
+import dataclasses
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,22 +27,24 @@ from ..data import LabelledImages
 from ..outputs import check_output_folder, public_name, write_atomically
 from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions, plain
-from ..trials import describe_images, measure, purifier_digest
+from ..trials import describe_images, purifier_digest
+from .extent import BEGUN_NAME, measure_in_time, plan_purifier, plan_time
 from .limits import limits
 from .purifier import AuditPurifier, choose_purifier, purify, trained
+from .reading import Found, read
 from .report import write_report
 from .rows import TITLES, control_images, figures, trials_of
-from .sets import describe, few, read_sets, separate, shortcut_in_words
+from .sets import check_together, describe, few, separate, shortcut_in_words
 from .settings import AuditSettings
-from .verdict import verdict
+from .unlabelled import audit_unlabelled, check_unlabelled
+from .verdict import verdict, without_clean_images
 
 
-# What an output folder's purifier and purified images were made for.
-BEGUN_NAME = "audit.json"
 OWN_NAMES = (
     "attacks",
     "pictures",
     "purified",
+    "purified_test",
     "purifier",
     "records.jsonl",
     "report.html",
@@ -49,13 +56,14 @@ OWN_NAMES = (
 def audit(
     *,
     protected: Any,
-    test: Any,
+    test: Any = None,
     collected: Any = None,
     purifier: str | os.PathLike | None = None,
     clean: Any = None,
     output_dir: str | os.PathLike = "runs/audit",
     image_size: int | None = None,
     channels: int = 3,
+    skip_unusable_images: bool = False,
     load_options: Mapping[str, dict] | None = None,
     device: str | torch.device | None = None,
     processes: int | None = None,
@@ -68,9 +76,10 @@ def audit(
 
     Args:
         protected: The protected images with their labels; like the next three, whatever `data.load_images` takes.
-        test: Clean labelled images of the same classes, none of which is protected.
-        collected: Unprotected images like the protected ones, without need of labels, that train the purifier. May be
-            left out where a purifier is given; what that was trained on is looked up in its repository
+        test (*optional*): Clean labelled images of the same classes, none of which is protected. Without them, other
+            sets are divided: see `division`.
+        collected (*optional*): Unprotected images like the protected ones, without need of labels, that train the
+            purifier. Where a purifier is given, what that was trained on is looked up in its repository
             (`train.provenance.check_trained_on`), or unknown and among the report's limits.
         purifier (`str` or `os.PathLike`, *optional*): Folder or Hub id; trained on `collected` if not given.
         clean (*optional*): The originals of the protected images, under the same ids. Without them nobody can say how
@@ -79,7 +88,9 @@ def audit(
             `report.md`, `report.json`, `pictures/`, `records.jsonl`, the purified images in `purified/` and the
             purifier, if it is trained, in `purifier/`. More seeds, attacks and protocols may follow in it. Another
             purifier or purification, a smoke run's among them, needs another folder.
-        image_size, channels: As for `data.load_images`, for all sets.
+        image_size, channels: As for `data.load_images`, for all sets. Without `image_size`, images of assorted sizes
+            are brought to that of a given purifier, or to what the device can work on (`data.photographs`).
+        skip_unusable_images (`bool`): Leave out images that cannot be used, and list them in the report.
         load_options (`dict`, *optional*): Further options of `data.load_images` by role, such as `{"test": {"split":
             "test"}}`.
         device (`str` or `torch.device`, *optional*): An accelerator if there is one.
@@ -104,7 +115,12 @@ def audit(
         sources,
         purifier,
         Path(output_dir),
-        reading={"image_size": image_size, "channels": channels, "options": load_options or {}},
+        reading={
+            "image_size": image_size,
+            "channels": channels,
+            "options": load_options or {},
+            "skip_unusable_images": skip_unusable_images,
+        },
         device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         processes=processes,
         command=command or "jcdp_diffusers.audit.audit(...) with the settings above",
@@ -132,37 +148,46 @@ def carry_out(
         reading (`dict`): Options of `read_sets`.
     """
     # 1. The images, and what is used on them: all that can be refused is refused here
+    began = time.monotonic()
     _check_asked(asked, sources, purifier)
-    sets = read_sets(sources, **reading)
+    found = read(sources, purifier, asked, reading, device, say)
+    if found.without_labels:
+        return _without_labels(asked, found, sources, purifier, output_dir, reading, device, command, say)
+    sets = check_together(found.sets)
     used = choose_purifier(purifier, sets, asked, output_dir, device)
-    begun = _begun(asked, sets, used)
-    _check_begun(output_dir, begun)
     separation = separate(sets, asked)
     say("; ".join(f"{role}: {len(data)} images" for role, data in sets.items()))
     sets = few(sets) if asked.recipe.smoke else sets
-    data = describe(sets, separation)
-    say(shortcut_in_words(data["shortcut"]))
+    asked, used, budget = plan_time(sets, used, asked, found.division, device, processes, output_dir, say)
+    begun = _begun(asked, found.sets, used) | ({} if budget is None else {"budget": budget})
+    _check_begun(output_dir, begun)
 
     # 2. The purifier
     output_dir.mkdir(parents=True, exist_ok=True)
     records = output_dir / "records.jsonl"
+    deadline = None if budget is None else began + 60 * budget["minutes"]
     if used.plan is not None:
         _write_begun(output_dir, {what: value for what, value in begun.items() if what != "preset"})
-        used = trained(used, sets["collected"], asked, records, device, say)
+        squares = found.squares(sources, reading, asked.seed)
+        stop = None if deadline is None else lambda: time.monotonic() > deadline
+        used = trained(used, sets["collected"], asked, records, device, say, squares=squares, stop=stop)
 
     # 3. Purification
     _write_begun(output_dir, begun)
     said = f"T_p {used.config.diffusion_steps}, {used.config.evaluations_per_image} evaluations"
     say(f"Purifying {len(sets['protected'])} images: {said}")
     sets["purified"] = purify(sets["protected"], used, output_dir / "purified", asked.seed)
+    if found.division.stand_in:
+        sets["test"] = purify(sets["test"], used, output_dir / "purified_test", asked.seed)
+    data = describe(sets, separation) | found.facts(sets)
+    say(shortcut_in_words(data["shortcut"]))
     if asked.control:
         sets["control"] = control_images(sets["clean"], sets["protected"], asked.seed)
 
     # 4. Victims, the first seed of every row first
     trials = trials_of(sets, used, asked, output_dir / "attacks")
-    order = [trial for turn in zip(*trials.values()) for trial in turn]
-    say(f"Victims: {len(order)} of {asked.recipe.epochs} epochs")
-    measure(order, records, device=device, processes=processes)
+    trials = measure_in_time(trials, records, device=device, processes=processes, deadline=deadline, say=say)
+    asked = dataclasses.replace(asked, seeds=[trial.seed for trial in trials["protected"]])
 
     # 5. The report
     rows = figures(trials, records, sets["purified"], output_dir / "purified")
@@ -172,10 +197,38 @@ def carry_out(
     return report
 
 
+def _without_labels(
+    asked: AuditSettings,
+    found: Found,
+    sources: Mapping[str, Any],
+    purifier: str | os.PathLike | None,
+    output_dir: Path,
+    reading: Mapping[str, Any],
+    device: torch.device,
+    command: str,
+    say: Callable[[str], None],
+) -> dict:
+    """The stages that need no labels: a purifier, purified images, and what can be said of them."""
+    began, sets = time.monotonic(), dict(found.sets)
+    used = choose_purifier(purifier, sets, asked, output_dir, device)
+    check_unlabelled(sets, asked)
+    used, minutes = plan_purifier(sets, used, asked, device, output_dir, say)
+    begun = _begun(asked, sets, used) | ({} if minutes is None else {"budget": minutes})
+    _check_begun(output_dir, begun)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _write_begun(output_dir, begun)
+    if used.plan is not None:
+        squares = found.squares(sources, reading, asked.seed)
+        stop = None if minutes is None else lambda: time.monotonic() > began + 60 * minutes["minutes"]
+        records = output_dir / "records.jsonl"
+        used = trained(used, sets["collected"], asked, records, device, say, squares=squares, stop=stop)
+    return audit_unlabelled(sets, used, asked, found.division, found.facts(sets), output_dir, command, say)
+
+
 def _check_asked(asked: AuditSettings, sources: Mapping[str, Any], purifier: str | os.PathLike | None) -> None:
     """Refuse what does not go together, before anything is read."""
-    if purifier is None and sources["collected"] is None:
-        raise ValueError("collected is None, but without a purifier images are needed to train one.")
+    if asked.roles == "paper" and (sources["test"] is None or (purifier is None and sources["collected"] is None)):
+        raise ValueError("roles is 'paper', but must be 'disjoint' unless test, and collected or purifier, are given.")
     if asked.control and sources["clean"] is None:
         raise ValueError("control is True, but without clean images there is nothing to add its noise to.")
     if purifier is not None and asked.perceptual is not None:
@@ -210,7 +263,7 @@ def _check_begun(output_dir: Path, asked: dict) -> None:
     """Refuse a folder in which another audit was begun, one whose purifier or purified images cannot serve this."""
     path = output_dir / BEGUN_NAME
     before = json.loads(path.read_text()) if path.exists() else {}
-    changed = [name for name in before if before[name] != asked[name]]
+    changed = [name for name in before if before[name] != asked.get(name)]
     if changed:
         said = {
             "smoke": "protocol 'smoke'" if before.get("smoke") else "a protocol other than 'smoke'",
@@ -221,6 +274,7 @@ def _check_begun(output_dir: Path, asked: dict) -> None:
             "plan": "another plan for the purifier (it depends on the device)",
             "preset": "another preset",
             "perceptual": "another perceptual network" if before.get("perceptual") else "no perceptual network",
+            "budget": "another budget_minutes",
         }
         raise ValueError(
             f"output_dir is {str(output_dir)!r}, where an audit with {said[changed[0]]} was begun, whose purifier and "
@@ -245,6 +299,8 @@ def _report(
     recipe, test, trains = settings["recipe"], sets["test"], used.plan is not None
     accuracies = {entry["row"]: entry["accuracy"]["values"] for entry in rows}
     judged = verdict(accuracies, TITLES, test_images=len(test), smoke=recipe["smoke"])
+    if data["division"]["stand_in"]:
+        judged = without_clean_images(judged, accuracies)
     tried = {one.name: one.as_done(used.config, smoke=recipe["smoke"]) for one in asked.tried}
     said = limits(
         judged["status"],
@@ -257,6 +313,7 @@ def _report(
         training=used.record if trains else None,
         attacks=[one.name for one in asked.tried],
     )
+    said = [*data["division"]["said"], *data["unusable_said"], *said]
     report = {
         "verdict": judged,
         "smoke": recipe["smoke"],

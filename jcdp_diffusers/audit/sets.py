@@ -72,7 +72,7 @@ def size_to_read(
         `int`: The side, None where images stay as they are; and the sizes of the first images, width and height.
     """
     sizes = {
-        role: _about(role, stored_sizes, source, **_where(options.get(role, {})))
+        role: _about(role, stored_sizes, source, **where_to_read(options.get(role, {})))
         for role, source in sources.items()
         if source is not None
     }
@@ -84,7 +84,7 @@ def size_to_read(
     return side, found
 
 
-def _where(options: Mapping) -> dict:
+def where_to_read(options: Mapping) -> dict:
     """Of the options of `data.load_images`, those of `data.open_dataset`."""
     names = ("split", "image_column", "label_column", "id_column")
     return {name: value for name, value in options.items() if name in names}
@@ -102,7 +102,7 @@ def _unusable(role: str, rejected: list[dict]) -> ValueError:
     first = rejected[0]
     return ValueError(
         f"{role} has {len(rejected)} image(s) that cannot be used, the first {first['file'] or first['id']!r}: "
-        f"{first['reason']}; skip_unusable_images (--skip_unusable_images) leaves such images out."
+        f"{first['reason']}; skip_unusable_images leaves such images out."
     )
 
 

@@ -8,7 +8,16 @@ from .names import is_visible, name_of
 
 
 # What stands beside data and is none, written by us or by `datasets`.
-DOCUMENTS = ("README", "LICENSE", "CITATION", "run.json", "dataset_info", "dataset_dict.json", "report.")
+DOCUMENTS = (
+    "README",
+    "LICENSE",
+    "CITATION",
+    "run.json",
+    "dataset_info",
+    "dataset_dict.json",
+    "report.",
+    "summary.json",
+)
 REJECTED = "rejected"  # where a purified set keeps the rows that could not be used
 
 

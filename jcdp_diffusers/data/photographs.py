@@ -57,14 +57,14 @@ def working_size(sizes: Mapping[str, list[tuple[int, int]]], device: str) -> int
         device (`str`): `"cpu"` or `"cuda"`.
 
     Returns:
-        `int`: One of `WORKING_SIZES`, at most half of the images are smaller than; None where all images are squares
-        of one size that can stay as they are.
+        `int`: One of `WORKING_SIZES`, than which at most half of the images are smaller; None where the images of each
+        role are squares of one size that can stay as they are.
     """
     found = [size for of_role in sizes.values() for size in of_role]
-    if not found:
-        return None
-    width, height = found[0]
-    if len(set(found)) == 1 and width == height and width <= LARGEST_AS_IT_IS.get(device, LARGEST_AS_IT_IS["cuda"]):
+    largest = LARGEST_AS_IT_IS.get(device, LARGEST_AS_IT_IS["cuda"])
+    if all(len(set(of_role)) <= 1 for of_role in sizes.values()) and all(
+        width == height <= largest for width, height in found
+    ):
         return None
     usual = float(np.median([min(size) for size in found]))
     most = LARGEST.get(device, LARGEST["cuda"])
