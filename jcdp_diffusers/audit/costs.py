@@ -21,6 +21,7 @@ from .settings import AuditSettings
 
 
 MEASURED_IMAGES = 8  # of a step that is timed; a batch's time is in proportion
+REPEATS = 3
 USED = 0.85  # fraction of a budget that is planned for: the machine may get slower
 LEAST_WIDTH, LEAST_SEEDS = 16, 2
 LEAST_STEPS = 0.25  # fraction of a plan's training steps, below which a purifier is of no use
@@ -86,7 +87,7 @@ def measure_costs(
     to_purify: int,
 ) -> Costs:
     """
-    Time one step of each network, twice, and take the second.
+    Time a step of each network, some times, and take the shortest.
 
     Countermeasures beside purification count as plain victims, though some take several times as long.
 
@@ -208,7 +209,7 @@ def _step(
 
     gradients = contextlib.nullcontext() if backward else torch.no_grad()
     with gradients, torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and has_bfloat16(device)):
-        seconds = [_timed(once, device) for _ in range(2)][-1]
+        seconds = min(_timed(once, device) for _ in range(REPEATS))
     network.train(was_training).zero_grad(set_to_none=True)
     return seconds / count
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ..data import LabelledImages, find_overlap
 from ..data.checks import match_originals
@@ -18,6 +20,7 @@ from ..data.checks import match_originals
 # Of each class, in an undivided set: 2 that train victims, 1 to collect and 1 to test.
 LEAST_OF_A_CLASS = 4
 FRACTIONS = {"protected": 0.5, "collected": 0.25, "test": 0.25}
+_TASKS = {"collected": "train the purifier", "test": "test"}
 # Test images that leave an accuracy uncertain by 10 points (95 %): 1.96^2 * 0.25 / 0.1^2.
 ENOUGH_TEST_IMAGES = 100
 
@@ -31,27 +34,26 @@ class Division:
         of (`str`): The role that was divided, or `""` for none.
         missing (`tuple[str, ...]`): Roles that were not given and have images of `of`.
         stand_in (`bool`): Whether the test images are protected ones, to be purified before they score anything.
-        left_out (`int`): Images that resemble one of another role and were left out.
+        together (`int`): Images that resemble another one, two shots of one thing for example, and have its role.
     """
 
     of: str = ""
     missing: tuple[str, ...] = ()
     stand_in: bool = False
-    left_out: int = 0
+    together: int = 0
 
     def sentences(self, sets: Mapping[str, LabelledImages]) -> list[str]:
         """What was done, what cannot be known for that reason, and what would tell."""
         if not self.of:
             return []
-        options = " and ".join(f"--{role}" for role in self.missing)
-        counts = ", ".join(
-            f"{len(sets[role])} {what}"
-            for role, what in (("protected", "train victims"), ("collected", "train the purifier"), ("test", "test"))
-            if role in sets and (role == "protected" or role in self.missing)
-        )
-        said = [f"{options} not given: --{self.of} was divided by class and at random; {counts}."]
-        if self.left_out:
-            said.append(f"{self.left_out} images that resemble one of another part were left out.")
+        options, labelled = " and ".join(f"--{role}" for role in self.missing), "test" in sets
+        tasks = {"protected": "train victims" if labelled else "are audited"}
+        tasks |= {role: what for role, what in _TASKS.items() if role in self.missing}
+        counts = ", ".join(f"{len(sets[role])} {what}" for role, what in tasks.items())
+        how = "by class and at random" if labelled else "at random"
+        said = [f"{options} not given: --{self.of} was divided {how}; {counts}."]
+        if self.together:
+            said.append(f"{self.together} images that resemble others stayed together.")
         if self.stand_in:
             said.append(
                 "All test images are protected images that were held out and purified. What victims would do on clean "
@@ -80,7 +82,7 @@ def divide(
         sets (`dict`): By role, `protected` among them, with labels.
         needs_collected (`bool`): Whether a purifier is to be trained.
         seed (`int`): Of the division.
-        budget (`float`): Images of two parts that are as near as this, in [0, 1], are kept apart.
+        budget (`float`): Images that are as near as this, in [0, 1], come into one part.
 
     Returns:
         `dict`: All roles that the audit needs, and the division; the sets themselves where none is missing.
@@ -104,48 +106,52 @@ def divide(
 
 def _divide(sets: dict, of: str, missing: tuple[str, ...], seed: int, budget: float):
     source, keeps = sets[of], "protected" if of in ("clean", "protected") else of
-    parts = stratified(source, {role: FRACTIONS[role] for role in (keeps, *missing)}, of, missing, seed)
-    kept, left_out, given = parts.pop(keeps), 0, dict(sets)
+    groups = likenesses(source, budget)
+    parts = stratified(source, groups, {role: FRACTIONS[role] for role in (keeps, *missing)}, of, missing, seed)
     for role in ("protected", "clean") if keeps == "protected" else (keeps,):
         if role in sets:
-            given[role] = sets[role].subset(kept)
+            sets[role] = sets[role].subset(parts[keeps])
     for role in missing:
-        rows = _without_likenesses(source, parts[role], list(given.values()), budget)
-        left_out += len(parts[role]) - len(rows)
-        given[role] = source.subset(rows)
+        sets[role] = source.subset(parts[role])
         if role == "collected":
-            given[role] = replace(given[role], labels=None, class_names=None)
-    return given, Division(of, missing, of == "protected" and "test" in missing, left_out)
+            sets[role] = replace(sets[role], labels=None, class_names=None)
+    together = int((np.bincount(groups)[groups] > 1).sum())
+    return sets, Division(of, missing, of == "protected" and "test" in missing, together)
+
+
+def likenesses(source: LabelledImages, budget: float) -> np.ndarray:
+    """int (N,), the same number for images that are as near as `budget`, directly or by way of others."""
+    pairs = find_overlap(source, source, budget=budget)
+    links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(source), len(source)))
+    return connected_components(links, directed=False)[1]
 
 
 def stratified(
-    source: LabelledImages, fractions: Mapping[str, float], of: str, missing: tuple[str, ...], seed: int
+    source: LabelledImages,
+    groups: np.ndarray,
+    fractions: Mapping[str, float],
+    of: str,
+    missing: tuple[str, ...],
+    seed: int,
 ) -> dict[str, np.ndarray]:
-    """Rows of each part, ascending; each class is divided by the fractions, with one image in every part at least."""
+    """
+    Rows of each part, ascending. Each class is divided by the fractions and has an image in every part at least.
+    Images of one group stay together; it counts for the class of its first.
+    """
     draw, rows = np.random.default_rng(seed), {role: [] for role in fractions}
     total, options = sum(fractions.values()), " and ".join(f"--{role}" for role in missing)
     least = LEAST_OF_A_CLASS if len(fractions) == 3 else len(fractions)
+    first = np.unique(groups, return_index=True)[1]
     for label in np.unique(source.labels):
-        own = draw.permutation(np.flatnonzero(source.labels == label))
+        own = draw.permutation(first[source.labels[first] == label])
         if len(own) < least:
             name = source.class_names[label] if source.class_names else label
             raise ValueError(
-                f"{of} has {len(own)} image(s) of class {name!r}, but must have {least} of each class to be divided: "
-                f"give more of them, or {options}."
+                f"{of} has {len(own)} different image(s) of class {name!r}, but must have {least} of each class to be "
+                f"divided: give more of them, or {options}."
             )
         ends = np.maximum(1, np.rint([len(own) * share / total for share in fractions.values()])).astype(int)
         ends[0] = len(own) - ends[1:].sum()
         for role, part in zip(rows, np.split(own, np.cumsum(ends)[:-1])):
             rows[role].append(part)
-    return {role: np.sort(np.concatenate(parts)) for role, parts in rows.items()}
-
-
-def _without_likenesses(
-    source: LabelledImages, rows: np.ndarray, others: list[LabelledImages], budget: float
-) -> np.ndarray:
-    """The rows without those that are another set's images: two shots of one thing within a second, say."""
-    part, like = source.subset(rows), set()
-    for other in others:
-        like.update(find_overlap(part, other, budget=budget)[:, 0].tolist())
-    kept = np.array([row for place, row in enumerate(rows) if place not in like])
-    return kept if len(kept) else rows
+    return {role: np.flatnonzero(np.isin(groups, groups[np.concatenate(parts)])) for role, parts in rows.items()}

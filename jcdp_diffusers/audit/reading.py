@@ -76,7 +76,7 @@ class Found:
                 "of": self.division.of,
                 "missing": list(self.division.missing),
                 "stand_in": self.division.stand_in,
-                "left_out": self.division.left_out,
+                "together": self.division.together,
                 "said": self.division.sentences(sets),
             },
             "unusable": dict(self.unusable),
