@@ -338,6 +338,7 @@ def tables_command(grid: Grid, output_dir: str) -> str:
     options = ["--smoke"] if grid.full_recipe.smoke else []
     options += ["--roles", grid.roles] if grid.roles != "disjoint" else []
     options += ["--victim", grid.victims[0]] if grid.victims[0] != "resnet18" else []
+    options += ["--method", grid.method] if grid.method != "supervised" else []
     return shlex.join(["python", "eval/tables.py", "grid", "--records", f"{Path(output_dir)}/records.jsonl", *options])
 
 

@@ -37,6 +37,8 @@ def add_curves_arguments(parser: argparse.ArgumentParser) -> None:
 def draw_curves(args: argparse.Namespace) -> None:
     """After the paper's Figure 3: test accuracy by epoch, a panel per poison, a line per countermeasure."""
     measured, dataset = measured_of(args)
+    # What is learned without labels has no accuracy of its own before the probe.
+    shown = "test_accuracy" if measured.method == "supervised" else "knn_accuracy"
     # Clean images and poisons in the order of the tables, controls behind them.
     found = [(key.poison, key.poison_preset) for key in measured.keys(dataset)]
     panels = dict.fromkeys([*measured.poisons(dataset), *found])
@@ -60,9 +62,9 @@ def draw_curves(args: argparse.Namespace) -> None:
                     f"figures: records hold histories of {lengths[0]} and {lengths[-1]} epochs for {title} against "
                     f"{title_of_panel}, but a line needs the same number from every seed."
                 )
-            curves = [[100 * epoch["test_accuracy"] for epoch in history] for history in histories]
+            curves = [[100 * epoch[shown] for epoch in history if shown in epoch] for history in histories]
             if curves:
-                epochs = range(1, lengths[0] + 1)
+                epochs = [number for number, epoch in enumerate(histories[0], start=1) if shown in epoch]
                 style = line_style(titles.index(title))
                 axis.plot(epochs, np.mean(curves, axis=0), label=title, markevery=0.2, markersize=3, **style)
                 axis.fill_between(
@@ -70,7 +72,7 @@ def draw_curves(args: argparse.Namespace) -> None:
                 )
         axis.set(title=title_of_panel, xlabel="epoch", ylim=(0, 100))
     for axis in axes[:, 0]:
-        axis.set_ylabel("test accuracy (%)")
+        axis.set_ylabel("test accuracy (%)" if shown == "test_accuracy" else "accuracy of nearest neighbours (%)")
     finish(figure, axes.flat[: len(panels)], args, caption_of(measured, dataset, "mean and range"), titles)
 
 
@@ -318,7 +320,9 @@ def add_measured_arguments(parser: argparse.ArgumentParser) -> None:
 def measured_of(args: argparse.Namespace) -> tuple[Measured, str]:
     """The records of a command, and the data set that it draws; what no table would hold no picture does."""
     try:
-        measured = Measured(chosen_records(args), roles=args.roles, victim=args.victim, smoke=args.smoke)
+        measured = Measured(
+            chosen_records(args), roles=args.roles, victim=args.victim, method=args.method, smoke=args.smoke
+        )
     except ValueError as error:
         raise SystemExit(f"figures: {error}") from error
     found = measured.datasets()

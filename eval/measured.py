@@ -13,9 +13,11 @@ from jcdp_diffusers.poisons import NAMES as POISON_NAMES
 from jcdp_diffusers.poisons import get as get_poison
 from jcdp_diffusers.poisons.control import SUFFIX as CONTROL
 from jcdp_diffusers.results import read_records
+from jcdp_diffusers.victims import METHODS
 
 
 NOT_MEASURED = "n.m."
+METHODS_SAID = {"supervised": "supervised", "simclr": "SimCLR", "moco-v2": "MoCo v2", "byol": "BYOL"}
 OF_THE_FIGURES = "Test accuracy in % after the last epoch, mean ± standard deviation over seeds."
 ROLES_SAID = {
     "disjoint": "Roles disjoint: the purifier has seen neither protected nor test images.",
@@ -93,13 +95,22 @@ class Measured:
         records (`Iterable[dict]`): Of one or more grids. Of several records of one cell and seed the last counts.
         roles (`str`): Which records of purified images count; those of other images have no roles.
         victim (`str`): Which victim's.
+        method (`str`): Of victims that learn in which way. Their figures mean different things and are never mixed.
         smoke (`bool`): Whether records of smoke runs are wanted, and no others.
 
     Raises:
         ValueError: If the records differ in more than a table tells apart: a mean over them would mean nothing.
     """
 
-    def __init__(self, records: Iterable[Mapping], *, roles: str = "disjoint", victim: str = "resnet18", smoke=False):
+    def __init__(
+        self,
+        records: Iterable[Mapping],
+        *,
+        roles: str = "disjoint",
+        victim: str = "resnet18",
+        method: str = "supervised",
+        smoke: bool = False,
+    ):
         records = [
             record
             for record in records
@@ -107,9 +118,10 @@ class Measured:
             and "column" in (settings := record.get("settings", {}))
             and settings.get("roles", roles) == roles
             and settings["victim"] == victim
+            and settings.get("method", "supervised") == method
             and settings["recipe"]["smoke"] == smoke
         ]
-        self.roles, self.victim = roles, victim
+        self.roles, self.victim, self.method = roles, victim, method
         _refuse_mixtures([record["settings"] for record in records])
         self._cells: dict[Key, dict[str, dict[int, Mapping]]] = {}
         for record in records:
@@ -236,6 +248,7 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
         "--columns", nargs="+", metavar="NAME", help="of the grid and no others; in pictures in this order"
     )
     parser.add_argument("--victim", default="resnet18")
+    parser.add_argument("--method", default="supervised", choices=METHODS, help="how the victims learned")
     parser.add_argument("--smoke", action="store_true", help="records of smoke runs, which mean nothing")
 
 
@@ -281,9 +294,12 @@ def _key(settings: Mapping) -> Key:
     return Key(**{name: identity(settings).get(name) for name in Key._fields})
 
 
+_OF_A_SCALE = ("test", "probe", "victim", "whitening", "width", "recipe")
+
+
 def _scale(settings: Mapping) -> dict:
     train = {name: value for name, value in settings["train"].items() if name != "content"}
-    return {"train": train} | {name: settings.get(name) for name in ("test", "victim", "width", "recipe")}
+    return {"train": train} | {name: settings.get(name) for name in _OF_A_SCALE}
 
 
 def _poison_facts(settings: Mapping) -> dict:
@@ -323,7 +339,10 @@ def spread(values: Sequence[float]) -> str:
 
 
 def scale_in_words(settings: Mapping) -> str:
+    learner = f"{settings['victim']} of width {settings['width']}"
+    if "method" in settings:
+        learner += f" by {METHODS_SAID[settings['method']]} with a linear probe"
     return (
-        f"{settings['dataset']}: {settings['train']['images']} training images, {settings['victim']} of width "
-        f"{settings['width']}, protocol {settings['recipe']['name']}, {settings['recipe']['epochs']} epochs"
+        f"{settings['dataset']}: {settings['train']['images']} training images, {learner}, protocol "
+        f"{settings['recipe']['name']}, {settings['recipe']['epochs']} epochs"
     )

@@ -5,10 +5,12 @@ Tables from records: what a grid measured, and the paper's tables with our figur
     python eval/tables.py poisons --records DIR/records.jsonl
     python eval/tables.py paper --records DIR/records.jsonl [--table "Table 1"]
     python eval/tables.py roles --records DIR/records.jsonl
+    python eval/tables.py methods --records DIR/records.jsonl
 
 A figure stands in a table only if it is on record. Records of several scales are refused, and so are those that would
 stand in one cell and differ in any setting. Those of the two assignments of roles are never in one table, but for
-`roles`, which is about the difference, and those of a smoke run never beside others.
+`roles`, which is about the difference, and those of a smoke run never beside others. Victims that learn in different
+ways are never in one table, but for `methods`, which has a row for each way.
 """
 
 import argparse
@@ -22,6 +24,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from eval.measured import (
     BASELINES,
     COLUMNS,
+    METHODS_SAID,
     NOT_MEASURED,
     OF_THE_FIGURES,
     POISONS,
@@ -163,6 +166,47 @@ def beside_table(
     return markdown_table(head, rows)
 
 
+def methods_table(by_method: Mapping[str, Measured], dataset: str) -> str:
+    """
+    What victims that learn in each way get from protected images, as in the paper's Table 4: a row per poison and way,
+    a column for clean images, none for what was not tried. Without labels, the figure is that of a linear probe.
+
+    Args:
+        by_method (`dict`): One [`Measured`] for each way of learning.
+        dataset (`str`): Of the records.
+    """
+    printed = PUBLISHED["jcdp_table_4"].get(dataset, {"clean": {}, "figures": {}})
+    found = dict.fromkeys(key.column for one in by_method.values() for key in one.keys(dataset))
+    columns = [*(name for name in COLUMNS if name in found), *(name for name in found if name not in COLUMNS)]
+    poisons = dict.fromkeys(pair for one in by_method.values() for pair in one.poisons(dataset) if pair[0] != "none")
+    rows = []
+    for poison, preset in poisons:
+        for method, measured in by_method.items():
+            if (poison, preset) not in measured.poisons(dataset):
+                continue
+            theirs = _published_of(measured, dataset, poison, preset)
+            cells = [_both(measured.accuracies(dataset, "none", "none"), printed["clean"].get(method), theirs)]
+            for column in columns:
+                ours = measured.accuracies(dataset, poison, column, poison_preset=preset)
+                cells.append(_both(ours, theirs.get(column, {}).get(method), theirs))
+            rows.append([measured.poison_title(dataset, poison, preset), METHODS_SAID[method], *cells])
+    return markdown_table(["trained on", "learned by", "clean", *(COLUMNS.get(name, name) for name in columns)], rows)
+
+
+def _published_of(measured: Measured, dataset: str, poison: str, preset: str | None) -> Mapping:
+    """The paper's figures of a poison by countermeasure and method; none where it was made against another method."""
+    settings = measured.settings(dataset, poison, "none", poison_preset=preset)
+    against = settings.get("poison_settings", {}).get("framework", measured.method)
+    printed = PUBLISHED["jcdp_table_4"].get(dataset, {"clean": {}, "figures": {}})
+    known = against == measured.method and measured.method in printed["clean"]
+    return printed["figures"].get(poison, {}) if known else {}
+
+
+def _both(ours: Sequence[float], theirs: float | None, printed: Mapping) -> str:
+    """Ours / published, where the paper has the row at all."""
+    return f"{spread(ours)} / {'-' if theirs is None else theirs}" if printed else spread(ours)
+
+
 def paper_tables(measured: Measured) -> dict[str, str]:
     """The paper's Tables 1, 2, 3, 5 and 6, APBench's leaderboard and BridgePure's re-runs: ours / theirs, by title."""
     tables = {}
@@ -236,13 +280,15 @@ def chosen_tables(tables: Mapping[str, str], name: str | None) -> dict[str, str]
 def text_of(args: argparse.Namespace) -> str:
     """The tables of one command, as Markdown."""
     records = chosen_records(args)
-    choice = {"victim": args.victim, "smoke": args.smoke}
+    if args.kind == "methods":
+        return _text_of_methods(args, records)
+    choice = {"victim": args.victim, "method": args.method, "smoke": args.smoke}
     measured = Measured(records, roles=args.roles or "disjoint", **choice)
     if not measured.datasets():
         raise ValueError(
             f"records is {' '.join(args.records)}, but no accuracy of a grid there has the victim {args.victim!r}, "
-            f"the roles {measured.roles!r} and {'a' if args.smoke else 'no'} smoke run's recipe: "
-            "--victim, --roles and --smoke choose others."
+            f"the method {args.method!r}, the roles {measured.roles!r} and {'a' if args.smoke else 'no'} smoke run's "
+            "recipe: --victim, --method, --roles and --smoke choose others."
         )
     parts = [caption_of_roles(measured) if args.kind == "roles" else caption(measured)]
     if args.smoke:
@@ -266,9 +312,28 @@ def text_of(args: argparse.Namespace) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _text_of_methods(args: argparse.Namespace, records: list[dict]) -> str:
+    """The table of ways of learning, as Markdown."""
+    choice = {"roles": args.roles or "disjoint", "victim": args.victim, "smoke": args.smoke}
+    by_method = {method: Measured(records, method=method, **choice) for method in METHODS_SAID}
+    by_method = {method: measured for method, measured in by_method.items() if measured.datasets()}
+    if not set(by_method) - {"supervised"}:
+        raise ValueError(
+            f"records is {' '.join(args.records)}, but no accuracy of a grid there has a method without labels and "
+            f"the victim {args.victim!r}: --victim, --roles and --smoke choose others."
+        )
+    parts = [*map(caption, by_method.values())]
+    if args.smoke:
+        parts.append("**Smoke run: no figure means anything.**")
+    datasets = dict.fromkeys(name for measured in by_method.values() for name in measured.datasets())
+    tables = {name: methods_table(by_method, name) for name in datasets}
+    parts += [f"### {title}\n\n{table}" for title, table in chosen_tables(tables, args.table).items()]
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
-    parser.add_argument("kind", choices=("grid", "poisons", "paper", "roles"))
+    parser.add_argument("kind", choices=("grid", "poisons", "paper", "roles", "methods"))
     add_record_arguments(parser)
     parser.add_argument("--roles", choices=tuple(ROLES_SAID), help="disjoint by default; the table roles has both")
     parser.add_argument(

@@ -31,6 +31,9 @@ _FILES = {
     "aue": "aue",
     "aap": "aap",
     "dune": "dune",
+    "cp-c": "cp",
+    "cp-s": "cp",
+    "tue": "tue",
     "uc": "uc",
     "uc-clip": "uc",
 }

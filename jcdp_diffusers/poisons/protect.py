@@ -376,9 +376,10 @@ def _card(facts: dict[str, Any]) -> str:
     if facts["protected_images"] < facts["images"]:
         few = f"{facts['protected_images']} of {facts['images']} (fraction {facts['fraction']:g})"
         lines.append(f"| protected images | {few}; the column `{_FLAG}` says which |")
-    published = asdict(poisons.settings(facts["method"])) if "method" in facts else {}
-    for key, value in (facts.get("settings") or facts.get("recognised") or {}).items():
-        scaled = "" if value == _plain(published.get(key, value)) else f" (published: {published[key]})"
+    settings = _flat(facts.get("settings") or facts.get("recognised") or {})
+    published = _flat(_plain(_published(facts["method"], settings))) if "method" in facts else {}
+    for key, value in settings.items():
+        scaled = "" if value == published.get(key, value) else f" (published: {published[key]})"
         lines.append(f"| `{_cell(key)}` | {_cell(value)}{scaled} |")
     for key, value in facts["promised"].items():
         lines.append(f"| declared {key} | {value:g} |")
@@ -386,6 +387,20 @@ def _card(facts: dict[str, Any]) -> str:
         lines.append(f"| measured {key}, after rounding to 8 bits | {value:.4g} |")
     lines.append("\nL-infinity is in 1/255, L2 for images in [0, 1], L0 in pixels; L2 and L0 are per image.\n")
     return "\n".join(lines)
+
+
+def _published(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The published numbers that a card shows beside others: those for the same framework where there are several."""
+    presets = poisons.get(method).presets
+    return asdict(presets.get(settings.get("framework"), presets["published"]))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings within settings by the names of both: `start.rounds`."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _cell(value: Any) -> str:

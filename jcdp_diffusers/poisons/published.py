@@ -8,9 +8,24 @@ loader for weights alone.
 
 Sample-wise files for CIFAR are in the order of torchvision's data set. A data set from elsewhere (Parquet files, the
 Hub) has an order of its own, so rows are matched by their ids, by numbers in file names, or by the content of the
-images of a set in the file's order; rows of one order that do not suit the images are refused.
+images of a set in the file's order; rows of one order that do not suit the images are refused. Rows that are grouped
+by class are put back where the images of each class stand.
+
+What programs write, as their sources show it:
+
+| | file | rows | holds |
+|---|---|---|---|
+| CP | `.pth`: a tensor, or a checkpoint with `model` and `delta` in it | images or classes | fractions of the bound |
+| UC | folder of classes with `0.png`, `1.png`, ... in each | images, by class | images |
+| UC | folder of `perturbation_0.pth`, ... beside a file with `pred_idx` | clusters | noise, not yet clamped |
+| PIL | `.pt` with `data` and `labels` | images | images |
+| AUE, AAP | `poison.pt`: a tensor | images or classes | noise in [-8/255, 8/255] |
+| DUNE | `.pkl`: pairs of an image and a class; must be converted | images, by class | images |
+| SEM | `.pkl`: an int8 array; must be converted | images | noise in 1/255 |
 """
 
+import argparse
+import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +33,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch.nn import functional as F
 
 from ..data import LabelledImages, load_images, open_dataset
 from ..data.arrays import LABEL_ARRAYS, read_npy, read_npz
 from ..data.decoding import is_lfs_pointer
 from ..data.labels import number_of
 from ..data.perturbations import apply_perturbation, measured_norms
-from .readings import as_poisoned_images, points_outwards, row_in_another_place
+from .readings import (
+    RESEMBLANCE,
+    as_poisoned_images,
+    likeness,
+    points_outwards,
+    row_in_another_place,
+    row_unlike_its_image,
+)
 
 
 SUFFIXES = (".pt", ".pth", ".npy", ".npz", ".safetensors")
@@ -32,6 +55,14 @@ ORDERS = ("checked", "given")
 # What programs call the rows' numbers in the clean set: "packed" files of TAP's.
 _NUMBERS = ("poison_ids", "indices", "index")
 _PREFERRED = ("poison_delta", "perturbation", "noise")
+_CLUSTERS = "pred_idx"  # what UC's program calls the cluster of each image
+# What torch's loader for weights alone may make beside tensors: NumPy arrays and the options of a program, which run
+# no code. NumPy moved the first function.
+_HARMLESS = [
+    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    *(np._core.multiarray._reconstruct, np.ndarray, np.dtype, codecs.encode, argparse.Namespace),
+    *{type(np.dtype(kind)) for kind in ("i1", "u1", "i2", "i4", "i8", "f2", "f4", "f8")},
+]
 # Noise at black and white pixels, from which the order of rows can be told, and which share of it may point outwards
 # by rounding; in a wrong order it is about a half.
 _ENOUGH_SATURATED, _OUTWARDS = 50, 0.02
@@ -86,18 +117,29 @@ def read_perturbation(
         raise ValueError(f"order is {order!r}, but must be one of {', '.join(ORDERS)}.")
     if kind not in (None, "sample-wise", "class-wise"):
         raise ValueError(f"kind is {kind!r}, but sample-wise and class-wise are accepted.")
-    rows = _read_folder(path, data) if path.is_dir() else _read_file(path)
+    if path.is_dir() and (patterns := sorted(path.glob("perturbation_*.pth"))):
+        rows = _read_clusters(path, patterns, data, budget or {}, order)
+    else:
+        rows = _read_folder(path, data) if path.is_dir() else _read_file(path)
     rows.values = _channels_first(rows.values, data.images.shape[1:], path)
     kind = kind or _kind(len(rows.values), data if in_order_of is None else in_order_of, path)
     if kind == "class-wise":
         values, matched = _by_label(rows.values, data, path)
     elif in_order_of is not None:
-        values, matched = _by_content(rows.values, data, in_order_of, path), "by the pixels of in_order_of"
+        values, grouped = _ungrouped(rows.values, rows.labels, in_order_of)
+        values, matched = _by_content(values, data, in_order_of, path), f"{grouped}by the pixels of in_order_of"
     else:
         values, matched = _by_row(rows, data, path)
     perturbation, holds = _recognise(values, data, kind, budget or {}, path)
     if kind == "sample-wise" and order == "checked" and "perturbations" in holds:
         _check_order(perturbation, data, path)
+    if "grouped" in matched and "poisoned images" in holds:
+        clean = data.tensor()
+        if (row := row_unlike_its_image(clean + perturbation, clean)) is not None:
+            raise ValueError(
+                f"perturbation is {path.name!r}, whose labels are those of the clean images, grouped by class, but "
+                f"whose image for row {row} is not like the clean one."
+            )
     norms = measured_norms(data.images, apply_perturbation(data.images, perturbation))
     _check_budget(norms, budget or {}, data.images.shape[1:], path)
     stated = (
@@ -122,6 +164,45 @@ def _read_folder(path: Path, data: LabelledImages) -> _Rows:
     )
 
 
+def _read_clusters(
+    path: Path, patterns: list[Path], data: LabelledImages, budget: Mapping[str, float], order: str
+) -> _Rows:
+    """
+    What UC's program has after its first stage: one noise per cluster, and the cluster of each image.
+
+    The noise is clamped and brought to the images' size as the program does it when it adds it.
+    """
+    if "linf" not in budget:
+        raise ValueError(
+            f"budget is {dict(budget)}, but {path.name!r} has noise that is clamped by linf when it is added."
+        )
+    if order != "given":
+        raise ValueError(
+            f"order is {order!r}, but {path.name!r} has the clusters of images whose order cannot be checked: 'given' "
+            "takes them in the order of the clean images."
+        )
+    names = [f"perturbation_{number}.pth" for number in range(len(patterns))]
+    if {pattern.name for pattern in patterns} != set(names):
+        raise ValueError(
+            f"perturbation is {path.name!r}, but its noises must be {names[0]} to {names[-1]}, all of them."
+        )
+    noise = torch.cat([torch.from_numpy(_read_file(path / name).values).float() for name in names])
+    members = [
+        np.asarray(_as_array(found[_CLUSTERS], file))
+        for file in sorted(path.iterdir())
+        if file.suffix in SUFFIXES and file not in patterns
+        if isinstance(found := _load(file), Mapping) and _CLUSTERS in found
+    ]
+    if len(members) != 1 or members[0].shape != (len(data),) or members[0].max() >= len(noise):
+        raise ValueError(
+            f"perturbation is {path.name!r}, but must hold one file with {_CLUSTERS}, the cluster of each of "
+            f"{len(data)} images, below {len(noise)}."
+        )
+    bound = budget["linf"] / 255
+    noise = F.interpolate(noise.clamp(-bound, bound), data.images.shape[1:3])
+    return _Rows(noise.numpy()[members[0]])
+
+
 def _read_file(path: Path) -> _Rows:
     """The array of a file, and its labels, ids and row numbers where it has them."""
     if path.suffix not in SUFFIXES:
@@ -131,6 +212,8 @@ def _read_file(path: Path) -> _Rows:
     found = _load(path)
     if not isinstance(found, Mapping):
         return _Rows(_as_array(found, path))
+    if isinstance(network := found.get("model"), Mapping) and "delta" in network:
+        return _Rows(_as_array(network["delta"], path))  # a checkpoint of CP's, whose noise is a parameter
     # A "packed" file has settings and target images beside its noise.
     arrays = {str(name): _as_array(value, path) for name, value in found.items() if _is_array(value)}
     images = [name for name, array in arrays.items() if array.ndim == 4]
@@ -153,7 +236,8 @@ def _load(path: Path):
 
             return load_file(path)
         if path.suffix in (".pt", ".pth"):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_HARMLESS):
+                return torch.load(path, map_location="cpu", weights_only=True)
         return read_npz(path) if path.suffix == ".npz" else read_npy(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"perturbation is {path.name!r}, which {_damaged(path)}.") from error
@@ -265,12 +349,44 @@ def _by_row(rows: _Rows, data: LabelledImages, path: Path) -> tuple[np.ndarray, 
     else:
         order = np.arange(len(data))
     values, labels = values[order], None if labels is None else np.asarray(labels).ravel()[order]
+    if rows.ids is None and rows.numbers is None:
+        values, grouped = _ungrouped(values, labels, data)
+        if grouped:
+            return values, f"{grouped}{matched} within a class"
     if labels is not None and data.labels is not None and not np.array_equal(labels, _label_numbers(data)):
         row = int(np.argmax(labels != _label_numbers(data)))
         raise ValueError(
             f"perturbation is {path.name!r}, whose labels are not in the clean images' order, from row {row} on."
         )
     return values, matched
+
+
+def _ungrouped(values: np.ndarray, labels: np.ndarray | None, data: LabelledImages) -> tuple[np.ndarray, str]:
+    """
+    Rows that are grouped by class, each in the place of its image; others as they are.
+
+    Labels tell, where there are some: they are those of the images, sorted. Without labels, poisoned images tell: they
+    resemble the clean ones in that order and not in theirs.
+
+    Returns:
+        `tuple`: The rows, and "grouped by class, " or nothing.
+    """
+    if data.labels is None or len(values) != len(data):
+        return values, ""
+    own = _label_numbers(data)
+    by_class = np.argsort(own, kind="stable")
+    if np.array_equal(by_class, np.arange(len(data))):
+        return values, ""
+    if labels is not None:
+        grouped = np.array_equal(np.asarray(labels).ravel(), own[by_class])
+    else:
+        clean, part = data.tensor(), torch.linspace(0, len(values) - 1, min(512, len(values))).long()
+        found = torch.from_numpy(np.ascontiguousarray(values[part.numpy()]).astype(np.float32))
+        likenesses = [likeness(found, clean[rows]) for rows in (part, torch.from_numpy(by_class)[part])]
+        grouped = likenesses[0] <= RESEMBLANCE < likenesses[1]
+    if not grouped:
+        return values, ""
+    return values[np.argsort(by_class)], "grouped by class, "
 
 
 def _by_content(values: np.ndarray, data: LabelledImages, ordered: LabelledImages, path: Path) -> np.ndarray:
@@ -352,6 +468,8 @@ def _recognise(
         raise ValueError(f"perturbation is {path.name!r} with {range_text}, but values within 255 of 0 are accepted.")
     if integers or max(-lowest, highest) > 1:
         values, unit = values / 255, "in 1/255"
+    elif _is_fraction(values, clean, budget):
+        values, unit = values * budget["linf"] / 255, f"as fractions of {budget['linf']:g}/255"
     else:
         unit = "for images in an interval of length 1"
     if not budget and values.square().mean().sqrt() > 0.5 * clean.std():
@@ -359,6 +477,12 @@ def _recognise(
             f"budget is empty, but {path.name!r} with {range_text} is as large as images are; declare linf, l2 or l0."
         )
     return values, f"perturbations {unit}, {range_text}"
+
+
+def _is_fraction(values: torch.Tensor, clean: torch.Tensor, budget: Mapping[str, float]) -> bool:
+    """Whether noise within [-1, 1] is in units of its bound, as CP's: else it would be as large as the images are."""
+    largest, size = float(values.abs().max()), float(values.square().mean().sqrt())
+    return "linf" in budget and largest > 2 * budget["linf"] / 255 and largest > 0.99 and size > 0.5 * clean.std()
 
 
 def _check_budget(norms: Mapping[str, float], budget: Mapping[str, float], shape: tuple[int, ...], path: Path) -> None:

@@ -20,6 +20,7 @@ RESEMBLANCE = 0.4
 _SURELY_IMAGES = 0.9
 _ROWS = 2048  # of a file, to find its arrangement by
 _LEVEL = 1 / 255
+_FLAT = 0.1  # standard deviation of an image whose noise may hide what it shows
 
 _ARRANGEMENTS = {
     "as they are": (),
@@ -75,19 +76,19 @@ def as_poisoned_images(values: torch.Tensor, clean: torch.Tensor, name: str) -> 
     """
     rows = torch.linspace(0, len(values) - 1, min(_ROWS, len(values))).long()
     part, clean_part = values[rows], clean[rows]
-    likeness = {how: _likeness(part.flip(axes) if axes else part, clean_part) for how, axes in _ARRANGEMENTS.items()}
-    best = max(likeness, key=likeness.get)
-    if likeness[best] <= RESEMBLANCE:
+    likenesses = {how: likeness(part.flip(axes) if axes else part, clean_part) for how, axes in _ARRANGEMENTS.items()}
+    best = max(likenesses, key=likenesses.get)
+    if likenesses[best] <= RESEMBLANCE:
         return None
     readings = _readings(values, clean)
-    if not readings and likeness[best] <= _SURELY_IMAGES:
+    if not readings and likenesses[best] <= _SURELY_IMAGES:
         return None
     if best != "as they are":
-        unlike, unlike_best = 1 - likeness["as they are"] ** 2, 1 - likeness[best] ** 2
+        unlike, unlike_best = 1 - likenesses["as they are"] ** 2, 1 - likenesses[best] ** 2
         if unlike > unlike_best * 1.001:
             raise ValueError(
                 f"perturbation is {name!r}, which resembles the clean images most when it is read {best} "
-                f"({likeness[best]:.3f} against {likeness['as they are']:.3f}), but images as the clean ones are "
+                f"({likenesses[best]:.3f} against {likenesses['as they are']:.3f}), but images as the clean ones are "
                 "arranged are accepted."
             )
     if not readings:
@@ -116,12 +117,19 @@ def row_in_another_place(values: torch.Tensor, clean: torch.Tensor) -> tuple[int
     """A row that resembles the clean image of another row, and that row; None if most resemble none so much."""
     rows = torch.linspace(0, len(values) - 1, min(32, len(values))).long()
     own, all_clean = _unit(values[rows]), _unit(clean)
-    likeness = own @ all_clean.T
-    best, where = likeness.max(dim=1)
+    alike = own @ all_clean.T
+    best, where = alike.max(dim=1)
     if float(best.median()) < _SURELY_IMAGES:
         return None
     elsewhere = (where != rows).nonzero().flatten()
     return (int(rows[elsewhere[0]]), int(where[elsewhere[0]])) if len(elsewhere) else None
+
+
+def row_unlike_its_image(values: torch.Tensor, clean: torch.Tensor) -> int | None:
+    """The first row of poisoned images that does not resemble its clean image, where that is not nearly flat."""
+    alike = (_unit(values) * _unit(clean)).sum(dim=1)
+    unlike = (alike <= RESEMBLANCE) & (clean.flatten(1).std(dim=1) > _FLAT)
+    return int(unlike.nonzero()[0]) if unlike.any() else None
 
 
 def points_outwards(noise: torch.Tensor, clean: np.ndarray) -> tuple[int, float]:
@@ -165,7 +173,7 @@ def _readings(values: torch.Tensor, clean: torch.Tensor) -> list[Reading]:
     return readings
 
 
-def _likeness(values: torch.Tensor, clean: torch.Tensor) -> float:
+def likeness(values: torch.Tensor, clean: torch.Tensor) -> float:
     """Correlation with the clean images after the best scale and shift of each channel, none of them turned round."""
     values, clean = _centred(values), _centred(clean)
     shared = (values * clean).sum(dim=1).clamp(min=0)

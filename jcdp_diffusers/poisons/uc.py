@@ -71,6 +71,8 @@ class UCSettings:
         surrogate (`str`): One of `victims.pretrained.NAMES`.
         weights (`str`, *optional*): Of the surrogate: see `victims.pretrained.load`.
         normalisation (`str`, *optional*): Of the surrogate's input, where it is not that of its published weights.
+        feature_std (`float`, *optional*): Features are divided so that they have this standard deviation, over all
+            images and features. `None`: they stay as the surrogate gives them, as in the program.
         bfloat16 (`bool`): Whether the surrogate runs in mixed precision.
     """
 
@@ -92,6 +94,7 @@ class UCSettings:
     surrogate: str = "resnet50"
     weights: str | None = None
     normalisation: str | None = None
+    feature_std: float | None = None
     bfloat16: bool = False
 
 
@@ -110,7 +113,6 @@ class UCCLIPSettings(UCSettings):
 _CPU = {
     "max_steps": 150,
     "batch_size": 64,
-    "learning_rate": 1e-3,
     "enlarged_size": 72,
     "view_size": 64,
     "noise_on": "images",
@@ -134,8 +136,9 @@ PRESETS = {
     # As published, for images of any size.
     "any-size": UCSettings(noise_on="images"),
     "gpu": UCSettings(bfloat16=True),
-    # A network of a fiftieth of the operations on small views, and noise of the images' own size.
-    "cpu": UCSettings(surrogate="squeezenet1_0", **_CPU),
+    # A network of a fiftieth of the operations on small views, and noise of the images' own size. SqueezeNet's
+    # features go up to hundreds: the softmax of most centres would be one and the same feature.
+    "cpu": UCSettings(surrogate="squeezenet1_0", feature_std=0.5, **_CPU),
     # Random weights: a first try, whose noise means nothing.
     "smoke": UCSettings(surrogate="squeezenet1_0", **_SMOKE),
 }
@@ -180,8 +183,9 @@ def perturb(
     kept = Checkpoint(checkpoint_dir, name, settings, seed, images, None)
     if (state := kept.load()) is None:
         features = features_of(network, images, settings, device, progress)
-        members, centres = find_clusters(features, settings, seed)
-        state = {"members": members, "centres": centres, "patterns": [], "training": None, "step": 0}
+        scale = 1.0 if settings.feature_std is None else settings.feature_std / features.std().item()
+        members, centres = find_clusters(scale * features, settings, seed)
+        state = {"members": members, "centres": centres, "scale": scale, "patterns": [], "training": None, "step": 0}
         kept.save(state)
     members, centres, patterns = state["members"], state["centres"], state["patterns"]
 
@@ -195,7 +199,7 @@ def perturb(
                 training.load_state_dict(state["training"])
             target = centres[(cluster + settings.offset) % settings.clusters].to(device)
             for step in range(first, steps):
-                loss = training.step(step, network, images, target)
+                loss = training.step(step, network, images, target, state["scale"])
                 bar.update()
                 bar.set_postfix_str(f"cluster {cluster + 1} of {settings.clusters}, divergence {loss:.4f}")
                 if kept.due() and step + 1 < steps:
@@ -318,7 +322,9 @@ class PatternTraining:
             return self.cut(resize((images + noise).clamp(0, 1), enlarged_size, antialias=True))
         return (self.cut(resize(images, enlarged_size, antialias=True)) + noise).clamp(0, 1)
 
-    def step(self, number: int, network: nn.Module, images: torch.Tensor, target: torch.Tensor) -> float:
+    def step(
+        self, number: int, network: nn.Module, images: torch.Tensor, target: torch.Tensor, scale: float = 1.0
+    ) -> float:
         """
         One step, on a batch of all images.
 
@@ -327,6 +333,7 @@ class PatternTraining:
             network (`nn.Module`): From images in [0, 1] to features.
             images (`torch.Tensor`): float (N, C, H, W) in [0, 1], on any device.
             target (`torch.Tensor`): Centre of the cluster where features are to go, (F,).
+            scale (`float`, *optional*, defaults to 1.0): Features are multiplied by it first.
 
         Returns:
             `float`: The loss before the step.
@@ -336,7 +343,7 @@ class PatternTraining:
         views = self.views(images[batch].to(self.device), self.noise())
         with surrogate.precision(self.settings.bfloat16, self.device):
             features = network(views)
-        loss = divergence(features.float(), target)
+        loss = divergence(scale * features.float(), target)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

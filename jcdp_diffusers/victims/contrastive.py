@@ -87,9 +87,15 @@ class Contrastive(Objective):
         size (`tuple` of `int`): Height and width of the images.
         hooks ([`Hooks`], *optional*): Countermeasures while training.
 
+    Attributes:
+        through_targets (`bool`): Whether the loss has a gradient for the view that the second network sees, as poisons
+            need it. Victims learn without it; weights of the second network never have one.
+
     Raises:
         ValueError: If the images are too small, or a hook replaces a cross-entropy.
     """
+
+    through_targets = False
 
     def __init__(
         self, network: nn.Module, recipe: ContrastiveRecipe, size: tuple[int, int], hooks: Hooks | None = None
@@ -122,6 +128,10 @@ class Contrastive(Objective):
 
     def autocast(self, device: torch.device) -> torch.autocast:
         return autocast(self.recipe.bfloat16, device)
+
+    def target_gradient(self) -> torch.set_grad_enabled:
+        """The context in which the second network runs."""
+        return torch.set_grad_enabled(self.through_targets and torch.is_grad_enabled())
 
 
 class SimCLR(Contrastive):
@@ -160,9 +170,9 @@ class MoCo(Contrastive):
         self.new_keys = None
 
     def keys(self, images: torch.Tensor) -> torch.Tensor:
-        """Keys (B, dimensions) of a view (B, C, H, W), without a gradient."""
+        """Keys (B, dimensions) of a view (B, C, H, W); see `through_targets`."""
         network, head = self.followers
-        with torch.no_grad(), self.autocast(images.device):
+        with self.target_gradient(), self.autocast(images.device):
             return F.normalize(head(network.features(images)).float(), dim=1)
 
     def between(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -198,9 +208,9 @@ class BYOL(Contrastive):
         self.followers = _followers(network, self.projector)
 
     def targets(self, images: torch.Tensor) -> torch.Tensor:
-        """What the following network makes of a view (B, C, H, W): (B, dimensions), without a gradient."""
+        """What the following network makes of a view (B, C, H, W): (B, dimensions); see `through_targets`."""
         network, projector = self.followers
-        with torch.no_grad(), self.autocast(images.device):
+        with self.target_gradient(), self.autocast(images.device):
             return projector(network.features(images)).float()
 
     def between(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -259,7 +269,7 @@ def info_nce(queries: torch.Tensor, keys: torch.Tensor, queue: torch.Tensor, tem
 
 def negative_cosine(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """BYOL's loss up to a constant: minus the cosine of two float (B, D), averaged over rows, in [-1, 1]."""
-    return -F.cosine_similarity(predictions, targets.detach(), dim=1).mean()
+    return -F.cosine_similarity(predictions, targets, dim=1).mean()
 
 
 def projection_head(features: int) -> nn.Sequential:

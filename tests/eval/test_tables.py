@@ -134,6 +134,53 @@ def test_roles_smoke_runs_and_victims_are_never_mixed():
         assert "gray" not in table and "Cutout" not in table
 
 
+def without_labels(method, poison, column, values, **settings):
+    recipe = RECIPE | {"epochs": 100, "method": method}
+    return records(poison, column, values, **{"method": method, "recipe": recipe, "probe": {"images": 9}} | settings)
+
+
+def test_ways_of_learning_are_never_mixed():
+    both = [
+        *records("lsp", "none", [0.2]),
+        *without_labels("simclr", "lsp", "none", [0.6]),
+        *without_labels("byol", "lsp", "gray", [0.5]),
+    ]
+    for method, figure in (("supervised", "20.0"), ("simclr", "60.0")):
+        measured = Measured(both, method=method)
+        assert cell_of(grid_table(measured, "cifar10"), "vanilla", "LSP") == figure
+        assert ("SimCLR" in measured.scales[0]) == (method == "simclr")
+    assert "gray" not in grid_table(Measured(both, method="simclr"), "cifar10")
+    with pytest.raises(ValueError, match="probe.images 9 and 8"):
+        Measured([*both, *without_labels("simclr", "lsp", "none", [0.6], probe={"images": 8})], method="simclr")
+    with pytest.raises(ValueError, match="whitening.images None and 7"):
+        Measured([*both, *records("lsp", "gray", [0.6], whitening={"images": 7})])
+
+
+def test_a_row_for_each_way_of_learning(monkeypatch, tmp_path):
+    found = [
+        *records("cp-s", "none", [0.7]),
+        *records("none", "none", [0.8]),
+        *without_labels("simclr", "cp-s", "none", [0.4, 0.5], poison_settings={"framework": "simclr"}),
+        *without_labels("simclr", "cp-s", "jcdp", [0.6], poison_settings={"framework": "simclr"}),
+        *without_labels("simclr", "none", "none", [0.65]),
+        *without_labels("byol", "cp-s", "none", [0.5], poison_settings={"framework": "simclr"}),
+        *without_labels("byol", "lsp", "gray", [0.3]),
+    ]
+    text = run(monkeypatch, tmp_path, found, "methods")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    assert rows[0] == ["trained on", "learned by", "clean", "vanilla", "gray", "JCDP"]
+    assert [[row[0].upper(), *row[1:]] for row in rows[2:]] == [
+        ["CP-S", "supervised", "80.0", "70.0", "n.m.", "n.m."],
+        ["CP-S", "SimCLR", "65.0 / 90.4", "45.0 ± 7.1 / 44.9", "n.m. / -", "60.0 / 86.6"],
+        ["CP-S", "BYOL", "n.m.", "50.0", "n.m.", "n.m."],  # made against SimCLR, which the paper's figure is not
+        ["LSP", "BYOL", "n.m.", "n.m.", "30.0", "n.m."],
+    ]
+    assert text.count("MoCo") == 0 and "resnet18 of width 16 by SimCLR with a linear probe" in text
+    with pytest.raises(SystemExit, match="no accuracy of a grid there has a method without labels"):
+        run(monkeypatch, tmp_path, found[:4], "methods")
+    assert "| vanilla | 65.0 | 45.0 ± 7.1 |" in run(monkeypatch, tmp_path, found, "grid", "--method", "simclr")
+
+
 def test_a_table_for_each_set_that_purifiers_were_trained_on():
     here, there = records("lsp", "jcdp", [0.7]), records("lsp", "jcdp", [0.5], collected="cifar100", purifier="c")
     vanilla = records("lsp", "none", [0.2])
@@ -327,6 +374,7 @@ def test_spread():
 
 def test_published_figures_are_percentages_by_names_of_ours():
     from jcdp_diffusers import countermeasures, poisons
+    from jcdp_diffusers.victims import METHODS
 
     others = ("iss", "gaussian-filter", "d-vae", "bridgepure-0.5k", "bridgepure-4k")
 
@@ -339,6 +387,11 @@ def test_published_figures_are_percentages_by_names_of_ours():
     for name in ("jcdp_table_1", "bridgepure"):
         for entry in PUBLISHED[name].values():
             check(entry["figures"])
+    for entry in PUBLISHED["jcdp_table_4"].values():
+        for figures in (*entry["figures"].values(), {"none": entry["clean"]}):
+            for column, row in figures.items():
+                assert column == "advcl" or countermeasures.get(column)
+                assert set(row) <= set(METHODS) and all(0 < value < 100 for value in row.values())
     for name in ("jcdp_table_2", "jcdp_table_3", "apbench"):
         for figures in PUBLISHED[name].values():
             check(figures)

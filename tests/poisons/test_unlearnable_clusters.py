@@ -69,7 +69,7 @@ def test_every_image_gets_the_noise_of_its_cluster_and_the_target_is_the_next(im
     targets = []
 
     class Fixed(uc.PatternTraining):
-        def step(self, number, network, images, target):
+        def step(self, number, network, images, target, scale):
             targets.append(target)
             return 0.0
 
@@ -82,6 +82,24 @@ def test_every_image_gets_the_noise_of_its_cluster_and_the_target_is_the_next(im
     perturbation = poisons.get("uc")(images, preset="smoke")
     assert torch.equal(255 * perturbation, members.float().view(-1, 1, 1, 1).expand_as(images))
     assert [target.tolist() for target in targets[::2]] == [[2, 3], [4, 5], [0, 1]] and len(targets) == 6
+
+
+def test_features_are_scaled_to_a_standard_deviation(images, monkeypatch):
+    """Features eight times as large give the same noise, once they are scaled; without that they do not."""
+
+    class Louder(uc.pretrained.Pretrained):
+        def forward(self, images):
+            return 8 * super().forward(images)
+
+    made = {}
+    for std in (None, 0.5):
+        settings = replace(SMOKE, feature_std=std, learning_rate=0.01)
+        for kind in (uc.pretrained.Pretrained, Louder):
+            with monkeypatch.context() as patch:
+                patch.setattr(uc.pretrained, "Pretrained", kind)
+                made[std, kind] = poisons.get("uc")(images, preset=settings)
+    assert torch.equal(made[0.5, Louder], made[0.5, uc.pretrained.Pretrained])
+    assert not torch.equal(made[None, Louder], made[None, uc.pretrained.Pretrained])
 
 
 def test_noise_is_added_before_images_are_enlarged_or_to_the_views(images):

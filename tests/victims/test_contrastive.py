@@ -88,14 +88,40 @@ def test_info_nce_equals_its_formula_in_loops():
     assert loss.item() == pytest.approx(total / 4)
 
 
-def test_negative_cosine_teaches_predictions_alone():
+def test_negative_cosine_equals_its_formula_in_loops():
     draw = np.random.default_rng(2)
     first, second = draw.normal(size=(2, 4, 3))
-    predictions, targets = (torch.tensor(rows, requires_grad=True) for rows in (first, second))
-    loss = negative_cosine(predictions, targets)
+    loss = negative_cosine(torch.from_numpy(first), torch.from_numpy(second))
     assert loss.item() == pytest.approx(-np.mean([unit(a) @ unit(b) for a, b in zip(first, second)]))
-    loss.backward()
-    assert targets.grad is None and predictions.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", ["moco-v2", "byol"])
+@pytest.mark.parametrize("through_targets", [False, True])
+def test_the_second_networks_view_has_a_gradient_where_it_is_asked_for(method, through_targets):
+    objective = objective_of(method).eval()
+    objective.through_targets = through_targets
+    first, second = torch.rand(2, 8, 1, *SIZE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (gradient,) = torch.autograd.grad(objective.between(first, second), second, allow_unused=True)
+
+    def followed(view):
+        network, head = objective.followers
+        with torch.set_grad_enabled(through_targets):
+            return head(network.features(view))
+
+    features = [objective.network.features(view) for view in (first, second)]
+    if method == "moco-v2":
+        keys = F.normalize(followed(second), dim=1)
+        loss = info_nce(objective.head(features[0]), keys, objective.queue, 0.2) * 0.2 / 0.07
+    else:
+        predicted = [objective.predictor(objective.projector(part)) for part in features]
+        loss = sum(negative_cosine(*pair) for pair in zip(predicted, (followed(second), followed(first)))) / 2
+    (expected,) = torch.autograd.grad(loss, second, allow_unused=True)
+    if method == "moco-v2" and not through_targets:
+        assert gradient is None and expected is None
+    else:
+        torch.testing.assert_close(gradient, expected)
+    objective.between(first, second).backward()
+    assert all(parameter.grad is None for parameter in objective.followers.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)
