@@ -150,6 +150,16 @@ def check_output_file(
         )
 
 
+def check_apart(output: str | os.PathLike, *, sources: Mapping[str, object], name: str) -> None:
+    """
+    Refuse a path that is that of a source or of another output, lies in one or holds one.
+
+    Args:
+        output, sources, name: As for `check_output_folder`.
+    """
+    _refuse_sources(output, sources, False, name)
+
+
 def _refuse_sources(output, sources: Mapping[str, object], holds_sources: bool, name: str) -> None:
     place = Path(os.path.realpath(output))
     for argument, source in sources.items():

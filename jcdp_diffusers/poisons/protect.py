@@ -20,11 +20,13 @@ import yaml
 
 from .. import poisons
 from ..data import LabelledImages, load_images, open_dataset, write_dataset
+from ..data.export import FORMATS
 from ..data.perturbations import apply_perturbation, measured_norms
 from ..devices import default_device
 from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
 from ..victims.pretrained import public_weights
+from .photographs import export, places_of_export, size_to_read
 from .published import ORDERS, read_perturbation
 
 
@@ -207,9 +209,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="split to protect; may be left out if there is only one")
     parser.add_argument("--image_column")
     parser.add_argument("--label_column")
-    parser.add_argument("--image_size", type=int, help="side in pixels to which images are brought first")
+    parser.add_argument(
+        "--image_size", type=int, help="side in pixels to which images are brought first; chosen for assorted ones"
+    )
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
     parser.add_argument("--output", required=True, help="folder for the protected data set")
+    parser.add_argument(
+        "--export",
+        metavar="FOLDER",
+        help="also write the protected pictures under their own file names, photographs at their own size",
+    )
+    parser.add_argument(
+        "--export_format", choices=tuple(FORMATS), default="png", help="of --export; jpg weakens a protection"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fraction", type=float, default=1.0, help="of the images, drawn by --seed")
     parser.add_argument("--preset", default="published", help="published, cpu, smoke or one of the method's own")
@@ -244,7 +256,10 @@ def run(args: argparse.Namespace) -> None:
     sources = {"--dataset": args.dataset, "--perturbation": args.perturbation}
     check_output_folder(args.output, marks=MARKS, own=OWN_NAMES, sources=sources, name="--output")
     columns = {"image_column": args.image_column, "label_column": args.label_column}
-    data = load_images(args.dataset, split=args.split, image_size=args.image_size, channels=args.channels, **columns)
+    where = {"split": args.split} | columns
+    args.image_size, assorted = size_to_read(args, where)
+    data = load_images(args.dataset, image_size=args.image_size, channels=args.channels, **where)
+    places = places_of_export(args, data, fresh=not (Path(args.output) / CARD).exists())
     others = _other_columns(args.dataset, args.split, columns)
     split = args.split or "train"
     if args.method is not None:
@@ -279,6 +294,9 @@ def run(args: argparse.Namespace) -> None:
             columns=others,
             source=public_name(args.dataset),
         )
+    if args.export is not None:
+        protected = load_images(args.output, split=read_card(args.output)["split"], channels=args.channels)
+        export(args, data, protected, dict(zip(data.ids, places)), where if assorted else None)
     card = read_card(args.output)
     if "recognised" in card:
         print("; ".join(f"{name}: {value}" for name, value in card["recognised"].items()))

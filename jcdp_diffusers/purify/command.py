@@ -10,11 +10,13 @@ import threading
 import torch
 
 from ..acceleration.placement import PRECISIONS
+from ..data.export import FORMATS
 from ..devices import default_device
 from ..engines import ENGINES, ranks
 from ..perceptual import load_perceptual
 from ..purification_config import PRESETS
 from .dataset import open_purifier, purify_to_folder
+from .export import check_places, export_purified
 from .folder import Folder
 from .tiling import FITS
 
@@ -31,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--id_column")
     what.add_argument("--streaming", action="store_true", help="read a Hub data set as it comes, without a copy")
     what.add_argument("--output", required=True, help="folder; a run that it holds is gone on with")
+    what.add_argument("--export", metavar="FOLDER", help="also write the pictures under their own file names")
+    what.add_argument("--export_format", choices=tuple(FORMATS), default="png", help="of --export")
     what.add_argument("--push_to_hub", metavar="REPO", help="publish the finished data set")
 
     how = parser.add_argument_group("how (not given: what the purifier's repository says)")
@@ -77,6 +81,10 @@ def run(args: argparse.Namespace) -> None:
     options = vars(args).copy()
     options.pop("command", None)
     dataset, output = options.pop("dataset"), options.pop("output")
+    export, suffix = options.pop("export"), options.pop("export_format")
+    if export is not None and ranks()[0] == 0:
+        where = {name: options[name] for name in ("split", "image_column", "label_column", "id_column")}
+        check_places(export, dataset, output, suffix, **where)
     opening = {
         name: options.pop(name) for name in ("purifier", "device", "perceptual", "precision", "compile", "revision")
     }
@@ -96,6 +104,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{summary['rows_in']:,} rows in, {summary['rows_out']:,} out, {summary['rejected']:,} rejected: {output}")
     for what, count in summary["changes"].items():
         print(f"{what[0].upper()}{what[1:]} in {count:,} image(s).")
+    if export is not None:
+        print(f"{export_purified(export, Folder(output), summary, suffix):,} pictures in {export}")
     if summary["resized"]:
         kept = "" if args.fit == "tile" else "; --fit tile keeps an image's size"
         print(f"{summary['resized']:,} images were not of the purifier's size and have been resized{kept}.")

@@ -1,0 +1,113 @@
+"""
+A perturbation on photographs at their own size.
+
+A poison is made for images of one size. What it adds to a photograph's largest centred square, at that size, is
+enlarged with the photograph. Beyond the square it goes on as its mirror image. Whoever brings the photograph to a
+small square again finds the perturbation there, smoothed a little. No value changes by more than before.
+"""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..data import LabelledImages, decode_image, load_images, open_dataset
+from ..data.export import check_export, export_names, export_picture
+from ..data.perturbations import measured_norms
+from ..data.photographs import stored_sizes, working_size
+from ..outputs import check_apart
+
+
+def enlarged(perturbation: np.ndarray, height: int, width: int) -> np.ndarray:
+    """
+    A perturbation for a photograph.
+
+    Args:
+        perturbation (`np.ndarray`): (S, S, C), of the largest centred square at S x S pixels.
+        height, width (`int`): Of the photograph.
+
+    Returns:
+        `np.ndarray`: float32 (height, width, C).
+    """
+    side = min(height, width)
+    small = torch.from_numpy(np.ascontiguousarray(perturbation)).float().permute(2, 0, 1)[None]
+    square = F.interpolate(small, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+    square = square[0].permute(1, 2, 0).numpy()
+    top, left = (height - side) // 2, (width - side) // 2
+    return np.pad(square, ((top, height - side - top), (left, width - side - left), (0, 0)), mode="symmetric")
+
+
+def protected_photograph(photograph: np.ndarray, perturbation: np.ndarray) -> np.ndarray:
+    """
+    A photograph with an enlarged perturbation, rounded once.
+
+    Args:
+        photograph (`np.ndarray`): uint8 (H, W, C).
+        perturbation (`np.ndarray`): (S, S, C), in levels of 255; see `enlarged`.
+    """
+    added = enlarged(perturbation, *photograph.shape[:2])
+    return np.rint((photograph + added).clip(0, 255)).astype(np.uint8)
+
+
+def size_to_read(args: argparse.Namespace, where: Mapping[str, str | None]) -> tuple[int | None, bool]:
+    """The side to which images are brought, and whether they had assorted sizes before."""
+    sizes = stored_sizes(args.dataset, **where)
+    assorted = len(set(sizes)) > 1 or any(width != height for width, height in sizes)
+    if args.image_size is not None:
+        return args.image_size, assorted
+    side = working_size({"dataset": sizes}, torch.device(args.device).type)
+    if side is not None:
+        small, large = min(sizes), max(sizes)
+        print(
+            f"Images of assorted sizes, from {small[0]}x{small[1]} to {large[0]}x{large[1]}: the data set in --output "
+            f"has their centres at {side}x{side} pixels (--image_size chooses another side)."
+        )
+        if args.export is None:
+            print("--export FOLDER protects them at their own size, too.")
+    return side, assorted
+
+
+def places_of_export(args: argparse.Namespace, data: LabelledImages, *, fresh: bool) -> list:
+    """Where the pictures of `--export` go, checked before anything costly; none without it."""
+    if args.export is None:
+        return [None] * len(data)
+    check_apart(args.export, sources={"--dataset": args.dataset, "--output": args.output}, name="--export")
+    names = [(None if data.files is None else data.files[row]) or id_ for row, id_ in enumerate(data.ids)]
+    places = export_names(names, args.export_format)
+    check_export(args.export, places, fresh=fresh)
+    return places
+
+
+def export(
+    args: argparse.Namespace,
+    clean: LabelledImages,
+    protected: LabelledImages,
+    places: Mapping[str, Any],
+    where: Mapping[str, str | None] | None,
+) -> None:
+    """Write the protected pictures, photographs one by one at their own size, with the perturbation enlarged."""
+    if where is None:
+        for id_, image in zip(protected.ids, protected.images):
+            export_picture(args.export, places[id_], image)
+        print(f"{len(protected)} pictures in {args.export}")
+        return
+    change = {
+        id_: after.astype(np.int16) - before for id_, before, after in zip(clean.ids, clean.images, protected.images)
+    }
+    rows = open_dataset(args.dataset, streaming=True, **where)
+    for row in tqdm(rows, desc="export", unit=" photographs", total=len(clean)):
+        photograph = decode_image(row["image"], args.channels)
+        export_picture(args.export, places[row["id"]], protected_photograph(photograph, change[row["id"]]))
+    found = load_images(args.export, image_size=args.image_size, channels=args.channels)
+    own = {places[id_].as_posix(): row for row, id_ in enumerate(clean.ids)}
+    kept = [(own[file], row) for row, file in enumerate(found.files) if file in own]
+    rows_here, rows_there = map(list, zip(*kept))
+    norms = measured_norms(clean.images[rows_here], found.images[rows_there])
+    print(
+        f"{len(clean)} photographs at their own size in {args.export}; brought to {args.image_size}x{args.image_size} "
+        f"pixels, a value differs by up to {norms['linf']}/255, the mean L2 norm is {norms['l2_mean']:.3f}"
+    )
