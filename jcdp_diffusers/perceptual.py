@@ -318,6 +318,22 @@ class LPIPSModel(ModelMixin, ConfigMixin):
         return self.distance(self.features(images), self.features(others))
 
 
+def lpips_at_hand() -> LPIPSModel | None:
+    """
+    LPIPS with the first of its trunks `alex`, `vgg` and `squeeze` whose weights torch has downloaded before.
+
+    Returns:
+        [`LPIPSModel`]: None where there is none, for nothing is downloaded.
+    """
+    from torchvision.models import get_model_weights
+
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    for net, name in (("alex", "alexnet"), ("vgg", "vgg16"), ("squeeze", "squeezenet1_1")):
+        if (cache / Path(get_model_weights(name).IMAGENET1K_V1.url).name).is_file():
+            return LPIPSModel.from_lpips(net)
+    return None
+
+
 def load_perceptual(name: str | os.PathLike) -> LPIPSModel:
     """
     The network of the perceptual guide, as commands, grids and purifiers' folders name it.

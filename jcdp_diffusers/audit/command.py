@@ -67,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seeds", type=int, default=3, help="victims per row")
     how.add_argument("--seed", type=int, default=0, help="of purifier and purification")
     how.add_argument(
+        "--draws",
+        type=int,
+        default=1,
+        help="purifications, each with victims of its own: several show the spread between draws beside that between "
+        "victims",
+    )
+    how.add_argument(
         "--budget",
         type=int,
         default=16,
@@ -105,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
         attacks=[name.strip() for name in args.countermeasures.split(",") if name.strip()],
         seeds=args.seeds,
         seed=args.seed,
+        draws=args.draws,
         victim=args.victim,
         width=args.width,
         preset=args.preset,

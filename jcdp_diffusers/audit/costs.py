@@ -110,7 +110,7 @@ def _measured(sets, used: AuditPurifier, asked: AuditSettings, device, processes
         training = _step(unet, (channels, height, side), device, backward=True, bfloat16=precision == "bf16") * batch
     count = min(MEASURED_IMAGES, usual_micro_batch(device.type, height, side))
     evaluation = _step(pipe.unet, (channels, height, side), device, backward=False, bfloat16=False, count=count)
-    rows = sum(role in sets for role in ("clean", "protected")) + 1 + asked.control + len(asked.tried)
+    rows = sum(role in sets for role in ("clean", "protected")) + asked.draws + asked.control + len(asked.tried)
     at_a_time = processes or (available_cores() if device.type == "cpu" else 1)
     top, widths = asked.width or asked.recipe.width, []
     while "test" in sets and top not in widths and (not widths or top >= LEAST_WIDTH):

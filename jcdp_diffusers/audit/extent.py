@@ -53,7 +53,7 @@ def plan_time(
     if (before := _begun_with(output_dir, minutes)) is not None:
         extent = Extent(**{name: before[name] for name in ("steps", "width", "seeds")})
         return *fitted(asked, used, extent), before
-    to_purify = len(sets["protected"]) + division.stand_in * len(sets["test"])
+    to_purify = asked.draws * len(sets["protected"]) + division.stand_in * len(sets["test"])
     costs = measure_costs(sets, used, asked, device, processes, to_purify=to_purify)
     wanted = asked_extent(asked, used)
     extent = wanted if minutes is None else within_budget(costs, wanted, minutes)
@@ -117,30 +117,32 @@ def _say_costs(
 
 def measure_in_time(
     trials: Mapping[str, list[Trial]],
+    more: list[list[Trial]],
     records: Path,
     *,
     device: torch.device,
     processes: int | None,
     deadline: float | None,
     say: Callable[[str], None],
-) -> dict[str, list[Trial]]:
+) -> tuple[dict[str, list[Trial]], list[list[Trial]]]:
     """
     Measure all victims, one seed of every row after the other; with a deadline, only seeds that end before it.
 
     Args:
         trials (`dict`): By row, one for each seed.
+        more (`list`): Those of further draws, one for each seed.
         deadline (`float`, *optional*): On `time.monotonic`'s clock.
         records, device, processes, say: As for the audit.
 
     Returns:
-        `dict`: The trials that were measured, with the first seed at least.
+        The trials that were measured, of both kinds, with the first seed at least.
     """
-    turns = list(zip(*trials.values()))
+    turns = list(zip(*trials.values(), *more))
     epochs = turns[0][0].recipe.for_images(len(turns[0][0].train)).epochs
     say(f"Victims: {sum(map(len, turns))} of {epochs} epochs")
     if deadline is None:
         measure([trial for turn in turns for trial in turn], records, device=device, processes=processes)
-        return dict(trials)
+        return dict(trials), more
     done = 0
     while done < len(turns):
         began = time.monotonic()
@@ -151,4 +153,4 @@ def measure_in_time(
         if new and done < len(turns) and time.monotonic() + took > deadline:
             say(f"The time is up: {done} of {len(turns)} seeds. The same command with more minutes measures the rest.")
             break
-    return {row: list(own[:done]) for row, own in trials.items()}
+    return {row: own[:done] for row, own in trials.items()}, [own[:done] for own in more]

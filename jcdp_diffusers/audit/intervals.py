@@ -47,6 +47,14 @@ class Sample:
         std = statistics.stdev(values) if len(values) > 1 else None
         return cls(statistics.fmean(values), std, len(values), test_images)
 
+    @classmethod
+    def of_draws(cls, draws: Sequence[Sequence[float]], test_images: int) -> "Sample":
+        """
+        From the accuracies of the victims of each draw of a purifier, as many of each: a draw counts as one seed does
+        elsewhere, for its victims are no independent measurements of the purifier (see `draws`).
+        """
+        return cls.of([statistics.fmean(victims) for victims in draws], test_images)
+
     @property
     def image_error(self) -> float:
         """Standard error of the mean because of the choice of test images."""

@@ -9,8 +9,19 @@ import numpy as np
 from PIL import Image
 
 from ..outputs import printable
-from .pictures import Strips, draw_curves, draw_losses, row_colours
-from .words import certainty, checks, marks, results_table, settings_in_words
+from .evidence import evidence_in_words
+from .owner import noise_in_short, numbers, what_to_do
+from .pictures import NativePictures, Strips, draw_curves, draw_losses, draw_spectrum, row_colours
+from .words import (
+    SPECTRUM_CAPTION,
+    certainty,
+    checks,
+    marks,
+    results_table,
+    settings_in_words,
+    visible,
+    visible_said,
+)
 
 
 TONES = {
@@ -52,7 +63,7 @@ td.bar { width: 17%; min-width: 7rem; vertical-align: middle; }
 #results td { overflow-wrap: normal; }
 #results td:first-child { min-width: 11.5rem; }
 #results td.note { min-width: 7rem; }
-#settings td:first-child { width: 9rem; color: #5f6368; }
+#settings td:first-child, #visibility td:first-child { width: 9rem; color: #5f6368; }
 .track { background: #f1f3f4; border-radius: .2rem; height: .85rem; position: relative; }
 .fill { height: 100%; border-radius: .2rem; }
 .tick { position: absolute; top: -.15rem; width: 1px; height: 1.15rem; background: #202124; opacity: .55; }
@@ -62,6 +73,17 @@ td.bar { width: 17%; min-width: 7rem; vertical-align: middle; }
 .strip img { width: 100%; display: block; image-rendering: pixelated; border-radius: .12rem; }
 .strip.classes span { font-size: .78rem; text-align: center; padding: 0; overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap; }
+.numbers { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 1.2rem; margin: 1.6rem 0 1.4rem; }
+.numbers div { border-top: .25rem solid; padding-top: .4rem; }
+.numbers b { display: block; font-size: 2.3rem; line-height: 1.15; font-variant-numeric: tabular-nums; }
+.numbers span { display: block; font-size: .9rem; line-height: 1.3; color: #202124; overflow-wrap: break-word; }
+.numbers i { display: block; font-style: normal; font-size: .8rem; color: #5f6368; }
+.natives { display: flex; flex-wrap: wrap; gap: .9rem .75rem; }
+.natives figure { margin: 0; width: 160px; }
+.natives img { display: block; max-width: none; image-rendering: pixelated; }
+.natives figcaption { font-size: .8rem; line-height: 1.25; color: #5f6368; padding-bottom: .25rem; }
+#owner h2 { margin-top: 1.6rem; }
+#full { border-top: 1px solid #c9ccd1; margin-top: 2.6rem; }
 svg { width: 100%; max-width: 40rem; height: auto; }
 ul { padding-left: 1.2rem; }
 ul.checks { list-style: none; padding: 0; margin: 0; }
@@ -75,8 +97,11 @@ code { font-size: .92em; }
 @media (max-width: 45rem) {
   body { padding: 1.5rem 1rem 3rem; }
   p.verdict { font-size: 1.3rem; }
+  .numbers { gap: .6rem; }
+  .numbers b { font-size: 1.7rem; }
+  .numbers span { font-size: .8rem; }
   td.bar, th.bar, .wide { display: none; }
-  #results td:first-child { min-width: 0; }
+  #results td:first-child { min-width: 0; overflow-wrap: anywhere; }
   #settings tr, #settings td { display: block; width: auto; border: 0; padding: 0; }
   #settings tr { padding: .5rem 0; border-bottom: 1px solid #e4e6e9; }
   .strip { grid-template-columns: repeat($count, minmax(0, 1fr)); gap: .15rem; margin-top: .5rem; }
@@ -88,15 +113,36 @@ code { font-size: .92em; }
   body { padding: 0; font-size: 10pt; max-width: none; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   td.bar, th.bar { display: none; }
+  @page { margin: 14mm; }
+  #owner { break-after: page; }
+  #owner p.verdict { font-size: 1.25rem; }
+  #owner h2 { margin-top: 1.1rem; }
+  #full { border-top: 0; margin-top: 0; }
+  #full > h2:first-child { margin-top: 0; }
   h2 { break-after: avoid; }
   tr, li, .strip, svg, pre, p { break-inside: avoid; }
 }
 </style>
 </head>
 <body>
+<section id="owner">
 <h1>Audit of a protected data set</h1>
 <p class="verdict" id="verdict" data-status="$status">$sentence</p>
 $marks
+<div class="numbers" id="numbers">
+$numbers
+</div>
+<p class="note">Accuracy of victims on $test clean test images. Giving one answer for all images gets $chance.</p>
+<div class="natives" id="natives">
+$natives
+</div>
+<p class="note">$native_caption</p>
+<h2>What to do</h2>
+<ul id="advice">
+$advice
+</ul>
+</section>
+<section id="full">
 <h2>What victims learned</h2>
 <table id="results">
 <thead><tr><th>victims</th><th class="n">test accuracy</th><th class="n">std</th><th class="bar"></th>
@@ -116,6 +162,18 @@ $certainty
 <h2>What the images look like</h2>
 $strips
 <p class="note">$caption</p>
+<h2>How visible the protection is</h2>
+<table id="visibility"><tbody>
+$visible
+</tbody></table>
+<ul>
+$visible_said
+</ul>
+<h2>Where the protection is</h2>
+$spectrum
+<ul id="evidence">
+$evidence
+</ul>
 <h2>How they learned</h2>
 $curves
 $losses
@@ -135,18 +193,20 @@ $limits
 <pre id="command">$command</pre>
 <p class="note">Written $time. The figures are in <code>report.json</code>, one record per victim in
 <code>records.jsonl</code>; the purified images are in <code>purified/</code>.</p>
+</section>
 </body>
 </html>
 """)
 
 
-def page(report: dict, strips: Strips) -> str:
+def page(report: dict, strips: Strips, native: NativePictures) -> str:
     """
-    The report as a page.
+    The report as a page: the owner's part first, which prints on one sheet, then all tables.
 
     Args:
         report (`dict`): What `report.json` holds.
         strips (`Strips`): The images to show.
+        native (`NativePictures`): Some of them at 1:1.
     """
     judged, seeds = report["verdict"], len(report["victims"]["seeds"])
     losses = draw_losses(report)
@@ -157,15 +217,25 @@ def page(report: dict, strips: Strips) -> str:
         status=judged["status"],
         sentence=_escape(judged["sentence"]).replace("-&gt;", "→").replace(" %", "&nbsp;%"),
         marks="\n".join(f'<p class="mark">{_escape(mark)}</p>' for mark in marks(report)),
+        numbers=_numbers(report),
+        natives=_natives(native),
+        native_caption=_escape(f"{native.caption} {noise_in_short(report)}".strip()),
+        advice=_items(what_to_do(report)),
         rows="\n".join(_result_row(row, entry, colour) for row, entry, colour in rows),
         test=report["data"]["sets"]["test"]["images"],
         seeds="one seed" if seeds == 1 else f"{seeds} seeds",
         chance=f"{100 * report['chance']:.0f} %",
         device=_escape(report["device"]),
-        certainty="\n".join(f"<li>{_escape(sentence)}</li>" for sentence in certainty(report)),
+        certainty=_items(certainty(report)),
         strips=_strips(strips),
         count=len(strips.classes),
         caption=_escape(strips.caption),
+        visible="\n".join(
+            f"<tr><td>{_escape(title)}</td><td>{_escape(said)}</td></tr>" for title, said in visible(report)
+        ),
+        visible_said=_items(visible_said(report)),
+        spectrum=_spectrum(report["data"]["spectrum"]),
+        evidence=_items(evidence_in_words(report["data"]["spectrum"])),
         curves=draw_curves(report),
         losses=f"<h2>How the purifier learned</h2>\n{losses}" if losses else "",
         checks="\n".join(
@@ -174,10 +244,37 @@ def page(report: dict, strips: Strips) -> str:
         settings="\n".join(
             f"<tr><td>{_code(topic)}</td><td>{_code(text)}</td></tr>" for topic, text in settings_in_words(report)
         ),
-        limits="\n".join(f"<li>{_escape(limit)}</li>" for limit in report["limits"]),
+        limits=_items(report["limits"]),
         command=_escape(report["command"]),
         time=_escape(report["time"]),
     )
+
+
+def _items(sentences: list[str]) -> str:
+    return "\n".join(f"<li>{_code(sentence)}</li>" for sentence in sentences)
+
+
+def _numbers(report: dict) -> str:
+    colours = dict(zip((entry["row"] for entry in report["rows"]), row_colours(report)))
+    return "\n".join(
+        f'<div style="border-color:{colours.get(one["row"], "#9aa0a6")}"><b>{one["value"].replace(" ", "&nbsp;")}</b>'
+        f"<span>{_escape(one['title'])}</span><i>{_escape(one['note'])}</i></div>"
+        for one in numbers(report)
+    )
+
+
+def _natives(native: NativePictures) -> str:
+    return "\n".join(
+        f'<figure><figcaption>{_escape(title)}</figcaption><img alt="" width="{picture.shape[1]}" '
+        f'height="{picture.shape[0]}" src="{_embedded(picture)}"></figure>'
+        for title, picture in native.pictures.items()
+    )
+
+
+def _spectrum(spectrum: dict | None) -> str:
+    if spectrum is None:
+        return ""
+    return f'{draw_spectrum(spectrum)}\n<p class="note">{_escape(SPECTRUM_CAPTION)}</p>'
 
 
 def _result_row(row: dict, entry: dict, colour: str) -> str:

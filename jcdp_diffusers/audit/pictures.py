@@ -1,4 +1,7 @@
-"""The pictures of a report: images of each class, learning curves, and the loss of a purifier trained for it."""
+"""
+The pictures of a report: images of each class, the same at 1:1, where the protection is in the spectrum, learning
+curves, and the loss of a purifier trained for it.
+"""
 
 import io
 from collections.abc import Mapping
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..data import LabelledImages
 from ..outputs import printable, replacing
@@ -14,6 +18,10 @@ from ..outputs import printable, replacing
 COLOURS = {"clean": "#2f6f4f", "control": "#2f8f9d", "protected": "#b3261e", "purified": "#1f5fa8"}
 OTHER_COLOURS = ("#8a5a00", "#6b4fa0", "#4a6a73", "#a0427d", "#5c6b1f", "#7a4a2b")
 SHOWN = 10  # images, one of each class
+# Of the pictures at 1:1: two beside each other fit a phone, four a printed page.
+NATIVE_SIDE, NATIVE_GAP = 160, 4
+LEAST_POWER = 0.01  # squared levels of 255, the bottom of a spectrum's picture: an eighth of rounding's own
+AXIS_COLOURS = ("#3c4043", "#8a3b9e", "#1f7a8c")
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,64 @@ def picture_strips(sets: Mapping[str, LabelledImages]) -> Strips:
     return Strips(strips, tuple(names[int(protected.labels[row])] for row in chosen), gain)
 
 
+@dataclass(frozen=True)
+class NativePictures:
+    """
+    Images at 1:1, several of one kind in one picture.
+
+    Args:
+        pictures (`dict`): uint8 `(h, w, C)` by title, at most `NATIVE_SIDE` high and wide.
+        caption (`str`): What they show.
+    """
+
+    pictures: Mapping[str, np.ndarray]
+    caption: str
+
+
+def native_pictures(strips: Strips) -> NativePictures:
+    """
+    The first images of the strips at 1:1, without the last row of differences: clean, protected, purified, difference.
+
+    Args:
+        strips (`Strips`): Images of one of each class.
+    """
+    titles = [title for title in strips.images if not title.startswith("what purification left")]
+    height, width = strips.images[titles[0]].shape[1:3]
+    sides = min(height, NATIVE_SIDE), min(width, NATIVE_SIDE)
+    lines, columns = (max(1, (NATIVE_SIDE + NATIVE_GAP) // (side + NATIVE_GAP)) for side in sides)
+    count = min(len(strips.classes), min(lines, 2) * columns)
+    top, left = (height - sides[0]) // 2, (width - sides[1]) // 2
+    pictures = {}
+    for title in titles:
+        images = strips.images[title][:count, top : top + sides[0], left : left + sides[1]]
+        pictures[title] = _side_by_side(images, columns)
+    said = "Actual size: a pixel of an image is a pixel of this page."
+    if sides != (height, width):
+        said += f" A part of {sides[1]}x{sides[0]} pixels from the middle of {width}x{height}."
+    return NativePictures(pictures, f"{said} Changes are shown on grey, magnified {strips.gain:.0f} times.")
+
+
+def save_native(path: Path, native: NativePictures) -> None:
+    """All pictures at 1:1 in one PNG file, for Markdown."""
+    blocks = list(native.pictures.values())
+    picture = Image.fromarray(_side_by_side(np.stack(blocks), len(blocks), gap=4 * NATIVE_GAP).squeeze())
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def _side_by_side(images: np.ndarray, columns: int, gap: int = NATIVE_GAP) -> np.ndarray:
+    """Images (n, H, W, C) in lines of so many, on white."""
+    count, height, width, channels = images.shape
+    lines = -(-count // columns)
+    columns = min(columns, count)
+    size = (lines * (height + gap) - gap, columns * (width + gap) - gap, channels)
+    picture = np.full(size, 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        picture[top : top + height, left : left + width] = image
+    return picture
+
+
 def save_strips(path: Path, strips: Strips) -> None:
     """The strips as one PNG file, for Markdown."""
     plt = _pyplot()
@@ -104,6 +170,66 @@ def draw_curves(report: dict, path: Path | None = None) -> str:
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     figure.tight_layout(pad=0.3)
     return _finished(figure, path)
+
+
+def draw_spectrum(spectrum: Mapping, path: Path | None = None) -> str:
+    """
+    Where the protection is, by colour axis and frequency: as SVG, or into a PNG file.
+
+    Args:
+        spectrum (`dict`): From `evidence.spectral_evidence`. What is seen is drawn as a point with its standard error;
+            what is not seen is unknown, and drawn as a grey bar up to its upper bound.
+        path (`Path`, *optional*): Of the PNG file.
+    """
+    plt = _pyplot()
+    names = ("axes", "frequencies", "power", "error", "upper_bound")
+    axes, frequencies, power, error, upper = (np.array(spectrum[name]) for name in names)
+    seen = np.array(spectrum["seen"], bool)
+    figure, panels = plt.subplots(
+        len(axes), 1, figsize=(5, 0.7 + 1.6 * len(axes)), sharex=True, sharey=True, squeeze=False
+    )
+    for number, panel in enumerate(panels[:, 0]):
+        known, colour = seen[number], AXIS_COLOURS[number % len(AXIS_COLOURS)]
+        unknown = ~known & (upper[number] > LEAST_POWER)
+        if unknown.any():
+            heights = upper[number][unknown] - LEAST_POWER
+            hatched = {"color": "#eceff1", "edgecolor": "#9aa0a6", "hatch": "////", "linewidth": 0.5}
+            label = "unknown, at most this much"
+            panel.bar(frequencies[unknown], heights, bottom=LEAST_POWER, width=0.8, label=label, **hatched)
+        if known.any():
+            points = {
+                "fmt": "o",
+                "markersize": 3.5,
+                "capsize": 2,
+                "color": colour,
+                "label": "seen, with its standard error",
+            }
+            panel.errorbar(frequencies[known], power[number][known], yerr=error[number][known], **points)
+        if spectrum["actual"] is not None:
+            actual = np.maximum(spectrum["actual"][number], LEAST_POWER)
+            panel.plot(frequencies, actual, color="#b3261e", linewidth=1.2, label="true, from the originals")
+        panel.set_title(f"colour axis {number + 1}: {_mixture(axes[number])}", fontsize=9, loc="left")
+        panel.set(yscale="log", ylabel="power", xlim=(-0.6, frequencies[-1] + 0.6))
+        panel.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.minorticks_off()
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylim(bottom=LEAST_POWER)
+    panels[-1, 0].set_xlabel("frequency (cycles per image)")
+    legend = {}
+    for panel in panels[:, 0]:
+        handles, labels = panel.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles))
+    figure.subplots_adjust(hspace=0.3, bottom=0.1, top=0.98)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02)}
+    figure.legend(legend.values(), legend.keys(), frameon=False, fontsize=8, **place)
+    return _finished(figure, path)
+
+
+def _mixture(axis: np.ndarray) -> str:
+    """A colour axis as a sum of channels."""
+    names = ("R", "G", "B") if len(axis) == 3 else tuple(f"channel {number + 1}" for number in range(len(axis)))
+    said = " ".join(f"{'-' if weight < 0 else '+'} {abs(weight):.2f} {name}" for weight, name in zip(axis, names))
+    return said.removeprefix("+ ")
 
 
 def draw_losses(report: dict) -> str | None:

@@ -10,7 +10,8 @@ import torch
 from ..data import LabelledImages
 from ..data.photographs import squares_of_photographs
 from .division import Division, divide
-from .sets import read_sets, size_to_read, where_to_read
+from .purifier import AuditPurifier
+from .sets import describe, read_sets, size_to_read, where_to_read
 from .settings import AuditSettings
 from .unlabelled import divide_unlabelled
 
@@ -58,6 +59,16 @@ class Found:
             seed=seed,
             **options,
         )
+
+    def described(
+        self, sets: Mapping[str, LabelledImages], separation: Mapping, used: AuditPurifier, seed: int
+    ) -> dict:
+        """What a report says of the images; see `sets.describe`."""
+        given = {role: images for role, images in sets.items() if role != "purified"}
+        data = describe(given, separation, used.pipe.perceptual, seed=seed) | self.facts(sets)
+        if self.division.of == "protected" and "collected" in self.division.missing:
+            data["spectrum"] = None  # protected images against protected ones
+        return data
 
     def facts(self, sets: Mapping[str, LabelledImages]) -> dict:
         """For the report, in JSON's types."""

@@ -7,9 +7,28 @@ from pathlib import Path
 
 from ..data import LabelledImages
 from ..outputs import printable, write_atomically
+from .evidence import evidence_in_words
+from .owner import noise_in_short, numbers, what_to_do
 from .page import page
-from .pictures import draw_curves, picture_strips, save_strips
-from .words import certainty, checks, marks, results_table, settings_in_words
+from .pictures import (
+    NativePictures,
+    draw_curves,
+    draw_spectrum,
+    native_pictures,
+    picture_strips,
+    save_native,
+    save_strips,
+)
+from .words import (
+    SPECTRUM_CAPTION,
+    certainty,
+    checks,
+    marks,
+    results_table,
+    settings_in_words,
+    visible,
+    visible_said,
+)
 
 
 def write_report(output_dir: Path, report: dict, sets: Mapping[str, LabelledImages]) -> None:
@@ -24,30 +43,61 @@ def write_report(output_dir: Path, report: dict, sets: Mapping[str, LabelledImag
     pictures = output_dir / "pictures"
     pictures.mkdir(exist_ok=True)
     strips = picture_strips(sets)
+    native = native_pictures(strips)
+    save_native(pictures / "native.png", native)
     save_strips(pictures / "images.png", strips)
     draw_curves(report, pictures / "curves.png")
+    if report["data"]["spectrum"] is not None:
+        draw_spectrum(report["data"]["spectrum"], pictures / "spectrum.png")
     write_atomically(output_dir / "report.json", json.dumps(report, indent=2) + "\n")
-    write_atomically(output_dir / "report.md", markdown(report, strips.caption))
-    write_atomically(output_dir / "report.html", page(report, strips))
+    write_atomically(output_dir / "report.md", markdown(report, strips.caption, native))
+    write_atomically(output_dir / "report.html", page(report, strips, native))
 
 
-def markdown(report: dict, caption: str) -> str:
+def markdown(report: dict, caption: str, native: NativePictures) -> str:
     """
     The report as Markdown, with the pictures beside it.
 
     Args:
         report (`dict`): What `report.json` holds.
         caption (`str`): What `pictures/images.png` shows.
+        native (`NativePictures`): What `pictures/native.png` shows.
     """
-    head = ("victims", "test accuracy", "std", "each seed", "best epoch", "training accuracy", "before", "training")
-    names = ("title", "test", "std", "values", "best", "train", "before", "seconds")
-    table = [[_text(row[name]) for name in names] for row in results_table(report)]
-    lines = [
+    return "\n".join([*_first_page(report, native), *_full_report(report, caption)])
+
+
+def _first_page(report: dict, native: NativePictures) -> list[str]:
+    shown = [[f"**{one['value']}**", _text(one["title"]), _text(one["note"])] for one in numbers(report)]
+    kinds = "From left to right: " + "; ".join(map(_text, native.pictures)) + "."
+    return [
         "# Audit of a protected data set",
         "",
         f"**{_text(report['verdict']['sentence'])}**",
         "",
         *(f"> {mark}\n" for mark in marks(report)),
+        *_table(("test accuracy", "", "victims"), shown),
+        "",
+        f"![{kinds}](pictures/native.png)",
+        "",
+        f"{kinds} {native.caption} {noise_in_short(report)}".strip(),
+        "",
+        "## What to do",
+        "",
+        *(f"- {_text(sentence)}" for sentence in what_to_do(report)),
+        "",
+    ]
+
+
+def _full_report(report: dict, caption: str) -> list[str]:
+    head = ("victims", "test accuracy", "std", "each seed", "best epoch", "training accuracy", "before", "training")
+    names = ("title", "test", "std", "values", "best", "train", "before", "seconds")
+    table = [[_text(row[name]) for name in names] for row in results_table(report)]
+    measures = [[_text(title), _text(said)] for title, said in visible(report)]
+    spectrum = report["data"]["spectrum"]
+    pictured = ["![Spectrum of the protection](pictures/spectrum.png)", "", SPECTRUM_CAPTION, ""]
+    return [
+        "## What victims learned",
+        "",
         *_table(head, table),
         "",
         "Test accuracy is that after the last epoch, mean over seeds. The best epoch is chosen by the test images and "
@@ -62,6 +112,19 @@ def markdown(report: dict, caption: str) -> str:
         f"![{caption}](pictures/images.png)",
         "",
         caption,
+        "",
+        "## How visible the protection is",
+        "",
+        *(_table(("measure", "over images"), measures) if measures else []),
+        "",
+        *(f"- {_text(sentence)}" for sentence in visible_said(report)),
+        "",
+        "## Where the protection is",
+        "",
+        *(pictured if spectrum is not None else []),
+        *(f"- {_text(sentence)}" for sentence in evidence_in_words(spectrum)),
+        "",
+        "## How they learned",
         "",
         "![Learning curves](pictures/curves.png)",
         "",
@@ -86,7 +149,6 @@ def markdown(report: dict, caption: str) -> str:
         f"{report['time']}; figures in `report.json`, one record per victim in `records.jsonl`.",
         "",
     ]
-    return "\n".join(lines)
 
 
 def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:

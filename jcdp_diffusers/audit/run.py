@@ -28,13 +28,14 @@ from ..outputs import check_output_folder, public_name, write_atomically
 from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions, plain
 from ..trials import describe_images, purifier_digest
+from .draws import FOLDER, draw_again, figures_of_draws, over_draws, trials_of_draws
 from .extent import BEGUN_NAME, measure_in_time, plan_purifier, plan_time
 from .limits import limits
 from .purifier import AuditPurifier, choose_purifier, purify, trained
 from .reading import Found, read
 from .report import write_report
 from .rows import TITLES, control_images, figures, trials_of
-from .sets import check_together, describe, few, separate, shortcut_in_words
+from .sets import check_together, few, separate, shortcut_in_words
 from .settings import AuditSettings
 from .unlabelled import audit_unlabelled, check_unlabelled
 from .verdict import verdict, without_clean_images
@@ -42,6 +43,7 @@ from .verdict import verdict, without_clean_images
 
 OWN_NAMES = (
     "attacks",
+    FOLDER,
     "pictures",
     "purified",
     "purified_test",
@@ -161,6 +163,9 @@ def carry_out(
     asked, used, budget = plan_time(sets, used, asked, found.division, device, processes, output_dir, say)
     begun = _begun(asked, found.sets, used) | ({} if budget is None else {"budget": budget})
     _check_begun(output_dir, begun)
+    data = None if found.division.stand_in else found.described(sets, separation, used, asked.seed)
+    if data is not None:
+        say(shortcut_in_words(data["shortcut"]))
 
     # 2. The purifier
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -177,21 +182,26 @@ def carry_out(
     said = f"T_p {used.config.diffusion_steps}, {used.config.evaluations_per_image} evaluations"
     say(f"Purifying {len(sets['protected'])} images: {said}")
     sets["purified"] = purify(sets["protected"], used, output_dir / "purified", asked.seed)
-    if found.division.stand_in:
+    if data is None:
         sets["test"] = purify(sets["test"], used, output_dir / "purified_test", asked.seed)
-    data = describe(sets, separation) | found.facts(sets)
-    say(shortcut_in_words(data["shortcut"]))
+        data = found.described(sets, separation, used, asked.seed)
+    drawn = draw_again(sets["protected"], used, output_dir, draws=asked.draws, seed=asked.seed)
     if asked.control:
         sets["control"] = control_images(sets["clean"], sets["protected"], asked.seed)
 
     # 4. Victims, the first seed of every row first
     trials = trials_of(sets, used, asked, output_dir / "attacks")
-    trials = measure_in_time(trials, records, device=device, processes=processes, deadline=deadline, say=say)
+    more = trials_of_draws(trials["purified"], drawn)
+    how = {"device": device, "processes": processes, "deadline": deadline, "say": say}
+    trials, more = measure_in_time(trials, more, records, **how)
     asked = dataclasses.replace(asked, seeds=[trial.seed for trial in trials["protected"]])
 
     # 5. The report
     rows = figures(trials, records, sets["purified"], output_dir / "purified")
-    report = _report(rows, sets, data, used, asked, trials["protected"][0].settings, command)
+    draws = figures_of_draws(trials["purified"], more, records)
+    if more:
+        rows = [over_draws(entry, draws) if entry["row"] == "purified" else entry for entry in rows]
+    report = _report(rows, draws, sets, data, used, asked, trials["protected"][0].settings, command)
     write_report(output_dir, report, sets)
     say(report["verdict"]["sentence"])
     return report
@@ -288,6 +298,7 @@ def _write_begun(output_dir: Path, begun: dict) -> None:
 
 def _report(
     rows: list[dict],
+    draws: dict,
     sets: Mapping[str, LabelledImages],
     data: dict,
     used: AuditPurifier,
@@ -298,7 +309,8 @@ def _report(
     """What `report.json` holds, in JSON's types; `settings` are those of a victim."""
     recipe, test, trains = settings["recipe"], sets["test"], used.plan is not None
     accuracies = {entry["row"]: entry["accuracy"]["values"] for entry in rows}
-    judged = verdict(accuracies, TITLES, test_images=len(test), smoke=recipe["smoke"])
+    several = {"purified": draws["values"]} if draws["count"] > 1 else {}
+    judged = verdict(accuracies, TITLES, test_images=len(test), smoke=recipe["smoke"], draws=several)
     if data["division"]["stand_in"]:
         judged = without_clean_images(judged, accuracies)
     tried = {one.name: one.as_done(used.config, smoke=recipe["smoke"]) for one in asked.tried}
@@ -319,6 +331,7 @@ def _report(
         "smoke": recipe["smoke"],
         "roles": asked.roles,
         "rows": rows,
+        "draws": draws,
         "chance": float(np.bincount(test.labels).max() / len(test)),
         "data": data,
         "purifier": _purifier_facts(used),

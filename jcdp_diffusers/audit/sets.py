@@ -1,12 +1,15 @@
 """The images of an audit: read, checked against each other, and described for the report."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import UNet2DModel
 
+from ..countermeasures.iss import SAVES, jpeg
 from ..data import LabelledImages, load_images
 from ..data.checks import (
     check_separation,
@@ -16,7 +19,10 @@ from ..data.checks import (
     few_of_each_class,
     match_originals,
 )
+from ..data.perturbations import noise_kept, visibility
 from ..data.photographs import stored_sizes, working_size
+from ..perceptual import LPIPSModel, lpips_at_hand
+from .evidence import spectral_evidence
 from .settings import AuditSettings
 from .shortcut import shortcut_test
 
@@ -167,14 +173,44 @@ def few(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:
     return dict(sets) | chosen
 
 
-def describe(sets: Mapping[str, LabelledImages], separation: Mapping) -> dict:
-    """What a report says of the images."""
-    protected, test, clean = sets["protected"], sets["test"], sets.get("clean")
+def describe(
+    sets: Mapping[str, LabelledImages], separation: Mapping, perceptual: LPIPSModel | None, *, seed: int
+) -> dict:
+    """
+    What a report says of the images.
+
+    Args:
+        sets (`dict`): Images by role.
+        separation (`dict`): From `separate`.
+        perceptual (`LPIPSModel`, *optional*): The purifier's own network, for LPIPS; see `_network_of_lpips`.
+        seed (`int`): Of the spectrum's divisions.
+    """
+    protected, test, clean, collected = (sets.get(role) for role in ("protected", "test", "clean", "collected"))
     return {
         "sets": {role: describe_set(images) for role, images in sets.items()},
         "noise": None if clean is None else describe_noise(clean, protected),
+        "visibility": None
+        if clean is None
+        else visibility(clean.images, protected.images, perceptual=_network_of_lpips(perceptual)),
+        "jpeg_saves": None if clean is None else _noise_after_saves(clean, protected),
+        "spectrum": None if collected is None else spectral_evidence(protected, collected, clean, seed=seed),
         "shortcut": shortcut_test(protected, test, clean),
         "separation": dict(separation),
+    }
+
+
+def _network_of_lpips(own: LPIPSModel | None) -> LPIPSModel | None:
+    """The purifier's own network where its heads are calibrated; or one at hand; or the purifier's plain features."""
+    return own if own is not None and own.config.calibrated else lpips_at_hand() or own
+
+
+def _noise_after_saves(clean: LabelledImages, protected: LabelledImages) -> dict[str, dict] | None:
+    """What JPEG saves leave of the protection's noise, by quality; None where no image is changed."""
+    if np.array_equal(clean.images, protected.images):
+        return None
+    return {
+        str(quality): noise_kept(clean.images, protected.images, functools.partial(jpeg, quality=quality))
+        for quality in SAVES
     }
 
 

@@ -33,6 +33,8 @@ class AuditSettings:
             that means nothing (`poisons.control`).
         seeds (`int` or `Sequence[int]`): Victims per row, with seeds 0, 1, ..., or the seeds themselves.
         seed (`int`): Of the purifier, the purification and the control's noise.
+        draws (`int`): Purifications of the protected images, each with victims of its own: several show the spread
+            between draws beside that between victims; see `draws`.
         victim (`str`): One of `victims.NAMES`.
         width (`int`, *optional*): Of the victims; the recipe's by default.
         preset (`str` or `PurificationConfig`, *optional*): How to purify; by default what the purifier's repository
@@ -56,6 +58,7 @@ class AuditSettings:
     control: bool = False
     seeds: int | Sequence[int] = 3
     seed: int = 0
+    draws: int = 1
     victim: str = "resnet18"
     width: int | None = None
     preset: str | PurificationConfig | None = None
@@ -71,6 +74,8 @@ class AuditSettings:
             raise ValueError(f"roles is {self.roles!r}, but must be one of {', '.join(ROLES)}.")
         if not self.victim_seeds or len(set(self.victim_seeds)) < len(self.victim_seeds):
             raise ValueError(f"seeds is {self.seeds!r}, but must give at least one victim, each another seed.")
+        if not isinstance(self.draws, int) or self.draws < 1:
+            raise ValueError(f"draws is {self.draws!r}, but must be a whole number of at least 1.")
         victims.get(self.victim)
         if isinstance(self.preset, str) and self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join(PRESETS)}.")

@@ -48,6 +48,7 @@ def verdict(
     *,
     test_images: int,
     smoke: bool = False,
+    draws: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> dict:
     """
     Judge a protection by what victims learn from protected images, and from the same after an attack.
@@ -62,6 +63,8 @@ def verdict(
         titles (`dict`): What the attacks are called.
         test_images (`int`): How many images scored each victim.
         smoke (`bool`): Whether the victims were trained for seconds only, so that nothing can be said.
+        draws (`dict`, *optional*): For rows whose images were purified several times, the accuracies of each draw's
+            victims. The row's interval is then that of the mean over draws; see `intervals.Sample.of_draws`.
 
     Returns:
         `dict`: `status`; `sentence`; `attack`, the row that the sentence speaks of; `regained_share`, of the accuracy
@@ -83,7 +86,11 @@ def verdict(
     """
     if "protected" not in accuracies or not set(accuracies) - set(NO_ATTACKS):
         raise ValueError(f"accuracies has the rows {tuple(accuracies)}, but must have 'protected' and an attack.")
-    rows = {row: Sample.of(values, test_images) for row, values in accuracies.items()}
+    draws = draws or {}
+    rows = {
+        row: Sample.of_draws(draws[row], test_images) if row in draws else Sample.of(values, test_images)
+        for row, values in accuracies.items()
+    }
     found = Finding("smoke", _attacks(rows)[0]) if smoke else find(rows, largest=_largest(accuracies))
     enough = what_would_decide(rows, _largest(accuracies)) if found.status == "undecided" else None
     lost = _lost(rows)
@@ -93,7 +100,7 @@ def verdict(
         share = round(gained.estimate / lost.estimate, 4)
     return {
         "status": found.status,
-        "sentence": _sentence(found, accuracies, titles, test_images, share, enough),
+        "sentence": _sentence(found, accuracies, titles, test_images, share, enough, draws),
         "attack": found.attack,
         "regained_share": share,
         "differences": {"lost": _as_json(lost), "gained": _as_json(gained)},
@@ -232,7 +239,15 @@ def _as_json(one: Interval | None) -> dict | None:
 # ----------------------------------------------------------------------------------------------------------- sentences
 
 
-def _sentence(found: Finding, accuracies, titles, test_images: int, share: float | None, enough: dict | None) -> str:
+def _sentence(
+    found: Finding,
+    accuracies: Mapping[str, Sequence[float]],
+    titles: Mapping[str, str],
+    test_images: int,
+    share: float | None,
+    enough: dict | None,
+    draws: Mapping[str, Sequence[Sequence[float]]],
+) -> str:
     protected, attacked, clean = (accuracies.get(row) for row in ("protected", found.attack, "clean"))
     seeds, images = _counted(len(protected), "seed"), _counted(test_images, "test image")
     figures = f"{_percent(protected)} -> {_percent(attacked)} by {titles.get(found.attack, found.attack)}"
@@ -244,7 +259,9 @@ def _sentence(found: Finding, accuracies, titles, test_images: int, share: float
     points = f"{100 * MARGIN:.0f} points"
     if found.status == "undecided":
         said = both if "there is" in found.open_question else figures
-        return f"Not enough to tell {found.open_question}: {said}, {images}. {_needed(accuracies, enough)}"
+        return (
+            f"Not enough to tell {found.open_question}: {said}, {images}. {_needed(accuracies, enough, bool(draws))}"
+        )
     return {
         "smoke": f"A first try in seconds, from which nothing follows ({figures}).",
         "exchanged": f"No verdict: the protected and the clean images seem to be exchanged. Victims get {both}.",
@@ -261,15 +278,15 @@ def _sentence(found: Finding, accuracies, titles, test_images: int, share: float
     }[found.status]
 
 
-def _needed(accuracies: Mapping[str, Sequence[float]], enough: dict | None) -> str:
+def _needed(accuracies: Mapping[str, Sequence[float]], enough: dict | None, several_draws: bool) -> str:
     """What would be enough to tell."""
     if min(map(len, accuracies.values())) < LEAST_SEEDS:
         return f"A single victim shows no spread: at least {NUMBERS[LEAST_SEEDS_FOR_NOTHING]} seeds are needed."
     if enough is None:
         return "The figures scatter so much that even 50 seeds and 50,000 test images might not tell."
     return (
-        f"If means and spreads stay as they are, {_counted(enough['seeds'], 'seed')} and "
-        f"{_counted(enough['test_images'], 'test image')} are enough."
+        f"If means and spreads stay as they are, {_counted(enough['seeds'], 'seed')}"
+        f"{', as many draws' if several_draws else ''} and {_counted(enough['test_images'], 'test image')} are enough."
     )
 
 

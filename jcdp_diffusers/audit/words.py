@@ -2,9 +2,17 @@
 
 from collections.abc import Mapping
 
+from ..countermeasures.iss import SAVES
 from ..data import FEW
+from ..data.perturbations import visibility_in_words
 from ..noise import colour_in_words
 from .verdict import MARGIN
+
+
+SPECTRUM_CAPTION = (
+    "The power that the protection adds, by colour axis and frequency, in squared levels of 255. It is estimated from "
+    "the collected images, without originals and without labels."
+)
 
 
 def marks(report: dict) -> list[str]:
@@ -25,12 +33,6 @@ def results_table(report: dict) -> list[dict]:
     table = []
     for entry in report["rows"]:
         accuracy, parts, before = entry["accuracy"], entry["row"].split("+"), "-"
-        if parts[0] in ("clean", "control", "protected"):
-            title = f"trained on {entry['title']}"
-        elif parts[0] == "purified":
-            title = f"trained on purified images{', with ' if parts[1:] else ''}{'+'.join(parts[1:])}"
-        else:
-            title = f"protected images, with {entry['title']}"
         if entry["prepare_seconds"] >= 0.5:
             before = seconds_in_words(entry["prepare_seconds"])
         if "purified" in parts and purifier_seconds is not None:
@@ -38,7 +40,7 @@ def results_table(report: dict) -> list[dict]:
         table.append(
             {
                 "row": entry["row"],
-                "title": title,
+                "title": row_title(entry, report["draws"]["count"]),
                 "test": f"{100 * accuracy['mean']:.1f} %",
                 "std": "-" if accuracy["std"] is None else f"{100 * accuracy['std']:.1f}",
                 "values": ", ".join(f"{100 * value:.1f}" for value in accuracy["values"]),
@@ -50,6 +52,26 @@ def results_table(report: dict) -> list[dict]:
             }
         )
     return table
+
+
+def row_title(entry: Mapping, draws: int = 1) -> str:
+    """
+    What the victims of a row were trained on.
+
+    Args:
+        entry (`dict`): A row of the report.
+        draws (`int`): Purifications of which the row `purified` is the mean.
+    """
+    parts = entry["row"].split("+")
+    if parts[0] in ("clean", "control", "protected"):
+        return f"trained on {entry['title']}"
+    if entry["row"] in (saves := {f"jpeg-{quality}": quality for quality in SAVES}):
+        return f"protected images, saved as JPEG of quality {saves[entry['row']]}"
+    if parts[0] == "purified":
+        with_others = f", with {'+'.join(parts[1:])}" if parts[1:] else ""
+        several = f", {draws} draws" if draws > 1 and not parts[1:] else ""
+        return f"trained on purified images{with_others}{several}"
+    return f"protected images, with {entry['title']}"
 
 
 def certainty(report: dict) -> list[str]:
@@ -76,7 +98,53 @@ def certainty(report: dict) -> list[str]:
         f"A difference below {100 * MARGIN:.0f} points counts as none. The verdict says that there is none only where "
         "the whole interval lies below that."
     )
-    return said
+    return said + about_draws(report["draws"])
+
+
+def about_draws(draws: Mapping) -> list[str]:
+    """How much depends on the draw of a randomised purifier, in sentences."""
+    if draws["count"] == 1:
+        return [
+            "Purification is random, and its row is that of one draw. Another draw gives other images; `--draws 3` "
+            "measures how much that changes."
+        ]
+    means = ", ".join(f"{100 * mean:.1f}" for mean in draws["means"])
+    victims = len(draws["values"][0])
+    said = [
+        f"Purification was drawn {draws['count']} times, with {victims} victim{'s' * (victims != 1)} each: {means} %. "
+        f"Its figure is the mean over draws, with a standard error of {100 * draws['standard_error']:.1f} points."
+    ]
+    if victims == 1:
+        return [
+            *said,
+            f"These figures have a standard deviation of {100 * draws['together']:.1f} points. One victim per draw "
+            "cannot tell the spread between draws from that between victims; two can (`--seeds 2`).",
+        ]
+    return [
+        *said,
+        f"Standard deviation between draws {100 * draws['between_draws']:.1f} points, between victims of one draw "
+        f"{100 * draws['between_victims']:.1f} points (random-effects model; F test that draws do not matter: p = "
+        f"{draws['p_value']:.2g}).",
+    ]
+
+
+def visible(report: dict) -> list[tuple[str, str]]:
+    """How visible the protection is, by measure; nothing where there are no originals."""
+    found = report["data"]["visibility"]
+    return [] if found is None else visibility_in_words(found)
+
+
+def visible_said(report: dict) -> list[str]:
+    """What the measures of visibility do not say by themselves, in sentences."""
+    found, saves = report["data"]["visibility"], report["data"]["jpeg_saves"]
+    if found is None:
+        return ["Not measured: no clean originals were given (--clean)."]
+    all_images = report["data"]["sets"]["protected"]["images"]
+    said = [f"Measured on the {found['images']} of {all_images} images that the protection changes."]
+    for quality, kept in (saves or {}).items():
+        spread = "" if kept["std"] is None else f", std {100 * kept['std']:.0f} over {kept['images']} images"
+        said.append(f"A JPEG save of quality {quality} leaves {100 * kept['mean']:.0f} % of the noise{spread}.")
+    return [*said, "What is left of the noise does not say what victims then learn."] if saves else said
 
 
 def checks(report: dict) -> list[tuple[bool, str]]:

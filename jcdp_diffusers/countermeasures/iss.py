@@ -16,7 +16,8 @@ from . import Countermeasure
 
 
 SOURCE = "Image shortcut squeezing (Liu, Zhao and Larson, ICML 2023; liuzrcc/ImageShortcutSqueezing)"
-QUALITIES = (10, 30, 50, 70, 90)  # the authors' is 10
+SAVES = (95, 75)  # as people save pictures: the least that programs call best, and Pillow's default
+QUALITIES = (10, 30, 50, 70, 90, *SAVES)  # the authors' is 10
 BITS = 2
 
 

@@ -21,7 +21,7 @@ import yaml
 from .. import poisons
 from ..data import LabelledImages, load_images, open_dataset, write_dataset
 from ..data.export import FORMATS
-from ..data.perturbations import apply_perturbation, measured_norms
+from ..data.perturbations import apply_perturbation, measured_norms, visibility, visibility_in_words
 from ..devices import default_device
 from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
@@ -355,6 +355,8 @@ def _write(
     start: float,
 ) -> LabelledImages:
     """Add the perturbation to the rows that it is of, and write all rows and the card."""
+    from ..perceptual import lpips_at_hand  # loads diffusers, which nothing else here needs
+
     columns = dict(columns or {})
     images = data.images.copy()
     images[rows] = apply_perturbation(data.images[rows], perturbation)
@@ -368,6 +370,7 @@ def _write(
         "split": split,
         "protected_images": len(rows),
         "measured": measured_norms(data.images[rows], images[rows]),
+        "visibility": visibility(data.images[rows], images[rows], perceptual=lpips_at_hand()),
         "seconds": round(time.monotonic() - start, 1),
         "packages": package_versions(),
     }
@@ -404,6 +407,10 @@ def _card(facts: dict[str, Any]) -> str:
     for key, value in facts["measured"].items():
         lines.append(f"| measured {key}, after rounding to 8 bits | {value:.4g} |")
     lines.append("\nL-infinity is in 1/255, L2 for images in [0, 1], L0 in pixels; L2 and L0 are per image.\n")
+    lines += ["## How visible it is\n", f"Over the {facts['visibility']['images']} images that it changes.\n"]
+    lines += ["| measure | mean, spread over images, and the most visible |", "|---|---|"]
+    lines += [f"| {title} | {said} |" for title, said in visibility_in_words(facts["visibility"])]
+    lines.append("")
     return "\n".join(lines)
 
 

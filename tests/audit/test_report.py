@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -11,9 +12,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from pypdf import PdfReader
 
+from jcdp_diffusers.audit.draws import separate_spreads
+from jcdp_diffusers.audit.evidence import evidence_in_words
+from jcdp_diffusers.audit.owner import numbers, what_to_do
 from jcdp_diffusers.audit.page import TONES
-from jcdp_diffusers.audit.pictures import picture_strips
+from jcdp_diffusers.audit.pictures import NATIVE_SIDE, draw_spectrum, native_pictures, picture_strips
 from jcdp_diffusers.audit.report import markdown, write_report
 from jcdp_diffusers.audit.verdict import verdict
 from jcdp_diffusers.audit.words import certainty, checks, results_table, seconds_in_words
@@ -41,6 +46,29 @@ def row(name: str, title: str, values: list[float], prepare: float = 0.0) -> dic
     }
 
 
+def over_images(mean: float, std: float) -> dict:
+    return {"mean": mean, "std": std, "least": mean - std, "most": mean + std, "images": 400}
+
+
+# Two colour axes are seen at high frequencies; what is not seen is unknown.
+SPECTRUM = {
+    "finding": "noise",
+    "p_value": 0.001,
+    "largest_z": 40.0,
+    "excess": 1.3,
+    "deficit": 0.0,
+    "excess_at": [2, 6],
+    "axes": [[0.58, 0.58, 0.58], [0.71, 0.0, -0.71], [0.41, -0.82, 0.41]],
+    "frequencies": list(range(9)),
+    "power": [[0.0] * 9, [0.0] * 4 + [9.0] * 5, [0.0] * 2 + [11.0] * 7],
+    "error": [[20.0] * 9, [3.5] * 4 + [1.0] * 5, [4.0] * 2 + [0.5] * 7],
+    "upper_bound": [[40.0] * 9, [7.0] * 4 + [11.0] * 5, [8.0] * 2 + [12.0] * 7],
+    "background": [[900.0] * 9, [90.0] * 9, [8.5] * 9],
+    "seen": [[False] * 9, [False] * 4 + [True] * 5, [False] * 2 + [True] * 7],
+    "actual": [[10.0] * 9, [9.2] * 9, [10.5] * 9],
+    "images": [400, 90],
+    "permutations": 999,
+}
 REPORT = {
     "verdict": {
         "status": "broken",
@@ -61,6 +89,7 @@ REPORT = {
         row("purified", "purification", [0.71, 0.72, 0.70], prepare=130.0),
         row("jpeg-10", "jpeg-10", [0.61, 0.58, 0.63], prepare=2.0),
     ],
+    "draws": {"count": 1, "values": [[0.71, 0.72, 0.70]]},
     "chance": 0.25,
     "data": {
         "sets": {
@@ -88,6 +117,18 @@ REPORT = {
         },
         "separation": {"collected_in_test": 0, "budget": 16 / 255},
         "noise": {"linf": 8, "l2_mean": 0.9, "l2_max": 1.0, "l0_mean": 200, "l0_max": 256, "share_changed": 1.0},
+        "visibility": {
+            "images": 400,
+            "network": None,
+            "not_measured": {"lpips": "no network"},
+            "linf": over_images(8.0, 0.0),
+            "l2": over_images(0.9, 0.02),
+            "psnr": over_images(31.2, 0.4),
+            "ssim": over_images(0.913, 0.021),
+            "lpips": None,
+        },
+        "jpeg_saves": {"95": over_images(0.91, 0.03), "75": over_images(0.38, 0.06)},
+        "spectrum": SPECTRUM,
         "shortcut": {
             "images": 400,
             "protected": {"fitted": 1.0, "held_out": 0.98, "test": 0.21},
@@ -188,7 +229,7 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(written):
     text = (written / "report.html").read_text()
     tags = _Tags()
     tags.feed(text)
-    assert tags.open == [] and tags.images == 5 * 4
+    assert tags.open == [] and tags.images == 5 * 4 + 4
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in tags.links)
     assert "<script" not in text and "url(http" not in text
     # Names from outside are text, not markup.
@@ -197,6 +238,7 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(written):
 
 def test_page_and_markdown_say_the_same_as_the_figures(written):
     page, text = (written / "report.html").read_text(), (written / "report.md").read_text()
+    page = re.sub("</?code>", "`", page)
     assert json.loads((written / "report.json").read_text()) == REPORT
     assert "26&nbsp;% → 71&nbsp;% by purification, clean 76&nbsp;%" in page and REPORT["verdict"]["sentence"] in text
     for shown in results_table(REPORT):
@@ -222,10 +264,11 @@ def test_page_and_markdown_say_what_the_pictures_show(written):
 
 
 def test_how_sure_the_verdict_is():
-    lost, gained, chances, margin = certainty(REPORT)
+    lost, gained, chances, margin, draws = certainty(REPORT)
     assert "falls by 50.0 points (95 % interval 46.0 to 54.0)" in lost
     assert "purification raises it by 45.0 points (95 % interval 40.0 to 50.0)" in gained
     assert "3 victims" in chances and "200" in chances and "5 points" in margin
+    assert "its row is that of one draw" in draws and "`--draws 3`" in draws
     report = copy.deepcopy(REPORT)
     report["verdict"]["differences"] = {"lost": None, "gained": {"estimate": 0.45, "low": None, "high": None}}
     assert "raises it by 45.0 points (its interval is unknown" in certainty(report)[0]
@@ -249,7 +292,7 @@ def test_names_from_outside_are_text_wherever_they_stand(tmp_path):
     before, _, after = text.partition("```\n")
     assert not re.search(r"(?<!\\)(<script|\]\(javascript)", before)
     rows = [line for line in before.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {9, 3}  # eight columns, and two
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {9, 4, 3}  # eight columns, three and two
     assert not any(line.startswith("# title") for line in text.splitlines())
 
 
@@ -285,10 +328,14 @@ def test_smoke_runs_roles_of_the_paper_and_missing_originals_are_marked(tmp_path
     report = copy.deepcopy(REPORT) | {"smoke": True, "roles": "paper"}
     report["rows"] = report["rows"][1:]
     report["data"]["noise"] = None
+    report["data"]["visibility"] = report["data"]["jpeg_saves"] = report["data"]["spectrum"] = None
     report["data"]["separation"]["collected_in_test"] = 90
     del report["data"]["shortcut"]["clean"]
     write_report(tmp_path, report, sets(with_clean=False))
-    page, text = (tmp_path / "report.html").read_text(), markdown(report, "")
+    page, text = (
+        (tmp_path / "report.html").read_text(),
+        markdown(report, "", native_pictures(picture_strips(sets(with_clean=False)))),
+    )
     for said in (
         "Smoke run: nothing was trained for long enough to mean anything.",
         "Roles as in the paper: the purifier has seen the test images.",
@@ -327,6 +374,144 @@ def test_no_difference_is_cut_off_whichever_is_the_larger(larger):
     assert f"magnified {strips.gain} times" in strips.caption and "one scale" in strips.caption
 
 
+def photographs(height: int, width: int, count: int = 8) -> dict[str, LabelledImages]:
+    draw = np.random.default_rng(0)
+    clean = draw.integers(20, 236, (count, height, width, 3)).astype(np.uint8)
+    data = LabelledImages(clean, np.arange(count) % 4, tuple(map(str, range(count))), tuple("abcd"))
+    return {"clean": data, "protected": data.with_images(clean + 8), "purified": data.with_images(clean + 1)}
+
+
+def test_pictures_at_actual_size_are_the_images_themselves():
+    data = photographs(32, 32)
+    native = native_pictures(picture_strips(data))
+    assert list(native.pictures) == ["clean", "protected", "purified", "what protection added, x15"]
+    for role in ("clean", "protected", "purified"):
+        picture = native.pictures[role]
+        assert picture.shape == (32, 4 * 36 - 4, 3)
+        for number in range(4):
+            assert np.array_equal(picture[:, 36 * number : 36 * number + 32], data[role].images[number])
+    assert "a pixel of an image is a pixel of this page" in native.caption and "15 times" in native.caption
+
+
+def test_of_large_pictures_the_middle_is_shown_at_actual_size():
+    data = photographs(200, 300)
+    native = native_pictures(picture_strips(data))
+    assert np.array_equal(native.pictures["clean"], data["clean"].images[0, 20:180, 70:230])
+    assert "A part of 160x160 pixels from the middle of 300x200." in native.caption
+    assert max(max(picture.shape[:2]) for picture in native.pictures.values()) == NATIVE_SIDE
+
+
+def test_the_page_shows_pictures_at_their_own_size(written):
+    page = (written / "report.html").read_text()
+    (natives,) = re.findall(r'<div class="natives".*?</div>', page, re.S)
+    for picture in native_pictures(picture_strips(sets())).pictures.values():
+        height, width = picture.shape[:2]
+        assert f'width="{width}" height="{height}"' in natives
+    assert natives.count("<img") == 4
+
+
+def test_the_first_page_has_the_verdict_three_numbers_pictures_and_what_to_do(written):
+    page, text = (written / "report.html").read_text(), (written / "report.md").read_text()
+    owner = page[page.index('<section id="owner">') : page.index('<section id="full">')]
+    first = text[: text.index("## What victims learned")]
+    for said in ("76&nbsp;%", "26&nbsp;%", "71&nbsp;%"):
+        assert f"<b>{said}</b>" in owner and f"**{said.replace('&nbsp;', ' ')}**" in first
+    for said in (
+        "learned by the strongest attack: trained on purified images",
+        "3 victims, std 2.0",
+        "Do not rely on this protection.",
+        "The protection changes values by up to 8/255; PSNR 31.2 dB, SSIM 0.913 on average.",
+    ):
+        assert said in owner and said in first
+    assert "`--countermeasures jpeg-95,jpeg-75` trains 6 more victims of 31 s each" in first
+
+
+def test_the_strongest_attack_is_the_one_that_the_verdict_names():
+    report = copy.deepcopy(REPORT)
+    report["verdict"]["attack"] = "jpeg-10"
+    assert numbers(report)[2]["value"] == "61 %" and "with jpeg-10" in numbers(report)[2]["title"]
+    report["rows"] = report["rows"][1:]
+    assert numbers(report)[0] | {"title": ""} == {
+        "row": None,
+        "value": "?",
+        "title": "",
+        "note": "no originals were given",
+    }
+
+
+@pytest.mark.parametrize("status", sorted(TONES))
+def test_every_verdict_says_what_to_do(status):
+    report = copy.deepcopy(REPORT)
+    report["verdict"]["status"] = status
+    said = what_to_do(report)
+    assert said and (("--countermeasures jpeg-95" in said[-1]) == (status not in ("smoke", "exchanged")))
+
+
+def test_what_a_jpeg_save_does_is_said_once_it_is_measured():
+    report = copy.deepcopy(REPORT)
+    report["rows"].append(row("jpeg-95", "jpeg-95", [0.31, 0.33, 0.29]))
+    said = " ".join(what_to_do(report))
+    assert "Saved as JPEG of quality 95, the protected images teach 31 %; saved without loss, 26 %." in said
+    assert "`--countermeasures jpeg-75` trains 3 more victims" in said
+    assert results_table(report)[-1]["title"] == "protected images, saved as JPEG of quality 95"
+    report["rows"].append(row("jpeg-75", "jpeg-75", [0.5, 0.5, 0.5]))
+    assert "--countermeasures" not in " ".join(what_to_do(report))
+
+
+def test_visibility_is_in_the_tables(written):
+    page, text = (written / "report.html").read_text(), (written / "report.md").read_text()
+    for said in (
+        "31.2 dB, std 0.4 over 400 images; at least 30.8 dB",
+        "not measured: no network",
+        "A JPEG save of quality 75 leaves 38 % of the noise, std 6 over 400 images.",
+    ):
+        assert said in page and said in text
+
+
+def test_draws_are_said():
+    report = copy.deepcopy(REPORT)
+    values = [[0.71, 0.72, 0.70], [0.68, 0.69, 0.67], [0.74, 0.75, 0.73]]
+    report["draws"] = {"count": 3, "values": values} | separate_spreads(values)
+    mean, spreads = certainty(report)[-2:]
+    assert "drawn 3 times, with 3 victims each: 71.0, 68.0, 74.0 %" in mean
+    assert "standard error of 1.7 points" in mean  # 3 / sqrt 3
+    assert "between draws 2.9 points, between victims of one draw 1.0 points" in spreads
+    assert results_table(report)[2]["title"] == "trained on purified images, 3 draws"
+    values = [[0.71], [0.68], [0.74]]
+    report["draws"] = {"count": 3, "values": values} | separate_spreads(values)
+    assert "One victim per draw cannot tell" in certainty(report)[-1]
+
+
+def test_what_is_not_seen_in_the_spectrum_is_drawn_as_unknown(tmp_path):
+    svg = draw_spectrum(SPECTRUM)
+    assert svg.startswith("<svg") and "unknown, at most this much" in svg and "true, from the originals" in svg
+    assert "colour axis 2: 0.71 R + 0.00 G - 0.71 B" in svg
+    assert svg.count("url(#h") == 9 + 4 + 2 + 1  # hatched: a bar for each bin that is not seen, and the legend's
+    everything = SPECTRUM | {"seen": [[True] * 9] * 3, "power": [[5.0] * 9] * 3, "actual": None}
+    seen = draw_spectrum(everything)
+    assert "unknown" not in seen and "true, from" not in seen and seen.count("url(#h") == 0
+    draw_spectrum(SPECTRUM, tmp_path / "spectrum.png")
+    assert Image.open(tmp_path / "spectrum.png").size[0] > 300
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({}, "2.3 times the power of collected images at 6 cycles per image in colour axis 3 (p at most 0.001)"),
+        ({"background": [[0.0] * 9] * 3}, "a power of 11.0 squared levels at 6 cycles per image in colour axis 3"),
+        ({"finding": "none", "p_value": 0.4}, "do not differ by more than chance explains (p = 0.4)"),
+        ({"finding": "filtered"}, "as after a JPEG save, a blur or a protection by convolution"),
+        ({"finding": "other kind"}, "no sign of an added protection"),
+    ],
+)
+def test_what_the_spectra_show_is_said_with_its_limits(changes, said):
+    sentence, *limits = evidence_in_words(SPECTRUM | changes)
+    assert said in sentence
+    assert "999 random divisions of the 400 protected and 90 collected images" in limits[0]
+    assert "not why they do" in limits[0] and "one kind" in limits[1]
+    assert "without collected images" in evidence_in_words(None)[0]
+
+
 @pytest.mark.parametrize("seconds, said", [(0.2, "0 s"), (89, "89 s"), (150, "2 min"), (7200, "2.0 h")])
 def test_times(seconds, said):
     assert seconds_in_words(seconds) == said
@@ -339,9 +524,9 @@ def browser(written, tmp_path_factory):
         pytest.skip("no Chromium: apt-get install chromium")
     folder = tmp_path_factory.mktemp("chromium")
 
-    def chromium(*options):
+    def chromium(*options, place=None):
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}"]
-        page = (written / "report.html").as_uri()
+        page = (place or written / "report.html").as_uri()
         return subprocess.run([CHROMIUM, *flags, *options, page], capture_output=True, timeout=120, check=True)
 
     def shot(width: int, height: int) -> np.ndarray:
@@ -369,8 +554,58 @@ def test_a_browser_finds_the_verdict(browser):
     assert re.search(r'id="verdict" data-status="broken">The protection does not survive', dom)
 
 
+PHONE = """<!DOCTYPE html><body><iframe width="375" height="9000" srcdoc="{page}"></iframe><p id="said"></p><script>
+onload = () => {{
+  const page = document.querySelector("iframe").contentDocument;
+  const wide = [...page.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > 375.5);
+  const size = [page.documentElement.clientWidth, page.documentElement.scrollWidth, page.body.scrollWidth];
+  said.textContent = size.join(" ") + " wide: " + wide.map(e => e.outerHTML.slice(0, 60)).join("; ");
+}};
+</script></body>"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("side", [16, 32, 200])
+def test_nothing_is_wider_than_a_phone(browser, tmp_path, side):
+    report = long_report()
+    write_report(tmp_path, report, sets() if side == 16 else photographs(side, side))
+    place = tmp_path / "phone.html"
+    place.write_text(PHONE.format(page=html.escape((tmp_path / "report.html").read_text())))
+    dom = browser("--dump-dom", place=place).stdout.decode()
+    (said,) = re.findall(r'<p id="said">(.*?)</p>', dom, re.S)
+    assert said == "375 375 375 wide: "
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("side", [16, 32, 200])
+def test_the_owners_page_prints_on_one_sheet(browser, tmp_path, side):
+    report = long_report()
+    write_report(tmp_path, report, sets() if side == 16 else photographs(side, side))
+    pdf = tmp_path / "print.pdf"
+    browser("--no-pdf-header-footer", f"--print-to-pdf={pdf}", place=tmp_path / "report.html")
+    first, second, *_ = (page.extract_text() for page in PdfReader(pdf).pages)
+    assert "The protection" in first and "What to do" in first and "more victims of" in first
+    assert "What victims learned" in second.lstrip()[:40] and "What to do" not in second
+
+
+def long_report() -> dict:
+    """A report with as many sentences on its first page, and as long ones, as there can be."""
+    report = copy.deepcopy(REPORT) | {"smoke": True, "roles": "paper"}
+    report["verdict"] |= {
+        "status": "withstands",
+        "attack": "impulse-filter+purified+corruption",
+        "sentence": "The protection survives what was tried: 26 % -> 29 % by impulse-filter+purified+corruption, clean "
+        "76 %, three seeds; no attack wins back 5 points, but a stronger one may still break it.",
+    }
+    report["rows"].append(row("impulse-filter+purified+corruption", "impulse-filter+purified+corruption", [0.29] * 3))
+    report["rows"].append(row("jpeg-95", "jpeg-95", [0.31, 0.33, 0.29]))
+    return report
+
+
 def test_the_colour_of_the_noise_is_said():
     coloured = copy.deepcopy(REPORT)
-    assert "corner frequency" not in markdown(coloured, "")
+    assert "corner frequency" not in markdown(coloured, "", native_pictures(picture_strips(sets())))
     coloured["purification"]["noise_corner"] = 8.0
-    assert "noise of corner frequency 8 cycles per image" in markdown(coloured, "")
+    assert "noise of corner frequency 8 cycles per image" in markdown(
+        coloured, "", native_pictures(picture_strips(sets()))
+    )

@@ -11,11 +11,12 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from sklearn.datasets import load_digits
 from tiny import tiny_unet
 
+from jcdp_diffusers.audit.draws import separate_spreads
 from jcdp_diffusers.audit.run import audit
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
-from jcdp_diffusers.data.perturbations import apply_perturbation
-from jcdp_diffusers.perceptual import LPIPSModel
+from jcdp_diffusers.data.perturbations import apply_perturbation, visibility
+from jcdp_diffusers.perceptual import LPIPSModel, lpips_at_hand
 from jcdp_diffusers.poisons import get
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.results import read_records
@@ -202,6 +203,58 @@ def test_a_given_purifier_that_has_seen_what_it_must_not_is_refused(folders, aud
     said = capsys.readouterr().err
     assert f"was trained on 2 of the {len(data)} {role} images, the first {data.ids[3]!r}" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_several_draws_show_their_spread_beside_that_of_the_victims(folders, audited, tmp_path):
+    output = tmp_path / "out"
+    asked = ("--purifier", str(audited / "purifier"), "--seeds", "2", "--draws", "2", "--countermeasures", "jpeg-95")
+    assert main(command(folders, output, *asked)) == 0
+    report = json.loads((output / "report.json").read_text())
+    first, second = (load_images(folder) for folder in (output / "purified", output / "draws/2"))
+    assert first.ids == second.ids and not np.array_equal(first.images, second.images)
+    records = results_by_trial(output / "records.jsonl", what="accuracy").values()
+    found = {}
+    for record in records:
+        found.setdefault(record["settings"]["row"], {})[record["seed"]] = record["value"]
+    assert {row: list(seeds) for row, seeds in found.items()} == {
+        "protected": [0, 1],
+        "purified": [0, 1],
+        "jpeg-95": [0, 1],
+        "purified, draw 2": [2, 3],
+    }
+    values = [list(found[row].values()) for row in ("purified", "purified, draw 2")]
+    assert report["draws"] == {"count": 2, "values": values} | separate_spreads(values)
+    (row,) = (row for row in report["rows"] if row["row"] == "purified")
+    assert row["accuracy"]["values"] == sum(values, [])
+    assert row["accuracy"]["std"] == report["draws"]["between_victims"]
+    text = (output / "report.md").read_text()
+    assert "trained on purified images, 2 draws" in text and "Purification was drawn 2 times, with 2 victims" in text
+    assert "protected images, saved as JPEG of quality 95" in text and "--draws 2" in report["command"]
+    # One draw less is what was there before.
+    before = (output / "records.jsonl").read_text()
+    asked = [*asked[:4], *asked[6:]]
+    assert main(command(folders, output, *asked)) == 0
+    assert (output / "records.jsonl").read_text() == before
+    assert json.loads((output / "report.json").read_text())["draws"] == {"count": 1, "values": values[:1]}
+
+
+@pytest.mark.parametrize("draws", ["0", "-1"])
+def test_a_number_of_draws_that_there_cannot_be_is_refused(folders, tmp_path, capfd, draws):
+    assert main(command(folders, tmp_path / "out", "--draws", draws)) == 1
+    assert f"--draws is {draws}, but must be a whole number of at least 1" in sentence(capfd)
+
+
+def test_the_report_says_where_the_protection_is_and_how_visible(audited, folders):
+    data = json.loads((audited / "report.json").read_text())["data"]
+    protected = load_images(audited / "purified").ids  # the few of a smoke run
+    clean, poisoned = (load_images(folders[role]) for role in ("clean", "protected"))
+    rows = [clean.ids.index(id_) for id_ in protected]
+    assert data["visibility"] == visibility(clean.images[rows], poisoned.images[rows], perceptual=lpips_at_hand())
+    assert set(data["jpeg_saves"]) == {"95", "75"} and data["jpeg_saves"]["95"]["mean"] > 0
+    spectrum = data["spectrum"]
+    assert spectrum["images"] == [len(rows), 100] and len(spectrum["power"]) == 3
+    assert (audited / "pictures/spectrum.png").stat().st_size > 1000
+    assert (audited / "pictures/native.png").stat().st_size > 500
 
 
 def test_the_roles_of_the_paper_need_a_purifier_that_has_seen_test_images(folders, audited, tmp_path, capsys):

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from jcdp_diffusers import poisons
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import load_images, write_dataset
-from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
+from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms, visibility
+from jcdp_diffusers.perceptual import lpips_at_hand
 from jcdp_diffusers.poisons import protect
 from jcdp_diffusers.poisons.checkpoint import Checkpoint
 
@@ -72,13 +73,17 @@ def test_card_says_what_was_done(source, data, tmp_path):
     assert (card["method"], card["preset"], card["seed"], card["images"]) == ("emn-class", "smoke", 0, 40)
     assert card["settings"]["epsilon"] == 8.0 and card["settings"]["max_rounds"] == 2
     assert card["promised"] == {"linf": 8.0} and "Huang" in card["reference"]
-    assert card["measured"] == measured_norms(data.images, load_images(output).images)
+    written = load_images(output).images
+    assert card["measured"] == measured_norms(data.images, written)
+    assert card["visibility"] == visibility(data.images, written, perceptual=lpips_at_hand())
     text = (output / "README.md").read_text()
     assert (
         "| `step` | 4.0 (published: 0.8) |" in text
         and "| `epsilon` | 8.0 |" in text
         and "| measured linf, after rounding to 8 bits |" in text
     )
+    (psnr,) = (line for line in text.splitlines() if line.startswith("| PSNR |"))
+    assert f"{card['visibility']['psnr']['mean']:.1f} dB, std " in psnr and "over 40 images" in psnr
 
 
 def test_same_command_again_does_nothing_and_another_is_refused(source, tmp_path):

@@ -1,0 +1,105 @@
+"""The first page of a report, in words: three numbers, and what the owner of the images can do."""
+
+from collections.abc import Mapping
+
+from ..countermeasures.iss import SAVES
+from .words import row_title, seconds_in_words
+
+
+SAVE_ROWS = {f"jpeg-{quality}": quality for quality in SAVES}
+_WHAT_TO_DO = {
+    "broken": (
+        "Do not rely on this protection. Whoever collects similar images can train on yours after this attack.",
+        "Images that nobody may learn from are safe only where they are not published.",
+    ),
+    "undone": (
+        "Do not rely on this protection. Victims learn clearly more after this attack than before.",
+        "Give the originals (`--clean`): then the report says how much of the protection is left.",
+    ),
+    "weakened": (
+        "Expect victims to learn more from these images than the protection promises. A stronger attack may win back "
+        "the rest.",
+        "Try further attacks (`--countermeasures`) before you rely on what is left.",
+    ),
+    "withstands": (
+        "Publish exactly the files that were audited. Another size or file format is another protection.",
+        "Repeat the audit with further attacks (`--countermeasures`) and with a larger purifier. A stronger one may "
+        "still break the protection.",
+    ),
+    "ineffective": (
+        "Do not rely on this protection: victims learn from these images as they are.",
+        "Take another method or a larger budget, and audit again.",
+    ),
+    "exchanged": ("Check whether `--protected` and `--clean` were exchanged, and audit again.",),
+    "open": ("Give the originals (`--clean`). Without them, no verdict is possible here.",),
+    "undecided": (
+        "Measure more, as the verdict says. The same command with more `--seeds` goes on in this folder and keeps "
+        "what it has.",
+    ),
+    "smoke": ("Repeat the audit without `--protocol smoke`, in another folder.",),
+}
+
+
+def numbers(report: Mapping) -> list[dict]:
+    """
+    The three numbers of the first page: what victims learn from clean, protected and attacked images.
+
+    Returns:
+        `list[dict]`: Each with `row` (None where it is not known), `value`, `title` and `note`.
+    """
+    rows = {entry["row"]: entry for entry in report["rows"]}
+    titles = {"clean": "learned from the clean images", "protected": "learned from the protected images"}
+    found = []
+    for row in ("clean", "protected", report["verdict"]["attack"]):
+        title = titles.get(row) or f"learned by the strongest attack: {row_title(rows[row])}"
+        if row not in rows:
+            found.append({"row": None, "value": "?", "title": title, "note": "no originals were given"})
+            continue
+        accuracy = rows[row]["accuracy"]
+        count = len(accuracy["values"])
+        note = f"{count} victims" if count > 1 else "one victim"
+        note += "" if accuracy["std"] is None else f", std {100 * accuracy['std']:.1f}"
+        value = f"{100 * accuracy['mean']:.0f} %"
+        found.append({"row": row, "value": value, "title": title, "note": note})
+    return found
+
+
+def what_to_do(report: Mapping) -> list[str]:
+    """What the owner of the images can do, in sentences; backticks mark options of `jcdp audit`."""
+    return [*_WHAT_TO_DO[report["verdict"]["status"]], *after_a_save(report)]
+
+
+def noise_in_short(report: Mapping) -> str:
+    """How visible the protection is, in one sentence for under the pictures; empty where it is not known."""
+    found = report["data"]["visibility"]
+    if found is None or not found["images"]:
+        return ""
+    said = f"The protection changes values by up to {found['linf']['most']:.0f}/255"
+    means = [
+        f"{name.upper()} {found[name]['mean']:.{digits}f}{unit}"
+        for name, digits, unit in (("psnr", 1, " dB"), ("ssim", 3, ""))
+        if found[name] is not None
+    ]
+    return f"{said}; {', '.join(means)} on average."
+
+
+def after_a_save(report: Mapping) -> list[str]:
+    """What a JPEG save does to the protection, as far as it was measured."""
+    rows = {entry["row"]: entry for entry in report["rows"]}
+    before, said = rows["protected"]["accuracy"]["mean"], []
+    for row, quality in SAVE_ROWS.items():
+        if row in rows:
+            after = rows[row]["accuracy"]["mean"]
+            said.append(
+                f"Saved as JPEG of quality {quality}, the protected images teach {100 * after:.0f} %; saved without "
+                f"loss, {100 * before:.0f} %."
+            )
+    missing = [row for row in SAVE_ROWS if row not in rows]
+    if missing and report["verdict"]["status"] not in ("exchanged", "smoke"):
+        victims = len(missing) * len(report["victims"]["seeds"])
+        seconds = seconds_in_words(rows["protected"]["train_seconds"])
+        said.append(
+            f"If you publish JPEG files, measure what a save does: `--countermeasures {','.join(missing)}` trains "
+            f"{victims} more victims of {seconds} each."
+        )
+    return said
