@@ -18,6 +18,7 @@ from ..data.checks import (
     describe_set,
     few_of_each_class,
     match_originals,
+    with_originals,
 )
 from ..data.perturbations import noise_kept, visibility
 from ..data.photographs import stored_sizes, working_size
@@ -60,8 +61,8 @@ def read_sets(
             sets[role], rejected = _load(role, source, reading, skip_unusable_images)
             if rejected:
                 unusable[role] = rejected
-    if "clean" in unusable or "protected" in unusable:
-        sets = _both_usable(sets)
+    if "clean" in unusable and "clean" in sets:
+        sets["protected"] = with_originals(sets["protected"], sets["clean"])
     return sets, unusable
 
 
@@ -110,14 +111,6 @@ def _unusable(role: str, rejected: list[dict]) -> ValueError:
         f"{role} has {len(rejected)} image(s) that cannot be used, the first {first['file'] or first['id']!r}: "
         f"{first['reason']}; skip_unusable_images leaves such images out."
     )
-
-
-def _both_usable(sets: dict[str, LabelledImages]) -> dict[str, LabelledImages]:
-    """Without protected images whose original was left out, where there are originals."""
-    if "clean" not in sets:
-        return sets
-    usable = set(sets["clean"].ids)
-    return sets | {"protected": sets["protected"].subset([id_ in usable for id_ in sets["protected"].ids])}
 
 
 def check_together(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:

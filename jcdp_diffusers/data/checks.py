@@ -6,6 +6,8 @@ Whatever would make a figure meaningless is refused in one sentence; whatever a 
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -106,18 +108,23 @@ def match_originals(clean: LabelledImages, protected: LabelledImages) -> Labelle
     """
     The clean original of each protected image, by id, in the order of the protected ones.
 
+    Files of two folders, whose ids are row numbers, are matched by their names without suffixes.
+
     Raises:
         ValueError: If one is missing, or has another label or shape, or if the images do not resemble each other: ids
             that are row numbers agree by chance where two sources have another order.
     """
-    rows = {id_: row for row, id_ in enumerate(clean.ids)}
-    missing = [id_ for id_ in protected.ids if id_ not in rows]
+    names, wanted = _stems(clean), _stems(protected)
+    if names is None or wanted is None:
+        names, wanted = clean.ids, protected.ids
+    rows = {name: row for row, name in enumerate(names)}
+    missing = [name for name in wanted if name not in rows]
     if missing:
         raise ValueError(
             f"clean lacks the originals of {len(missing)} of {len(protected)} protected images, the first "
-            f"{missing[0]!r}, but each must be there under the protected image's id."
+            f"{missing[0]!r}, but each must be there under the protected image's id or file name."
         )
-    clean = clean.subset([rows[id_] for id_ in protected.ids])
+    clean = replace(clean.subset([rows[name] for name in wanted]), ids=protected.ids)
     if clean.images.shape != protected.images.shape:
         raise ValueError(
             f"clean has images of {_shape(clean)} and protected of {_shape(protected)} (height, width, channels), but "
@@ -137,6 +144,22 @@ def match_originals(clean: LabelledImages, protected: LabelledImages) -> Labelle
             f"each other (correlation {like:.2f}); originals under the ids of what was made from them are accepted."
         )
     return clean
+
+
+def with_originals(protected: LabelledImages, clean: LabelledImages) -> LabelledImages:
+    """The protected images whose originals are there: one that cannot be read takes its protected image with it."""
+    names, wanted = _stems(clean), _stems(protected)
+    if names is None or wanted is None:
+        names, wanted = clean.ids, protected.ids
+    return protected.subset([name in set(names) for name in wanted])
+
+
+def _stems(data: LabelledImages) -> tuple[str, ...] | None:
+    """File names without suffixes, where ids are row numbers and these names tell all images apart."""
+    if data.id_space == "" or data.files is None or None in data.files:
+        return None
+    stems = tuple(PurePosixPath(file).with_suffix("").as_posix() for file in data.files)
+    return stems if len(set(stems)) == len(stems) else None
 
 
 def _likeness(one: np.ndarray, other: np.ndarray) -> float:

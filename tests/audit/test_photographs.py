@@ -205,7 +205,6 @@ def test_protected_photographs_and_nothing_else(photographs, tmp_path, monkeypat
         "protected": 8,
         "collected": 4,
         "test": 4,
-        "purified": 8,
     }
     limits = " ".join(report["limits"])
     assert "IMG_9999.jpg" in limits and "cannot be known" in limits
