@@ -103,7 +103,8 @@ def run_grid(
         purifiers = engines.first_rank_decides(make)
         protected = _protected(grid, clean, output_dir, device)  # as rank 0 has made and kept them
         probe = None if grid.method == "supervised" else clean
-        trials = grid_trials(grid, data_name, protected, test, purifiers, roles, output_dir / "prepared", probe)
+        work_dir = output_dir / "prepared"
+        trials = grid_trials(grid, data_name, protected, test, purifiers, roles, work_dir, probe, collected)
         measure(
             trials,
             output_dir / "records.jsonl",
@@ -125,6 +126,7 @@ def grid_trials(
     roles: str,
     work_dir: Path,
     probe: LabelledImages | None = None,
+    collected: LabelledImages | None = None,
 ) -> list[Trial]:
     """
     The trials of a grid, a whole table of one seed before the second seed.
@@ -136,7 +138,7 @@ def grid_trials(
         test (`LabelledImages`): Clean test images.
         purifiers (`dict`): By column that needs one, its folder or Hub id.
         roles (`str`): What records say of the purifiers' training images.
-        work_dir (`Path`), probe (`LabelledImages`, *optional*): See `Trial`.
+        work_dir (`Path`), probe, collected (`LabelledImages`, *optional*): See `Trial`.
     """
     facts = {"grid": grid.name, "dataset": data_name, "collected": _collected_name(grid, data_name), **grid.about}
     trials = []
@@ -161,6 +163,7 @@ def grid_trials(
                             purifier=purifiers.get(title),
                             purification=column.purification,
                             draws=column.draws,
+                            collected=collected if column.needs_collected else None,
                             work_dir=work_dir,
                             about=about,
                         )

@@ -48,6 +48,10 @@ class Column:
     def needs_purifier(self) -> bool:
         return countermeasures.get(self.countermeasure).needs_purifier
 
+    @property
+    def needs_collected(self) -> bool:
+        return countermeasures.get(self.countermeasure).needs_collected
+
 
 @dataclasses.dataclass(frozen=True)
 class Grid:

@@ -21,6 +21,8 @@ COMMANDS = {
     "score": ("jcdp_diffusers.score", "train victims on one data set and test them on another"),
     "detect": ("jcdp_diffusers.detect", "find out whether a set of images carries a protection"),
     "audit": ("jcdp_diffusers.audit.command", "find out whether a protection survives purification"),
+    "publish": ("jcdp_diffusers.publish", "push a purifier or protected data sets to the Hub, with their cards"),
+    "demo": ("jcdp_diffusers.demo.command", "a page on which to drop pictures, protect or purify them, and compare"),
 }
 
 

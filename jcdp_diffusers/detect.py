@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .audit.evidence import rise_in_words
 from .audit.shortcut import PIXEL_MODELS, SHORTCUT_IMAGES, SHORTCUT_VALUES, PixelModel, gap_of
 from .data import LabelledImages, find_overlap, load_images
 from .outputs import check_output_file, write_atomically
@@ -74,6 +75,7 @@ def detect(
             "frequencies": estimate.frequencies.tolist(),
             "power": estimate.power.round(4).tolist(),
             "error": estimate.error.round(4).tolist(),
+            "background": estimate.background.round(4).tolist(),
         }
     return found | _conclusion(found)
 
@@ -224,11 +226,7 @@ def _shortcut_reasons(shortcut: dict[str, Any] | None) -> list[str]:
 def _spectrum_reasons(spectrum: dict[str, Any] | None) -> list[str]:
     if spectrum is None or spectrum["finding"] != "noise":
         return []
-    axis, frequency = spectrum["excess_at"]
-    return [
-        f"its images have {1 + spectrum['excess']:.1f} times the power of collected ones at {frequency} cycles per "
-        f"image (colour axis {axis + 1})"
-    ]
+    return [f"its images have {rise_in_words(spectrum)}"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,11 @@
-"""To the Hub, one commit a folder: a purifier's repository, or a purified data set."""
+"""To the Hub, one commit a folder: a purifier's repository, or a purified or protected data set."""
 
 import os
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 
 
 # All that a purifier's repository consists of; not checkpoints (which hold optimiser states), grids and logs.
@@ -93,6 +96,48 @@ def create_repository(repo_id: str, *, repo_type: str = "model", private: bool |
         `str`: The repository's name with its namespace.
     """
     return HfApi(token=token).create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+
+
+def files_of_purifier(folder: str | os.PathLike) -> dict[str, Path]:
+    """What [`push_purifier`] pushes of a folder: path in the repository -> file."""
+    return {name: path for name, path in _files(folder) if any(fnmatch(name, one) for one in PURIFIER_FILES)}
+
+
+def files_of_dataset(folder: str | os.PathLike) -> dict[str, Path]:
+    """What [`push_dataset`] pushes of a folder: path in the repository -> file."""
+    return {name: path for name, path in _files(folder) if not any(fnmatch(name, one) for one in NOT_OF_A_DATASET)}
+
+
+def push_files(
+    files: Mapping[str, Path | bytes],
+    repo_id: str,
+    *,
+    repo_type: str,
+    private: bool | None = None,
+    commit_message: str,
+    token: str | None = None,
+) -> str:
+    """
+    Push files in one commit.
+
+    Args:
+        files (`dict`): Path in the repository -> file, or its content.
+        repo_id, private, token: As for [`push_purifier`].
+        repo_type (`str`): `"model"` or `"dataset"`.
+        commit_message (`str`): Of the one commit.
+
+    Returns:
+        `str`: URL of the commit.
+    """
+    repo_id = create_repository(repo_id, repo_type=repo_type, private=private, token=token)
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    options = {"repo_type": repo_type, "commit_message": commit_message}
+    return HfApi(token=token).create_commit(repo_id, operations, **options).commit_url
+
+
+def _files(folder: str | os.PathLike) -> list[tuple[str, Path]]:
+    folder = Path(folder)
+    return [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def _upload(folder, repo_id, repo_type, private, token, **options) -> str:

@@ -62,6 +62,7 @@ class Trial:
             pipeline, for countermeasures that purify.
         purification (`PurificationConfig` or `str`, *optional*): Replaces the countermeasure's own settings.
         draws (`int`): Purifications of each image, of which the victim sees one per epoch in turn.
+        collected (`LabelledImages`, *optional*): Unprotected images, for countermeasures that need them.
         whitening (`LabelledImages`, *optional*): Images whose patches the first layer of `"convnet94"` whitens, in
             place of the training images.
         work_dir (`Path`, *optional*): Where purified images are kept, so that the victims of all seeds share them.
@@ -82,6 +83,7 @@ class Trial:
     purifier: str | os.PathLike | JointConditionalPurificationPipeline | None = None
     purification: PurificationConfig | str | None = None
     draws: int = 1
+    collected: LabelledImages | None = None
     whitening: LabelledImages | None = None
     work_dir: Path | None = None
     model_path: Path | None = None
@@ -93,6 +95,7 @@ class Trial:
             given, needed = ("None", "labelled images") if self.probe is None else ("a set of images", "None")
             raise ValueError(f"probe is {given}, but must be {needed} for method {self.method!r}.")
         countermeasures.get(self.countermeasure).require_learning(self.method)
+        countermeasures.get(self.countermeasure).require_collected(self.collected)
 
     @functools.cached_property
     def settings(self) -> dict:
@@ -112,6 +115,8 @@ class Trial:
         }
         if self.probe is not None:
             settings["probe"] = describe_images(self.probe)
+        if countermeasure.needs_collected:
+            settings["collected_images"] = describe_images(self.collected)
         if self.whitening is not None:
             settings["whitening"] = describe_images(self.whitening)
         if countermeasure.needs_purifier:
@@ -378,6 +383,7 @@ def _train(trial: Trial, records: Path, device: torch.device) -> float:
             purification=trial.purification,
             checkpoint_dir=work_dir,
             draws=trial.draws,
+            collected=trial.collected,
         )
         result = train_victim(
             prepared.data,

@@ -1,6 +1,7 @@
 """What `jcdp detect` says of sets whose protection is known."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -74,6 +75,17 @@ def test_without_labels_the_spectrum_remains(clean, collected):
     assert found["protected"] is True and found["shortcut"] is None and found["spectrum"]["finding"] == "noise"
     honest = LabelledImages(clean.images, None, clean.ids)
     assert detect(honest, collected, permutations=199)["protected"] is False
+
+
+def test_colour_on_grey_images_is_said_in_levels_and_not_as_a_multiple_of_nothing():
+    """Grey images have no power in two colour axes, but for the last digit of a float."""
+    grey = [np.repeat(natural(200, seed, size=16)[..., :1], 3, axis=3) for seed in (0, 1)]
+    noise = np.random.default_rng(2).choice([-6, 6], grey[0].shape)
+    protected = LabelledImages((grey[0] + noise).clip(0, 255).astype(np.uint8), None, tuple(map(str, range(200))))
+    collected = LabelledImages(grey[1], None, tuple(map(str, range(200, 400))))
+    found = detect(protected, collected, permutations=99)
+    power = float(re.search(r"a power of ([\d.]+) squared levels at \d+ cycles", found["sentence"])[1])
+    assert power == pytest.approx(36, rel=0.1) and "where collected images have none" in found["sentence"]
 
 
 def test_without_a_reference_nothing_is_claimed(clean):

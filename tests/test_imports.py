@@ -19,7 +19,7 @@ LAYERS = (
     {"poisons", "countermeasures"},
     {"trials"},
     {"audit"},
-    {"score", "detect", "quickstart"},
+    {"score", "detect", "quickstart", "demo", "publish"},
     {"cli"},
 )
 # No part reaches one of the others, neither itself nor through what it imports.

@@ -57,6 +57,23 @@ def spectral_evidence(
     }
 
 
+def rise_in_words(found: Mapping) -> str:
+    """
+    What a set has more than collected images where the difference is largest.
+
+    Args:
+        found (`dict`): With `excess`, `excess_at`, `frequencies`, `power` and `background`; see `spectral_evidence`.
+    """
+    axis, frequency = found["excess_at"]
+    where = f"at {frequency} cycles per image in colour axis {axis + 1}"
+    place = found["frequencies"].index(frequency)
+    # Grey images have no power at all in two colour axes, and nothing can be so many times as much.
+    if found["background"][axis][place] < ROUNDING_POWER:
+        power = found["power"][axis][place]
+        return f"a power of {power:.1f} squared levels {where}, where collected images have none"
+    return f"{1 + found['excess']:.1f} times the power of collected images {where}"
+
+
 def evidence_in_words(found: Mapping | None) -> list[str]:
     """
     The evidence and its limits, in sentences.
@@ -66,21 +83,14 @@ def evidence_in_words(found: Mapping | None) -> list[str]:
     """
     if found is None:
         return ["Spectra were not compared: without collected images (--collected) there is nothing to compare with."]
-    # Rounding to bytes alone makes some bins of grey images differ by less than a level.
-    axis, frequency = found["excess_at"]
-    where = f"at {frequency} cycles per image in colour axis {axis + 1}"
-    background = found["background"][axis][found["frequencies"].index(frequency)]
-    rise = f"{1 + found['excess']:.1f} times the power of collected images {where}"
-    if background < ROUNDING_POWER:
-        power = found["power"][axis][found["frequencies"].index(frequency)]
-        rise = f"a power of {power:.1f} squared levels {where}, where collected images have none"
     least = 1 / (found["permutations"] + 1)
     p_value = f"p {'at most' if found['p_value'] <= least else '='} {found['p_value']:.3g}"
     said = {
-        "noise": f"Protected images have {rise} ({p_value}): the sign of an added protection, seen without labels and "
-        "without originals.",
+        "noise": f"Protected images have {rise_in_words(found)} ({p_value}): the sign of an added protection, seen "
+        "without labels and without originals.",
         "filtered": f"Protected images have less power than collected ones at some frequencies ({p_value}), as after "
-        "a JPEG save, a blur or a protection by convolution.",
+        "a JPEG save, a blur or a protection by convolution. The picture is of added noise, and does not hold for a "
+        "filter.",
         "other kind": f"The spectra differ ({p_value}), but only in contrast or by little, as those of images of "
         "another kind do: no sign of an added protection.",
         "none": f"The spectra do not differ by more than chance explains ({p_value}): no added protection is seen, "

@@ -9,7 +9,7 @@ from .words import row_title, seconds_in_words
 SAVE_ROWS = {f"jpeg-{quality}": quality for quality in SAVES}
 _WHAT_TO_DO = {
     "broken": (
-        "Do not rely on this protection. Whoever collects similar images can train on yours after this attack.",
+        "Do not rely on this protection. Whoever applies this attack can train on your images.",
         "Images that nobody may learn from are safe only where they are not published.",
     ),
     "undone": (

@@ -229,7 +229,7 @@ def _mixture(axis: np.ndarray) -> str:
     """A colour axis as a sum of channels."""
     names = ("R", "G", "B") if len(axis) == 3 else tuple(f"channel {number + 1}" for number in range(len(axis)))
     said = " ".join(f"{'-' if weight < 0 else '+'} {abs(weight):.2f} {name}" for weight, name in zip(axis, names))
-    return said.removeprefix("+ ")
+    return said.removeprefix("+ ").replace("- ", "-", 1) if axis[0] < 0 else said.removeprefix("+ ")
 
 
 def draw_losses(report: dict) -> str | None:

@@ -73,6 +73,8 @@ _FILES = {
     "at-8": "adversarial_training",
     "rsk": "convolution",
     "coin": "convolution",
+    "advcl": "advcl",
+    "advcl-plain": "advcl",
 }
 # Several that a paper takes together; "none" is plain training.
 _COMBINATIONS = {"none": "", "eclipse": "eclipse-purifier+corruption"}
@@ -96,6 +98,8 @@ class Context:
         checkpoint_dir (`Path`, *optional*): Folder in which costly work is kept, so that the same call continues an
             interrupted one.
         progress (`bool`, *optional*, defaults to `False`): Show a bar.
+        collected (`LabelledImages`, *optional*): Unprotected images, for countermeasures that need them; their labels
+            are not read.
     """
 
     seed: int = 0
@@ -105,6 +109,7 @@ class Context:
     purification: Any = None
     checkpoint_dir: Path | None = None
     progress: bool = False
+    collected: LabelledImages | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,9 @@ class Countermeasure:
         needs_purifier (`bool`, *optional*, defaults to `False`): Whether `prepare` needs a `purifier`.
         suits (`tuple[str]`, *optional*, defaults to all of `LEARNING`): Ways of learning that it goes with. A hook
             that changes labels or the loss, or needs labels, suits `"supervised"` alone.
+        method (`str`, *optional*): The one method that it goes with, such as `"simclr"`, where not all that `suits`
+            says.
+        needs_collected (`bool`, *optional*, defaults to `False`): Whether `prepare` needs `collected`.
         replaces_loss (`bool`, *optional*, defaults to `False`): Whether its hook takes the place of the loss.
         takes (`str`, *optional*, defaults to `"floats"`): Form of the stored images that it needs when it is applied:
             `"bytes"`, or `"floats"` for one that works on floats too.
@@ -154,6 +162,8 @@ class Countermeasure:
     settings: Mapping[str, Any] = field(default_factory=dict)
     needs_purifier: bool = False
     suits: tuple[str, ...] = LEARNING
+    method: str | None = None
+    needs_collected: bool = False
     replaces_loss: bool = False
     takes: str = "floats"
     gives: str = "bytes"
@@ -171,6 +181,7 @@ class Countermeasure:
         checkpoint_dir: str | Path | None = None,
         draws: int = 1,
         progress: bool = False,
+        collected: LabelledImages | None = None,
     ) -> Prepared:
         """
         Do what is done before training, and make the hooks for what is done while training.
@@ -180,7 +191,7 @@ class Countermeasure:
             num_classes (`int`, *optional*): By default `data.num_classes`.
             draws (`int`, *optional*, defaults to 1): How often a countermeasure that purifies does it, with seed,
                 seed + 1, ...; the victim trains on one draw per epoch in turn.
-            seed, device, purifier, purification, checkpoint_dir, progress: See [`Context`].
+            seed, device, purifier, purification, checkpoint_dir, progress, collected: See [`Context`].
 
         Returns:
             [`Prepared`]
@@ -193,10 +204,11 @@ class Countermeasure:
             accepted = "at least 1" if self.needs_purifier else "1, because nothing is purified"
             raise ValueError(f"draws is {draws}, but for countermeasure {self.name!r} it must be {accepted}.")
         self.require(purifier)
+        self.require_collected(collected)
         if num_classes is None and data.labels is not None:
             num_classes = data.num_classes
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-        context = Context(seed, device, num_classes, purifier, purification, folder, progress)
+        context = Context(seed, device, num_classes, purifier, purification, folder, progress, collected)
         start = time.perf_counter()
         sets, hooks = [data] * draws, []
         for part in self._parts:
@@ -220,6 +232,19 @@ class Countermeasure:
                 f"purifier is None, but countermeasure {self.name!r} needs one: a pipeline, a folder or a Hub id."
             )
 
+    def require_collected(self, collected: LabelledImages | None) -> None:
+        """
+        Check that collected images are there where they are needed.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        if self.needs_collected and collected is None:
+            raise ValueError(
+                f"collected is None, but countermeasure {self.name!r} needs unprotected images like the protected "
+                "ones."
+            )
+
     def require_learning(self, method: str) -> None:
         """
         Check that it goes with a way of learning, such as `"simclr"`: all but `"supervised"` are contrastive.
@@ -227,13 +252,18 @@ class Countermeasure:
         Raises:
             ValueError: If it does not.
         """
-        learning = "supervised" if method == "supervised" else "contrastive"
-        if learning not in self.suits:
-            unsuited = [part.name for part in self._parts if learning not in part.suits]
+        unsuited = [part.name for part in self._parts if not part.goes_with(method)]
+        if unsuited:
+            others = ", ".join(name for name in NAMES if get(name).goes_with(method))
             raise ValueError(
-                f"countermeasure is {self.name!r}, but must be another for method {method!r}: {unsuited[0]} changes "
-                "labels or the loss of supervised training."
+                f"countermeasure is {self.name!r}, but {unsuited[0]} does not go with method {method!r}; accepted are "
+                f"{others}."
             )
+
+    def goes_with(self, method: str) -> bool:
+        """Whether it and all its parts go with a way of learning."""
+        learning = "supervised" if method == "supervised" else "contrastive"
+        return all(learning in part.suits and part.method in (None, method) for part in self._parts)
 
     def before_training(self, data: LabelledImages, context: Context) -> LabelledImages:
         """What a countermeasure of kind `"dataset"` or `"transform"` makes of a data set."""
@@ -283,6 +313,8 @@ def join(name: str, members: list[Countermeasure]) -> Countermeasure:
         settings={part.name: dict(part.settings) for part in parts},
         needs_purifier=any(part.needs_purifier for part in parts),
         suits=tuple(learning for learning in LEARNING if all(learning in part.suits for part in parts)),
+        method=next((part.method for part in parts if part.method is not None), None),
+        needs_collected=any(part.needs_collected for part in parts),
         replaces_loss=any(part.replaces_loss for part in parts),
         takes="bytes" if any(part.takes == "bytes" for part in parts) else "floats",
         gives="floats" if any(part.gives == "floats" for part in parts) else "bytes",

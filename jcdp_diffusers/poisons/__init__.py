@@ -62,6 +62,8 @@ class Poison:
             `"supervised"` or `"contrastive"`, on these images, or `"pretrained"`, elsewhere. Such a method keeps its
             state in `checkpoint_dir`. `None`: no network.
         uses_seed (`bool`, *optional*, defaults to `True`): Whether the seed changes anything.
+        suits_single_images (`bool`, *optional*, defaults to `False`): Whether the noise of an image follows from its
+            class, the seed and the image alone, so that one picture can be protected without a data set.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Poison:
     uses_labels: bool = True
     surrogate: str | None = None
     uses_seed: bool = True
+    suits_single_images: bool = False
 
     def settings(self, preset: Any = "published") -> Any:
         """

@@ -177,4 +177,4 @@ def response(process: np.ndarray, signal: np.ndarray) -> np.ndarray:
     return np.einsum("chwij,cij->hw", windows, matching)
 
 
-POISONS = (Poison("ar", "AR", SOURCE, PRESETS, budget, perturb),)
+POISONS = (Poison("ar", "AR", SOURCE, PRESETS, budget, perturb, suits_single_images=True),)

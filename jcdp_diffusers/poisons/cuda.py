@@ -83,4 +83,4 @@ def perturb(
     return torch.where(largest > 0, blurred / largest, blurred) - images
 
 
-POISONS = (Poison("cuda", "CUDA", SOURCE, PRESETS, budget, perturb),)
+POISONS = (Poison("cuda", "CUDA", SOURCE, PRESETS, budget, perturb, suits_single_images=True),)

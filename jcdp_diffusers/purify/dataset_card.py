@@ -37,11 +37,12 @@ Labels, ids and all other columns are the source's own.
 
 ## Method
 
-Joint conditional diffusion purification (*Unlearnable Examples Give a False Sense of Security*, ACM MM 2023) by
-`jcdp-diffusers`. T_p = {diffusion_steps} forward steps, {evaluations}
-network evaluations per image in {num_rounds} round(s); scale of the pixel guide {pixel_guidance_scale:g}, of the
-perceptual guide {perceptual_guidance_scale:g}{colour}. All settings are in `run.json`. The
-noise of an image depends on the seed and its id alone, so each row can be made again by itself.
+Joint conditional diffusion purification
+([*Unlearnable Examples Give a False Sense of Security: Piercing through Unexploitable Data with Learnable
+Examples*](https://arxiv.org/abs/2305.09241), ACM MM 2023) by `jcdp-diffusers`.
+T_p = {diffusion_steps} forward steps, {evaluations} network evaluations per image in {num_rounds} round(s); scale of
+the pixel guide {pixel_guidance_scale:g}, of the perceptual guide {perceptual_guidance_scale:g}{colour}. All settings
+are in `run.json`. The noise of an image depends on the seed and its id alone, so each row can be made again by itself.
 
 {sizes_rule}
 

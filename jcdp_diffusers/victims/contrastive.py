@@ -111,6 +111,8 @@ class Contrastive(Objective):
         self.network = network
         self.recipe = recipe
         self.views = Views(size, min_scale=recipe.min_scale, flip=recipe.flip)
+        # What such a hook trains beside the network is trained, and kept, with it.
+        self.of_hook = replacing.own_modules(self) if hasattr(replacing, "own_modules") else None
 
     def view(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """One view of each image (B, C, H, W), float in [0, 1], changed by the hooks."""
@@ -123,7 +125,7 @@ class Contrastive(Objective):
     def loss(self, images: torch.Tensor, labels: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
         images = network_input(images)
         if self.hooks.replacing_loss is not None:
-            return self.hooks.replacing_loss.contrastive_loss(self, images, generator)
+            return self.hooks.replacing_loss.contrastive_loss(self, images, labels, generator)
         return self.between(self.view(images, generator), self.view(images, generator))
 
     def autocast(self, device: torch.device) -> torch.autocast:

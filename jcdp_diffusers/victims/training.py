@@ -12,12 +12,14 @@ given.
     before_augmentation(images, generator) -> images         # (B, C, H, W) as stored: uint8, or float if so given
     before_forward(images, labels, generator) -> images, labels    # after augmentation: float in [0, 1]
     loss(model, images, labels, generator) -> scalar loss    # instead of the cross-entropy; one hook at most has it
-    contrastive_loss(objective, images, generator) -> scalar loss  # instead of a contrastive objective's; likewise
+    contrastive_loss(objective, images, targets, generator) -> scalar loss   # instead of a contrastive objective's
+    own_modules(objective) -> nn.Module                      # what the latter trains, later `objective.of_hook`
 
 A contrastive objective calls `before_forward` for each view, with labels None, and gives `contrastive_loss` the images
-(B, C, H, W) before any view is made, float in [0, 1], and its own generator of views; see [`contrastive`]. Labels are
-class indices (B,) int64, or, once a hook has mixed them, probabilities (B, num_classes); a `loss` receives what the
-hooks before it left. Randomness comes from `generator`, which lives on the images' device and belongs to the hooks
+(B, C, H, W) before any view is made, float in [0, 1], and its own generator of views; see [`contrastive`]. `targets`
+are the rows of these images in the hook's attribute of that name, (N, ...) for all training images, or None. Labels
+are class indices (B,) int64, or, once a hook has mixed them, probabilities (B, num_classes); a `loss` receives what
+the hooks before it left. Randomness comes from `generator`, which lives on the images' device and belongs to the hooks
 alone, so that a victim with hooks sees the same batches, crops and flips as one without. A hook keeps nothing from one
 epoch to the next, so that a training may go on from a checkpoint. What is done to each image once, before training
 (grey, JPEG, bit depth), is no hook: do it to the data set. For example, Mixup (Zhang et al., ICLR 2018) within the

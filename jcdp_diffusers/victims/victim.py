@@ -236,7 +236,7 @@ class Training:
             features = [evaluation.features(model, part[0], bfloat16=recipe.bfloat16) for part in (probe, test)]
             return {"knn_accuracy": knn_accuracy(features[0], probe[1], features[1], test[1])}
 
-        history = self._run(objective, images, None, evaluate)
+        history = self._run(objective, images, getattr(hooks.replacing_loss, "targets", None), evaluate)
         best = fit_probe(
             model,
             *probe,

@@ -1,12 +1,15 @@
 """Real images for the tests of countermeasures: scikit-learn's digits and its two photographs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits, load_sample_image
 
-from jcdp_diffusers.countermeasures import d_vae
+from jcdp_diffusers.countermeasures import advcl, d_vae
 from jcdp_diffusers.data import LabelledImages
+from jcdp_diffusers.victims import ContrastiveRecipe
 
 
 def digits(start: int, stop: int, channels: int = 3) -> LabelledImages:
@@ -40,6 +43,28 @@ def photos() -> LabelledImages:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def collected() -> LabelledImages:
+    """Unprotected images, without labels."""
+    return dataclasses.replace(digits(260, 300), labels=None, class_names=None)
+
+
+@pytest.fixture(scope="session")
+def quick_views() -> ContrastiveRecipe:
+    """SimCLR in a second."""
+    return ContrastiveRecipe(
+        "quick", 2, batch_size=16, learning_rate=0.05, temperature=0.5, width=4, max_steps_per_epoch=2, flip=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def quick_adversaries(monkeypatch, quick_views):
+    """AdvCL in seconds, likewise."""
+    for name, settings in advcl.SETTINGS.items():
+        tiny = dataclasses.replace(settings, steps=2, clusters=settings.clusters and (2, 3), recipe=quick_views)
+        monkeypatch.setitem(advcl.SETTINGS, name, tiny)
 
 
 @pytest.fixture(autouse=True)

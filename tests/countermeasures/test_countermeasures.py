@@ -30,11 +30,26 @@ def purifier():
 
 
 @pytest.fixture
-def prepare(purifier):
+def prepare(purifier, collected):
     def prepare(name, data, **options):
-        return countermeasures.get(name).prepare(data, purifier=purifier, purification=SHORT, **options)
+        options = {"purifier": purifier, "collected": collected} | options
+        return countermeasures.get(name).prepare(data, purification=SHORT, **options)
 
     return prepare
+
+
+@pytest.fixture(scope="session")
+def fit(quick_views):
+    """Trains a victim, with labels where the countermeasure suits that."""
+
+    def fit(name, prepared, test, **options):
+        if "supervised" in countermeasures.get(name).suits:
+            options |= {"recipe": QUICK}
+        else:
+            options |= {"recipe": quick_views, "method": "simclr", "probe": test}
+        return train_victim(prepared.data, test, hooks=prepared.hooks, **options)
+
+    return fit
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,7 +77,8 @@ def test_does_what_it_declares(name, prepare, few):
     measure = countermeasures.get(name)
     assert set(measure.suits) <= set(LEARNING) and {measure.takes, measure.gives} <= set(FORMS)
     hooks = prepare(name, few).hooks
-    assert measure.replaces_loss == any(hasattr(hook, "loss") for hook in hooks)
+    replacing = [kind for kind in ("loss", "contrastive_loss") if any(hasattr(hook, kind) for hook in hooks)]
+    assert measure.replaces_loss == bool(replacing)
     generator, gives, labels = torch.Generator().manual_seed(0), "bytes", torch.arange(8)
     for hook in hooks:
         if hasattr(hook, "before_augmentation"):
@@ -74,7 +90,7 @@ def test_does_what_it_declares(name, prepare, few):
             assert ("contrastive" in measure.suits) == torch.equal(changed.float(), labels.float())
     assert measure.gives == gives
     if measure.replaces_loss:
-        assert measure.suits == ("supervised",)
+        assert measure.suits == ({"loss": "supervised", "contrastive_loss": "contrastive"}[replacing[0]],)
     if measure.kind in ("dataset", "transform"):
         assert (measure.takes, measure.gives, measure.suits) == ("bytes", "bytes", LEARNING)
 
@@ -99,8 +115,14 @@ def test_contrastive_learning_needs_no_labels_for_it(name, prepare, few):
 @pytest.mark.parametrize("name", [name for name in NAMES if "contrastive" not in countermeasures.get(name).suits])
 def test_ways_of_learning_that_do_not_suit_are_refused(name):
     countermeasures.get(name).require_learning("supervised")
-    with pytest.raises(ValueError, match=f"countermeasure is '{name}'.*'simclr'"):
+    with pytest.raises(ValueError, match=f"countermeasure is '{name}'.*'simclr'.*gray.*cutout.*random-noise.*advcl"):
         countermeasures.get(name).require_learning("simclr")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "supervised" not in countermeasures.get(name).suits])
+def test_learning_with_labels_is_refused_where_it_does_not_suit(name):
+    with pytest.raises(ValueError, match=f"countermeasure is '{name}'.*'supervised'.*mixup.*at-8"):
+        countermeasures.get(name).require_learning("supervised")
 
 
 def test_combinations_declare_what_their_parts_do():
@@ -124,13 +146,12 @@ def test_parts_that_cannot_stand_together_are_refused(name, said):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_trains_a_victim_of_any_data_by_name(name, prepare, train, test):
+def test_trains_a_victim_of_any_data_by_name(name, prepare, fit, train, test):
     """Composition: every countermeasure, the same two lines; and nothing but the victim changes."""
     perturbation = poisons.get("lsp")(train.tensor(), torch.from_numpy(train.labels))
     train = train.with_images(apply_perturbation(train.images, perturbation))
     before = train.images.copy(), test.images.copy(), torch.get_rng_state()
-    prepared = prepare(name, train)
-    result = train_victim(prepared.data, test, recipe=QUICK, hooks=prepared.hooks)
+    result = fit(name, prepare(name, train), test)
     assert np.isfinite(result.history[-1]["train_loss"])
     assert result.confusion.sum() == len(test)
     after = train.images, test.images, torch.get_rng_state()
@@ -145,8 +166,7 @@ def test_trains_any_victim(victim, photos):
     assert np.isfinite(result.history[-1]["train_loss"])
 
 
-def learned(prepared, test):
-    model = train_victim(prepared.data, test, recipe=QUICK, hooks=prepared.hooks, seed=1).model
+def weights(model):
     return torch.cat([value.flatten().float() for value in model.state_dict().values()])
 
 
@@ -159,15 +179,18 @@ def few(train):
 
 
 @pytest.fixture(scope="module")
-def plainly_learned(few, test):
-    return learned(countermeasures.get("none").prepare(few), test)
+def plainly_learned(few, test, quick_views):
+    """Weights by way of learning."""
+    contrastive = {"recipe": quick_views, "method": "simclr", "probe": test}
+    options = {"supervised": {"recipe": QUICK}, "contrastive": contrastive}
+    return {learning: weights(train_victim(few, test, seed=1, **options[learning]).model) for learning in options}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "none"])
-def test_does_something_and_the_same_under_one_seed(name, prepare, few, test, plainly_learned):
-    one, other = (learned(prepare(name, few, seed=1), test) for _ in range(2))
+def test_does_something_and_the_same_under_one_seed(name, prepare, fit, few, test, plainly_learned):
+    one, other = (weights(fit(name, prepare(name, few, seed=1), test, seed=1).model) for _ in range(2))
     assert torch.equal(one, other)
-    assert not torch.equal(one, plainly_learned)
+    assert not torch.equal(one, plainly_learned[countermeasures.get(name).suits[0]])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -184,13 +207,14 @@ def test_keeps_rows_and_labels_and_makes_one_hook_per_hook(name, prepare, few):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("ueraser")])
-def test_works_on_grey_images(name, train, test):
+def test_works_on_grey_images(name, fit, train, test, collected):
     def grey(data):
         return data.with_images(data.images[..., :1])
 
     purifier = JointConditionalPurificationPipeline(tiny_unet(channels=1, size=16), DDPMScheduler())
-    prepared = countermeasures.get(name).prepare(grey(train), purifier=purifier, purification=SHORT)
-    assert train_victim(prepared.data, grey(test), recipe=QUICK, hooks=prepared.hooks).confusion.sum() == len(test)
+    options = {"purifier": purifier, "purification": SHORT, "collected": grey(collected)}
+    prepared = countermeasures.get(name).prepare(grey(train), **options)
+    assert fit(name, prepared, grey(test)).confusion.sum() == len(test)
 
 
 @pytest.mark.parametrize("name", ["jpeg-10+corruption", "gray+cutout+mixup", "orthogonal-projection+cutmix+at-4"])

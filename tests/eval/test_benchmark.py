@@ -410,7 +410,8 @@ def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
             LabelledImages(np.zeros((count, 1, 1, 3), np.uint8), np.zeros(count, int), tuple(map(str, range(count))))
             for count in (settings["train"]["images"], settings["test"]["images"])
         )
-        described = {id(given): settings["train"], id(test): settings["test"]}
+        probe = None if "probe" not in settings else LabelledImages(given.images, given.labels, given.ids)
+        described = {id(given): settings["train"], id(test): settings["test"], id(probe): settings.get("probe")}
         monkeypatch.setattr(trials, "describe_images", lambda data: described[id(data)])
         monkeypatch.setattr(trials, "purifier_digest", lambda purifier: settings.get("purifier"))
         monkeypatch.setattr(trials, "_noise_corner", lambda purifier: settings.get("noise_corner", 0.0))
@@ -427,5 +428,5 @@ def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
                 protected = {settings["poison"]: (given, poison)}
                 purifiers = dict.fromkeys(grid.columns(), "purifier")
                 told = grid.data["name"], protected, test, purifiers, settings.get("roles"), Path("prepared")
-                names |= {one.name for one in benchmark.grid_trials(grid, *told)}
+                names |= {one.name for one in benchmark.grid_trials(grid, *told, probe)}
         assert settings["trial"] in names, (settings["grid"], settings["poison"], settings["column"])

@@ -348,6 +348,14 @@ def test_training_walks_through_all_images_and_noise_through_all_of_a_pass(image
     assert len(set(first)) == len(set(second)) == 16 and first != second
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_last_batch_of_one_image(framework, images, labels):
+    settings = replace(poisons.settings("cp-s", preset("smoke", framework)), noise_batches=None)
+    settings = replace(settings, batch_size=13, queue=settings.queue and 13)
+    noise = poisons.get("cp-s")(images, labels, preset=settings)
+    assert encoder.batches_per_round(40, settings) == (1, 4) and noise.isfinite().all()
+
+
 class Interrupted(Exception):
     """Stands for a kill right after a state was saved."""
 

@@ -336,7 +336,7 @@ def test_hooks_see_each_view(method, sets):
 
 def test_a_hook_may_replace_the_loss(sets):
     class Both:
-        def contrastive_loss(self, objective, images, generator):
+        def contrastive_loss(self, objective, images, targets, generator):
             assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
             return objective.between(objective.view(images, generator), objective.view(images, generator))
 
@@ -353,7 +353,7 @@ def test_a_hook_for_another_way_of_learning_is_refused(sets):
             return model(images).sum()
 
     class Contrasting:
-        def contrastive_loss(self, objective, images, generator):
+        def contrastive_loss(self, objective, images, targets, generator):
             return images.sum()
 
     with pytest.raises(ValueError, match="hooks holds a Adversarial, but .* 'byol'"):

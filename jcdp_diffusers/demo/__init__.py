@@ -1,0 +1,1 @@
+"""`jcdp demo`: a page on which to drop pictures, to protect or purify them, and to see what changed."""

@@ -1,0 +1,207 @@
+"""What `jcdp publish` would push, and what a Hub on loopback gives back."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from digits import digits
+from hub_server import HubServer
+from huggingface_hub import DatasetCard, ModelCard
+from purifying import quick_pipe, some_images
+from training_runs import HELD_OUT, train
+
+from jcdp_diffusers.cli import main
+from jcdp_diffusers.data import write_dataset
+from jcdp_diffusers.poisons.protect import protect_dataset
+from jcdp_diffusers.publish import dataset_files, purifier_files
+from jcdp_diffusers.purify import purify_dataset
+from jcdp_diffusers.trials import purifier_digest
+
+
+PAPER = "https://arxiv.org/abs/2305.09241"
+
+
+@pytest.fixture(scope="module")
+def purifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("publish") / "purifier"
+    train(folder, held_out=HELD_OUT)
+    (folder / "notes.txt").write_text("not for the Hub")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Digits under two poisons, and others for the test."""
+    folder = tmp_path_factory.mktemp("sets")
+    clean = digits(0, 60)
+    for method in ("lsp", "ops"):
+        protect_dataset(clean, folder / method, method=method, source="digits")
+    write_dataset(folder / "test", digits(60, 90), split="test")
+    return folder
+
+
+@pytest.fixture
+def report(purifier, tmp_path):
+    """As much of an audit's report as the results on the Hub are made from."""
+
+    def write(**changes):
+        rows = {"clean": (0.9, 0.8), "protected": (0.2, 0.4), "purified": (0.75, 0.85)}
+        facts = {
+            "rows": [
+                {"row": row, "accuracy": {"mean": np.mean(values), "std": np.std(values, ddof=1), "values": values}}
+                for row, values in rows.items()
+            ],
+            "purifier": {"digest": purifier_digest(purifier)},
+            "victims": {"victim": "resnet18", "width": 16, "seeds": [0, 1], "recipe": {"name": "mini"}},
+            "smoke": False,
+            "time": "2026-11-29T00:00:00+00:00",
+        }
+        path = tmp_path / "report.json"
+        path.write_text(json.dumps(facts | changes))
+        return path
+
+    return write
+
+
+def front(content: bytes) -> dict:
+    return yaml.safe_load(content.decode().split("---\n")[1])
+
+
+def test_a_purifier_comes_with_record_list_of_images_and_a_card_of_its_new_name(purifier):
+    files = purifier_files(purifier, "me/purifier", license="mit")
+    assert {"model_index.json", "training_record.json", "trained_on.json", "README.md"} < files.keys()
+    assert "notes.txt" not in files and not any(name.startswith("checkpoint") for name in files)
+    card = files["README.md"].decode()
+    assert 'from_pretrained("me/purifier")' in card and PAPER in card
+    assert "**Intended use**" in card and "**Not to be used**" in card
+    assert ModelCard(card).data.license == "mit" and front(files["README.md"])["library_name"] == "diffusers"
+
+
+def test_results_of_an_audit_are_what_the_hub_defines(purifier, report):
+    files = purifier_files(purifier, "me/x", report=report(), benchmark="me/protected", task="lsp")
+    (entry,) = yaml.safe_load(files[".eval_results/jcdp.yaml"])
+    assert entry["dataset"] == {"id": "me/protected", "task_id": "lsp"} and entry["value"] == 80.0
+    assert entry["source"]["url"] == "https://huggingface.co/me/x" and entry["date"].startswith("2026-11-29")
+    for fact in ("resnet18 of width 16", "recipe mini", "seeds 0, 1", "deviation 7.1", "clean 85.0, protected 30.0"):
+        assert fact in entry["notes"]
+
+
+@pytest.mark.parametrize(
+    "changes,name",
+    [({"smoke": True}, "smoke"), ({"purifier": {"digest": "other"}}, "another purifier"), ({"rows": 3}, "rows")],
+)
+def test_a_report_that_says_nothing_of_this_purifier_is_refused(purifier, report, changes, name):
+    with pytest.raises(ValueError, match=rf"report.*{name}"):
+        purifier_files(purifier, "me/x", report=report(**changes), benchmark="me/protected", task="lsp")
+
+
+def test_a_report_without_its_benchmark_is_refused(purifier, report):
+    with pytest.raises(ValueError, match="benchmark None"):
+        purifier_files(purifier, "me/x", report=report())
+
+
+def test_a_purifier_without_record_and_card_is_refused(tmp_path):
+    quick_pipe().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"source is .*training_record\.json"):
+        purifier_files(tmp_path, "me/x")
+    (tmp_path / "README.md").write_text("a card")
+    assert purifier_files(tmp_path, "me/x")["README.md"] == tmp_path / "README.md"
+
+
+def test_protected_sets_become_one_data_set_with_a_config_per_poison(sets):
+    files = dataset_files([sets / "lsp", sets / "ops"], "me/protected", test=sets / "test", license="cc0-1.0")
+    assert sorted(files) == [
+        "README.md",
+        "eval.yaml",
+        "lsp/train-00000-of-00001.parquet",
+        "ops/train-00000-of-00001.parquet",
+        "test/test-00000-of-00001.parquet",
+    ]
+    benchmark = yaml.safe_load(files["eval.yaml"])
+    assert benchmark["tasks"] == [{"id": name, "config": name, "split": "test"} for name in ("lsp", "ops")]
+    assert benchmark["name"] and benchmark["description"] and benchmark["evaluation_framework"] == "jcdp-diffusers"
+    card = files["README.md"].decode()
+    for said in (PAPER, "## Intended use", "## Not to be used", "60 of 60", 'load_dataset("me/protected", "lsp"'):
+        assert said in card
+    data = DatasetCard(card).data
+    assert data.license == "cc0-1.0" and [one["config_name"] for one in data.configs] == ["lsp", "ops"]
+
+
+def test_without_test_images_there_is_no_benchmark(sets, capsys):
+    words = ["publish", "dataset", "--source", str(sets / "lsp"), "--repo_id", "me/protected", "--dry_run"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "--test names some" in said and "Nothing was pushed" in said
+    size = (sets / "lsp/train-00000-of-00001.parquet").stat().st_size
+    assert f"{size:,}  lsp/train-00000-of-00001.parquet" in said and "eval.yaml\n" not in said
+
+
+def test_sets_that_do_not_go_together_are_refused(sets, tmp_path):
+    with pytest.raises(ValueError, match="second one of 'lsp'"):
+        dataset_files([sets / "lsp", sets / "lsp"], "me/x")
+    with pytest.raises(ValueError, match="test has the image 'digits/0'"):
+        dataset_files([sets / "lsp"], "me/x", test=sets / "ops")
+    with pytest.raises(ValueError, match="test is .*Parquet"):
+        dataset_files([sets / "lsp"], "me/x", test=tmp_path)
+    with pytest.raises(ValueError, match="card of a protected data set"):
+        dataset_files([tmp_path], "me/x")
+
+
+def test_a_purified_set_is_published_as_it_is(tmp_path):
+    purify_dataset(some_images(4), quick_pipe(), output_dir=tmp_path / "out", diffusion_steps=2, progress=False)
+    files = dataset_files([tmp_path / "out"], "me/learnable")
+    assert {"README.md", "run.json", "summary.json"} < files.keys() and not any(".lock" in name for name in files)
+    card = (tmp_path / "out/README.md").read_text()
+    assert PAPER in card and "## Intended use" in card
+    with pytest.raises(ValueError, match="published alone"):
+        dataset_files([tmp_path / "out"], "me/learnable", test=tmp_path)
+
+
+@pytest.mark.parametrize("kind,option", [("purifier", "--test"), ("dataset", "--report")])
+def test_options_of_the_other_kind_are_refused(kind, option, capsys):
+    assert main(["publish", kind, "--source", "x", "--repo_id", "me/x", option, "y"]) == 1
+    assert f"{option} is 'y', but must be left out" in capsys.readouterr().err
+
+
+FROM_THE_HUB = """
+import sys
+from datasets import load_dataset
+from huggingface_hub import HfApi
+from jcdp_diffusers import JointConditionalPurificationPipeline
+from jcdp_diffusers.cli import main
+from jcdp_diffusers.train.provenance import trained_on
+
+purifier, sets, report = sys.argv[1:]
+words = ["--source", sets + "/lsp", sets + "/ops", "--repo_id", "tester/protected", "--test", sets + "/test"]
+assert main(["publish", "dataset", *words, "--dry_run"]) == 0
+assert not HfApi().repo_exists("tester/protected", repo_type="dataset")
+assert main(["publish", "dataset", *words]) == 0
+results = ["--report", report, "--benchmark", "tester/protected", "--task", "lsp"]
+assert main(["publish", "purifier", "--source", purifier, "--repo_id", "tester/purifier", *results]) == 0
+for config in ("lsp", "ops"):
+    both = load_dataset("tester/protected", config)
+    assert {name: len(rows) for name, rows in both.items()} == {"train": 60, "test": 30}, both
+different = [load_dataset("tester/protected", config, split="train")[0]["image"].tobytes() for config in ("lsp", "ops")]
+assert different[0] != different[1]
+JointConditionalPurificationPipeline.from_pretrained("tester/purifier")
+assert len(trained_on("tester/purifier")) == 24
+print("done")
+"""
+
+
+@pytest.mark.long
+def test_push_and_pull(purifier, sets, report, tmp_path):
+    with HubServer() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", FROM_THE_HUB, str(purifier), str(sets), str(report())],
+            env=os.environ | hub.environment(tmp_path / "cache") | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+        )
+    assert done.stdout.endswith("done\n"), done.stderr[-3000:]
+    assert [commit.repo for commit in hub.commits] == ["datasets/tester/protected", "models/tester/purifier"]
+    assert ".eval_results/jcdp.yaml" in hub.commits[1].files and "eval.yaml" in hub.commits[0].files
