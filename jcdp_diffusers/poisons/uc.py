@@ -136,8 +136,8 @@ PRESETS = {
     # As published, for images of any size.
     "any-size": UCSettings(noise_on="images"),
     "gpu": UCSettings(bfloat16=True),
-    # A network of a fiftieth of the operations on small views, and noise of the images' own size. SqueezeNet's
-    # features go up to hundreds: the softmax of most centres would be one and the same feature.
+    # A small network on small views, and noise of the images' own size. SqueezeNet's features go up to hundreds: the
+    # softmax of most centres would be one and the same feature.
     "cpu": UCSettings(surrogate="squeezenet1_0", feature_std=0.5, **_CPU),
     # Random weights: a first try, whose noise means nothing.
     "smoke": UCSettings(surrogate="squeezenet1_0", **_SMOKE),
@@ -147,7 +147,7 @@ CLIP_PRESETS = {
     "rn50": UCCLIPSettings(surrogate="open-clip-rn50"),
     "any-size": UCCLIPSettings(noise_on="images"),
     "gpu": UCCLIPSettings(bfloat16=True),
-    # A tower takes views of one size only; it has a fifth of ResNet-50's operations at that.
+    # A tower takes views of one size only, which costs an hour or more for 10,000 images.
     "cpu": UCCLIPSettings(**_CPU | {"max_steps": 30, "batch_size": 32, "enlarged_size": 256, "view_size": 224}),
     "smoke": UCCLIPSettings(surrogate="clip-tiny", **_SMOKE),
 }
@@ -183,7 +183,7 @@ def perturb(
     kept = Checkpoint(checkpoint_dir, name, settings, seed, images, None)
     if (state := kept.load()) is None:
         features = features_of(network, images, settings, device, progress)
-        scale = 1.0 if settings.feature_std is None else settings.feature_std / features.std().item()
+        scale = scale_of(features, settings.feature_std)
         members, centres = find_clusters(scale * features, settings, seed)
         state = {"members": members, "centres": centres, "scale": scale, "patterns": [], "training": None, "step": 0}
         kept.save(state)
@@ -258,6 +258,16 @@ def features_of(
             enlarged = resize(batch.to(device), settings.enlarged_size, antialias=True)
             features.append(network(center_crop(enlarged, settings.view_size)).cpu())
     return torch.cat(features)
+
+
+def scale_of(features: torch.Tensor, std: float | None) -> float:
+    """What features (N, F) are multiplied by so that they have a standard deviation; 1 where it is None."""
+    if std is None:
+        return 1.0
+    own = features.std().item()
+    if own == 0:
+        raise ValueError("images have surrogate features that are all alike, but must differ to be clustered.")
+    return std / own
 
 
 def find_clusters(features: torch.Tensor, settings: UCSettings, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -194,6 +194,15 @@ def test_settings_that_do_not_suit_are_refused(name, changes, said, images):
         poisons.get(name)(images, preset=replace(poisons.settings(name, "smoke"), **changes))
 
 
+def test_images_that_are_all_alike_are_refused():
+    with pytest.raises(ValueError, match="images have surrogate features that are all alike"):
+        uc.scale_of(torch.ones(5, 4), 0.5)
+    assert (
+        uc.scale_of(torch.tensor([[1.0, -1.0]]), 2**0.5) == pytest.approx(1)
+        and uc.scale_of(torch.ones(2, 2), None) == 1
+    )
+
+
 def test_images_that_are_too_small_are_refused():
     with pytest.raises(ValueError, match="images are 7x9, but must be at least 8x8"):
         poisons.get("uc")(torch.rand(20, 3, 7, 9), preset="smoke")
