@@ -32,6 +32,7 @@ class Preparation:
         output_dir (`Path`): Of the audit.
         begin (`Callable`): Called before the first image is purified.
         threads (`int`): Of the process that runs it.
+        squares (`Callable`, *optional*), deadline (`float`, *optional*): As for `purifier.trained`.
     """
 
     used: AuditPurifier
@@ -40,6 +41,8 @@ class Preparation:
     output_dir: Path
     begin: Callable[[], None]
     threads: int
+    squares: Callable[[], LabelledImages] | None = None
+    deadline: float | None = None
 
     name = "purification"
 
@@ -54,7 +57,8 @@ class Preparation:
             else:
                 records = self.output_dir / "records.jsonl"
                 collected = self.sets["collected"]
-                used = trained(self.used, collected, self.asked, records, device, _quietly, progress=False)
+                options = {"squares": self.squares, "deadline": self.deadline, "progress": False}
+                used = trained(self.used, collected, self.asked, records, device, _quietly, **options)
             self.begin()
             purify(self.sets["protected"], used, purified, self.asked.seed, progress=False)
 
@@ -74,6 +78,8 @@ def prepare_beside(
     begin: Callable[[], None],
     processes: int | None,
     say: Callable[[str], None],
+    squares: Callable[[], LabelledImages] | None = None,
+    deadline: float | None = None,
 ) -> None:
     """
     Train the purifier and purify beside victims. Does nothing with one core, where one of the two is done, and
@@ -85,6 +91,7 @@ def prepare_beside(
         waiting (`int`): How many victims need one.
         processes (`int`, *optional*): Cores to work on; all by default.
         say (`Callable`): Where a line about the stage goes.
+        squares, deadline: As for [`Preparation`].
     """
     cores = processes or available_cores()
     records = output_dir / "records.jsonl"
@@ -96,7 +103,8 @@ def prepare_beside(
     wanted = {role: sets[role] for role in ("protected", "collected") if role in sets}
     # A copy of the settings without what they have worked out, and a purifier without its pipeline: both are sent.
     without = dataclasses.replace(used, pipe=None)
-    task = Preparation(without, wanted, dataclasses.replace(asked), output_dir, begin, threads)
+    copied = dataclasses.replace(asked)
+    task = Preparation(without, wanted, copied, output_dir, begin, threads, squares, deadline)
     first = missing[: max(0, len(missing) - -waiting % cores)]
     if task.is_done() or not first:
         return
