@@ -20,6 +20,10 @@ from .purifier import AuditPurifier, opened, purify, trained
 from .settings import AuditSettings
 
 
+# Victims of fewer images end in seconds, and the cores that they had would wait for the purifier.
+LEAST_IMAGES = 500
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Preparation:
     """
@@ -82,8 +86,9 @@ def prepare_beside(
     deadline: float | None = None,
 ) -> None:
     """
-    Train the purifier and purify beside victims. Does nothing with one core, where one of the two is done, and
-    where one turn of all cores is enough for all victims: then the stages of the audit do all of it in their order.
+    Train the purifier and purify beside victims. Does nothing with one core, with few images (`LEAST_IMAGES`), where
+    one of the two is done, and where one turn of all cores is enough for all victims: then the stages of the audit do
+    all of it in their order.
 
     Args:
         used, sets, asked, output_dir, begin: As for [`Preparation`].
@@ -97,7 +102,7 @@ def prepare_beside(
     records = output_dir / "records.jsonl"
     known = results_by_trial(records, what="accuracy")
     missing = [trial for trial in trials if trial.name not in known]
-    if cores == 1 or not missing or engines.ranks()[1] > 1:
+    if cores == 1 or not missing or len(sets["protected"]) < LEAST_IMAGES or engines.ranks()[1] > 1:
         return
     threads = 1 << (cores // 2).bit_length() - 1
     wanted = {role: sets[role] for role in ("protected", "collected") if role in sets}

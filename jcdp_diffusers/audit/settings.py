@@ -17,7 +17,7 @@ from .attacks import Attack, attack
 
 
 # Of an audit by the short form, `jcdp audit --protected DIR`.
-DIVIDED_MINUTES = 30.0
+DIVIDED_MINUTES = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
