@@ -1,18 +1,27 @@
 """What an owner of photographs gives, and what the audit makes of it: sizes, divisions, budgets, no labels."""
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from jcdp_diffusers.audit import begun, extent
 from jcdp_diffusers.audit.costs import Costs, Extent, within_budget
-from jcdp_diffusers.audit.division import divide
+from jcdp_diffusers.audit.division import Division, divide
+from jcdp_diffusers.audit.purifier import AuditPurifier
+from jcdp_diffusers.audit.settings import AuditSettings
 from jcdp_diffusers.audit.verdict import verdict, without_clean_images
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, find_overlap, load_images
 from jcdp_diffusers.data.photographs import squares_of_photographs, stored_sizes, working_size
+from jcdp_diffusers.purification_config import PurificationConfig
+from jcdp_diffusers.train.config import TrainingConfig
+from jcdp_diffusers.train.default_purifier import Plan
 
 
 SMOKE = ["--protocol", "smoke", "--seeds", "1", "--processes", "1", "--device", "cpu"]
@@ -125,6 +134,14 @@ def test_roles_that_are_missing_are_divided_off(given, needs_collected, of, miss
     assert all(again[role].ids == divided[role].ids for role in divided)
 
 
+def test_originals_keep_their_labels_where_the_protected_images_have_none():
+    protected = noise(40, classes=None)
+    clean = noise(40, classes=2)
+    divided, division = divide({"protected": protected, "clean": clean}, needs_collected=True, seed=0, budget=BUDGET)
+    assert division.of == "clean" and set(divided["test"].labels) == {0, 1}
+    assert divided["protected"].labels is None and divided["clean"].ids == divided["protected"].ids
+
+
 def test_shots_of_one_thing_are_not_in_two_parts():
     """Every second image repeats the one before it with one value changed."""
     data = noise(32, classes=2)
@@ -182,7 +199,59 @@ def test_a_budget_that_is_too_small_says_what_is_enough():
     assert within_budget(COSTS, Extent(0, 64, 3), 100) == Extent(0, 64, 3)
 
 
+def test_a_folder_that_was_begun_keeps_its_purifier_and_its_width(tmp_path, monkeypatch):
+    """The first time costs are measured; afterwards, another budget changes the number of seeds alone."""
+    sets = {role: noise(8, seed=seed) for seed, role in enumerate(("protected", "collected", "test"))}
+    config = TrainingConfig(max_train_steps=1200, train_batch_size=8)
+    used = AuditPurifier("none", None, PurificationConfig(), 8, Plan("tiny32", config, PurificationConfig()))
+    monkeypatch.setattr(extent, "measure_costs", lambda *_, **__: COSTS)
+    lines: list[str] = []
+
+    def planned(minutes):
+        asked = AuditSettings(budget_minutes=minutes, width=None, victim="resnet18")
+        learners = asked.learners("cpu", (8, 8))
+        how = (Division(), torch.device("cpu"), 2, tmp_path, lines.append)
+        return extent.plan_time(sets, used, asked, learners, *how)
+
+    first = planned(12)
+    assert (first.used.plan.training.max_train_steps, first.asked.width) == (804, 32) and "12 minutes" in first.said[0]
+    assert "Without a budget: 1,200 steps, width 64, 3 seeds" in lines[-1]
+    plan = {"training": {"max_train_steps": 804}}
+    begun.write_begun(tmp_path, {"plan": plan} | dict(first.begun))
+    lines.clear()
+    again = planned(1000)
+    assert (again.used.plan.training.max_train_steps, again.asked.width) == (804, 32) and not lines
+    assert again.minutes == 1000
+
+
+@pytest.mark.parametrize("minutes, measured", [(None, 3), (60, 3), (1e-9, 1)])
+def test_seeds_are_measured_until_the_time_is_up(minutes, measured, tmp_path, monkeypatch):
+    rows, calls, lines = [[SimpleNamespace(name=f"{row}{seed}") for seed in range(3)] for row in "ab"], [], []
+    monkeypatch.setattr(extent, "measure", lambda trials, *_, **__: calls.append([trial.name for trial in trials]))
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    how = {"device": torch.device("cpu"), "processes": 1, "deadline": deadline, "say": lines.append}
+    assert extent.measure_in_time(rows, tmp_path / "records.jsonl", **how) == measured
+    order = ["a0", "b0", "a1", "b1", "a2", "b2"]
+    assert sum(calls, []) == order[: 2 * measured] and bool(lines) == (measured < 3)
+
+
 # ------------------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize(
+    "words, argument",
+    [
+        (["--method", "simclr"], "probe_images is None"),
+        (["--roles", "paper"], "roles is 'paper'"),
+        (["--attacks", "pretrained"], "collected is None"),
+        (["--budget_minutes", "0"], "budget_minutes is 0"),
+        (["--image_size", "60"], "collected has images of 60x60"),
+    ],
+)
+def test_what_the_short_form_cannot_do_is_refused(words, argument, photographs, tmp_path, capsys):
+    arguments = ["audit", "--protected", str(photographs), "--output", str(tmp_path / "out"), *words]
+    assert main(arguments) == 1
+    assert argument in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_protected_photographs_and_nothing_else(photographs, tmp_path, monkeypatch, capsys):
