@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..data import LabelledImages
 from ..data.checks import check_separation, describe_set, match_originals
-from ..data.perturbations import measured_norms
+from ..data.perturbations import measured_norms, psnr
 from ..outputs import write_atomically
 from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions, plain
@@ -121,9 +121,9 @@ def evidence(sets: Mapping[str, LabelledImages], division: Division, seed: int) 
         spectrum = describe_difference(protected.images, collected.images, seed=seed)
         del spectrum["spectrum"]
     return {
-        "added": None if clean is None else measured_norms(clean.images, protected.images) | _psnr(clean, protected),
-        "removed": measured_norms(protected.images, purified.images) | _psnr(protected, purified),
-        "left": None if clean is None else measured_norms(clean.images, purified.images) | _psnr(clean, purified),
+        "added": None if clean is None else _change(clean, protected),
+        "removed": _change(protected, purified),
+        "left": None if clean is None else _change(clean, purified),
         "spectrum": spectrum,
     }
 
@@ -238,10 +238,10 @@ def _picture(sets: Mapping[str, LabelledImages]) -> tuple[bytes, str]:
     return file.getvalue(), f"Protected, purified, and what purification changed, magnified {gain} times."
 
 
-def _psnr(one: LabelledImages, other: LabelledImages) -> dict[str, float]:
-    """Mean peak signal-to-noise ratio in dB; 99 for equal images, which have none."""
-    errors = np.square(one.images.astype(np.float64) - other.images).mean(axis=(1, 2, 3))
-    return {"psnr": float(np.minimum(99.0, 10 * np.log10(255**2 / np.maximum(errors, 1e-12))).mean())}
+def _change(before: LabelledImages, after: LabelledImages) -> dict[str, float]:
+    """How large a change is: norms, and the mean peak signal-to-noise ratio in dB; 99 for equal images."""
+    decibels = psnr(before.tensor(), after.tensor(), least_error=10**-9.9).mean()
+    return measured_norms(before.images, after.images) | {"psnr": float(decibels)}
 
 
 def _settings(config: PurificationConfig) -> dict:
