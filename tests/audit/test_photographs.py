@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from purifying import quick_pipe
 
 from jcdp_diffusers.audit import begun, extent
 from jcdp_diffusers.audit.costs import Costs, Extent, within_budget
@@ -275,8 +276,20 @@ def test_protected_photographs_and_nothing_else(photographs, tmp_path, monkeypat
         "collected": 4,
         "test": 4,
     }
+    for name in ("report.html", "report.md"):
+        page = (tmp_path / f"audit-{photographs.name}" / name).read_text()
+        assert "4 purified test images" in page and "clean test images" not in page and "never altered" not in page
     limits = " ".join(report["limits"])
     assert "IMG_9999.jpg" in limits and "cannot be known" in limits
+
+
+def test_photographs_and_a_purifier_that_is_given(photographs, tmp_path):
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    given = ["--protected", str(photographs), "--purifier", str(tmp_path / "purifier")]
+    assert main(["audit", *given, "--output", str(tmp_path / "out"), *SMOKE]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["data"]["division"]["missing"] == ["test"] and report["data"]["working_size"] == 8
+    assert not (tmp_path / "out/purifier").exists() and not report["purifier"]["trained_here"]
 
 
 def test_photographs_without_labels(photographs, tmp_path, capsys):
