@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ..data import LabelledImages, find_overlap
+from ..data import LabelledImages, find_likenesses
 from ..data.checks import match_originals
 
 
@@ -101,9 +101,17 @@ def divide(
             sets["clean"] = replace(sets["clean"], **names)
         return _divide(sets, "clean", missing, seed, budget)
     for other in ("collected", "test"):
-        if other in sets and sets[other].labels is not None:
+        if other in sets and _same_classes(sets[other], sets["protected"]):
             return _divide(sets, other, missing, seed, budget)
     return _divide(sets, "protected", missing, seed, budget)
+
+
+def _same_classes(other: LabelledImages, protected: LabelledImages) -> bool:
+    """Whether a set can stand for test images: those with other classes are no more than images."""
+    if other.labels is None or protected.labels is None:
+        return other.labels is not None
+    names = [one.class_names or sorted(set(one.labels.tolist())) for one in (other, protected)]
+    return set(names[0]) == set(names[1])
 
 
 def _divide(sets: dict, of: str, missing: tuple[str, ...], seed: int, budget: float):
@@ -122,8 +130,8 @@ def _divide(sets: dict, of: str, missing: tuple[str, ...], seed: int, budget: fl
 
 
 def likenesses(source: LabelledImages, budget: float) -> np.ndarray:
-    """int (N,), the same number for images that are as near as `budget`, directly or by way of others."""
-    pairs = find_overlap(source, source, budget=budget)
+    """int (N,), one number for images that are one by `data.find_likenesses`, directly or by way of others."""
+    pairs = find_likenesses(source, budget=budget)
     links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(source), len(source)))
     return connected_components(links, directed=False)[1]
 

@@ -46,8 +46,11 @@ class Found:
         return self.sets["protected"].labels is None and "test" not in self.sets
 
     def squares(self, sources: Mapping[str, Any], reading: Mapping, seed: int) -> Callable[[], LabelledImages] | None:
-        """What cuts squares from the collected photographs; None where all images are squares of one size."""
-        if not self.assorted:
+        """
+        What cuts squares from the collected photographs; None where there are none, or all images are squares of one
+        size.
+        """
+        if not self.assorted or "collected" not in self.sets:
             return None
         role = self.division.of if "collected" in self.division.missing else "collected"
         collected = self.sets["collected"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from purifying import quick_pipe
 
 from jcdp_diffusers.audit import begun, extent
 from jcdp_diffusers.audit.costs import Costs, Extent, within_budget
@@ -103,6 +104,7 @@ def test_squares_are_cut_at_every_scale_and_begin_with_the_whole(photographs):
         (("test",), True, "test", ("collected",), False),
         (("unlabelled",), True, "protected", ("test",), True),
         ((), True, "protected", ("collected", "test"), True),
+        (("other classes",), True, "protected", ("test",), True),
         (("collected", "test"), True, "", (), False),
         (("test",), False, "", (), False),
     ],
@@ -114,8 +116,10 @@ def test_roles_that_are_missing_are_divided_off(given, needs_collected, of, miss
         "collected": noise(40, classes=3, prefix="c", seed=1),
         "test": noise(40, classes=3, prefix="t", seed=2),
         "unlabelled": noise(40, classes=None, prefix="u", seed=3),
+        "other classes": noise(40, classes=4, prefix="o", seed=4),
     }
-    sets = {"protected": protected} | {"collected" if one == "unlabelled" else one: others[one] for one in given}
+    roles = {"unlabelled": "collected", "other classes": "collected"}
+    sets = {"protected": protected} | {roles.get(one, one): others[one] for one in given}
     divided, division = divide(sets, needs_collected=needs_collected, seed=0, budget=BUDGET)
     assert (division.of, division.missing, division.stand_in) == (of, missing, stand_in)
     for role in missing:
@@ -148,6 +152,7 @@ def test_shots_of_one_thing_are_not_in_two_parts():
     images = data.images.copy()
     images[2::4], images[3::4] = images[0::4], images[1::4]
     images[2:, 0, 0, 0] ^= 1
+    images[3::4] = images[3::4, :, ::-1]  # mirrored
     divided, division = divide({"protected": data.with_images(images)}, needs_collected=True, seed=0, budget=BUDGET)
     assert division.together == 32 and sum(map(len, divided.values())) == 32
     for one, other in (("protected", "test"), ("protected", "collected"), ("collected", "test")):
@@ -275,8 +280,20 @@ def test_protected_photographs_and_nothing_else(photographs, tmp_path, monkeypat
         "collected": 4,
         "test": 4,
     }
+    for name in ("report.html", "report.md"):
+        page = (tmp_path / f"audit-{photographs.name}" / name).read_text()
+        assert "4 purified test images" in page and "clean test images" not in page and "never altered" not in page
     limits = " ".join(report["limits"])
     assert "IMG_9999.jpg" in limits and "cannot be known" in limits
+
+
+def test_photographs_and_a_purifier_that_is_given(photographs, tmp_path):
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    given = ["--protected", str(photographs), "--purifier", str(tmp_path / "purifier")]
+    assert main(["audit", *given, "--output", str(tmp_path / "out"), *SMOKE]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["data"]["division"]["missing"] == ["test"] and report["data"]["working_size"] == 8
+    assert not (tmp_path / "out/purifier").exists() and not report["purifier"]["trained_here"]
 
 
 def test_photographs_without_labels(photographs, tmp_path, capsys):
