@@ -65,12 +65,13 @@ COLUMNS = {
     "impulse-filter": "impulse filter",
     "impulse-filter+unconditional+corruption": "impulse filter, diffusion without guide, corruption",
     "impulse filter, coloured noise, 2 rounds, corruption": "impulse filter, coloured noise, 2 rounds, corruption",
+    "d-vae": "D-VAE",
+    "d-vae-small": "D-VAE, small",
     "pretrained": "victim pretrained on collected images (SimCLR)",
     "paired": "paired purifier",
     "paired-small": "paired purifier, small",
     # Published, not among ours.
     "gaussian-filter": "Gaussian filter",
-    "d-vae": "D-VAE",
     "bridgepure-0.5k": "BridgePure-0.5K",
     "bridgepure-4k": "BridgePure-4K",
 }
@@ -248,8 +249,8 @@ def refuse_differences(of: str, settings: Sequence[Mapping], facts: Callable[[Ma
             )
 
 
-def add_record_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say which records a table or a picture is made from; see `chosen_records`."""
+def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `chosen_records`."""
     parser.add_argument("--records", required=True, nargs="+", help="JSON Lines files of eval/benchmark.py")
     parser.add_argument("--grid", help="records of this grid alone")
     parser.add_argument("--protocol", help="records of this recipe alone")
@@ -257,6 +258,11 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--columns", nargs="+", metavar="NAME", help="of the grid and no others; in pictures in this order"
     )
+
+
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say which records a table or a picture is made from; see `chosen_records` and `Measured`."""
+    add_selection_arguments(parser)
     parser.add_argument("--victim", default="resnet18")
     parser.add_argument("--method", default="supervised", choices=METHODS, help="how the victims learned")
     parser.add_argument("--smoke", action="store_true", help="records of smoke runs, which mean nothing")

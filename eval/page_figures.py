@@ -5,9 +5,11 @@ The figures that sentences of README.md, docs/ and training/README.md quote: how
 group, which is one function here: it returns the figures of one file of records.
 """
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from eval.measured import Measured
 from eval.speed_tables import Machine, short_name
 from eval.studies import finetune_versus_scratch
 from jcdp_diffusers.results import read_records, summarise
@@ -52,6 +54,13 @@ def mini() -> dict[str, str]:
         "lost": f"{points['clean'] - points['protected']:.1f}",
         "regained": f"{points['purified'] - points['protected']:.1f}",
     }
+
+
+def contrastive() -> dict[str, str]:
+    """What SimCLR's linear probe makes of clean and of protected images, in %."""
+    found = Measured(read_records(RESULTS / "contrastive.jsonl"), method="simclr")
+    clean, cp_s = (statistics.fmean(found.accuracies("cifar10", poison, "none")) for poison in ("none", "cp-s"))
+    return {"clean": f"{clean:.1f}", "cp_s_lost": f"{clean - cp_s:.1f}"}
 
 
 def speed() -> dict[str, str]:
@@ -138,6 +147,7 @@ def finetune() -> dict[str, str]:
 
 GROUPS: dict[str, Callable[[], dict[str, str]]] = {
     "mini": mini,
+    "contrastive": contrastive,
     "speed": speed,
     "scaling": scaling,
     "finetune": finetune,

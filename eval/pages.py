@@ -21,7 +21,8 @@ from eval.measured import NOT_MEASURED, POISONS, Measured, spread
 from eval.page_figures import figure
 from eval.speed_tables import speed_table
 from eval.studies import detection, finetune_versus_scratch, spectrum_guidance
-from eval.tables import grid_table, markdown_table, poison_table
+from eval.tables import grid_table, markdown_table, poison_table, probe_table, transfer_table
+from jcdp_diffusers import countermeasures
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.results import read_records, summarise
 
@@ -44,10 +45,24 @@ HEADLINE = {
     "orthogonal-projection": "orthogonal projection",
     "avatar, 10 evaluations": "AVATAR, 10 evaluations",
     "eclipse, 4 evaluations": "ECLIPSE, 4 evaluations",
+    "d-vae-small": "D-VAE, small",
+    "pretrained": "victim pretrained on collected images",
+    "paired-small": "paired purifier" + countermeasures.assumed(countermeasures.get("paired-small").assumes),
     "unconditional+corruption": "**purification**, then corruption",
     "impulse-filter+unconditional+corruption": "**impulse filter, purification**, then corruption",
     "coloured noise": "**purification with coloured noise**",
     "impulse-filter": "**impulse filter** alone",
+}
+HEADLINE_POISONS = ("none", "emn", "lsp", "tap", "ops", "pil", "aue", "dune")
+# What networks are trained on without labels, by poison and countermeasure.
+UNLABELLED = {
+    ("none", "none"): "clean images",
+    ("none", "unconditional"): "clean images, purified",
+    ("cp-s", "none"): "CP-S",
+    ("cp-s", "unconditional"): "CP-S, purified",
+    ("lsp", "none"): "LSP",
+    ("lsp", "unconditional"): "LSP, purified",
+    ("uc", "none"): "UC",
 }
 
 
@@ -69,14 +84,25 @@ def mini_table() -> str:
 
 
 def headline_table() -> str:
-    """Clean images and four poisons; a row for what README.md compares."""
+    """Clean images and `HEADLINE_POISONS`; a row for what README.md compares."""
     found = measured("countermeasures")
-    poisons = ("none", "emn", "lsp", "tap", "ops")
-    head = ["what is done about it", *(POISONS.get(name, "clean images") for name in poisons)]
+    head = ["what is done about it", *(POISONS.get(name, "clean images") for name in HEADLINE_POISONS)]
     rows = []
     for column, title in HEADLINE.items():
-        rows.append([title, *(spread(found.accuracies("cifar10", name, column)) for name in poisons)])
+        rows.append([title, *(spread(found.accuracies("cifar10", name, column)) for name in HEADLINE_POISONS)])
     return markdown_table(head, rows)
+
+
+def unlabelled_table() -> str:
+    """What SimCLR learns from protected images."""
+    return probe_table(Measured(read_records(RESULTS / "contrastive.jsonl"), method="simclr"), "cifar10", UNLABELLED)
+
+
+def both_ways_table() -> str:
+    """What poisons made against one way of learning do to the other, on the same images."""
+    records = read_records(RESULTS / "contrastive.jsonl") + read_records(RESULTS / "attacks_cifar10_5k.jsonl")
+    by_method = {method: Measured(records, method=method) for method in ("supervised", "simclr")}
+    return transfer_table(by_method, "cifar10", ("none", "lsp", "cp-s", "uc"))
 
 
 def grid_of(name: str) -> Callable[[], str]:
@@ -121,6 +147,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "victims": table_by(lambda record: record["settings"]["victim"], "victims", "victim"),
         "guides": grid_of("guides"),
         "coloured": grid_of("coloured"),
+        "without labels": unlabelled_table,
+        "both ways": both_ways_table,
         "attacks": lambda: grid_table(Measured(read_records(RESULTS / "attacks_cifar10_5k.jsonl")), "cifar10"),
     },
     "docs/detection.md": {

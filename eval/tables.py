@@ -37,7 +37,12 @@ from eval.measured import (
     refuse_differences,
     spread,
 )
+from jcdp_diffusers.poisons import get as get_poison
 from jcdp_diffusers.poisons.control import SUFFIX as CONTROL
+
+
+# Which published row stands beside one of ours that has another name: the paper purifies with both guides.
+PRINTED_AS = {"unconditional": "jcdp"}
 
 
 def grid_table(measured: Measured, dataset: str) -> str:
@@ -191,6 +196,62 @@ def methods_table(by_method: Mapping[str, Measured], dataset: str) -> str:
                 cells.append(_both(ours, theirs.get(column, {}).get(method), theirs))
             rows.append([measured.poison_title(dataset, poison, preset), METHODS_SAID[method], *cells])
     return markdown_table(["trained on", "learned by", "clean", *(COLUMNS.get(name, name) for name in columns)], rows)
+
+
+def probe_table(measured: Measured, dataset: str, trained_on: Mapping[tuple[str, str], str]) -> str:
+    """
+    What a network learns without labels: its linear probe and its nearest neighbours, beside the paper's Table 4.
+
+    Args:
+        measured (`Measured`): Of one way of learning without labels.
+        dataset (`str`): Of the records.
+        trained_on (`dict`): Titles of rows by poison and countermeasure, measured or not.
+    """
+    printed = PUBLISHED["jcdp_table_4"].get(dataset, {"clean": {}, "figures": {}})
+    rows = []
+    for (poison, column), title in trained_on.items():
+        if poison == "none":
+            theirs = printed["clean"] if column == "none" else {}
+        else:
+            theirs = printed["figures"].get(poison, {}).get(PRINTED_AS.get(column, column), {})
+        neighbours = [100 * one["value"]["knn_accuracy"] for one in measured.find("victim", dataset, poison, column)]
+        rows.append(
+            [
+                title,
+                spread(measured.accuracies(dataset, poison, column)),
+                spread(neighbours),
+                str(theirs.get(measured.method, "-")),
+            ]
+        )
+    return markdown_table(["trained on", "linear probe", "nearest neighbours", "the paper's linear probe"], rows)
+
+
+def transfer_table(by_method: Mapping[str, Measured], dataset: str, poisons: Sequence[str]) -> str:
+    """
+    What each poison does to each way of learning, without a countermeasure: a row per poison, a column per way.
+
+    Args:
+        by_method (`dict`): One [`Measured`] for each way of learning.
+        dataset (`str`): Of the records.
+        poisons (`Sequence[str]`): Rows, measured or not; `"none"` for clean images.
+    """
+    head = ["trained on", "made against", *(METHODS_SAID[method] for method in by_method)]
+    rows = []
+    for poison in poisons:
+        figures = [spread(measured.accuracies(dataset, poison, "none")) for measured in by_method.values()]
+        rows.append([POISONS.get(poison, "clean images"), _made_against(by_method, dataset, poison), *figures])
+    return markdown_table(head, rows)
+
+
+def _made_against(by_method: Mapping[str, Measured], dataset: str, poison: str) -> str:
+    """What network a poison's noise was optimised for, in words."""
+    if poison == "none":
+        return ""
+    if (surrogate := get_poison(poison).surrogate) != "contrastive":
+        return {None: "no network", "supervised": "a classifier", "pretrained": "a pretrained network"}[surrogate]
+    found = (one.settings(dataset, poison, "none").get("poison_settings", {}) for one in by_method.values())
+    frameworks = dict.fromkeys(settings["framework"] for settings in found if settings)
+    return ", ".join(METHODS_SAID[name] for name in frameworks) or NOT_MEASURED
 
 
 def _published_of(measured: Measured, dataset: str, poison: str, preset: str | None) -> Mapping:

@@ -139,49 +139,29 @@ def score(
     if isinstance(protocol, str) and protocol not in (known := recipes_of(method)):
         raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(known)} for method {method!r}.")
     victim, recipe = choose(victim, protocol, method, device=device, shape=train.images.shape[1:])
-    start = start_of(init_from, finetune, collected, recipe)
     countermeasure = countermeasure or "none"
     chosen = countermeasures.get(countermeasure)
     chosen.require_learning(method)
-    pairs = chosen.pairs_of(collected_protected, collected)
-    others = pairs is not None or init_from == COLLECTED or chosen.needs_collected
+    trial = {"recipe": recipe, "victim": victim, "method": method, "width": width, "countermeasure": countermeasure}
+    trial |= {"purifier": purifier, "purification": purification, "draws": draws}
+    trial["init_from"] = start_of(init_from, finetune, collected, recipe)
+    trial["pairs"] = chosen.pairs_of(collected_protected, collected)
+    trial["collected"] = collected if chosen.needs_collected else None
+    trial["whitening"] = collected if whitening == "collected" else None
+    others = trial["pairs"] is not None or init_from == COLLECTED or chosen.needs_collected
     check_whitening(whitening, collected, victim, otherwise_used=others)
     if output is not None:
         check_output_file(output)
-    if method == "supervised" and probe is None:
-        train, test, names = check_pair(train, test, overlap_budget)
-    else:
-        probe, test, names = _check_probe(train, probe, test, overlap_budget, method)
-    if collected is not None:
-        check_sets({"test": test}, {"collected": collected})
-        _refuse_overlap("collected", collected, test, overlap_budget)
-        _refuse_overlap("collected", collected, train, overlap_budget, "train")
+    train, probe, test, names = _check_sets(train, probe, test, collected, overlap_budget, method)
+    trial |= {"train": train, "test": test, "probe": probe}
     _check_purifier(countermeasure, purifier, purification, train, test)
     with tempfile.TemporaryDirectory() as temporary:
-        temporary = Path(temporary)
-        common = {
-            "victim": victim,
-            "method": method,
-            "probe": probe,
-            "width": width,
-            "countermeasure": countermeasure,
-            "purifier": purifier,
-            "purification": purification,
-            "draws": draws,
-            "whitening": collected if whitening == "collected" else None,
-            "pairs": pairs,
-            "collected": collected if chosen.needs_collected else None,
-            "init_from": start,
-            "work_dir": temporary if checkpoint_dir is None else Path(checkpoint_dir),
-        }
-        trials = [
-            Trial(train, test, recipe, seed, model_path=_model_path(model_dir, victim, seed), **common)
-            for seed in seeds
-        ]
+        trial["work_dir"] = Path(temporary if checkpoint_dir is None else checkpoint_dir)
+        trials = [Trial(**trial, seed=seed, model_path=_model_path(model_dir, victim, seed)) for seed in seeds]
         request = _request(trials, names)
         if output is not None and (finished := _finished(Path(output), request, trials)) is not None:
             return finished
-        records = temporary / "records.jsonl" if output is None else _records_beside(Path(output))
+        records = Path(temporary) / "records.jsonl" if output is None else _records_beside(Path(output))
         measure(trials, records, device=device, processes=processes, progress=progress)
         result = _result(request, trials, records, names, purifier)
     if output is not None:
@@ -214,6 +194,26 @@ def check_pair(
     train, test = check_sets({"train": train, "test": test}, {}).values()
     _refuse_overlap("train", train, test, overlap_budget)
     return train, test, list(train.class_names or map(str, range(train.num_classes)))
+
+
+def _check_sets(
+    train: LabelledImages,
+    probe: LabelledImages | None,
+    test: LabelledImages,
+    collected: LabelledImages | None,
+    overlap_budget: float | None,
+    method: str,
+) -> tuple[LabelledImages, LabelledImages | None, LabelledImages, list[str]]:
+    """Training, probe and test images, once they are known to suit each other, and the names of the classes."""
+    if method == "supervised" and probe is None:
+        train, test, names = check_pair(train, test, overlap_budget)
+    else:
+        probe, test, names = _check_probe(train, probe, test, overlap_budget, method)
+    if collected is not None:
+        check_sets({"test": test}, {"collected": collected})
+        _refuse_overlap("collected", collected, test, overlap_budget)
+        _refuse_overlap("collected", collected, train, overlap_budget, "train")
+    return train, probe, test, names
 
 
 def _check_probe(

@@ -53,7 +53,7 @@ EVALUATIONS = 5
 NO_GUIDE, PAPER, ADAPTIVE, NOTHING = "no guide", "the paper's guides", "adaptive", "nothing"
 # The victim of a small set, in a minute on one core.
 RECIPE = dataclasses.replace(
-    RECIPES["airbench"], name="airbench-short", epochs=5, batch_size=64, learning_rate=1.5 * 64 / 1024
+    RECIPES["airbench"], name="airbench-2k", epochs=5, batch_size=64, learning_rate=1.5 * 64 / 1024
 )
 
 

@@ -98,6 +98,23 @@ class OverImages:
         return cls(float(values.mean()), std, float(values.min()), float(values.max()), len(values))
 
 
+def psnr(clean: torch.Tensor, changed: torch.Tensor, *, peak: float = 1.0, least_error: float = 0.0) -> torch.Tensor:
+    """
+    Peak signal-to-noise ratio of each image, differentiable.
+
+    Args:
+        clean, changed (`torch.Tensor`): float (N, C, H, W) or in any other order behind the images.
+        peak (`float`, *optional*, defaults to 1): Largest possible value.
+        least_error (`float`, *optional*, defaults to 0): The mean squared error counts as this much at least. Above 0
+            equal images have a finite ratio and a gradient.
+
+    Returns:
+        `torch.Tensor`: (N,), in dB; infinite for equal images.
+    """
+    errors = (clean - changed).square().mean(dim=(1, 2, 3)).clamp(min=least_error)
+    return -10 * (errors / peak**2).log10()
+
+
 def visibility(
     clean: np.ndarray, poisoned: np.ndarray, *, perceptual: torch.nn.Module | None = None, seed: int = 0
 ) -> dict:
@@ -125,7 +142,7 @@ def visibility(
     _check_pair(clean, poisoned)
     rows = np.flatnonzero((clean != poisoned).any(axis=(1, 2, 3)))
     found: dict = {"images": len(rows), "not_measured": {}, "network": getattr(perceptual, "name", None)}
-    measures = {"linf": _linf, "l2": _l2, "psnr": _psnr}
+    measures = {"linf": _linf, "l2": _l2, "psnr": _psnr_of_bytes}
     few = np.sort(np.random.default_rng(seed).permutation(rows)[:MOST_IMAGES])
     for name, measure in (measures | {"ssim": _ssim, "lpips": _distance(perceptual)}).items():
         chosen = rows if name in measures else few
@@ -229,8 +246,8 @@ def _l2(clean: np.ndarray, poisoned: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(poisoned.astype(np.int32) - clean).sum(axis=(1, 2, 3))) / 255
 
 
-def _psnr(clean: np.ndarray, poisoned: np.ndarray) -> np.ndarray:
-    return 10 * np.log10(255**2 / np.square(poisoned.astype(np.float64) - clean).mean(axis=(1, 2, 3)))
+def _psnr_of_bytes(clean: np.ndarray, poisoned: np.ndarray) -> np.ndarray:
+    return psnr(*(torch.from_numpy(images.astype(np.float64)) for images in (clean, poisoned)), peak=255.0).numpy()
 
 
 def _ssim(clean: np.ndarray, poisoned: np.ndarray) -> np.ndarray:

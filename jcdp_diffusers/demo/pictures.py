@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import math
 import os
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from PIL import Image
 
 from .. import poisons
 from ..data import ImageRejected, decode_image
-from ..data.perturbations import apply_perturbation
+from ..data.perturbations import apply_perturbation, psnr
 from ..noise import content_id
 from ..outputs import printable
 from ..pipeline_jcdp import JointConditionalPurificationPipeline, usual_micro_batch
@@ -53,9 +52,9 @@ class Change:
         The PSNR of equal pictures is infinite.
         """
         difference = np.abs(self.after.astype(np.int16) - self.before)
-        error = float(np.square(difference, dtype=np.float64).mean())
-        psnr = 10 * math.log10(255**2 / error) if error else math.inf
-        return int(difference.max()), float(difference.mean()), 100 * float((difference > 0).mean()), psnr
+        before, after = (torch.from_numpy(one.astype(np.float64))[None] for one in (self.before, self.after))
+        ratio = psnr(before, after, peak=255.0).item()
+        return int(difference.max()), float(difference.mean()), 100 * float((difference > 0).mean()), ratio
 
     def magnified(self) -> tuple[np.ndarray, int]:
         """The difference on grey, uint8 (H, W, C), and by how much it is magnified: 99.5 % of it fits the scale."""
@@ -276,9 +275,9 @@ class PictureWork:
             }
             for image, target in zip((made.before, made.after, difference), paths.values()):
                 _as_picture(image).save(target)
-            largest, mean, changed, psnr = made.in_numbers()
+            largest, mean, changed, ratio = made.in_numbers()
             shape = f"{made.after.shape[1]}x{made.after.shape[0]}"
-            numbers = (largest, f"{mean:.2f}", f"{changed:.1f}", f"{psnr:.1f}", f"{time.monotonic() - start:.1f}")
+            numbers = (largest, f"{mean:.2f}", f"{changed:.1f}", f"{ratio:.1f}", f"{time.monotonic() - start:.1f}")
             results.append(
                 {"name": name, "factor": factor, "row": [name, shape, *map(str, numbers)]}
                 | {key: str(target) for key, target in paths.items()}

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..data.perturbations import psnr
 from ..perceptual import load_perceptual
 from ..victims import Recipe, train_model
 from . import Poison, surrogate
@@ -249,8 +250,7 @@ def unnatural(
     images: torch.Tensor, shifted: torch.Tensor, settings: DUNESettings, judge: nn.Module | None
 ) -> torch.Tensor:
     """By how much PSNR, SSIM and LPIPS of each image lie beyond what is accepted, summed, `(B,)`."""
-    psnr = -10 * (images - shifted).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
-    beyond = (settings.least_psnr - psnr).clamp(min=0)
+    beyond = (settings.least_psnr - psnr(images, shifted, least_error=1e-10)).clamp(min=0)
     beyond = beyond + (settings.least_ssim - structural_similarity(images, shifted)).clamp(min=0)
     if judge is not None:
         colour = [batch.expand(-1, 3, -1, -1) for batch in (shifted, images)]

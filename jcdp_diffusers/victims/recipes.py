@@ -299,19 +299,23 @@ _CP = {
     },
     "byol": {"learning_rate": 1.0, "key_momentum": 0.999},
 }
+# Beyond that, SimCLR's gradient is a quarter there: each of its four processes differentiates its own features alone,
+# and then the mean over processes is taken. Our shorter recipes leave that out.
+_CP_PROCESSES = {"simclr": 4}
 
 
 def _contrastive(method: str) -> tuple[ContrastiveRecipe, ...]:
     """The recipes of one method; learning rates are proportional to the batch, a queue holds eight batches."""
-    cp = ContrastiveRecipe("cp", 1000, method=method, warmup=0.01, probe="cp", **_CP[method])
+    plain = ContrastiveRecipe("cp", 1000, method=method, warmup=0.01, probe="cp", **_CP[method])
+    cp = replace(plain, loss_factor=plain.loss_factor / _CP_PROCESSES.get(method, 1))
 
     def shorter(name: str, epochs: int, batch_size: int, **changes) -> ContrastiveRecipe:
-        changes["learning_rate"] = cp.learning_rate * batch_size / cp.batch_size
-        if cp.queue is not None:
+        changes["learning_rate"] = plain.learning_rate * batch_size / plain.batch_size
+        if plain.queue is not None:
             changes["queue"] = 8 * batch_size
-        if cp.key_momentum is not None:
+        if plain.key_momentum is not None:
             changes["key_momentum"] = 0.99
-        return replace(cp, name=name, epochs=epochs, batch_size=batch_size, warmup=0.1, probe="fast", **changes)
+        return replace(plain, name=name, epochs=epochs, batch_size=batch_size, warmup=0.1, probe="fast", **changes)
 
     return (
         cp,

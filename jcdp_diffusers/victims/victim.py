@@ -138,25 +138,15 @@ def train_victim(
         model.to(device).whiten(_on_device(train if whitening is None else whitening, device)[0])
     training = Training(train, probe, test, num_classes, recipe, seed, device, hooks, progress, checkpoint_dir)
     figures = training.supervised(model) if method == "supervised" else training.contrastive(model)
-    return VictimResult(
-        **figures,
-        seconds=time.perf_counter() - start,
-        settings={
-            "victim": victim,
-            "method": method,
-            "width": width,
-            "num_classes": num_classes,
-            **_counts(train=train, test=test, probe=probe, whitening=whitening),
-            "recipe": asdict(recipe),
-            "hooks": [type(hook).__name__ for hook in hooks],
-            "init_from": None if init_from is None else init_from.digest,
-            "finetune": None if init_from is None else finetune,
-            "precision": "bfloat16" if recipe.bfloat16 and has_bfloat16(device) else "float32",
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "smoke": recipe.smoke,
-        },
-        model=model,
-    )
+    settings = training.settings() | {"victim": victim, "method": method, "width": width}
+    settings |= _counts(whitening=whitening) | _start_settings(init_from, finetune)
+    return VictimResult(**figures, seconds=time.perf_counter() - start, settings=settings, model=model)
+
+
+def _start_settings(init_from: Weights | None, finetune: str) -> dict[str, str | None]:
+    """What a record says of the first weights."""
+    given = init_from is not None
+    return {"init_from": init_from.digest if given else None, "finetune": finetune if given else None}
 
 
 def _counts(**sets: LabelledImages | None) -> dict[str, int]:
@@ -205,6 +195,18 @@ class Training:
     hooks: Sequence[Any]
     progress: Callable[[dict[str, float]], None] | None
     checkpoint_dir: str | Path | None
+
+    def settings(self) -> dict[str, Any]:
+        """What was asked for and what it runs as, for a record."""
+        return {
+            "num_classes": self.num_classes,
+            **_counts(train=self.train, test=self.test, probe=self.probe),
+            "recipe": asdict(self.recipe),
+            "hooks": [type(hook).__name__ for hook in self.hooks],
+            "precision": "bfloat16" if self.recipe.bfloat16 and has_bfloat16(self.device) else "float32",
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "smoke": self.recipe.smoke,
+        }
 
     def supervised(self, model: nn.Module) -> dict[str, Any]:
         """Cross-entropy, scored after each epoch."""

@@ -240,4 +240,11 @@ def test_every_committed_picture_has_its_command(monkeypatch, tmp_path):
                 args.output = str(tmp_path / name)
                 args.draw(args)
                 drawn_here.append(name)
-    assert drawn_here == ["curves.png", "strength.png", "evaluations.png", "evaluations_3k.png", "scales.png"]
+    assert drawn_here == [
+        "curves.png",
+        "strength.png",
+        "evaluations.png",
+        "evaluations_3k.png",
+        "scales.png",
+        "contrastive.png",
+    ]

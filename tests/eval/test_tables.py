@@ -7,7 +7,7 @@ import pytest
 
 from eval import tables
 from eval.measured import PUBLISHED, Measured, spread
-from eval.tables import grid_table, paper_tables, poison_table, roles_table
+from eval.tables import grid_table, paper_tables, poison_table, probe_table, roles_table, transfer_table
 
 
 RECIPE = {"name": "mini", "epochs": 15, "smoke": False, "batch_size": 32}
@@ -179,6 +179,52 @@ def test_a_row_for_each_way_of_learning(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="no accuracy of a grid there has a method without labels"):
         run(monkeypatch, tmp_path, found[:4], "methods")
     assert "| vanilla | 65.0 | 45.0 ± 7.1 |" in run(monkeypatch, tmp_path, found, "grid", "--method", "simclr")
+
+
+def test_what_is_learned_without_labels_stands_beside_the_papers_probe():
+    found = [
+        *without_labels("simclr", "none", "none", [0.6], details={"knn_accuracy": 0.55}),
+        *without_labels("simclr", "cp-s", "none", [0.4, 0.5], details={"knn_accuracy": 0.35}),
+        *records("cp-s", "none", [0.8]),  # of a classifier
+    ]
+    rows = {
+        ("none", "none"): "clean",
+        ("none", "unconditional"): "clean, purified",
+        ("cp-s", "none"): "CP-S",
+        ("cp-s", "unconditional"): "CP-S, purified",
+        ("lsp", "none"): "LSP",
+    }
+    table = probe_table(Measured(found, method="simclr"), "cifar10", rows)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert cells == [
+        ["clean", "60.0", "55.0", "90.4"],
+        ["clean, purified", "n.m.", "n.m.", "-"],
+        ["CP-S", "45.0 ± 7.1", "35.0 ± 0.0", "44.9"],
+        ["CP-S, purified", "n.m.", "n.m.", "86.6"],  # the paper's, by JCDP
+        ["LSP", "n.m.", "n.m.", "-"],
+    ]
+
+
+def test_a_poison_meets_the_way_of_learning_that_it_was_not_made_against():
+    found = [
+        *without_labels("simclr", "none", "none", [0.6]),
+        *without_labels("simclr", "cp-s", "none", [0.4], poison_settings={"framework": "byol"}),
+        *records("cp-s", "none", [0.7], poison_settings={"framework": "byol"}),
+        *records("lsp", "none", [0.2]),
+        *records("lsp", "gray", [0.9]),
+    ]
+    by_method = {method: Measured(found, method=method) for method in ("supervised", "simclr")}
+    table = transfer_table(by_method, "cifar10", ("none", "lsp", "cp-s", "cp-c", "emn", "uc"))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert cells[0] == ["trained on", "made against", "supervised", "SimCLR"]
+    assert cells[2:] == [
+        ["clean images", "", "n.m.", "60.0"],
+        ["LSP", "no network", "20.0", "n.m."],
+        ["CP-S", "BYOL", "70.0", "40.0"],
+        ["CP-C", "n.m.", "n.m.", "n.m."],  # its records would say against which
+        ["EMN", "a classifier", "n.m.", "n.m."],
+        ["UC", "a pretrained network", "n.m.", "n.m."],
+    ]
 
 
 def test_a_table_for_each_set_that_purifiers_were_trained_on():

@@ -390,6 +390,33 @@ def test_recipes_of_contrastive_poisoning():
         assert recipe.warmup * recipe.epochs == 10
 
 
+def test_simclrs_gradient_is_that_of_the_released_programs_four_processes():
+    """Each differentiates its own features in the loss over all of them, and the mean over processes is taken."""
+    with seeded(0):
+        objective = METHODS["simclr"](resnet18(10, in_channels=1, width=4), get_recipe("cp", "simclr"), SIZE)
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.rand(8, 1, *SIZE, generator=generator) for _ in range(2)]
+    weights_of = list(objective.head.parameters())
+    found = torch.autograd.grad(objective.between(*views), weights_of)
+
+    projections = F.normalize(objective.head(objective.network.features(torch.cat(views))), dim=1)
+    everyone, partner = torch.arange(16), torch.arange(16).roll(8)
+    mean = [torch.zeros_like(weight) for weight in weights_of]
+    for process in range(4):
+        own = ((everyone % 8) // 2 == process)[:, None]
+        gathered = torch.where(own, projections, projections.detach())
+        similar = (gathered @ gathered.T / 0.5).exp()
+        others = similar.sum(dim=1) - similar.diagonal()
+        loss = 0.5 / 0.07 * -(similar[everyone, partner] / others).log().mean()
+        for total, gradient in zip(mean, torch.autograd.grad(loss, weights_of, retain_graph=True)):
+            total += gradient / 4
+    for one, other in zip(found, mean):
+        assert other.abs().max() > 1e-4
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    for name in ("fast", "mini", "digits"):  # ours, which claim no program's strength
+        assert get_recipe(name, "simclr").loss_factor == 4 * objective.recipe.loss_factor
+
+
 def test_every_method_has_the_same_recipes():
     names = {method: list(recipes) for method, recipes in CONTRASTIVE_RECIPES.items()}
     assert names == dict.fromkeys(CONTRASTIVE, ["cp", "fast", "mini", "digits", "smoke"])

@@ -1,0 +1,80 @@
+"""
+Finished trials of a grid's output folder, added to a file of results/.
+
+    python eval/merge_records.py --records DIR/records.jsonl --into results/FILE.jsonl [--poisons NAME...]
+
+A trial that is there already is not added again, so the command can be given whenever more is finished. Afterwards
+`python eval/pages.py` writes the tables.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+sys.path.append(str(Path(__file__).parents[1]))
+from eval.measured import add_selection_arguments, chosen_records
+from jcdp_diffusers.cli import ends_in_one_sentence
+from jcdp_diffusers.outputs import write_atomically
+from jcdp_diffusers.results import read_records
+
+
+PARTS = ("victim", "accuracy")  # what a trial puts on record, in this order
+
+
+def finished_trials(records: Sequence[Mapping]) -> dict[str, dict[str, Mapping]]:
+    """By trial, its last record of each of `PARTS`; trials that lack one are left out."""
+    trials: dict[str, dict[str, Mapping]] = {}
+    for record in records:
+        if record["what"] in PARTS and "trial" in record["settings"]:
+            trials.setdefault(record["settings"]["trial"], {})[record["what"]] = record
+    return {trial: parts for trial, parts in trials.items() if set(parts) == set(PARTS)}
+
+
+def merge(records: Sequence[Mapping], into: Path) -> tuple[int, int]:
+    """
+    Add what is finished and missing.
+
+    Args:
+        records (`Sequence[dict]`): Of one or more grids.
+        into (`Path`): JSON Lines file, made if needed.
+
+    Returns:
+        `tuple[int, int]`: How many trials were added, and how many were there already.
+
+    Raises:
+        ValueError: If a trial is of a smoke run, or is there with another accuracy.
+    """
+    there = finished_trials(read_records(into)) if into.exists() else {}
+    lines, added, kept = [], 0, 0
+    for trial, parts in finished_trials(records).items():
+        if parts["accuracy"]["settings"]["recipe"]["smoke"]:
+            raise ValueError(f"records has trial {trial} of a smoke run, but must have figures that mean something.")
+        if trial in there:
+            before, now = (one["accuracy"]["value"] for one in (there[trial], parts))
+            if before != now:
+                raise ValueError(f"records has accuracy {now} for trial {trial}, but into has {before}.")
+            kept += 1
+            continue
+        lines += [json.dumps(parts[part], ensure_ascii=False) for part in PARTS]
+        added += 1
+    if lines:
+        text = into.read_text(encoding="utf-8") if into.exists() else ""
+        write_atomically(into, text + "".join(line + "\n" for line in lines))
+    return added, kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
+    add_selection_arguments(parser)
+    parser.add_argument("--into", required=True, help="JSON Lines file of results/")
+    args = parser.parse_args()
+    with ends_in_one_sentence("merge_records"):
+        added, kept = merge(chosen_records(args), Path(args.into))
+    print(f"{args.into}: {added} trials added, {kept} were there already.")
+
+
+if __name__ == "__main__":
+    main()
