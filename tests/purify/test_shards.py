@@ -16,7 +16,9 @@ SCHEMA = pa.schema({"id": pa.string()})
 @pytest.fixture(params=["path", "file", "memory"])
 def folder(request, tmp_path):
     """The same folder by its path, as a URL, and on a file system that is no disk at all."""
-    url = {"path": str(tmp_path / "a [1]"), "file": f"file://{tmp_path}", "memory": f"memory://{tmp_path.name}"}[request.param]
+    url = {"path": str(tmp_path / "a [1]"), "file": f"file://{tmp_path}", "memory": f"memory://{tmp_path.name}"}[
+        request.param
+    ]
     yield Folder(url)
     fsspec.filesystem("memory").store.clear()
 
