@@ -34,7 +34,14 @@ CARD, EVAL, EVAL_RESULTS = "README.md", "eval.yaml", ".eval_results/jcdp.yaml"
 ARXIV = "https://arxiv.org/abs/2305.09241"
 KINDS = ("purifier", "dataset")
 TEST = "test"  # folder and split of the clean test images
-_REPORT = {"rows": list, "purifier.digest": str, "victims": dict, "smoke": bool, "time": str}
+_REPORT = {
+    "rows": list,
+    "purifier.digest": str,
+    "victims": dict,
+    "smoke": bool,
+    "data.division.stand_in": bool,
+    "time": str,
+}
 _BODY = """
 # {title}
 
@@ -125,6 +132,10 @@ def _result(report: Path, folder: Path, repo_id: str, benchmark: str, task: str)
     facts = read_json(report, _REPORT)
     if facts["smoke"]:
         raise ValueError(f"report is {str(report)!r}, which is of a smoke run, but must be of a whole audit.")
+    if facts["data"]["division"]["stand_in"]:
+        raise ValueError(
+            f"report is {str(report)!r}, whose test images are purified ones, but must be of an audit with clean ones."
+        )
     if facts["purifier"]["digest"] != purifier_digest(folder):
         raise ValueError(f"report is {str(report)!r}, which is of another purifier, but must be of {str(folder)!r}.")
     accuracy = {row["row"]: row["accuracy"] for row in facts["rows"]}

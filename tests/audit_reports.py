@@ -101,6 +101,7 @@ REPORT = {
                 "contradictions": 0,
             },
         },
+        "division": {"stand_in": False},
         "separation": {"collected_in_test": 0, "budget": 16 / 255},
         "noise": {"linf": 8, "l2_mean": 0.9, "l2_max": 1.0, "l0_mean": 200, "l0_max": 256, "share_changed": 1.0},
         "visibility": {

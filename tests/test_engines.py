@@ -57,7 +57,7 @@ def test_one_process_stops_at_the_first_failure_and_goes_on_with_what_is_missing
 
 def test_several_processes_do_the_others_and_report_failures_in_a_sentence(tmp_path, capsys):
     tasks = tasks_in(tmp_path, n5="error", n7="error")
-    with pytest.raises(RuntimeError, match=r"number is [57], but must be another. \(2 of 12 tasks failed") as raised:
+    with pytest.raises(RuntimeError, match=r"number is [57].*\(2 of 12 tasks failed") as raised:
         engines.run(tasks, open_worker=partial(open_worker, tmp_path), processes=2)
     assert "\n" not in str(raised.value)
     assert squares(tmp_path) == {number: number**2 for number in range(12) if number not in (5, 7)}
@@ -189,9 +189,7 @@ def test_ray_survives_a_lost_node_a_killed_worker_and_a_task_that_fails(cluster,
         if len(done) == 10:
             cluster.remove_node(other, allow_graceful=False)
 
-    with pytest.raises(
-        RuntimeError, match=r"^number is 5, but must be another. \(1 of 30 tasks failed, square-5 first"
-    ):
+    with pytest.raises(RuntimeError, match=r"^number is 5.*\(1 of 30 tasks failed, square-5 first"):
         engines.run(
             tasks,
             open_worker=partial(open_worker, tmp_path),
@@ -215,7 +213,7 @@ def test_ray_workers_that_cannot_open_are_a_sentence(cluster, tmp_path):
 
 
 def test_ray_at_an_address_where_there_is_none(tmp_path):
-    with pytest.raises(ValueError, match="address is 'localhost:1', but must be that of a running Ray cluster"):
+    with pytest.raises(ValueError, match="address is 'localhost:1'.*Ray"):
         engines.run(tasks_in(tmp_path), open_worker=cannot_open, engine="ray", address="localhost:1")
 
 

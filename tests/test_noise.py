@@ -125,7 +125,7 @@ def test_uses_are_told_apart_even_at_the_largest_round():
 
 def test_seed_out_of_range_is_refused():
     for seed in (-1, 2**64):
-        with pytest.raises(ValueError, match=rf"seed is {seed}, but must lie in \[0, 2\*\*64\)"):
+        with pytest.raises(ValueError, match=f"seed is {seed}"):
             image_keys(seed, ["a"])
 
 

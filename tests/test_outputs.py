@@ -80,7 +80,7 @@ def test_a_folder_with_files_of_others_is_refused(tmp_path, names, foreign):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(ValueError, match="--output is .*out', but must be a folder"):
+    with pytest.raises(ValueError, match="--output is .*out'.*folder"):
         check_output_folder(tmp_path / "out", **OPTIONS)
 
 
@@ -139,10 +139,10 @@ def test_a_file_is_never_a_source_a_link_or_a_folder(tmp_path):
     for path, relation in (("data/score.json", "lies inside that of --train"), ("data", "is that of --train")):
         with pytest.raises(ValueError, match=f"output is .*{path}', which {relation}"):
             check_output_file(tmp_path / path, sources={"--train": tmp_path / "data"})
-    with pytest.raises(ValueError, match="output is .*data', but must be a regular file"):
+    with pytest.raises(ValueError, match="output is .*data'.*file"):
         check_output_file(tmp_path / "data")
     (tmp_path / "link.json").symlink_to(tmp_path / "data" / "a.png")
-    with pytest.raises(ValueError, match="output is .*link.json', but must be a regular file"):
+    with pytest.raises(ValueError, match="output is .*link.json'.*file"):
         check_output_file(tmp_path / "link.json")
 
 

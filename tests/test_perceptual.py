@@ -105,9 +105,9 @@ def test_trunk_file_matches_torchvisions_feature_maps(shared):
 
 
 def test_wrong_trunks_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="trunk is 'resnet', but must be one of"):
+    with pytest.raises(ValueError, match="trunk is 'resnet'"):
         LPIPSModel("resnet")
-    with pytest.raises(ValueError, match="calibrated is True, but trunk 'squeezenet1_0' has no published heads"):
+    with pytest.raises(ValueError, match="calibrated is True.*'squeezenet1_0'"):
         LPIPSModel("squeezenet1_0")
     save_file({"features.0.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="x.safetensors', .*features.0.weight.*shape"):
@@ -119,7 +119,7 @@ def test_networks_that_lpips_does_not_have_or_cannot_fetch_end_in_a_sentence(mon
 
     import lpips
 
-    with pytest.raises(ValueError, match="net is 'resnet', but must be one of"):
+    with pytest.raises(ValueError, match="net is 'resnet'"):
         LPIPSModel.from_lpips("resnet")
 
     def offline(*args, **options):

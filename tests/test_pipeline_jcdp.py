@@ -118,12 +118,12 @@ class TestRepository:
 
     def test_a_folder_that_is_no_pipeline_is_refused(self, tmp_path):
         tiny_unet().save_pretrained(tmp_path)
-        with pytest.raises(OSError, match=r"purifier is '.*', but must hold a model_index.json"):
+        with pytest.raises(OSError, match="purifier is '.*'.*model_index.json"):
             Pipeline.from_pretrained(tmp_path)
         for name in (tmp_path / "absent", "absent"):
-            with pytest.raises(OSError, match="purifier is '.*absent', but must be a folder, or the Hub id of a DDPM"):
+            with pytest.raises(OSError, match="purifier is '.*absent'"):
                 Pipeline.from_pretrained(name)
-        with pytest.raises(OSError, match="purifier is 'my/absent', but must be a folder, or .*Error"):
+        with pytest.raises(OSError, match="purifier is 'my/absent'.*Error"):
             Pipeline.from_pretrained("my/absent", local_files_only=True)
 
 
@@ -441,7 +441,7 @@ class TestMethod:
     def test_coloured_noise_needs_to_know_the_size_that_was_trained(self, plain):
         plain.purification_config = PurificationConfig(noise_corner=8.0)
         plain.unet.register_to_config(sample_size=None)
-        with pytest.raises(ValueError, match=r"images are 32x32, but must .* noise_corner \(8 .*sample_size \(None\)"):
+        with pytest.raises(ValueError, match=r"images are 32x32.*noise_corner \(8 .*sample_size \(None\)"):
             plain(photos(1), seed=0)
 
     def test_a_generator_gives_coloured_noise_too(self, plain):
@@ -530,9 +530,9 @@ class TestMethod:
 
     def test_a_guide_that_could_not_act_is_refused(self, pipe):
         alone = dict(diffusion_steps=20, num_inference_steps=1, pixel_guidance_scale=10.0)
-        with pytest.raises(ValueError, match="num_inference_steps is 1 and diffusion_steps 20, but a guide needs"):
+        with pytest.raises(ValueError, match="num_inference_steps is 1 and diffusion_steps 20"):
             pipe.resolve_config(**alone)
-        with pytest.raises(ValueError, match="diffusion_steps 1, but a guide needs at least 2 evaluations per round"):
+        with pytest.raises(ValueError, match="diffusion_steps 1,.* 2 "):
             pipe.resolve_config(diffusion_steps=1, pixel_guidance_scale=10.0, variance_type="fixed_small")
         pipe.resolve_config(diffusion_steps=1, pixel_guidance_scale=10.0, variance_type="fixed_large")
         pipe.resolve_config(**alone | dict(num_inference_steps=2))
@@ -608,10 +608,10 @@ class TestCall:
         assert pipe.resolve_config(PurificationConfig(diffusion_steps=9)).noise_corner == 8.0
         assert pipe.resolve_config(noise_corner=8.0).noise_corner == 8.0
         for asked in ({"noise_corner": 3.0}, {"noise_corner": 0.0}, {"preset": PurificationConfig(noise_corner=3.0)}):
-            with pytest.raises(ValueError, match=r"noise_corner is [03].0, but must be 8,"):
+            with pytest.raises(ValueError, match="noise_corner is [03].0,.* 8,"):
                 pipe.resolve_config(**asked)
         pipe.purification_config = PurificationConfig()
-        with pytest.raises(ValueError, match="noise_corner is 3.0, but must be 0,"):
+        with pytest.raises(ValueError, match="noise_corner is 3.0,.* 0,"):
             pipe.resolve_config(PurificationConfig(noise_corner=3.0))
         pipe.purification_config = None
         assert pipe.resolve_config("paper").noise_corner == 0.0
@@ -625,18 +625,16 @@ class TestCall:
         with pytest.raises(ValueError, match=message):
             pipe(photos(1), diffusion_steps=51)
         pipe(photos(1), diffusion_steps=50, num_inference_steps=1)
-        with pytest.raises(
-            ValueError, match="diffusion_steps is 50, but must be at most 49"
-        ):  # code starts one level higher
+        with pytest.raises(ValueError, match="diffusion_steps is 50.*49"):  # code starts one level higher
             pipe(photos(1), preset="code", diffusion_steps=50)
-        with pytest.raises(ValueError, match="diffusion_steps is 1001, but must be at most 1000"):
+        with pytest.raises(ValueError, match="diffusion_steps is 1001.*1000"):
             Pipeline(tiny_unet(), DDPMScheduler())(photos(1), diffusion_steps=1001, num_inference_steps=1)
 
     def test_a_perceptual_scale_needs_the_network_it_was_tuned_for(self, plain):
-        with pytest.raises(ValueError, match="perceptual is None, but must be 'lpips-alex' for .*scale of 300"):
+        with pytest.raises(ValueError, match="perceptual is None.*'lpips-alex'.*300"):
             plain(photos(1), preset="paper")
         squeeze = quiet(Pipeline(plain.unet, plain.scheduler, LPIPSModel("squeezenet1_0", calibrated=False)))
-        with pytest.raises(ValueError, match="perceptual is 'features-squeezenet1_0', but must be 'lpips-alex'"):
+        with pytest.raises(ValueError, match="perceptual is 'features-squeezenet1_0'.*'lpips-alex'"):
             squeeze(photos(1), preset="code")
         squeeze(photos(1), preset="paper", num_rounds=1, num_inference_steps=2, perceptual_guidance_scale=1.0)
 
@@ -696,7 +694,7 @@ class TestCall:
 
     def test_a_scheduler_without_guidance_is_refused(self, plain):
         plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
-        with pytest.raises(ValueError, match="scheduler is a DDIMScheduler, but must be a GuidedDDPMScheduler"):
+        with pytest.raises(ValueError, match="scheduler is a DDIMScheduler.*GuidedDDPMScheduler"):
             plain(photos(1))
 
     def test_a_broken_network_is_reported(self, plain):
@@ -718,17 +716,17 @@ class TestCall:
         calls = []
         pipe = quiet(Pipeline(tiny_unet(size=16), DDPMScheduler(), network))
         pipe.unet.register_forward_hook(lambda *a: calls.append(1))
-        with pytest.raises(ValueError, match="images are 16x16, but must be at least 31x31 for the trunk"):
+        with pytest.raises(ValueError, match="images are 16x16.*31x31"):
             pipe(photos(1, 16), preset="code")
         pipe = quiet(Pipeline(tiny_unet(), DDPMScheduler(variance_type="learned_range")))
         pipe.unet.register_forward_hook(lambda *a: calls.append(1))
         with pytest.raises(ValueError, match="variance_type is 'learned_range' in the scheduler"):
             pipe(photos(1), num_inference_steps=100)  # with steps left out the posterior's variance is taken
-        with pytest.raises(ValueError, match="unet takes 4 channels, but must take 1 or 3"):
+        with pytest.raises(ValueError, match="unet takes 4 channels.*1 or 3"):
             Pipeline(tiny_unet(4), DDPMScheduler())(torch.rand(1, 4, 32, 32))
         pipe = quiet(Pipeline(tiny_unet(), DDPMScheduler()))
         pipe.purification_config = PurificationConfig(diffusion_steps=60, trained_timesteps=(50, 100))
-        with pytest.raises(ValueError, match=r"trained_timesteps is \(50, 100\), but must begin at 0"):
+        with pytest.raises(ValueError, match=r"trained_timesteps is \(50, 100\).* 0"):
             pipe(photos(1))
         assert not calls
 
@@ -858,14 +856,12 @@ def test_networks_that_predict_something_else_are_refused(change, message):
 def test_the_way_to_a_missing_network_is_one_that_works(plain):
     for wanted, way in (("features-squeezenet1_0", r"from_trunk_file\(PATH\)"), ("lpips-vgg", r"from_lpips\('vgg'\)")):
         config = PurificationConfig(perceptual_guidance_scale=1.0, perceptual_network=wanted)
-        with pytest.raises(ValueError, match=f"perceptual is None, but must be '{wanted}' .*LPIPSModel.{way}"):
+        with pytest.raises(ValueError, match=f"perceptual is None.*'{wanted}'.*LPIPSModel.{way}"):
             plain(photos(1), preset=config)
 
 
 def test_guides_that_could_never_act_are_refused(plain):
-    with pytest.raises(
-        ValueError, match=r"pixel_guidance_window is \(200, 300\), but must begin below diffusion_steps"
-    ):
+    with pytest.raises(ValueError, match=r"pixel_guidance_window is \(200, 300\).*diffusion_steps"):
         config = PurificationConfig(diffusion_steps=5, pixel_guidance_scale=1.0, pixel_guidance_window=(200, 300))
         plain(photos(1), preset=config)
 
@@ -915,7 +911,7 @@ def test_pictures_that_lose_nothing_as_grey_are_taken():
     for mode in ("LA", "1"):
         given = picture(mode)
         assert torch.equal(grey([given], **options).images, grey([given.convert("L")], **options).images)
-    with pytest.raises(ValueError, match="images has a PIL image of mode 'RGBA', but must have mode 'L'"):
+    with pytest.raises(ValueError, match="images has a PIL image of mode 'RGBA'.*'L'"):
         grey([picture("RGBA")])
 
 
@@ -927,7 +923,7 @@ def test_pictures_that_would_lose_something_are_refused(plain):
     for given, mode in ((picture("RGBA", 0), "RGBA"), (picture("LA", 128), "LA"), (corner, "RGBA"), (glass, "P")):
         with pytest.raises(ValueError, match=f"images has a PIL image of mode '{mode}' with transparency"):
             plain([given], seed=0, diffusion_steps=2)
-    with pytest.raises(ValueError, match="images has a PIL image of mode 'F', but must have mode 'RGB'"):
+    with pytest.raises(ValueError, match="images has a PIL image of mode 'F'.*'RGB'"):
         plain([Image.new("F", (32, 32))])
 
 
@@ -950,5 +946,5 @@ def test_what_rounding_leaves_outside_the_unit_range_is_taken(plain, kind):
 def test_what_rounding_cannot_leave_is_refused_with_its_value(plain, off):
     images = photos(1).clamp(0.1, 0.9)
     images[0, 0, 0, 0] = off if off < 0 else 1 + off
-    with pytest.raises(ValueError, match=r"images has values from (-2e-05 to 0\.9|0\.1 to 1\.00002), but must lie"):
+    with pytest.raises(ValueError, match=r"images has values from (-2e-05 to 0\.9|0\.1 to 1\.00002)"):
         plain(images)

@@ -58,6 +58,7 @@ def report(purifier, tmp_path):
             "purifier": {"digest": purifier_digest(purifier)},
             "victims": {"victim": "resnet18", "width": 16, "seeds": [0, 1], "recipe": {"name": "mini"}},
             "smoke": False,
+            "data": {"division": {"stand_in": False}},
             "time": "2026-11-29T00:00:00+00:00",
         }
         path = tmp_path / "report.json"
@@ -92,7 +93,12 @@ def test_results_of_an_audit_are_what_the_hub_defines(purifier, report):
 
 @pytest.mark.parametrize(
     "changes,name",
-    [({"smoke": True}, "smoke"), ({"purifier": {"digest": "other"}}, "another purifier"), ({"rows": 3}, "rows")],
+    [
+        ({"smoke": True}, "smoke"),
+        ({"data": {"division": {"stand_in": True}}}, "purified ones"),
+        ({"purifier": {"digest": "other"}}, "another purifier"),
+        ({"rows": 3}, "rows"),
+    ],
 )
 def test_a_report_that_says_nothing_of_this_purifier_is_refused(purifier, report, changes, name):
     with pytest.raises(ValueError, match=rf"report.*{name}"):

@@ -138,5 +138,5 @@ def test_an_unknown_field_in_the_file_is_refused(tmp_path):
 
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "purification_config.json").write_text('{"diffusion_steps": 5')
-    with pytest.raises(ValueError, match=r"purification_config.json is no JSON \(.*\), but must hold"):
+    with pytest.raises(ValueError, match="purification_config.json is no JSON"):
         PurificationConfig.from_pretrained(tmp_path)

@@ -237,7 +237,7 @@ def test_victims_that_start_from_what_an_earlier_score_kept(train, test, collect
     started = score(train, test, protocol=QUICK, seeds=1, init_from=tmp_path / "resnet18-0.safetensors")
     assert started["request"]["init_from"]["replaced_classes"] == 10
     assert "a new last layer in place of that for 10 classes, all weights fine-tuned," in sentence(started)
-    with pytest.raises(ValueError, match="init_from is .*images of 3x16x16, but must .* 3x8x8"):
+    with pytest.raises(ValueError, match="init_from is .*images of 3x16x16.*3x8x8"):
         small = [data.with_images(data.images[:, ::2, ::2]) for data in (train, test)]
         score(*small, protocol=QUICK, seeds=1, init_from=tmp_path)
 
@@ -250,7 +250,7 @@ def test_a_score_with_pairs_says_what_it_assumes(train, test, collected, monkeyp
     scored = score(train, test, collected=collected, collected_protected=after, **options)
     assert "with paired-small (assumes that the protection tool is public) got" in sentence(scored)
     assert scored["request"]["pairs"]["originals"]["images"] == 80
-    with pytest.raises(ValueError, match="collected_protected is None, but countermeasure 'paired-small'"):
+    with pytest.raises(ValueError, match="collected_protected is None.*'paired-small'"):
         score(train, test, collected=collected, **options)
 
 
@@ -454,7 +454,7 @@ def test_a_purifier_that_does_not_suit_is_refused_before_any_work(train, test, t
     quick_pipe().save_pretrained(tmp_path)
     PurificationConfig(diffusion_steps=50, trained_timesteps=(0, 50)).save_pretrained(tmp_path)
     options = {"protocol": QUICK, "purifier": tmp_path}
-    with pytest.raises(ValueError, match="purifier was trained on 8x8 pixels, but these images have 16x16"):
+    with pytest.raises(ValueError, match="purifier was trained on 8x8 pixels.*16x16"):
         score(train, test, countermeasure="eclipse", **options)
     small = [data.with_images(np.ascontiguousarray(data.images[:, ::2, ::2])) for data in (train, test)]
     with pytest.raises(ValueError, match="diffusion_steps is 100"):

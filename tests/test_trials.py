@@ -329,7 +329,7 @@ def test_a_start_that_cannot_be(tmp_path):
     collected = InitFrom(images(30, 5), recipe=SIMCLR)
     with pytest.raises(ValueError, match="init_from is 'w', which has no bn1.bias"):
         trial(init_from=InitFrom(Weights("w", {"conv1.weight": torch.zeros(1)})))
-    with pytest.raises(ValueError, match="collected has images of 8x8x3, but must have those of train, 8x4x3"):
+    with pytest.raises(ValueError, match="collected has images of 8x8x3.*8x4x3"):
         narrow = TRAIN.with_images(TRAIN.images[:, :, :4])
         trial(init_from=collected, work_dir=tmp_path, train=narrow)
     with pytest.raises(ValueError, match="work_dir is None"):

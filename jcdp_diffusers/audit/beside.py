@@ -20,6 +20,10 @@ from .purifier import AuditPurifier, opened, purify, trained
 from .settings import AuditSettings
 
 
+# Victims of fewer images end in seconds, and the cores that they had would wait for the purifier.
+LEAST_IMAGES = 500
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Preparation:
     """
@@ -32,6 +36,7 @@ class Preparation:
         output_dir (`Path`): Of the audit.
         begin (`Callable`): Called before the first image is purified.
         threads (`int`): Of the process that runs it.
+        squares (`Callable`, *optional*), deadline (`float`, *optional*): As for `purifier.trained`.
     """
 
     used: AuditPurifier
@@ -40,6 +45,8 @@ class Preparation:
     output_dir: Path
     begin: Callable[[], None]
     threads: int
+    squares: Callable[[], LabelledImages] | None = None
+    deadline: float | None = None
 
     name = "purification"
 
@@ -54,7 +61,8 @@ class Preparation:
             else:
                 records = self.output_dir / "records.jsonl"
                 collected = self.sets["collected"]
-                used = trained(self.used, collected, self.asked, records, device, _quietly, progress=False)
+                options = {"squares": self.squares, "deadline": self.deadline, "progress": False}
+                used = trained(self.used, collected, self.asked, records, device, _quietly, **options)
             self.begin()
             purify(self.sets["protected"], used, purified, self.asked.seed, progress=False)
 
@@ -74,10 +82,13 @@ def prepare_beside(
     begin: Callable[[], None],
     processes: int | None,
     say: Callable[[str], None],
+    squares: Callable[[], LabelledImages] | None = None,
+    deadline: float | None = None,
 ) -> None:
     """
-    Train the purifier and purify beside victims. Does nothing with one core, where one of the two is done, and
-    where one turn of all cores is enough for all victims: then the stages of the audit do all of it in their order.
+    Train the purifier and purify beside victims. Does nothing with one core, with few images (`LEAST_IMAGES`), where
+    one of the two is done, and where one turn of all cores is enough for all victims: then the stages of the audit do
+    all of it in their order.
 
     Args:
         used, sets, asked, output_dir, begin: As for [`Preparation`].
@@ -85,18 +96,20 @@ def prepare_beside(
         waiting (`int`): How many victims need one.
         processes (`int`, *optional*): Cores to work on; all by default.
         say (`Callable`): Where a line about the stage goes.
+        squares, deadline: As for [`Preparation`].
     """
     cores = processes or available_cores()
     records = output_dir / "records.jsonl"
     known = results_by_trial(records, what="accuracy")
     missing = [trial for trial in trials if trial.name not in known]
-    if cores == 1 or not missing or engines.ranks()[1] > 1:
+    if cores == 1 or not missing or len(sets["protected"]) < LEAST_IMAGES or engines.ranks()[1] > 1:
         return
     threads = 1 << (cores // 2).bit_length() - 1
     wanted = {role: sets[role] for role in ("protected", "collected") if role in sets}
     # A copy of the settings without what they have worked out, and a purifier without its pipeline: both are sent.
     without = dataclasses.replace(used, pipe=None)
-    task = Preparation(without, wanted, dataclasses.replace(asked), output_dir, begin, threads)
+    copied = dataclasses.replace(asked)
+    task = Preparation(without, wanted, copied, output_dir, begin, threads, squares, deadline)
     first = missing[: max(0, len(missing) - -waiting % cores)]
     if task.is_done() or not first:
         return

@@ -11,17 +11,21 @@ from ..victims import RECIPE_NAMES
 from ..victims.choice import SHORT_RECIPE_HELP, VICTIM_HELP, WHITENING, WHITENING_HELP
 from .attacks import PRETRAINED, PURIFIED
 from .run import BEGUN_NAME, OWN_NAMES, audit
+from .settings import DIVIDED_MINUTES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `jcdp audit`."""
     what = parser.add_argument_group("the images, each a folder, file or Hub id")
     what.add_argument("--protected", required=True, help="protected images; with labels if --method needs them")
-    what.add_argument("--collected", help="unprotected images that train the purifier; no labels needed")
+    what.add_argument(
+        "--collected",
+        help="unprotected images that train the purifier; no labels needed; a part of the others if not given",
+    )
     what.add_argument(
         "--collected_protected", help="of --collected what the protection tool makes, for an attack with pairs"
     )
-    what.add_argument("--test", required=True, help="clean labelled images of the same classes")
+    what.add_argument("--test", help="clean labelled images of the same classes; a part of the others if not given")
     what.add_argument("--clean", help="originals of the protected images, under the same ids")
     what.add_argument(
         "--probe_images",
@@ -31,12 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         what.add_argument(f"--{role}_split", help="the only one if not given" if role == "protected" else None)
     what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
     what.add_argument("--label_column")
-    what.add_argument("--image_size", type=int, help="side in pixels to which images are brought first")
+    what.add_argument(
+        "--image_size", type=int, help="side in pixels to which images are brought; chosen for assorted ones"
+    )
+    what.add_argument(
+        "--skip_unusable_images", action="store_true", help="leave out images that cannot be used, and list them"
+    )
     what.add_argument("--channels", type=int, choices=(1, 3), default=3)
     what.add_argument("--roles", choices=ROLES, default="disjoint", help="paper: collected are the test images")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--output", required=True, help="folder for report, records, purifier and purified images")
+    how.add_argument(
+        "--output", help="folder for report, records, purifier and purified images; audit-NAME if not given"
+    )
+    how.add_argument(
+        "--budget_minutes",
+        type=float,
+        metavar="N",
+        help=f"train no longer; {DIVIDED_MINUTES:g} if --test or --collected is left out, else without limit",
+    )
     how.add_argument("--purifier", help="folder or Hub id of a DDPM; trained on --collected if not given")
     how.add_argument(
         "--perceptual",
@@ -101,6 +118,8 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.budget <= 255:
         raise ValueError(f"--budget is {args.budget}, but must lie within 0 and 255, in 1/255.")
     roles = ("protected", "collected", "collected_protected", "test", "clean", "probe_images")
+    if args.output is None:
+        args.output = f"audit-{public_name(args.protected).rpartition('/')[2]}"
     sources = {f"--{name}": getattr(args, name) for name in (*roles, "purifier")}
     check_output_folder(args.output, marks=(BEGUN_NAME,), own=OWN_NAMES, sources=sources, name="--output")
     columns = {"image_column": args.image_column, "label_column": args.label_column}
@@ -136,6 +155,8 @@ def run(args: argparse.Namespace) -> None:
         budget=args.budget / 255,
         image_size=args.image_size,
         channels=args.channels,
+        skip_unusable_images=args.skip_unusable_images,
+        budget_minutes=args.budget_minutes,
         load_options=options,
         device=args.device,
         processes=args.processes,

@@ -26,6 +26,7 @@ from .words import (
     SPECTRUM_CAPTION,
     certainty,
     checks,
+    kind_of_test_images,
     marks,
     results_table,
     settings_in_words,
@@ -149,7 +150,7 @@ $ways
 <div class="numbers" id="numbers">
 $numbers
 </div>
-<p class="note">Accuracy of victims on $test clean test images. Giving one answer for all images gets $chance.</p>
+<p class="note">Accuracy of victims on $test. Giving one answer for all images gets $chance.</p>
 <div class="natives" id="natives">
 $natives
 </div>
@@ -167,7 +168,7 @@ $advice
 $rows
 </tbody>
 </table>
-<p class="note">Accuracy after the last epoch on $test clean test images, mean over $seeds; the marks in a bar are the
+<p class="note">Accuracy after the last epoch on $test, mean over $seeds; the marks in a bar are the
 single victims. The best epoch is chosen by the test images and is no result. Giving one answer for all images gets
 $chance. Times are per victim, before and while training, on $device.</p>
 $others
@@ -249,7 +250,7 @@ def page(report: dict, strips: Strips, native: NativePictures) -> str:
         rows="\n".join(_result_row(row, entry, colour) for row, entry, colour in rows),
         others="\n".join(_other(report, other) for other in report["others"]),
         fractions="\n".join(_fractions(one) for one in (report, *report["others"]) if one["fractions"]),
-        test=report["data"]["sets"]["test"]["images"],
+        test=f"{report['data']['sets']['test']['images']} {kind_of_test_images(report)}",
         seeds="one seed" if seeds == 1 else f"{seeds} seeds",
         chance=f"{100 * report['chance']:.0f} %",
         device=_escape(report["device"]),

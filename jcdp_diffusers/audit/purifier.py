@@ -119,9 +119,22 @@ def trained(
     device: torch.device,
     say: Callable[[str], None],
     *,
+    squares: Callable[[], LabelledImages] | None = None,
+    deadline: float | None = None,
     progress: bool = True,
 ) -> AuditPurifier:
-    """Train the purifier, unless it is on record with these settings, and open it."""
+    """
+    Train the purifier, unless it is on record with these settings, and open it.
+
+    Args:
+        used (`AuditPurifier`), collected (`LabelledImages`), asked (`AuditSettings`): As for the audit.
+        records (`Path`): File that has, or gets, the record of the training.
+        device (`torch.device`), say (`Callable`): As for the audit.
+        squares (`Callable`, *optional*): Cuts the images to train on from the collected photographs; these themselves
+            by default.
+        deadline (`float`, *optional*): On `time.monotonic`'s clock, when the training ends at the latest.
+        progress (`bool`): Whether to show a bar.
+    """
     folder = Path(used.name)
     training = dataclasses.replace(
         used.plan.training, seed=asked.seed, resume_from_checkpoint="latest", cpu=device.type == "cpu"
@@ -132,14 +145,19 @@ def trained(
         "training": as_settings(training),
         "collected": describe_images(collected)["content"],
     }
+    if squares is not None:
+        settings["squares"] = True  # of the photographs, at their own size
     settings = plain(settings, "settings")
     if records.exists() and any(record["settings"] == settings for record in read_records(records)):
         say("Purifier: trained before")
     else:
-        say(f"Training a purifier on {len(collected)} collected images: {training.max_train_steps} steps")
+        images = collected if squares is None else squares()
+        cut = "" if squares is None else f", {len(images)} squares of them"
+        say(f"Training a purifier on {len(collected)} collected images{cut}: {training.max_train_steps} steps")
         start = time.perf_counter()
         plan = dataclasses.replace(used.plan, training=training)
-        train_planned(plan, collected, folder, used.perceptual, progress=progress)
+        stop = None if deadline is None else lambda: time.monotonic() > deadline
+        train_planned(plan, images, folder, used.perceptual, progress=progress, stop=stop)
         purification = dataclasses.replace(used.plan.purification, **training.facts_of_the_network())
         purification.save_pretrained(folder)
         seconds = round(time.perf_counter() - start, 2)

@@ -26,6 +26,7 @@ from .words import (
     SPECTRUM_CAPTION,
     certainty,
     checks,
+    kind_of_test_images,
     marks,
     results_table,
     settings_in_words,
@@ -124,7 +125,8 @@ def _full_report(report: dict, caption: str) -> list[str]:
         "",
         *_results(report),
         "",
-        "Test accuracy is that after the last epoch, mean over seeds. The best epoch is chosen by the test images and "
+        f"Test accuracy is that after the last epoch on {report['data']['sets']['test']['images']} "
+        f"{kind_of_test_images(report)}, mean over seeds. The best epoch is chosen by the test images and "
         "is no result. Seconds are per victim, before and while training.",
         "",
         *_others(report),

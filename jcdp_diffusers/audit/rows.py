@@ -1,8 +1,10 @@
 """The rows of an audit: which victims are trained on what, and their figures from the records."""
 
+import dataclasses
+import itertools
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from ..purify.dataset_card import SUMMARY_NAME
 from ..results import as_settings
 from ..trials import Trial, describe_images, purifier_digest, results_by_trial, spread_over_seeds
 from ..victims.finetuning import InitFrom, pretraining_recipe
+from .fractions import trials_of_fractions
 from .purifier import AuditPurifier
 from .settings import AuditSettings, Learner
 
@@ -99,6 +102,52 @@ def trials_of(
         ]
         for row, (images, name, config, start) in rows.items()
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerTrials:
+    """The trials of one way of learning: by row, and by fraction those of all images and of the clean rest."""
+
+    rows: dict[str, list[Trial]]
+    fractions: dict[float, tuple[list[Trial], list[Trial]]]
+
+    def with_row(self, row: str, trials: list[Trial]) -> "LearnerTrials":
+        """The same with other trials in a row."""
+        return dataclasses.replace(self, rows=self.rows | {row: trials})
+
+    def of_seeds(self, count: int) -> "LearnerTrials":
+        """Those of the first seeds."""
+        rows = {row: own[:count] for row, own in self.rows.items()}
+        pairs = {fraction: (both[:count], rest[:count]) for fraction, (both, rest) in self.fractions.items()}
+        return LearnerTrials(rows, pairs)
+
+    @property
+    def all(self) -> list[list[Trial]]:
+        """Each row and each of the rows of fractions."""
+        return [*self.rows.values(), *(own for pair in self.fractions.values() for own in pair)]
+
+
+def trials_by_learner(
+    sets: Mapping[str, LabelledImages],
+    used: AuditPurifier,
+    asked: AuditSettings,
+    learners: Sequence[Learner],
+    work_dir: Path,
+    pairs: Pairs | None,
+) -> list[LearnerTrials]:
+    """The trials of each way of learning; arguments as for `trials_of`."""
+    found = []
+    for learner in learners:
+        rows = trials_of(sets, used, asked, learner, work_dir, pairs)
+        fractions = trials_of_fractions(sets, asked, rows["protected"]) if asked.fractions else {}
+        found.append(LearnerTrials(rows, fractions))
+    return found
+
+
+def in_turn(rows: Sequence[Sequence[Trial]]) -> list[Trial]:
+    """The first seed of every row, then the second seed of every row, and so on; each trial once."""
+    order = (trial for turn in itertools.zip_longest(*rows) for trial in turn if trial is not None)
+    return list({trial.name: trial for trial in order}.values())
 
 
 def figures(

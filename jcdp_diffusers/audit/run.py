@@ -1,8 +1,11 @@
 """
 `jcdp audit`: does a protection survive? Images, a purifier and victims in; a verdict and a report to forward out.
 
+    jcdp audit --protected DIR
     jcdp audit --protected DIR --collected DIR --test DIR --output DIR [--clean DIR] [--purifier REPO]
 
+Roles that are not given are divided off from those that are (`division`). Photographs of assorted sizes are brought to
+one for the comparison; the purifier is trained on squares of them at their own size, too.
 Each stage leaves its result in the output folder: the purifier, the purified images, a record per victim. The same
 command, given again after an interruption, continues; given with more seeds or countermeasures, it measures
 only what is new.
@@ -10,9 +13,8 @@ only what is new.
 
 import dataclasses
 import functools
-import itertools
-import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,33 +25,36 @@ import torch
 
 from ..countermeasures import Pairs
 from ..data import LabelledImages
-from ..outputs import check_output_folder, public_name, write_atomically
-from ..purification_config import PurificationConfig
+from ..outputs import check_output_folder, public_name
 from ..results import as_settings, package_versions, plain
-from ..trials import Trial, describe_images, measure, purifier_digest
+from ..trials import Trial, purifier_digest
 from ..victims.choice import check_whitening
+from .begun import BEGUN_NAME, begun_for, check_begun, write_begun
 from .beside import prepare_beside
+from .division import Division
 from .draws import FOLDER, draw_again, figures_of_draws, over_draws, trials_of_draws
-from .fractions import check_fractions, figures_of_fractions, trials_of_fractions
+from .extent import measure_in_time, plan_time
+from .fractions import check_fractions, figures_of_fractions
 from .learners import in_words, side_by_side
 from .limits import limits
 from .pairs import assumptions_of, check_labels, check_pairs_asked, pairs_of
 from .purifier import AuditPurifier, choose_purifier, purify, trained
+from .reading import Found, read
 from .report import write_report
-from .rows import control_images, figures, trials_of
-from .sets import describe, few, read_sets, separate, shortcut_in_words
+from .rows import LearnerTrials, control_images, figures, in_turn, trials_by_learner
+from .sets import check_together, few, separate
 from .settings import AuditSettings, Learner
-from .verdict import verdict
+from .unlabelled import audit_unlabelled, check_unlabelled
+from .verdict import verdict, without_clean_images
 
 
-# What an output folder's purifier and purified images were made for.
-BEGUN_NAME = "audit.json"
 OWN_NAMES = (
     "attacks",
     FOLDER,
     "pairs",
     "pictures",
     "purified",
+    "purified_test",
     "purifier",
     "records.jsonl",
     "report.html",
@@ -61,7 +66,7 @@ OWN_NAMES = (
 def audit(
     *,
     protected: Any,
-    test: Any,
+    test: Any = None,
     collected: Any = None,
     collected_protected: Any = None,
     purifier: str | os.PathLike | None = None,
@@ -70,6 +75,7 @@ def audit(
     output_dir: str | os.PathLike = "runs/audit",
     image_size: int | None = None,
     channels: int = 3,
+    skip_unusable_images: bool = False,
     load_options: Mapping[str, dict] | None = None,
     device: str | torch.device | None = None,
     processes: int | None = None,
@@ -82,9 +88,10 @@ def audit(
 
     Args:
         protected: The protected images with their labels; like the next three, whatever `data.load_images` takes.
-        test: Clean labelled images of the same classes, none of which is protected.
-        collected: Unprotected images like the protected ones, without need of labels, that train the purifier. May be
-            left out where a purifier is given; what that was trained on is looked up in its repository
+        test (*optional*): Clean labelled images of the same classes, none of which is protected. Without them, other
+            sets are divided: see `division`.
+        collected (*optional*): Unprotected images like the protected ones, without need of labels, that train the
+            purifier. Where a purifier is given, what that was trained on is looked up in its repository
             (`train.provenance.check_trained_on`), or unknown and among the report's limits.
         collected_protected (*optional*): Collected images as the protection tool leaves them, under their ids, for an
             attack that learns from pairs. Without them the card of `protected` must name a poison of this package.
@@ -97,7 +104,9 @@ def audit(
             `report.md`, `report.json`, `pictures/`, `records.jsonl`, the purified images in `purified/` and the
             purifier, if it is trained, in `purifier/`. More seeds, attacks and protocols may follow in it. Another
             purifier or purification, a smoke run's among them, needs another folder.
-        image_size, channels: As for `data.load_images`, for all sets.
+        image_size, channels: As for `data.load_images`, for all sets. Without `image_size`, images of assorted sizes
+            are brought to that of a given purifier, or to what the device can work on (`data.photographs`).
+        skip_unusable_images (`bool`): Leave out images that cannot be used, and list them in the report.
         load_options (`dict`, *optional*): Further options of `data.load_images` by role, such as `{"test": {"split":
             "test"}}`.
         device (`str` or `torch.device`, *optional*): An accelerator if there is one.
@@ -124,7 +133,12 @@ def audit(
         sources,
         purifier,
         Path(output_dir),
-        reading={"image_size": image_size, "channels": channels, "options": load_options or {}},
+        reading={
+            "image_size": image_size,
+            "channels": channels,
+            "options": load_options or {},
+            "skip_unusable_images": skip_unusable_images,
+        },
         device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         processes=processes,
         command=command or "jcdp_diffusers.audit.audit(...) with the settings above",
@@ -152,13 +166,15 @@ def carry_out(
         reading (`dict`): Options of `read_sets`.
     """
     # 1. The images, and what is used on them: all that can be refused is refused here
+    began = time.monotonic()
     _check_asked(asked, sources, purifier)
     tool = check_pairs_asked(asked, sources)
-    sets = read_sets(sources, asked.methods, **reading)
+    found = read(sources, purifier, asked, reading, device, say)
+    if found.without_labels:
+        return _without_labels(asked, found, sources, purifier, output_dir, reading, device, command, say)
+    sets = check_together(found.sets, asked.methods)
     check_labels(tool, sets)
     used = choose_purifier(purifier, sets, asked, output_dir, device)
-    begun = _begun(asked, sets, used)
-    _check_begun(output_dir, begun)
     learners = asked.learners(device, sets["protected"].images.shape[1:])
     whitening = sets.get("collected") if asked.whitening == "collected" else None
     check_whitening(asked.whitening, whitening, *(learner.victim for learner in learners))
@@ -166,86 +182,83 @@ def carry_out(
     say("; ".join(f"{role}: {len(data)} images" for role, data in sets.items()))
     sets = few(sets) if asked.smoke else sets
     check_fractions(sets, asked, learners)
-    data = describe(sets, separation, used.pipe.perceptual, seed=asked.seed)
-    if data["shortcut"] is not None:
-        say(shortcut_in_words(data["shortcut"]))
+    planned = plan_time(sets, used, asked, learners, found.division, device, processes, output_dir, say)
+    asked, used = planned.asked, planned.used
+    begun = begun_for(asked, found.sets, used)
+    check_begun(output_dir, begun)
+    begun |= planned.begun
+    data = None if found.division.stand_in else found.described(sets, separation, used, asked.seed, say)
 
     # 2. The purifier; on several cores with victims that need none beside it
     output_dir.mkdir(parents=True, exist_ok=True)
     records = output_dir / "records.jsonl"
     if asked.control:
         sets["control"] = control_images(sets["clean"], sets["protected"], asked.seed)
-    _write_begun(output_dir, {what: value for what, value in begun.items() if what != "preset"})
+    write_begun(output_dir, {what: value for what, value in begun.items() if what != "preset"})
     pairs = pairs_of(tool, asked, sets, output_dir / "pairs", device)
-    if device.type == "cpu":
-        _prepare_beside(used, sets, asked, learners, output_dir, pairs, begun, processes, say)
+    deadline = None if planned.minutes is None else began + 60 * planned.minutes
+    limited = {"squares": found.squares(sources, reading, asked.seed), "deadline": deadline}
+    if device.type == "cpu" and not found.division.stand_in:
+        _prepare_beside(used, sets, asked, learners, output_dir, pairs, begun, processes, say, limited)
     if used.plan is not None:
-        used = trained(used, sets["collected"], asked, records, device, say)
+        used = trained(used, sets["collected"], asked, records, device, say, **limited)
 
     # 3. Purification
-    _write_begun(output_dir, begun)
+    write_begun(output_dir, begun)
     said = f"T_p {used.config.diffusion_steps}, {used.config.evaluations_per_image} evaluations"
     say(f"Purifying {len(sets['protected'])} images: {said}")
     sets["purified"] = purify(sets["protected"], used, output_dir / "purified", asked.seed)
+    if data is None:
+        sets["test"] = purify(sets["test"], used, output_dir / "purified_test", asked.seed)
+        data = found.described(sets, separation, used, asked.seed, say)
     drawn = draw_again(sets["protected"], used, output_dir, draws=asked.draws, seed=asked.seed)
 
-    # 4. Victims, the first seed of every row first
-    by_learner = _trials(sets, used, asked, learners, output_dir, pairs)
+    # 4. Victims
+    by_learner = trials_by_learner(sets, used, asked, learners, output_dir / "attacks", pairs)
     more = trials_of_draws(by_learner[0].rows["purified"], drawn)
-    order = in_turn([*more, *(own for one in by_learner for own in one.all)])
-    say(f"Victims: {len(order)}; {in_words(learners, len(sets['protected']))}")
-    measure(order, records, device=device, processes=processes)
+    rows = [*more, *(own for one in by_learner for own in one.all)]
+    say(f"Victims: {len(in_turn(rows))}; {in_words(learners, len(sets['protected']))}")
+    count = measure_in_time(rows, records, device=device, processes=processes, deadline=deadline, say=say)
+    by_learner, more = [one.of_seeds(count) for one in by_learner], [own[:count] for own in more]
+    asked = dataclasses.replace(asked, seeds=asked.victim_seeds[:count])
 
     # 5. The report
-    first, *others = by_learner
-    draws = figures_of_draws(first.rows["purified"], more, records)
-    every = [trial for draw in (first.rows["purified"], *more) for trial in draw]
-    learned = [_learned(first.with_row("purified", every), sets, asked, records, output_dir, draws)]
-    learned += [_learned(one, sets, asked, records, output_dir, None) for one in others]
-    report = _report(learned, draws, sets, data, used, asked, command)
+    draws = figures_of_draws(by_learner[0].rows["purified"], more, records)
+    learned = _learned_by_all(by_learner, more, sets, asked, output_dir, draws, found.division)
+    report = _report(learned, draws, sets, data, used, asked, command, planned.said)
     write_report(output_dir, report, sets)
     for sentence in (report["verdict"]["sentence"], *report["side_by_side"]):
         say(sentence)
     return report
 
 
-@dataclasses.dataclass(frozen=True)
-class _Trials:
-    """The trials of one way of learning: by row, and by fraction those of all images and of the clean rest."""
-
-    rows: dict[str, list[Trial]]
-    fractions: dict[float, tuple[list[Trial], list[Trial]]]
-
-    def with_row(self, row: str, trials: list[Trial]) -> "_Trials":
-        """The same with other trials in a row."""
-        return dataclasses.replace(self, rows=self.rows | {row: trials})
-
-    @property
-    def all(self) -> list[list[Trial]]:
-        """Each row and each of the rows of fractions."""
-        return [*self.rows.values(), *(own for pair in self.fractions.values() for own in pair)]
-
-
-def _trials(
-    sets: Mapping[str, LabelledImages],
-    used: AuditPurifier,
+def _without_labels(
     asked: AuditSettings,
-    learners: Sequence[Learner],
+    found: Found,
+    sources: Mapping[str, Any],
+    purifier: str | os.PathLike | None,
     output_dir: Path,
-    pairs: Pairs | None,
-) -> list[_Trials]:
-    """The trials of each way of learning; without `purified` among the sets, those that need no purifier."""
-    found = []
-    for learner in learners:
-        rows = trials_of(sets, used, asked, learner, output_dir / "attacks", pairs)
-        found.append(_Trials(rows, trials_of_fractions(sets, asked, rows["protected"]) if asked.fractions else {}))
-    return found
-
-
-def in_turn(rows: Sequence[Sequence[Trial]]) -> list[Trial]:
-    """The first seed of every row, then the second seed of every row, and so on; each trial once."""
-    order = (trial for turn in itertools.zip_longest(*rows) for trial in turn if trial is not None)
-    return list({trial.name: trial for trial in order}.values())
+    reading: Mapping[str, Any],
+    device: torch.device,
+    command: str,
+    say: Callable[[str], None],
+) -> dict:
+    """The stages that need no labels: a purifier, purified images, and what can be said of them."""
+    began, sets = time.monotonic(), dict(found.sets)
+    used = choose_purifier(purifier, sets, asked, output_dir, device)
+    check_unlabelled(sets, asked)
+    planned = plan_time(sets, used, asked, (), found.division, device, None, output_dir, say)
+    asked, used = planned.asked, planned.used
+    begun = begun_for(asked, sets, used)
+    check_begun(output_dir, begun)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_begun(output_dir, begun)
+    if used.plan is not None:
+        deadline = None if planned.minutes is None else began + 60 * planned.minutes
+        limited = {"squares": found.squares(sources, reading, asked.seed), "deadline": deadline}
+        used = trained(used, sets["collected"], asked, output_dir / "records.jsonl", device, say, **limited)
+    facts = found.facts(sets) | {"lessened": planned.said}
+    return audit_unlabelled(sets, used, asked, found.division, facts, output_dir, command, say)
 
 
 def _prepare_beside(
@@ -258,30 +271,50 @@ def _prepare_beside(
     begun: dict,
     processes: int | None,
     say: Callable[[str], None],
+    limited: Mapping[str, Any],
 ) -> None:
     """See `beside`."""
-    trials = in_turn([own for one in _trials(sets, used, asked, learners, output_dir, pairs) for own in one.all])
+    by_learner = trials_by_learner(sets, used, asked, learners, output_dir / "attacks", pairs)
     waiting = 1 + sum(one.takes_purified or one.countermeasure.needs_purifier for one in asked.tried)
     prepare_beside(
         used,
         sets,
         asked,
         output_dir,
-        trials,
+        in_turn([own for one in by_learner for own in one.all]),
         waiting=len(asked.victim_seeds) * (waiting * len(learners) + asked.draws - 1),
-        begin=functools.partial(_write_begun, output_dir, begun),
+        begin=functools.partial(write_begun, output_dir, begun),
         processes=processes,
         say=say,
+        **limited,
     )
 
 
+def _learned_by_all(
+    by_learner: Sequence[LearnerTrials],
+    more: Sequence[Sequence[Trial]],
+    sets: Mapping[str, LabelledImages],
+    asked: AuditSettings,
+    output_dir: Path,
+    draws: dict,
+    division: Division,
+) -> list[dict]:
+    """What a report says of each way of learning; the first one has all draws of the purified images."""
+    first, *others = by_learner
+    every = [trial for draw in (first.rows["purified"], *more) for trial in draw]
+    options = sets, asked, output_dir / "records.jsonl", output_dir
+    learned = [_learned(first.with_row("purified", every), *options, draws, division.stand_in)]
+    return learned + [_learned(one, *options, None, division.stand_in) for one in others]
+
+
 def _learned(
-    trials: _Trials,
+    trials: LearnerTrials,
     sets: Mapping[str, LabelledImages],
     asked: AuditSettings,
     records: Path,
     output_dir: Path,
     draws: dict | None,
+    stand_in: bool,
 ) -> dict:
     """What a report says of one way of learning."""
     rows = figures(trials.rows, records, sets["purified"], output_dir / "purified")
@@ -294,8 +327,9 @@ def _learned(
     recipe = first.settings["recipe"]
     beside = {"draws": several, "assuming": frozenset(assumptions_of(asked))}
     titles = {entry["row"]: entry["title"] for entry in rows}
+    judged = verdict(accuracies, titles, test_images=len(sets["test"]), smoke=recipe["smoke"], **beside)
     return {
-        "verdict": verdict(accuracies, titles, test_images=len(sets["test"]), smoke=recipe["smoke"], **beside),
+        "verdict": without_clean_images(judged, accuracies) if stand_in else judged,
         "rows": rows,
         "fractions": figures_of_fractions(trials.fractions, records),
         "victims": {
@@ -312,10 +346,11 @@ def _learned(
 
 def _check_asked(asked: AuditSettings, sources: Mapping[str, Any], purifier: str | os.PathLike | None) -> None:
     """Refuse what does not go together, before anything is read."""
-    if purifier is None and sources["collected"] is None:
-        raise ValueError("collected is None, but without a purifier images are needed to train one.")
+    if asked.roles == "paper" and (sources["test"] is None or (purifier is None and sources["collected"] is None)):
+        raise ValueError("roles is 'paper', but must be 'disjoint' unless test, and collected or purifier, are given.")
     using = [one.name for one in asked.tried if one.finetune is not None or one.countermeasure.needs_collected]
-    if sources["collected"] is None and using:
+    divided = purifier is None and (sources["clean"] is not None or sources["test"] is not None)
+    if sources["collected"] is None and using and not divided:
         raise ValueError(f"collected is None, but must be a set of images for attack {using[0]!r}.")
     if asked.control and sources["clean"] is None:
         raise ValueError("control is True, but without clean images there is nothing to add its noise to.")
@@ -349,48 +384,6 @@ def _check_probe_asked(asked: AuditSettings, sources: Mapping[str, Any]) -> None
         )
 
 
-def _begun(asked: AuditSettings, sets: Mapping[str, LabelledImages], used: AuditPurifier) -> dict:
-    """What an output folder's purifier and purified images are made for, in JSON's types."""
-    trains = used.plan is not None
-    begun = {
-        "smoke": asked.smoke,
-        "seed": asked.seed,
-        "protected": describe_images(sets["protected"])["content"],
-        "purifier": None if trains else purifier_digest(used.name),
-        "collected": describe_images(sets["collected"])["content"] if trains else None,
-        "plan": as_settings(used.plan) if trains else None,
-        "preset": as_settings(asked.preset) if isinstance(asked.preset, PurificationConfig) else asked.preset,
-        "perceptual": None if asked.perceptual is None else str(asked.perceptual),
-    }
-    return plain(begun, "settings")
-
-
-def _check_begun(output_dir: Path, asked: dict) -> None:
-    """Refuse a folder in which another audit was begun, one whose purifier or purified images cannot serve this."""
-    path = output_dir / BEGUN_NAME
-    before = json.loads(path.read_text()) if path.exists() else {}
-    changed = [name for name in before if before[name] != asked[name]]
-    if changed:
-        said = {
-            "smoke": "protocol 'smoke'" if before.get("smoke") else "a protocol other than 'smoke'",
-            "seed": f"seed {before.get('seed')}",
-            "protected": "other protected images",
-            "collected": "other collected images",
-            "purifier": "another purifier" if before.get("purifier") else "a purifier of its own",
-            "plan": "another plan for the purifier (it depends on the device)",
-            "preset": "another preset",
-            "perceptual": "another perceptual network" if before.get("perceptual") else "no perceptual network",
-        }
-        raise ValueError(
-            f"output_dir is {str(output_dir)!r}, where an audit with {said[changed[0]]} was begun, whose purifier and "
-            "purified images cannot serve this one: take another --output."
-        )
-
-
-def _write_begun(output_dir: Path, begun: dict) -> None:
-    write_atomically(output_dir / BEGUN_NAME, json.dumps(begun, indent=2) + "\n")
-
-
 def _report(
     learned: Sequence[dict],
     draws: dict,
@@ -399,6 +392,7 @@ def _report(
     used: AuditPurifier,
     asked: AuditSettings,
     command: str,
+    lessened: Sequence[str],
 ) -> dict:
     """What `report.json` holds, in JSON's types; `learned` is what victims got, by way of learning."""
     test, trains, smoke = sets["test"], used.plan is not None, asked.smoke
@@ -415,6 +409,7 @@ def _report(
         attacks=[one.name for one in asked.tried],
         assumptions=assumptions_of(asked),
     )
+    said = [*data["division"]["said"], *data["unusable_said"], *lessened, *said]
     report = {
         "smoke": smoke,
         "roles": asked.roles,

@@ -1,10 +1,13 @@
 """The images of an audit: read, checked against each other, and described for the report."""
 
 import functools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers import UNet2DModel
 
 from ..countermeasures.iss import SAVES, jpeg
 from ..data import LabelledImages, find_overlap, load_images
@@ -15,8 +18,10 @@ from ..data.checks import (
     describe_set,
     few_of_each_class,
     match_originals,
+    with_originals,
 )
 from ..data.perturbations import noise_kept, visibility
+from ..data.photographs import stored_sizes, working_size
 from ..perceptual import LPIPSModel, lpips_at_hand
 from ..victims import METHODS
 from .evidence import spectral_evidence
@@ -31,37 +36,105 @@ ROLE_NAMES = {"probe": "probe_images"}  # what arguments call a role
 
 def read_sets(
     sources: Mapping[str, Any],
-    methods: Sequence[str],
     *,
     image_size: int | None,
     channels: int,
     options: Mapping[str, dict],
-) -> dict[str, LabelledImages]:
+    skip_unusable_images: bool = False,
+) -> tuple[dict[str, LabelledImages], dict[str, list[dict]]]:
     """
-    Read the images of each role once, and refuse those that do not fit together.
+    Read the images of each role once.
 
     Args:
-        sources (`dict`): `protected`, `test` and, where given, `collected`, `collected_protected`, `clean` and
+        sources (`dict`): `protected` and, where given, `test`, `collected`, `collected_protected`, `clean` and
             `probe_images`; None for the others.
-        methods (`Sequence[str]`): How victims learn. Where none of them needs labels, the protected images may do
-            without.
         image_size, channels: As for `data.load_images`.
         options (`dict`): Further options of `data.load_images` by role.
+        skip_unusable_images (`bool`): Leave out images that cannot be used, rather than refuse their set.
 
     Returns:
-        `dict`: The images by role, those of `probe_images` as `probe`; the clean ones in the order of the protected
-        ones.
+        `dict`: The images by role, those of `probe_images` as `probe`; and what was left out, by role: id, file and
+        reason of each.
 
     Raises:
-        ValueError: If a set cannot be read or used, in one sentence that begins with its role.
+        ValueError: If a set cannot be read, in one sentence that begins with its role.
     """
-    sets = {
-        role: _load(role, source, image_size, channels, options.get(role, {}))
+    sets, unusable = {}, {}
+    for role, source in sources.items():
+        if source is not None:
+            reading = {"image_size": image_size, "channels": channels} | dict(options.get(role, {}))
+            sets[role], rejected = _load(role, source, reading, skip_unusable_images)
+            if rejected:
+                unusable[role] = rejected
+    if "clean" in unusable:
+        sets["protected"] = with_originals(sets["protected"], sets["clean"])
+    if "probe_images" in sets:
+        sets["probe"] = sets.pop("probe_images")
+    return sets, unusable
+
+
+def size_to_read(
+    sources: Mapping[str, Any],
+    purifier: str | os.PathLike | None,
+    options: Mapping[str, dict],
+    device: torch.device,
+) -> tuple[int | None, list[tuple[int, int]]]:
+    """
+    The side to which images are brought where nobody says one: a given purifier's, or what the device can work on.
+
+    Returns:
+        `int`: The side, None where images stay as they are; and the sizes of the first images, width and height.
+    """
+    sizes = {
+        role: _about(role, stored_sizes, source, **where_to_read(options.get(role, {})))
         for role, source in sources.items()
         if source is not None
     }
-    if "probe_images" in sets:
-        sets["probe"] = sets.pop("probe_images")
+    found = [size for of_role in sizes.values() for size in of_role]
+    side = working_size(sizes, device.type)
+    if side is not None and purifier is not None:
+        own = UNet2DModel.load_config(purifier, subfolder="unet").get("sample_size")
+        side = own if isinstance(own, int) else side
+    return side, found
+
+
+def where_to_read(options: Mapping) -> dict:
+    """Of the options of `data.load_images`, those of `data.open_dataset`."""
+    names = ("split", "image_column", "label_column", "id_column")
+    return {name: value for name, value in options.items() if name in names}
+
+
+def _about(role: str, function: Callable, source: Any, **options) -> Any:
+    """What a function says of a source, or its error with the role in front."""
+    try:
+        return function(source, **options)
+    except (ValueError, OSError) as error:  # says what is wrong, but not with which of the sets
+        raise ValueError(f"{role}: {error}") from error
+
+
+def _unusable(role: str, rejected: list[dict]) -> ValueError:
+    first = rejected[0]
+    return ValueError(
+        f"{role} has {len(rejected)} image(s) that cannot be used, the first {first['file'] or first['id']!r}: "
+        f"{first['reason']}; skip_unusable_images leaves such images out."
+    )
+
+
+def check_together(sets: Mapping[str, LabelledImages], methods: Sequence[str]) -> dict[str, LabelledImages]:
+    """
+    Refuse sets that do not fit together.
+
+    Args:
+        sets (`dict`): Images by role.
+        methods (`Sequence[str]`): How victims learn. Where none of them needs labels, the protected images may do
+            without.
+
+    Returns:
+        `dict`: The images by role, with labels of one space; the clean ones in the order of the protected ones.
+
+    Raises:
+        ValueError: In one sentence that begins with a role.
+    """
     sets = _checked(sets, methods)
     if "clean" in sets:
         sets["clean"] = match_originals(sets["clean"], sets["protected"])
@@ -92,20 +165,17 @@ def kept_from_purifiers(sets: Mapping[str, LabelledImages]) -> dict[str, Labelle
     return {role: data for role, data in sets.items() if role not in (*UNLABELLED, "probe")}
 
 
-def _load(role: str, source: Any, image_size: int | None, channels: int, options: dict) -> LabelledImages:
+def _load(role: str, source: Any, reading: dict, skip_unusable_images: bool) -> tuple[LabelledImages, list[dict]]:
+    """The images of a role, and those that cannot be used, where they may be left out."""
     rejected: list[dict] = []
     try:
-        data = load_images(source, image_size=image_size, channels=channels, rejected=rejected, **options)
-    except (ValueError, OSError) as error:  # says what is wrong, but not with which of the sets
-        if not rejected:
+        data = load_images(source, rejected=rejected, **reading)
+    except (ValueError, OSError) as error:
+        if not rejected or skip_unusable_images:
             raise ValueError(f"{role}: {error}") from error
-    if rejected:
-        first = rejected[0]
-        raise ValueError(
-            f"{role} has {len(rejected)} image(s) that cannot be used, the first {first['file'] or first['id']!r}: "
-            f"{first['reason']}."
-        )
-    return data
+    if rejected and not skip_unusable_images:
+        raise _unusable(role, rejected)
+    return data, rejected
 
 
 def separate(sets: Mapping[str, LabelledImages], asked: AuditSettings) -> dict:

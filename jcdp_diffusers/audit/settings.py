@@ -16,6 +16,10 @@ from ..victims.choice import WHITENING
 from .attacks import Attack, attack
 
 
+# Of an audit by the short form, `jcdp audit --protected DIR`.
+DIVIDED_MINUTES = 15.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Learner:
     """
@@ -74,6 +78,8 @@ class AuditSettings:
             as near are refused as one image; see `data.check_roles`.
         fractions (`Sequence[float]`): Fractions of each class, above 0 and at most 1, for which victims of partly
             protected images are compared with victims of the clean rest; see `fractions`.
+        budget_minutes (`float`, *optional*): The audit ends by then: its purifier gets fewer steps, its victims are
+            narrower or fewer. By default none, or `DIVIDED_MINUTES` where the audit divides the images itself.
 
     Raises:
         ValueError: If a value is none of those, in one sentence.
@@ -96,6 +102,7 @@ class AuditSettings:
     perceptual: str | os.PathLike | None = None
     budget: float = 16 / 255
     fractions: Sequence[float] = ()
+    budget_minutes: float | None = None
 
     def __post_init__(self):
         self._check_methods()
@@ -118,6 +125,8 @@ class AuditSettings:
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise ValueError(f"fractions is {list(self.fractions)}, but {fraction} must be above 0 and at most 1.")
+        if self.budget_minutes is not None and self.budget_minutes <= 0:
+            raise ValueError(f"budget_minutes is {self.budget_minutes:g}, but must be above 0.")
         for name in self.attacks:
             one = attack(name)
             for method in self.methods:

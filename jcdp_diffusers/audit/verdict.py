@@ -112,6 +112,25 @@ def verdict(
     }
 
 
+def without_clean_images(judged: Mapping, accuracies: Mapping[str, Sequence[float]]) -> dict:
+    """
+    What remains of a verdict where the test images are protected ones that were held out and purified.
+
+    Victims of purified images are at an advantage there, whether or not there is a protection. So nothing follows.
+
+    Args:
+        judged (`Mapping`): From `verdict`.
+        accuracies (`dict`): As for `verdict`.
+    """
+    seeds = _counted(len(accuracies["protected"]), "seed")
+    sentence = (
+        "No verdict, because no clean images were given. Of protected images that were held out and purified, victims "
+        f"get {_percent(accuracies['protected'])} right if they learn from protected images and "
+        f"{_percent(accuracies['purified'])} from purified ones, {seeds}. --clean or --test would tell more."
+    )
+    return dict(judged) | {"status": judged["status"] if judged["status"] == "smoke" else "open", "sentence": sentence}
+
+
 def find(rows: Mapping[str, Sample], *, largest: Mapping[str, float], assuming: Collection[str] = ()) -> Finding:
     """
     What the figures say.

@@ -162,7 +162,7 @@ def checks(report: dict) -> list[tuple[bool, str]]:
     if report["data"]["noise"] is not None:
         found += _noise_checked(report["data"]["noise"], _levels(report))
     shortcut = report["data"]["shortcut"]  # needs the labels of protected images
-    return found if shortcut is None else [*found, _shortcut_checked(shortcut)]
+    return found if shortcut is None else [*found, _shortcut_checked(shortcut, kind_of_test_images(report))]
 
 
 def _levels(report: dict) -> int:
@@ -238,7 +238,12 @@ def _noise_checked(noise: Mapping, levels: int) -> list[tuple[bool, str]]:
     return found
 
 
-def _shortcut_checked(shortcut: Mapping) -> tuple[bool, str]:
+def kind_of_test_images(report: Mapping) -> str:
+    """What the test images are, for behind their number."""
+    return "purified test images" if report["data"]["division"]["stand_in"] else "clean test images"
+
+
+def _shortcut_checked(shortcut: Mapping, tested: str) -> tuple[bool, str]:
     figures, clean, beside = shortcut["protected"], shortcut.get("clean"), ""
     if clean:
         beside = f"; from the clean originals it gets {_whole(clean['held_out'])} and {_whole(clean['test'])}"
@@ -250,7 +255,7 @@ def _shortcut_checked(shortcut: Mapping) -> tuple[bool, str]:
     return (
         not shortcut["found"] and not shortcut["exchanged"],
         f"Shortcut test: a linear model fitted to protected images gets {_whole(figures['held_out'])} of other "
-        f"protected images right and {_whole(figures['test'])} of clean test images{beside}. {said}",
+        f"protected images right and {_whole(figures['test'])} of {tested}{beside}. {said}",
     )
 
 
@@ -260,15 +265,11 @@ def _whole(fraction: float) -> str:
 
 def settings_in_words(report: dict) -> list[tuple[str, str]]:
     """Settings in words, by topic."""
-    victims = report["victims"]
+    altered = "purified" if report["data"]["division"]["stand_in"] else "never altered"
     said = [
         ("Purifier", _purifier_in_words(report["purifier"])),
         ("Purification", _purification_in_words(report["purification"])),
-        (
-            "Victims",
-            _victims_in_words(victims),
-        ),
-        *(("Victims", _victims_in_words(other["victims"])) for other in report["others"]),
+        *(("Victims", _victims_in_words(one["victims"], altered)) for one in (report, *report["others"])),
         ("Roles", _roles_in_words(report["roles"], report["purifier"]["trained_on"])),
         ("Device", report["device"]),
     ]
@@ -277,7 +278,7 @@ def settings_in_words(report: dict) -> list[tuple[str, str]]:
     return [*said, ("Versions", packages)]
 
 
-def _victims_in_words(victims: Mapping) -> str:
+def _victims_in_words(victims: Mapping, altered: str) -> str:
     recipe, learner, whitened = victims["recipe"], victims["victim"], ""
     if victims["method"] != "supervised":
         learner += f" by {victims['method']}, a linear probe of {victims['probe_images']} clean labelled images"
@@ -286,7 +287,7 @@ def _victims_in_words(victims: Mapping) -> str:
     return (
         f"{learner}, width {victims['width']}, protocol `{recipe['name']}` ({recipe['epochs']} epochs, batch "
         f"{recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, {recipe['schedule']}){whitened}, seeds "
-        f"{', '.join(map(str, victims['seeds']))}; last epoch, test images never altered"
+        f"{', '.join(map(str, victims['seeds']))}; last epoch, test images {altered}"
     )
 
 

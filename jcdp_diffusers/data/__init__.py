@@ -8,7 +8,7 @@ from .decoding import MAX_PIXELS, ImageRejected, decode_image, picture_size
 from .labelled import LabelledImages, to_uint8
 from .labels import join_labels
 from .parquet import parquet_files, parquet_shards
-from .roles import FEW, check_roles, find_overlap
+from .roles import FEW, check_roles, find_likenesses, find_overlap
 from .sources import load_images, open_dataset
 from .splits import choose_split
 from .writing import write_dataset
@@ -22,6 +22,7 @@ __all__ = [
     "check_roles",
     "choose_split",
     "decode_image",
+    "find_likenesses",
     "find_overlap",
     "join_labels",
     "load_images",

@@ -146,6 +146,14 @@ def match_originals(clean: LabelledImages, protected: LabelledImages) -> Labelle
     return clean
 
 
+def with_originals(protected: LabelledImages, clean: LabelledImages) -> LabelledImages:
+    """The protected images whose originals are there: one that cannot be read takes its protected image with it."""
+    names, wanted = _stems(clean), _stems(protected)
+    if names is None or wanted is None:
+        names, wanted = clean.ids, protected.ids
+    return protected.subset([name in set(names) for name in wanted])
+
+
 def _stems(data: LabelledImages) -> tuple[str, ...] | None:
     """File names without suffixes, where ids are row numbers and these names tell all images apart."""
     if data.id_space == "" or data.files is None or None in data.files:

@@ -1,13 +1,15 @@
-"""Photographs of assorted sizes: the size at which they are compared."""
+"""Photographs of assorted sizes: at which size they are compared, and squares cut from them at full size."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .arrays import arrays_of
-from .decoding import ImageRejected, picture_size
+from .decoding import ImageRejected, decode_image, picture_size
+from .labelled import LabelledImages
 from .sources import open_dataset
 
 
@@ -17,6 +19,8 @@ LARGEST = {"cpu": 64, "cuda": 256}
 # Sets whose images have one size stay as they are up to this side.
 LARGEST_AS_IT_IS = {"cpu": 128, "cuda": 256}
 SAMPLED = 64  # images whose headers are read
+SQUARES_IN_ALL = 2048  # to train a purifier on
+SQUARES_EACH = (2, 64)  # of a photograph, at least and at most
 
 
 def stored_sizes(source: Any, **options) -> list[tuple[int, int]]:
@@ -65,3 +69,54 @@ def working_size(sizes: Mapping[str, list[tuple[int, int]]], device: str) -> int
     usual = float(np.median([min(size) for size in found]))
     most = LARGEST.get(device, LARGEST["cuda"])
     return max((side for side in WORKING_SIZES if side <= min(usual, most)), default=WORKING_SIZES[0])
+
+
+def squares_of_photographs(
+    source: Any, size: int, *, ids: frozenset[str] | None = None, channels: int = 3, seed: int = 0, **options
+) -> LabelledImages:
+    """
+    Squares of every photograph of a source, for a purifier that is used on whole pictures and on their tiles.
+
+    The first of each photograph is its largest centred square, as `data.load_images` gives it. The others lie
+    anywhere. Their sides are drawn log-uniformly from `size` to the shorter side, so that fine and coarse detail are
+    seen alike. One photograph is decoded at a time.
+
+    Args:
+        source: What `data.open_dataset` takes.
+        size (`int`): Side of the squares, in pixels.
+        ids (`frozenset`, *optional*): The photographs to take; all by default.
+        channels (`int`, defaults to 3): 1 or 3.
+        seed (`int`, defaults to 0): Of places and sides.
+        options: Of `data.open_dataset`.
+
+    Returns:
+        `LabelledImages`: uint8 (N, size, size, channels), without labels; N is about `SQUARES_IN_ALL`. Images that
+        cannot be used are left out.
+    """
+    rows = open_dataset(source, streaming=True, **options).select_columns(["id", "image"])
+    count = sum(ids is None or row["id"] in ids for row in rows.select_columns(["id"]))
+    each = int(np.clip(SQUARES_IN_ALL // max(1, count), *SQUARES_EACH))
+    squares, names = [], []
+    for row in rows:
+        if ids is not None and row["id"] not in ids:
+            continue
+        try:
+            cut = list(_squares(row["image"], size, each, channels, np.random.default_rng([seed, len(names)])))
+        except ImageRejected:
+            continue
+        squares += cut
+        names += [f"{row['id']}#{number}" for number in range(len(cut))]
+    return LabelledImages(np.stack(squares), None, tuple(names))
+
+
+def _squares(stored: Any, size: int, count: int, channels: int, draw: np.random.Generator) -> Iterator[np.ndarray]:
+    pixels = decode_image(stored, channels)
+    picture = Image.fromarray(pixels if channels == 3 else pixels[:, :, 0])
+    yield decode_image(picture, channels, size)
+    shorter = min(picture.size)
+    for _ in range(count - 1):
+        side = np.exp(draw.uniform(np.log(min(size, shorter)), np.log(shorter)))
+        left, top = draw.random(2) * (picture.width - side, picture.height - side)
+        box = (left, top, left + side, top + side)
+        square = picture.resize((size, size), Image.Resampling.LANCZOS, box=box)
+        yield np.asarray(square).reshape(size, size, channels)

@@ -100,6 +100,20 @@ def find_overlap(one: LabelledImages, other: LabelledImages, *, budget: float = 
     return np.array(sorted(pairs), np.int64).reshape(-1, 2)
 
 
+def find_likenesses(data: LabelledImages, *, budget: float = 0.0) -> np.ndarray:
+    """All pairs of rows of one set that are one image by :func:`check_roles`: equal, near, stored again or mirrored.
+
+    Args:
+        budget: as for :func:`check_roles`; 0 finds the very same pixels only.
+
+    Returns:
+        int64 (pairs, 2), sorted, the smaller row first.
+    """
+    within, again = _near_pairs(data, data, _levels_of(budget))
+    pairs = {(min(pair), max(pair)) for pair in (*_pairs_of_equal_pixels(data, data), *within, *again)}
+    return np.array(sorted(pair for pair in pairs if pair[0] != pair[1]), np.int64).reshape(-1, 2)
+
+
 def _levels_of(budget: float) -> int:
     if not 0 <= budget <= 1:
         raise ValueError(f"budget is {budget}; 0 to 1 is accepted (16/255 is 16 levels).")

@@ -3,7 +3,7 @@ The purifier that is trained where none is given: which network, how it is train
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +188,25 @@ def purifier_to_be(
 
 
 def train_planned(
-    plan: Plan, images: LabelledImages, folder: Path, perceptual: LPIPSModel | None, *, progress: bool = True
+    plan: Plan,
+    images: LabelledImages,
+    folder: Path,
+    perceptual: LPIPSModel | None,
+    *,
+    progress: bool = True,
+    stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Train a plan's purifier into a folder, or go on where an interrupted training stopped if the plan says so."""
+    """
+    Train a plan's purifier into a folder, or go on where an interrupted training stopped if the plan says so.
+
+    Args:
+        plan (`Plan`): The purifier.
+        images (`LabelledImages`): To train it on.
+        folder (`Path`): The repository to write.
+        perceptual (`LPIPSModel`, *optional*): To put beside it.
+        progress (`bool`): Whether to show a bar.
+        stop (`Callable`, *optional*): As for `train_purifier`.
+    """
     height, _, channels = images.images.shape[1:]
     train_purifier(
         images,
@@ -199,6 +215,7 @@ def train_planned(
         output_dir=folder,
         config=plan.training,
         progress=progress,
+        stop=stop,
     )
     if perceptual is not None:
         perceptual.save_pretrained(folder / "perceptual")

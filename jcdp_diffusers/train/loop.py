@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -75,6 +75,7 @@ def train_purifier(
     base_model: str | None = None,
     data_description: dict | None = None,
     progress: bool = True,
+    stop: Callable[[], bool] | None = None,
 ) -> Path:
     """
     Train a network to denoise raw images, and write it as a plain DDPM repository.
@@ -93,6 +94,8 @@ def train_purifier(
         data_description (`dict`, *optional*): Where the images came from, for record and card: `source`, `split`,
             `hub_id` (if it is one), `resolution`, and whatever else decides what the network saw.
         progress (`bool`, defaults to `True`): Show a bar with loss, images per second and remaining time.
+        stop (`Callable`, *optional*): Asked after each step. True ends the training before `max_train_steps`, with
+            the average of the weights until then. For one process.
 
     Returns:
         `Path`: `output_dir`.
@@ -120,7 +123,7 @@ def train_purifier(
     with torch.random.fork_rng(devices=devices):
         run = _Run(accelerator, images, unet, scheduler, output_dir, config, timesteps, validation_images)
         run.describe(base_model, data_description)
-        run.train(checkpoint, progress)
+        run.train(checkpoint, progress, stop)
         run.finish()
     return output_dir
 
@@ -247,7 +250,7 @@ class _Run:
         known = before is not None and isinstance(self.images, LabelledImages)
         self.trained_on = before.union(image_digests(self.images.images)) if known else None
 
-    def train(self, checkpoint: Path | None, progress: bool) -> None:
+    def train(self, checkpoint: Path | None, progress: bool, stop: Callable[[], bool] | None) -> None:
         """All steps that are left, with their checkpoints, held-out losses and grids."""
         config, accelerator = self.config, self.accelerator
         if checkpoint is not None:
@@ -268,12 +271,13 @@ class _Run:
             self._validate()
         self.first_step, self.start = self.step, time.perf_counter()
         self.seconds_before = self.seconds
-        while self.step < config.max_train_steps:
+        last = self.step == config.max_train_steps
+        while not last:
             loss, norm = self._optimizer_step(batches)
             self.step += 1
             running_loss += loss
             bar.update()
-            last = self.step == config.max_train_steps
+            last = self.step == config.max_train_steps or (stop is not None and stop())
             saving = config.checkpointing_steps is not None and (last or self.step % config.checkpointing_steps == 0)
             if last or saving or self.step % config.logging_steps == 0:
                 self._log(running_loss, norm, bar)

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 LARGE_SET = 40_000  # images, from which airbench94 is trained in its authors' epochs
 SHORT_PASSES = 50_000  # images that a short training of a smaller set shows, repetitions counted
+SHORT_STEPS = 300  # which a short training has at least: fewer teach a network nothing, however few images there are
 SCHEDULES = ("steps", "cosine", "one_cycle", "warmup_cosine", "triangular")
 
 
@@ -183,9 +184,13 @@ class ShortAirbenchRecipe(AirbenchRecipe):
     def epochs_for(self, count: int) -> int:
         """
         Epochs for a training set of `count` images: below 40,000 images those of 50,000 image passes, at least 5 and
-        at most twice the recipe's.
+        at most twice the recipe's; but below 500 images those of 300 steps with 32 images, or with all of a smaller
+        set.
         """
-        return self.epochs if count >= LARGE_SET else min(max(SHORT_PASSES // count, 5), 2 * self.epochs)
+        if count >= LARGE_SET:
+            return self.epochs
+        epochs = min(max(SHORT_PASSES // count, 5), 2 * self.epochs)
+        return max(epochs, -(-SHORT_STEPS // max(1, count // 32)))
 
 
 RECIPES = {

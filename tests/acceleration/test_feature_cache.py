@@ -129,12 +129,12 @@ def test_it_is_on_record(pipe, tmp_path):
     source = source_folder(tmp_path / "source", 4, size=32)
     run = dict(seed=0, progress=False, diffusion_steps=3)
     purify_to_folder(source, pipe, output_dir=tmp_path / "out", feature_reuse=2, **run)
-    with pytest.raises(ValueError, match="holds a run whose settings feature_reuse is 2, but 3 is wanted now"):
+    with pytest.raises(ValueError, match="holds a run whose settings feature_reuse is 2.*3"):
         purify_to_folder(source, pipe, output_dir=tmp_path / "out", feature_reuse=3, **run)
 
 
 def test_an_interval_below_one_is_refused(pipe):
-    with pytest.raises(ValueError, match="feature_reuse is 0, but must be at least 1"):
+    with pytest.raises(ValueError, match="feature_reuse is 0.* 1"):
         pipe(photos(1), feature_reuse=0)
     assert pipe.resolve_config(PurificationConfig(feature_reuse=4)).feature_reuse == 4
 
@@ -164,14 +164,12 @@ def test_networks_that_it_cannot_work_with_are_refused_before_the_first_step(cha
     unet = UNet2DModel(**plain | changes).eval()
     counts = counted(unet)
     pipe = JointConditionalPurificationPipeline(unet, GuidedDDPMScheduler())
-    with pytest.raises(ValueError, match="feature_reuse is 3, but only 1 is accepted for this UNet") as caught:
+    with pytest.raises(ValueError, match="feature_reuse is 3.*only 1") as caught:
         pipe(photos(1, 8), feature_reuse=3)
     assert named in str(caught.value) and "\n" not in str(caught.value) and counts["all"] == 0
 
 
 def test_a_compiled_network_is_refused(pipe):
     pipe.unet.compile()
-    with pytest.raises(
-        ValueError, match="feature_reuse is 2, but this UNet is compiled, for which only 1 is accepted"
-    ):
+    with pytest.raises(ValueError, match="feature_reuse is 2.*compiled.*only 1"):
         pipe(photos(1), feature_reuse=2)

@@ -27,9 +27,10 @@ def used(tmp_path) -> AuditPurifier:
     return AuditPurifier(str(tmp_path / "given"), None, CONFIG, None)
 
 
-def asked_for(monkeypatch, used, tmp_path, *, trials, waiting, processes):
-    """What `measure` is called with."""
+def asked_for(monkeypatch, used, tmp_path, *, trials, waiting, processes, least=4):
+    """What `measure` is called with, where four images are not few."""
     calls = []
+    monkeypatch.setattr(beside, "LEAST_IMAGES", least)
     monkeypatch.setattr(beside, "measure", lambda first, *_, **options: calls.append((first, options)))
     victims = [SimpleNamespace(name=str(number)) for number in range(trials)]
     options = {"waiting": waiting, "begin": list, "processes": processes, "say": len}
@@ -53,6 +54,7 @@ def test_half_of_the_cores_purify_and_the_last_turn_is_full(
 def test_one_core_or_nothing_beside_leaves_everything_to_the_stages(monkeypatch, used, tmp_path):
     assert asked_for(monkeypatch, used, tmp_path, trials=6, waiting=3, processes=1) == []
     assert asked_for(monkeypatch, used, tmp_path, trials=0, waiting=3, processes=2) == []
+    assert asked_for(monkeypatch, used, tmp_path, trials=6, waiting=3, processes=2, least=5) == []
     assert asked_for(monkeypatch, used, tmp_path, trials=6, waiting=3, processes=16) == []
     (tmp_path / "purified").mkdir()
     (tmp_path / "purified/summary.json").write_text("{}")

@@ -62,7 +62,7 @@ def test_one_victim_per_draw_tells_nothing_apart():
 
 @pytest.mark.parametrize("draws", [[[0.6, 0.7]], [[0.6, 0.7], [0.5]]])
 def test_what_cannot_be_told_apart_is_refused(draws):
-    with pytest.raises(ValueError, match="draws has .* victims, but must have two draws at least"):
+    with pytest.raises(ValueError, match="draws has .* victims.* two"):
         separate_spreads(draws)
 
 

@@ -94,10 +94,10 @@ def test_pairs_that_cannot_be_had(folder, sets, tmp_path):
         check_pairs_asked(PAIRED, {"protected": "owner/name", "collected": "somewhere"})
     with pytest.raises(ValueError, match="collected is None, .*'paired-small'"):
         check_pairs_asked(PAIRED, {"protected": folder / "protected", "collected": None})
-    with pytest.raises(ValueError, match="collected_protected is 'x', but must be None"):
+    with pytest.raises(ValueError, match="collected_protected is 'x'.*None"):
         check_pairs_asked(AuditSettings(), {"protected": "p", "collected": "c", "collected_protected": "x"})
     tool = check_pairs_asked(PAIRED, {"protected": folder / "protected", "collected": "somewhere"})
-    with pytest.raises(ValueError, match="collected has no labels, but lsp"):
+    with pytest.raises(ValueError, match="collected has no labels.*lsp"):
         check_labels(tool, sets | {"collected": dataclasses.replace(sets["collected"], labels=None)})
     with pytest.raises(ValueError, match="pairs is 0"):
         AuditSettings(pairs=0)

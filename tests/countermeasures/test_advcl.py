@@ -145,7 +145,7 @@ def test_pseudo_labels_are_clusters_of_what_the_collected_images_taught(train, c
     assert not torch.equal(
         advcl.pseudo_labels(train, settings, Context(collected=other, checkpoint_dir=tmp_path)), targets
     )
-    with pytest.raises(ValueError, match="data has 4 images, but must have at least 5 .*advcl-plain"):
+    with pytest.raises(ValueError, match="data has 4 images.*5.*advcl-plain"):
         advcl.pseudo_labels(train.subset(range(4)), settings, context)
 
 
@@ -179,15 +179,15 @@ def test_other_ways_without_labels_are_refused(method, kind):
     with pytest.raises(ValueError, match=f"countermeasure is 'advcl'.*'{method}'.*gray"):
         countermeasures.get("advcl").require_learning(method)
     network = victims.get("resnet18")(10, in_channels=3, width=2)
-    with pytest.raises(ValueError, match=f"method is '{method}', but must be 'simclr'"):
+    with pytest.raises(ValueError, match=f"method is '{method}'.*'simclr'"):
         kind(network, get_recipe("smoke", method), (16, 16), Hooks([AdvCL(SMALL)]))
 
 
 def test_collected_images_that_are_missing(train, test, quick_views):
-    with pytest.raises(ValueError, match="collected is None, but countermeasure 'advcl' needs"):
+    with pytest.raises(ValueError, match="collected is None.*'advcl'"):
         countermeasures.get("advcl").prepare(train)
     options = {"method": "simclr", "probe": test, "countermeasure": "gray+advcl"}
-    with pytest.raises(ValueError, match="collected is None, but countermeasure 'gray\\+advcl' needs"):
+    with pytest.raises(ValueError, match="collected is None.*'gray\\+advcl'"):
         Trial(train, test, quick_views, 0, **options)
     trial = Trial(train, test, quick_views, 0, **options, collected=test)
     assert trial.settings["collected_images"]["images"] == len(test)

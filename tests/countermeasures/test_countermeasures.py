@@ -253,7 +253,7 @@ def test_unknown_names_are_refused(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if countermeasures.get(name).needs_purifier])
 def test_a_purifier_that_is_missing(name, train):
-    with pytest.raises(ValueError, match=f"purifier is None, but countermeasure '{name}' needs one"):
+    with pytest.raises(ValueError, match=f"purifier is None.*'{name}'"):
         countermeasures.get(name).prepare(train)
 
 
@@ -261,7 +261,7 @@ def test_a_purifier_that_is_missing(name, train):
 def test_pairs_that_are_missing_and_what_they_assume(name, train):
     measure = countermeasures.get(f"{name}+cutout")
     assert measure.needs_pairs and measure.assumes == countermeasures.get(name).assumes != ""
-    with pytest.raises(ValueError, match=f"pairs is None, but countermeasure '{re.escape(name)}"):
+    with pytest.raises(ValueError, match=f"pairs is None.*'{re.escape(name)}"):
         measure.prepare(train)
 
 
@@ -276,7 +276,7 @@ def test_ueraser_needs_colour(name, train):
 
 
 def test_projection_needs_labels(train):
-    with pytest.raises(ValueError, match="data has no labels, but orthogonal-projection needs one for every image"):
+    with pytest.raises(ValueError, match="data has no labels.*orthogonal-projection"):
         countermeasures.get("orthogonal-projection").prepare(dataclasses.replace(train, labels=None))
 
 

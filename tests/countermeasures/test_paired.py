@@ -40,7 +40,7 @@ def test_the_network_is_kept_and_not_used_for_other_pairs(train, pairs_like, tmp
 
 
 def test_pairs_of_another_shape(train, pairs_like):
-    with pytest.raises(ValueError, match="pairs has images of 16x16x1, but must have those of data, 16x16x3"):
+    with pytest.raises(ValueError, match="pairs has images of 16x16x1.*16x16x3"):
         countermeasures.get("paired").prepare(train, pairs=pairs_like(train.with_images(train.images[..., :1])))
 
 
@@ -61,9 +61,9 @@ def test_a_command_gives_pairs_where_they_are_needed_and_nowhere_else(train):
     needs, plain = countermeasures.get("paired"), countermeasures.get("gray")
     protected = protect(train)
     assert len(needs.pairs_of(protected, train).originals) == 160 and plain.pairs_of(None, train) is None
-    with pytest.raises(ValueError, match="collected_protected is None, but countermeasure 'paired'"):
+    with pytest.raises(ValueError, match="collected_protected is None.*'paired'"):
         needs.pairs_of(None, train)
-    with pytest.raises(ValueError, match="collected is None, but countermeasure 'paired'"):
+    with pytest.raises(ValueError, match="collected is None.*'paired'"):
         needs.pairs_of(protected, None)
-    with pytest.raises(ValueError, match="collected_protected has 160 images, but must be None .*'gray'"):
+    with pytest.raises(ValueError, match="collected_protected has 160 images.*'gray'"):
         plain.pairs_of(protected, train)

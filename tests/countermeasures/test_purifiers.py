@@ -74,9 +74,9 @@ def test_draws_are_the_seeds_one_after_the_other_and_epochs_take_turns(few, pipe
 
 
 def test_draws_need_chance(few, pipe):
-    with pytest.raises(ValueError, match="draws is 2, but for countermeasure 'gray' it must be 1, because nothing is"):
+    with pytest.raises(ValueError, match="draws is 2.*'gray'.* 1"):
         countermeasures.get("gray").prepare(few, draws=2)
-    with pytest.raises(ValueError, match="draws is 0, but for countermeasure 'unconditional' it must be at least 1"):
+    with pytest.raises(ValueError, match="draws is 0.*'unconditional'.* 1"):
         purified("unconditional", few, pipe, draws=0)
 
 
@@ -99,7 +99,7 @@ def test_settings_are_the_methods(name, expected):
 
 
 def test_guides_without_their_network_are_refused(few, pipe):
-    with pytest.raises(ValueError, match="perceptual is None, but must be 'lpips-alex'"):
+    with pytest.raises(ValueError, match="perceptual is None.*'lpips-alex'"):
         countermeasures.get("jcdp").prepare(few, purifier=pipe)
 
 

@@ -172,7 +172,7 @@ def test_originals_in_another_order_are_refused():
     noisy = clean.with_images((clean.images.astype(int) + 5).clip(0, 255).astype(np.uint8))
     assert np.array_equal(match_originals(clean, noisy).images, clean.images)
     for rows in (np.arange(20)[::-1], np.roll(np.arange(20), 2), np.arange(20) ^ 1):
-        with pytest.raises(ValueError, match="same ids, such as 'train/0', but their images do not resemble"):
+        with pytest.raises(ValueError, match="same ids, such as 'train/0'"):
             match_originals(clean, noisy.with_images(noisy.images[rows]))
 
 

@@ -98,25 +98,23 @@ def test_roles_of_the_paper(roles):
     assert check_separation(protected, test, test, None, roles="paper") == {"collected_in_test": 15}
     with pytest.raises(ValueError, match="collected and test have 15 ids in common"):
         check_separation(protected, test, test, None)
-    with pytest.raises(ValueError, match="roles is 'paper', but collected and test have no image in common"):
+    with pytest.raises(ValueError, match="roles is 'paper'.*collected and test"):
         check_separation(protected, roles["collected"], test, None, roles="paper")
     with pytest.raises(ValueError, match="protected has 30 images that are collected ones"):
         check_separation(protected, renamed(roles["clean"], "c"), test, None, roles="paper")
-    with pytest.raises(ValueError, match="roles is 'mixed', but must be one of"):
+    with pytest.raises(ValueError, match="roles is 'mixed'"):
         check_separation(protected, test, test, None, roles="mixed")
 
 
 def test_sets_that_do_not_fit(roles):
     protected, test = roles["protected"], roles["test"]
     no_eel = test.subset(test.labels != 2)
-    with pytest.raises(
-        ValueError, match="test has no image of class 'eel', but every one of the 3 classes needs some"
-    ):
+    with pytest.raises(ValueError, match="test has no image of class 'eel'"):
         check_sets({"protected": protected, "test": no_eel}, {})
     with pytest.raises(ValueError, match="protected has no image of class 'dog'"):
         check_sets({"protected": protected.subset(protected.labels != 1), "test": test}, {})
     unnamed = dataclasses.replace(test, class_names=None, labels=test.labels + 1)
-    with pytest.raises(ValueError, match="test has label 3, but there are names for 3 classes only"):
+    with pytest.raises(ValueError, match="test has label 3.*3 classes"):
         check_sets({"protected": protected, "test": unnamed}, {})
     both = [dataclasses.replace(data, class_names=None) for data in (protected, test)]
     with pytest.raises(ValueError, match="test has no image of class '2'"):

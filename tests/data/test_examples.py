@@ -30,5 +30,5 @@ def test_cifar10_is_taken_from_two_splits_in_their_order(tmp_path):
     protected, collected, test = cifar10(tmp_path, (4, 5, 3))
     assert protected.ids == data.ids[:4] and collected.ids == data.ids[4:9] and test.ids == data.ids[10:13]
     assert np.array_equal(np.concatenate([protected.images, collected.images]), pixels[:9])
-    with pytest.raises(ValueError, match="10 training and 4 test images, but must have at least 11 and 3"):
+    with pytest.raises(ValueError, match="10 training and 4 test images.* 11 and 3"):
         cifar10(tmp_path, (6, 5, 3))

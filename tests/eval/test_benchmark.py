@@ -155,9 +155,9 @@ def test_a_grid_replaces_numbers_of_its_one_poison(source, tmp_path):
     )
     (trial,) = benchmark.run_grid(benchmark.read_grid(path), tmp_path / "out", say=lambda line: None)
     assert trial.about["poison_settings"]["norm"] == 2
-    with pytest.raises(ValueError, match="poison_settings has norm, but poisons must have one"):
+    with pytest.raises(ValueError, match="poison_settings has norm.*one"):
         benchmark.read_grid(path, poisons=["lsp", "ops"])
-    with pytest.raises(ValueError, match="poison_settings has 'norm', but must have fields of emn"):
+    with pytest.raises(ValueError, match="poison_settings has 'norm'.*emn"):
         benchmark.read_grid(path, poisons=["emn"])
 
 
@@ -201,7 +201,7 @@ def test_tables_and_figures_from_records_alone(measured, monkeypatch, capsys, tm
         output = tmp_path / f"{name}.png"
         run(figures, monkeypatch, name, "--records", records, "--smoke", "--output", output)
         assert np.asarray(Image.open(output).convert("L")).std() > 5
-    with pytest.raises(SystemExit, match="dataset is 'cifar10', but the records hold"):
+    with pytest.raises(SystemExit, match="dataset is 'cifar10'"):
         run(figures, monkeypatch, "curves", "--records", records, "--smoke", "--dataset", "cifar10")
     with pytest.raises(SystemExit, match="figures: "):
         run(figures, monkeypatch, "curves", "--records", records)
@@ -337,7 +337,7 @@ def test_roles_of_a_grid_are_checked(source, tmp_path):
     with pytest.raises(ValueError, match="protected and collected have 1 ids in common"):
         benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
     data["collected"] |= {"first": 120, "count": 1000}
-    with pytest.raises(ValueError, match="data has for collected the rows 120 to 1120, but the source has 180"):
+    with pytest.raises(ValueError, match="data has for collected the rows 120 to 1120.*180"):
         benchmark.run_grid(benchmark.read_grid(grid_file(tmp_path, source, data=data)), tmp_path / "out")
 
 
@@ -346,7 +346,7 @@ def test_a_purifier_of_another_size_is_refused(source, tmp_path):
     pipe.unet.register_to_config(sample_size=16)
     pipe.save_pretrained(tmp_path / "purifier")
     grid = benchmark.read_grid(grid_file(tmp_path, source, purifier=str(tmp_path / "purifier")))
-    with pytest.raises(ValueError, match="purifier was trained on 16x16 pixels, but these images have 8x8"):
+    with pytest.raises(ValueError, match="purifier was trained on 16x16 pixels.*8x8"):
         benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
 
 
@@ -472,7 +472,8 @@ def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
         poison = {name: value for name, value in settings.items() if name.startswith("poison_")}
         names = set()
         for path, grid in grids:
-            if grid.name == settings["grid"] and settings["poison"] in grid.poisons:
+            same = (grid.name, grid.method) == (settings["grid"], settings.get("method", "supervised"))
+            if same and settings["poison"] in grid.poisons:
                 grid = dataclasses.replace(grid, protocol=record["protocol"], seeds=[record["seed"]])
                 if (
                     record["protocol"] == "fast"

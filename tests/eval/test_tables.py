@@ -363,9 +363,7 @@ def test_one_table_by_its_name(monkeypatch, tmp_path):
     assert text.count("### ") == 3 and "### Table 1, svhn" in text
     assert run(monkeypatch, tmp_path, found, "paper", "--table", "APBench, cifar10").count("### ") == 1
     for name in ("1", "cifar10", "Table"):
-        with pytest.raises(
-            SystemExit, match=f"tables: table is '{name}', but accepted are Table 1; Table 1, cifar10;"
-        ):
+        with pytest.raises(SystemExit, match=f"tables: table is '{name}'.*Table 1; Table 1, cifar10;"):
             run(monkeypatch, tmp_path, found, "paper", "--table", name)
 
 
@@ -399,13 +397,13 @@ def test_one_grid_protocol_or_choice_of_columns(monkeypatch, tmp_path):
         ("poisons", "emn", "lsp"),
         ("columns", "jcdp", "gray, mixup, cutmix"),
     ):
-        with pytest.raises(SystemExit, match=f"tables: {option} is '{name}', but the records have {known}"):
+        with pytest.raises(SystemExit, match=f"tables: {option} is '{name}'.*{known}"):
             run(monkeypatch, tmp_path, found, "grid", f"--{option}", name)
 
 
 def test_the_command_refuses_in_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["tables", "grid", "--records", "nofile.jsonl"])
-    with pytest.raises(SystemExit, match="tables: records is 'nofile.jsonl', but that cannot be read: No such file"):
+    with pytest.raises(SystemExit, match="tables: records is 'nofile.jsonl'.*No such file"):
         tables.main()
     with pytest.raises(SystemExit, match="no accuracy of a grid there has the victim 'vgg16'"):
         run(monkeypatch, tmp_path, records("lsp", "none", [0.2]), "grid", "--victim", "vgg16")

@@ -128,11 +128,11 @@ def test_numbers_of_a_preset_may_be_replaced():
     changed = poison.changed("smoke", {"epsilon": 8, "weights": None, "surrogate": "resnet50"})
     assert (changed.epsilon, changed.weights, changed.surrogate, changed.clusters) == (8, None, "resnet50", 3)
     assert poison.changed("smoke", {}) == "smoke"
-    with pytest.raises(ValueError, match="--set has 'eps', but must have fields of uc: epsilon, clusters"):
+    with pytest.raises(ValueError, match="--set has 'eps'.*uc: epsilon, clusters"):
         poison.changed("smoke", {"eps": 8}, name="--set")
-    with pytest.raises(ValueError, match="settings has clusters 2.5, but it must be int"):
+    with pytest.raises(ValueError, match="settings has clusters 2.5.*int"):
         poison.changed("smoke", {"clusters": 2.5})
-    with pytest.raises(ValueError, match="settings has weights 3, but it must be str or nothing"):
+    with pytest.raises(ValueError, match="settings has weights 3.*str"):
         poison.changed("smoke", {"weights": 3})
 
 
@@ -160,9 +160,9 @@ def test_perturbation_is_added_clipped_and_rounded_once():
 
 
 def test_perturbation_must_fit_the_images(data):
-    with pytest.raises(ValueError, match=r"perturbation has shape \(40, 16, 16, 3\), but the images need \(40, 3, 16"):
+    with pytest.raises(ValueError, match=r"perturbation has shape \(40, 16, 16, 3\).*\(40, 3, 16"):
         apply_perturbation(data.images, np.zeros((40, 16, 16, 3)))
-    with pytest.raises(ValueError, match="images has dtype float64, but uint8 is needed"):
+    with pytest.raises(ValueError, match="images has dtype float64.*uint8"):
         apply_perturbation(data.images / 255, np.zeros((40, 3, 16, 16)))
 
 
@@ -175,7 +175,7 @@ def test_norms_are_those_of_the_bytes():
     assert norms["linf"] == 255 and norms["l0_max"] == 2 and norms["l0_mean"] == 1.5
     assert norms["l2_max"] == pytest.approx(np.sqrt(6))
     assert norms["l2_mean"] == pytest.approx((5 / 255 + np.sqrt(6)) / 2)
-    with pytest.raises(ValueError, match=r"poisoned has shape \(1, 2, 2, 3\), but the clean images have"):
+    with pytest.raises(ValueError, match=r"poisoned has shape \(1, 2, 2, 3\)"):
         measured_norms(clean, poisoned[:1])
 
 

@@ -62,7 +62,7 @@ def test_features_of_clip_are_its_image_embedding(tmp_path, images):
     network = pretrained.load("clip", weights=str(tmp_path))
     torch.testing.assert_close(network(images), tower(pixel_values=normalised(images, "clip")).image_embeds)
     network.require_side(64, "view_size")
-    with pytest.raises(ValueError, match="view_size is 65, but must be 64"):
+    with pytest.raises(ValueError, match="view_size is 65.*64"):
         network.require_side(65, "view_size")
 
 
@@ -95,19 +95,17 @@ class Payload:
 
 
 def test_files_that_cannot_be_taken_are_refused(tmp_path, squeezenet, capfd):
-    with pytest.raises(ValueError, match="weights is '.*none.pth', but must be a file that exists"):
+    with pytest.raises(ValueError, match="weights is '.*none.pth'.*exists"):
         pretrained.load("resnet50", weights=str(tmp_path / "none.pth"))
-    with pytest.raises(
-        ValueError, match="weights is 'squeezenet.safetensors', but must hold those of resnet50: 'conv1"
-    ):
+    with pytest.raises(ValueError, match="weights is 'squeezenet.safetensors'.*resnet50: 'conv1"):
         pretrained.load("resnet50", weights=str(squeezenet[1]))
     torch.save({"state_dict": Payload()}, tmp_path / "code.pth")
     (tmp_path / "cut.safetensors").write_bytes(squeezenet[1].read_bytes()[:999])
     for name in ("code.pth", "cut.safetensors"):
-        with pytest.raises(ValueError, match=f"weights is '{name}', but must be safetensors or"):
+        with pytest.raises(ValueError, match=f"weights is '{name}'.*safetensors"):
             pretrained.load("squeezenet1_0", weights=str(tmp_path / name))
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    with pytest.raises(ValueError, match="weights is 'tensor.pth', but must hold those of squeezenet1_0"):
+    with pytest.raises(ValueError, match="weights is 'tensor.pth'.*squeezenet1_0"):
         pretrained.load("squeezenet1_0", weights=str(tmp_path / "tensor.pth"))
     assert "unpickled" not in capfd.readouterr().out
 
@@ -117,7 +115,7 @@ def test_names_that_are_unknown_are_refused(tmp_path):
         pretrained.load("vgg")
     with pytest.raises(ValueError, match="normalisation is 'mean'.*imagenet, clip, none"):
         pretrained.load("resnet50", normalisation="mean")
-    with pytest.raises(ValueError, match="weights is '.*', but must be a folder or Hub id of a CLIP image tower"):
+    with pytest.raises(ValueError, match="weights is '.*'.*CLIP"):
         pretrained.load("clip", weights=str(tmp_path))
 
 
@@ -148,7 +146,7 @@ def test_features_of_open_clip_are_its_image_embedding(tmp_path):
     network = pretrained.load("open-clip-rn50", weights=str(tmp_path / "clip.pth"))
     torch.testing.assert_close(network(images), tower(normalised(images, "clip")))
     assert network(images).shape == (2, 1024)
-    with pytest.raises(ValueError, match="view_size is 64, but must be 224"):
+    with pytest.raises(ValueError, match="view_size is 64.*224"):
         network.require_side(64, "view_size")
     with pytest.raises(ValueError, match="weights is 'laion'.*'random' or one of openai"):
         pretrained.load("open-clip-rn50", weights="laion")

@@ -69,7 +69,7 @@ def test_rows_with_ids_are_joined_by_id(tmp_path, data, delta):
     order = np.random.default_rng(2).permutation(40)
     np.savez(tmp_path / "noise.npz", noise=delta[order], labels=data.labels[order], ids=np.array(data.ids)[order])
     kept = data.subset(np.flatnonzero(data.labels != 2)[::-1])
-    with pytest.raises(ValueError, match="perturbation is 'noise.npz' with 40 rows, but 30 .one per image. or 4"):
+    with pytest.raises(ValueError, match="perturbation is 'noise.npz' with 40 rows.* 30 .* 4"):
         read_perturbation(tmp_path / "noise.npz", kept)
     perturbation, _ = read_perturbation(tmp_path / "noise.npz", data.subset(np.arange(39, -1, -1)))
     np.testing.assert_allclose(perturbation.numpy(), delta[::-1] / 255.0, atol=1e-7)
@@ -101,21 +101,17 @@ def test_folder_in_another_label_order_is_refused(changes, said, tmp_path, data,
 
 
 def test_wrong_length_is_refused(tmp_path, data, delta):
-    with pytest.raises(
-        ValueError, match=r"with 39 rows, but 40 \(one per image\) or 4 \(one per class\) are accepted"
-    ):
+    with pytest.raises(ValueError, match="with 39 rows.* 40 .* 4 "):
         read_perturbation(write(tmp_path / "noise.npy", delta[:39]), data)
-    with pytest.raises(ValueError, match="with 39 rows, but there are 40 clean images"):
+    with pytest.raises(ValueError, match="with 39 rows.*40 clean images"):
         read_perturbation(write(tmp_path / "noise.npy", delta[:39]), data, kind="sample-wise")
-    with pytest.raises(ValueError, match="with 2 rows, but labels go up to 3"):
+    with pytest.raises(ValueError, match="with 2 rows.*labels.* 3"):
         read_perturbation(write(tmp_path / "noise.npy", delta[:2]), data, kind="class-wise")
 
 
 def test_wrong_size_is_refused(tmp_path, data, delta):
     path = write(tmp_path / "noise.npy", delta[:, :, :8])
-    with pytest.raises(
-        ValueError, match=r"of shape \(40, 3, 8, 16\), but images of 16 x 16 x 3 need \(rows, 3, 16, 16\)"
-    ):
+    with pytest.raises(ValueError, match=r"of shape \(40, 3, 8, 16\).*\(rows, 3, 16, 16\)"):
         read_perturbation(path, data)
 
 
@@ -139,7 +135,7 @@ def test_poisoned_images_in_another_order_are_refused(shift, tmp_path, data, poi
 @pytest.mark.parametrize("budget", [{"linf": 4}, {"l2": 0.3}, {"l0": 1}])
 def test_norm_beyond_the_declared_budget_is_refused(budget, tmp_path, data, delta):
     (norm, bound) = next(iter(budget.items()))
-    with pytest.raises(ValueError, match=f"'noise.npy' with {norm} .*, but {bound:g} was declared"):
+    with pytest.raises(ValueError, match=f"'noise.npy' with {norm} .* {bound:g} "):
         read_perturbation(write(tmp_path / "noise.npy", delta), data, budget=budget)
 
 
@@ -151,9 +147,9 @@ def test_rounding_does_not_break_a_budget(tmp_path, data):
 
 def test_unknown_budget_and_kind_are_refused(tmp_path, data, delta):
     path = write(tmp_path / "noise.npy", delta)
-    with pytest.raises(ValueError, match="budget has 'l1', but linf, l2, l0 are accepted"):
+    with pytest.raises(ValueError, match="budget has 'l1'.*linf, l2, l0"):
         read_perturbation(path, data, budget={"l1": 8})
-    with pytest.raises(ValueError, match="kind is 'universal', but sample-wise and class-wise are accepted"):
+    with pytest.raises(ValueError, match="kind is 'universal'.*sample-wise.*class-wise"):
         read_perturbation(path, data, kind="universal")
 
 
@@ -181,26 +177,24 @@ def test_code_in_a_file_is_not_run(suffix, tmp_path, data, capfd):
 def test_pickles_and_missing_files_are_refused(tmp_path, data, delta):
     path = tmp_path / "noise.pkl"
     path.write_bytes(pickle.dumps(delta))
-    with pytest.raises(ValueError, match="perturbation is 'noise.pkl', but .pt, .pth, .npy, .npz, .safetensors files"):
+    with pytest.raises(ValueError, match="perturbation is 'noise.pkl'.*.safetensors"):
         read_perturbation(path, data)
-    with pytest.raises(ValueError, match="perturbation is '.*none.pt', but there is no such file"):
+    with pytest.raises(ValueError, match="perturbation is '.*none.pt'"):
         read_perturbation(tmp_path / "none.pt", data)
 
 
 def test_files_without_one_image_array_are_refused(tmp_path, data, delta):
     np.savez(tmp_path / "two.npz", one=delta, other=delta)
-    with pytest.raises(
-        ValueError, match=r"'two.npz' with \['one', 'other'\], but one array of four dimensions is needed"
-    ):
+    with pytest.raises(ValueError, match=r"'two.npz' with \['one', 'other'\].*four"):
         read_perturbation(tmp_path / "two.npz", data)
     np.save(tmp_path / "nan.npy", np.full(delta.shape, np.nan))
-    with pytest.raises(ValueError, match="'nan.npy' of float64, but finite numbers are accepted"):
+    with pytest.raises(ValueError, match="'nan.npy' of float64.*finite"):
         read_perturbation(tmp_path / "nan.npy", data)
     np.save(tmp_path / "large.npy", 300.0 * np.sign(delta - 0.5))
-    with pytest.raises(ValueError, match=r"'large.npy' with values from -300 to 300 .*, but values within 255 of 0"):
+    with pytest.raises(ValueError, match="'large.npy' with values from -300 to 300 .*255"):
         read_perturbation(tmp_path / "large.npy", data)
     torch.save("noise", tmp_path / "text.pt")
-    with pytest.raises(ValueError, match="'text.pt' with a str, but tensors and arrays are accepted"):
+    with pytest.raises(ValueError, match="'text.pt' with a str"):
         read_perturbation(tmp_path / "text.pt", data)
 
 

@@ -37,7 +37,7 @@ def test_cp_sample_wise_is_in_fractions_of_its_bound(tmp_path, data, parameter):
     wanted = apply_perturbation(data.images, 8 / 255 * parameter)
     recognised = agrees(tmp_path / "cifar10_res18_simclr_cps.pth", data, wanted, budget=EIGHT, order="given")
     assert "as fractions of 8/255" in recognised["holds"] and recognised["norms"].startswith("linf 8/255")
-    with pytest.raises(ValueError, match="budget is empty, but 'cifar10_res18_simclr_cps.pth'.*declare linf"):
+    with pytest.raises(ValueError, match="budget is empty.*'cifar10_res18_simclr_cps.pth'.*linf"):
         read_perturbation(tmp_path / "cifar10_res18_simclr_cps.pth", data, order="given")
     with pytest.raises(ValueError, match="black and white values darker.*'given'"):
         read_perturbation(tmp_path / "cifar10_res18_simclr_cps.pth", data, budget=EIGHT)
@@ -60,7 +60,7 @@ def test_noise_that_keeps_its_bound_is_no_fraction(tmp_path, data):
     noise = np.zeros(data.tensor().shape, dtype=np.float32)
     noise[:, :, 3, 3] = np.where(data.images[:, 3, 3] > 100, -1, 1)
     np.save(tmp_path / "ops.npy", noise)
-    with pytest.raises(ValueError, match="'ops.npy' with linf .*, but 8 was declared"):
+    with pytest.raises(ValueError, match="'ops.npy' with linf .* 8 "):
         read_perturbation(tmp_path / "ops.npy", data, budget=EIGHT)
 
 
@@ -75,7 +75,7 @@ def test_uc_images_are_numbered_within_their_class(tmp_path, data, poisoned):
         count[label] += 1
     recognised = agrees(tmp_path, data, poisoned, budget=EIGHT)
     assert recognised["rows"] == "grouped by class, in the order of the clean images within a class"
-    with pytest.raises(ValueError, match="look like images, but not like the clean ones in their order"):
+    with pytest.raises(ValueError, match="look like images.*order"):
         read_perturbation(tmp_path, data.subset([36, 37, 38, 39, *range(36)]))
 
 
@@ -116,7 +116,7 @@ def test_uc_noise_of_clusters_needs_all_that_it_is_added_with(tmp_path, data, cl
     (tmp_path / "perturbation_1.pth").unlink()
     with pytest.raises(ValueError, match="its noises must be perturbation_0.pth to perturbation_1.pth"):
         read_perturbation(tmp_path, data, budget={"linf": 16}, order="given")
-    with pytest.raises(ValueError, match="perturbation is 'perturbation_0.pth' with 1 rows, but 40"):
+    with pytest.raises(ValueError, match="perturbation is 'perturbation_0.pth' with 1 rows.*40"):
         read_perturbation(tmp_path / "perturbation_0.pth", data, budget={"linf": 16})
 
 
@@ -159,7 +159,7 @@ def test_dune_is_a_pickle_whose_rows_are_put_back_into_place(tmp_path, data, poi
     images = poisoned.transpose(0, 3, 1, 2).astype(np.float32) / 255
     by_class = [row for label in range(4) for row in range(40) if data.labels[row] == label]
     (tmp_path / "DUNE.pkl").write_bytes(pickle.dumps([(images[row], data.labels[row]) for row in by_class]))
-    with pytest.raises(ValueError, match="perturbation is 'DUNE.pkl', but .pt.*convert it"):
+    with pytest.raises(ValueError, match="perturbation is 'DUNE.pkl'.*convert it"):
         read_perturbation(tmp_path / "DUNE.pkl", data)
     np.save(tmp_path / "alone.npy", images[by_class])
     np.savez(tmp_path / "both.npz", images=images[by_class], labels=data.labels[by_class])
@@ -171,7 +171,7 @@ def test_dune_is_a_pickle_whose_rows_are_put_back_into_place(tmp_path, data, poi
     for name in ("alone.npy", "both.npz"):
         recognised = agrees(tmp_path / name, data.subset(order), poisoned[order], budget=EIGHT, in_order_of=data)
         assert recognised["rows"] == "grouped by class, by the pixels of in_order_of"
-    with pytest.raises(ValueError, match="look like images, but not like the clean ones|whose labels are not"):
+    with pytest.raises(ValueError, match="look like images|whose labels are not"):
         read_perturbation(tmp_path / "alone.npy", replace(data, labels=data.labels[::-1].copy()), budget=EIGHT)
 
 

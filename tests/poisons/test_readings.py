@@ -70,7 +70,7 @@ def test_images_in_every_usual_scale_are_told_from_noise(scale, tmp_path, clean,
 
 def test_images_in_an_unknown_scale_are_refused(tmp_path, clean, poisoned):
     np.save(tmp_path / "file.npy", normalised(poisoned, (0.3, 0.3, 0.3), (0.05, 0.1, 0.2)))
-    with pytest.raises(ValueError, match="'file.npy', which holds images like the clean ones, but"):
+    with pytest.raises(ValueError, match="'file.npy', which holds images like the clean ones"):
         read_perturbation(tmp_path / "file.npy", clean)
 
 
@@ -125,7 +125,7 @@ def test_a_subset_is_joined_by_content(tmp_path, clean, poisoned):
     assert np.array_equal(apply_perturbation(clean.images[rows], perturbation), poisoned[rows])
     with pytest.raises(ValueError, match="in_order_of lacks the clean image 'p47'"):
         read_perturbation(tmp_path / "all.npy", clean.subset([47]), in_order_of=clean.with_images(clean.images ^ 1))
-    with pytest.raises(ValueError, match="order is 'any', but must be one of checked, given"):
+    with pytest.raises(ValueError, match="order is 'any'"):
         read_perturbation(tmp_path / "all.npy", clean, order="any")
 
 
@@ -194,7 +194,7 @@ def test_class_wise_rows_follow_classes_that_are_named_by_numbers(names, tmp_pat
     assert (255 * perturbation[:, 0, 0, 0]).round().tolist() == [3, 7, 7, 3]
     assert recognised["rows"] == f"3 for {names[0]}, 7 for {names[1]}"
     words = LabelledImages(images, clean.labels, clean.ids, ("cat", "dog"))
-    with pytest.raises(ValueError, match="'noise.npy' with 10 rows, but the clean images name 2 classes"):
+    with pytest.raises(ValueError, match="'noise.npy' with 10 rows.* 2 classes"):
         read_perturbation(tmp_path / "noise.npy", words, kind="class-wise")
 
 

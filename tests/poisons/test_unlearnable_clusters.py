@@ -204,5 +204,5 @@ def test_images_that_are_all_alike_are_refused():
 
 
 def test_images_that_are_too_small_are_refused():
-    with pytest.raises(ValueError, match="images are 7x9, but must be at least 8x8"):
+    with pytest.raises(ValueError, match="images are 7x9.*8x8"):
         poisons.get("uc")(torch.rand(20, 3, 7, 9), preset="smoke")

@@ -280,12 +280,10 @@ def test_from_and_to_other_file_systems(kind, streaming, pipe, source, expected,
     assert {"README.md", "run.json", "summary.json"} <= {
         path.rpartition("/")[2] for path in fs.ls(f"{root}/out", False)
     }
-    with pytest.raises(ValueError, match="split is None, but must be given where dataset is a URL"):
+    with pytest.raises(ValueError, match="split is None.*URL"):
         purify_to_folder(f"{place}/source", pipe, output_dir=f"{place}/other", **SETTINGS)
     if kind == "memory":
-        with pytest.raises(
-            ValueError, match="output_dir is 'memory://.*', but must be a local folder where push_to_hub"
-        ):
+        with pytest.raises(ValueError, match="output_dir is 'memory://.*'.*push_to_hub"):
             purify_to_folder(pipe=pipe, output_dir=f"{place}/out", push_to_hub="a/b", **given, **SETTINGS)
 
 
@@ -371,7 +369,7 @@ def test_refuses_to_go_on_with_another_torch(pipe, source, finished, tmp_path):
     run = json.loads((finished / "run.json").read_text())
     run["packages"] |= {"torch": "1.0", "matplotlib": "0.1"}
     (tmp_path / "run.json").write_text(json.dumps(run))
-    with pytest.raises(ValueError, match="whose packages torch is '1.0', but"):
+    with pytest.raises(ValueError, match="whose packages torch is '1.0'"):
         purify_to_folder(source, pipe, output_dir=tmp_path, **SETTINGS)
 
 
@@ -403,7 +401,7 @@ def test_an_output_that_cannot_be_written_to(pipe, source, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"output_dir '.*file/out' cannot be written to \(not a directory\)"):
         purify_to_folder(source, pipe, output_dir=tmp_path / "file" / "out", **SETTINGS)
-    with pytest.raises(ValueError, match="output_dir is '.*file', but must be a folder"):
+    with pytest.raises(ValueError, match="output_dir is '.*file'"):
         purify_to_folder(source, pipe, output_dir=tmp_path / "file", **SETTINGS)
 
 

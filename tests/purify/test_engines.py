@@ -129,7 +129,7 @@ def test_ranks_write_the_bytes_of_one_and_share_one_lock(source, purifier, alone
 def test_a_second_command_on_the_folder_is_refused(source, tmp_path):
     (tmp_path / "out").mkdir()
     with engines.folder_lock(tmp_path / "out" / ".lock"):
-        with pytest.raises(ValueError, match=rf"output_dir is '.*out', but .* pid {os.getpid()}, command .*, since 2"):
+        with pytest.raises(ValueError, match=rf"output_dir is '.*out'.* pid {os.getpid()}, command .*, since 2"):
             purify_to_folder(source, quick_pipe(), output_dir=tmp_path / "out", **SETTINGS)
     assert not (tmp_path / "out" / "run.json").exists()
     purify_to_folder(source, quick_pipe(), output_dir=tmp_path / "out", **SETTINGS)
@@ -146,6 +146,6 @@ def test_an_opened_purifier_is_for_this_process_alone(source, tmp_path):
 
 def test_a_stream_of_unknown_length_is_for_one_process(purifier, tmp_path):
     stream = open_dataset(some_images(20), streaming=True)
-    with pytest.raises(ValueError, match="processes 2, but must be 'local' and 1, without a launcher, for a data set"):
+    with pytest.raises(ValueError, match="processes 2.*'local' and 1"):
         purify_to_folder(stream, opener(purifier, tmp_path), output_dir=tmp_path, processes=2, **SETTINGS)
     purify_to_folder(stream, opener(purifier, tmp_path), output_dir=tmp_path, **SETTINGS)

@@ -421,9 +421,7 @@ def test_settings_are_checked(settings, sentence):
 @pytest.mark.parametrize("name", ["trained_timesteps", "validation_timesteps"])
 @pytest.mark.parametrize("bad", [(0, 0), (-1, 5), (0, 1001)])
 def test_ranges_of_timesteps_are_checked_before_anything_happens(tmp_path, name, bad):
-    with pytest.raises(
-        ValueError, match=rf"{name} is \({bad[0]}, {bad[1]}\), but must be first < end within 0 and 1000"
-    ):
+    with pytest.raises(ValueError, match=rf"{name} is \({bad[0]}, {bad[1]}\).* 0 and 1000"):
         train(tmp_path / "out", held_out=HELD_OUT, **{name: bad})
     assert not (tmp_path / "out").exists()
 

@@ -174,10 +174,18 @@ def test_sizes(count, batch_size, epochs):
 
 @pytest.mark.parametrize(
     "count, batch_size, epochs",
-    [(50_000, 1024, 10), (39_999, 1024, 5), (10_000, 256, 5), (5_000, 128, 10), (900, 32, 20)],
+    [
+        (50_000, 1024, 10),
+        (39_999, 1024, 5),
+        (10_000, 256, 5),
+        (5_000, 128, 10),
+        (900, 32, 20),
+        (128, 32, 75),
+        (10, 32, 300),
+    ],
 )
 def test_sizes_of_the_short_training(count, batch_size, epochs):
-    """50,000 image passes below 40,000 images, within 5 and 20 epochs; all else is as in the long one."""
+    """50,000 image passes below 40,000 images, within 5 and 20 epochs, 300 steps at least; else as the long one."""
     recipe = RECIPES["airbench-short"].for_images(count)
     assert (recipe.batch_size, recipe.epochs) == (batch_size, epochs)
     long = RECIPES["airbench"].for_images(count)

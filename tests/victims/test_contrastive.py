@@ -363,11 +363,11 @@ def test_a_hook_for_another_way_of_learning_is_refused(sets):
         def contrastive_loss(self, objective, images, targets, generator):
             return images.sum()
 
-    with pytest.raises(ValueError, match="hooks holds a Adversarial, but .* 'byol'"):
+    with pytest.raises(ValueError, match="hooks holds a Adversarial.*'byol'"):
         train_victim(**sets, method="byol", recipe=quick("byol"), hooks=[Adversarial()])
     images, labels = as_tensors(sets["probe"])
     recipe = Recipe("plain", 1)
-    with pytest.raises(ValueError, match="hooks holds a Contrasting, but .* 'supervised'"):
+    with pytest.raises(ValueError, match="hooks holds a Contrasting.*'supervised'"):
         train_model(resnet18(10, in_channels=1, width=2), images, labels, recipe=recipe, hooks=[Contrasting()])
 
 

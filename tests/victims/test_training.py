@@ -145,7 +145,7 @@ def checkpoint(train, test, tmp_path_factory):
 )
 def test_a_folder_with_another_training_is_refused(checkpoint, train, test, what, changes):
     options = {"train": train, "test": test, "recipe": QUICK, "checkpoint_dir": checkpoint} | changes
-    with pytest.raises(ValueError, match=f"checkpoint_dir is '{checkpoint}', but .* another {what}"):
+    with pytest.raises(ValueError, match=f"checkpoint_dir is '{checkpoint}'.*another {what}"):
         train_victim(**options)
 
 
@@ -153,7 +153,7 @@ def test_a_folder_with_another_training_is_refused(checkpoint, train, test, what
 def test_a_damaged_checkpoint_is_refused(checkpoint, train, test, tmp_path, keep):
     (source,) = checkpoint.iterdir()
     (tmp_path / source.name).write_bytes(source.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=f"checkpoint_dir is '{tmp_path}', but its training.safetensors"):
+    with pytest.raises(ValueError, match=f"checkpoint_dir is '{tmp_path}'.*training.safetensors"):
         train_victim(train, test, recipe=QUICK, checkpoint_dir=tmp_path)
 
 

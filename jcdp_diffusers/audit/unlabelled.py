@@ -1,0 +1,248 @@
+"""
+An audit of photographs without labels: no victim can be trained, but some things can be said, and they are cleaned.
+
+What is said: how visible the protection is, where the originals are given; whether its noise shows in the spectrum,
+where other photographs are given; and what purification changes.
+"""
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from string import Template
+
+import numpy as np
+from PIL import Image
+
+from ..data import LabelledImages
+from ..data.checks import check_separation, describe_set, match_originals
+from ..data.perturbations import measured_norms, psnr
+from ..outputs import write_atomically
+from ..purification_config import PurificationConfig
+from ..results import as_settings, package_versions, plain
+from ..spectrum import describe_difference
+from .division import Division
+from .purifier import AuditPurifier, purify
+from .settings import AuditSettings
+
+
+COLLECTED_FRACTION = 0.25  # of the photographs, where none are given to train the purifier
+LEAST_IMAGES = 4
+LEAST_FOR_A_SPECTRUM = 50  # of each set: with fewer, chance explains any difference
+SHOWN = 6
+SHOWN_SIDE = 128  # pixels, of a shown image
+HOW_TO_LABEL = (
+    "The photographs have no labels, so no victim can be trained and no verdict is possible. Put them into one folder "
+    "per class, such as cats/ and dogs/, and give the command again."
+)
+_FINDINGS = {
+    "noise": "There is additional noise, as an additive protection makes it.",
+    "filtered": "Some fine detail is missing, as after a JPEG save, a blur or a convolutional protection.",
+    "other kind": "The two sets differ in contrast or content; no protection can be told from that.",
+    "none": "No difference that chance would not explain. A weak protection may be there all the same.",
+}
+
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Audit of photographs without labels</title>
+<style>body { font: 17px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 2rem 1rem; }
+img { max-width: 100%; } pre { white-space: pre-wrap; }</style></head><body>
+<h1>Audit of photographs without labels</h1>
+<p><b>$sentence</b></p>
+<ul>$said</ul>
+<p><img alt="$caption" src="data:image/png;base64,$picture"></p><p>$caption</p>
+<h2>How to repeat this</h2><pre>$command</pre>
+<p>$time; figures in <code>report.json</code>, purified images in <code>purified/</code>.</p>
+</body></html>
+""")
+
+
+def divide_unlabelled(
+    sets: Mapping[str, LabelledImages], *, needs_collected: bool, seed: int
+) -> tuple[dict[str, LabelledImages], Division]:
+    """
+    The sets with collected images, where these are needed and not given: a part of the originals or the protected.
+
+    Raises:
+        ValueError: If there are fewer than `LEAST_IMAGES` images.
+    """
+    sets = dict(sets)
+    if "clean" in sets:
+        sets["clean"] = replace(match_originals(sets["clean"], sets["protected"]), labels=None, class_names=None)
+    if "collected" in sets or not needs_collected:
+        return sets, Division()
+    of, count = "clean" if "clean" in sets else "protected", len(sets["protected"])
+    if count < LEAST_IMAGES:
+        raise ValueError(
+            f"protected has {count} image(s), but must have {LEAST_IMAGES} to be divided: give more, or --collected."
+        )
+    rows = np.random.default_rng(seed).permutation(count)
+    parts = np.split(rows, [max(1, round(COLLECTED_FRACTION * count))])
+    kept, source = np.sort(parts[1]), sets[of]
+    for role in {"protected", "clean"} & sets.keys():
+        sets[role] = sets[role].subset(kept)
+    return sets | {"collected": source.subset(np.sort(parts[0]))}, Division(of, ("collected",))
+
+
+def check_unlabelled(sets: Mapping[str, LabelledImages], asked: AuditSettings) -> None:
+    """
+    Refuse sets that do not fit together.
+
+    Raises:
+        ValueError: In one sentence that begins with a role.
+    """
+    shape = sets["protected"].images.shape[1:]
+    for role, data in sets.items():
+        if data.images.shape[1:] != shape:
+            raise ValueError(f"{role} has images of {data.images.shape[1:]}, but protected has {shape}.")
+    if "collected" in sets:
+        others = sets["protected"], None, sets["collected"], sets.get("clean")
+        check_separation(*others, roles="disjoint", budget=asked.budget)
+
+
+def evidence(sets: Mapping[str, LabelledImages], division: Division, seed: int) -> dict:
+    """
+    What can be said without labels, in JSON's types.
+
+    Args:
+        sets (`dict`): `protected`, `purified` and, where given, `clean` and `collected`.
+        division (`Division`): Collected images that are protected ones have the same spectrum, so it is not compared.
+        seed (`int`): Of the spectrum's test.
+    """
+    protected, purified, clean = sets["protected"], sets["purified"], sets.get("clean")
+    collected = None if division.of == "protected" else sets.get("collected")
+    spectrum = None
+    if collected is not None and min(len(protected), len(collected)) >= LEAST_FOR_A_SPECTRUM:
+        spectrum = describe_difference(protected.images, collected.images, seed=seed)
+        del spectrum["spectrum"]
+    return {
+        "added": None if clean is None else _change(clean, protected),
+        "removed": _change(protected, purified),
+        "left": None if clean is None else _change(clean, purified),
+        "spectrum": spectrum,
+    }
+
+
+def sentences(found: Mapping, sets: Mapping[str, LabelledImages], division: Division) -> list[str]:
+    """The evidence in words, and what would tell more."""
+    said = [HOW_TO_LABEL]
+    if (added := found["added"]) is not None:
+        said.append(
+            f"The protection changes a value by {added['linf']}/255 at most; PSNR {added['psnr']:.1f} dB to the "
+            f"originals. After purification it is {found['left']['psnr']:.1f} dB."
+        )
+    else:
+        said.append("Without the originals (--clean) nobody knows how large the protection is.")
+    removed = found["removed"]
+    said.append(
+        f"Purification changes a value by {removed['linf']}/255 at most; PSNR {removed['psnr']:.1f} dB to the "
+        "protected images."
+    )
+    if found["spectrum"] is not None:
+        said.append(f"Spectrum, against the collected images: {_FINDINGS[found['spectrum']['finding']]}")
+    else:
+        count = len(sets["collected"]) if "collected" in sets and division.of != "protected" else 0
+        said.append(
+            f"The spectrum was not compared: that needs {LEAST_FOR_A_SPECTRUM} protected photographs and as many "
+            f"unprotected ones (--collected); there are {len(sets['protected'])} and {count}."
+        )
+    if division.of == "protected":
+        said.append(
+            f"The purifier was trained on {len(sets['collected'])} of the protected photographs, so it takes a part "
+            "of the protection for a part of photographs. --collected, other photographs of the kind, is better."
+        )
+    return said
+
+
+def audit_unlabelled(
+    sets: dict[str, LabelledImages],
+    used: AuditPurifier,
+    asked: AuditSettings,
+    division: Division,
+    facts: Mapping,
+    output_dir: Path,
+    command: str,
+    say: Callable[[str], None],
+) -> dict:
+    """
+    Purify the images, say what can be said, and write `report.html`, `report.md` and `report.json`.
+
+    Args:
+        sets (`dict`): Images by role.
+        used (`AuditPurifier`): Trained or given.
+        asked (`AuditSettings`), output_dir, command, say: As for the audit.
+        division (`Division`): How the collected images came to be.
+        facts (`Mapping`): Of `reading.Found`, with `lessened`, what a budget has changed.
+
+    Returns:
+        `dict`: What `report.json` holds.
+    """
+    say(f"Purifying {len(sets['protected'])} images: {used.config.evaluations_per_image} evaluations each")
+    sets["purified"] = purify(sets["protected"], used, output_dir / "purified", asked.seed)
+    found = evidence(sets, division, asked.seed)
+    said = [*sentences(found, sets, division), *facts["unusable_said"], *facts["lessened"]]
+    report = {
+        "verdict": {"status": "unlabelled", "sentence": said[0]},
+        "said": said[1:],
+        "evidence": found,
+        "data": {"sets": {role: describe_set(images) for role, images in sets.items()}, **facts},
+        "purification": _settings(used.config),
+        "command": command,
+        "packages": package_versions(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    report = plain(report, "report")
+    _write(output_dir, report, sets)
+    for sentence in said:
+        say(sentence)
+    return report
+
+
+def _write(output_dir: Path, report: dict, sets: Mapping[str, LabelledImages]) -> None:
+    picture, caption = _picture(sets)
+    (output_dir / "pictures").mkdir(exist_ok=True)
+    write_atomically(output_dir / "pictures" / "images.png", picture)
+    write_atomically(output_dir / "report.json", json.dumps(report, indent=2) + "\n")
+    lines = ["# Audit of photographs without labels", "", f"**{report['verdict']['sentence']}**", ""]
+    lines += [f"- {re.sub(r'([*_<|])', chr(92) + chr(92) + '1', sentence)}" for sentence in report["said"]]
+    lines += ["", f"![{caption}](pictures/images.png)", "", caption, "", "```", report["command"], "```", ""]
+    write_atomically(output_dir / "report.md", "\n".join(lines))
+    page = _PAGE.substitute(
+        sentence=html.escape(report["verdict"]["sentence"]),
+        said="".join(f"<li>{html.escape(sentence)}</li>" for sentence in report["said"]),
+        caption=caption,
+        picture=base64.b64encode(picture).decode(),
+        command=html.escape(report["command"]),
+        time=report["time"],
+    )
+    write_atomically(output_dir / "report.html", page)
+
+
+def _picture(sets: Mapping[str, LabelledImages]) -> tuple[bytes, str]:
+    """Some images as they are, purified, and what that changed: one PNG file, and what it shows."""
+    protected, purified = (sets[role].images[:SHOWN] for role in ("protected", "purified"))
+    difference = purified.astype(np.float64) - protected
+    gain = max(1, int(127.5 / max(1.0, np.percentile(np.abs(difference), 99.5))))
+    rows = [protected, purified, np.rint((127.5 + gain * difference).clip(0, 255)).astype(np.uint8)]
+    whole = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    picture = Image.fromarray(whole[:, :, 0] if whole.shape[2] == 1 else whole)
+    factor = max(1, round(SHOWN_SIDE / protected.shape[1]))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue(), f"Protected, purified, and what purification changed, magnified {gain} times."
+
+
+def _change(before: LabelledImages, after: LabelledImages) -> dict[str, float]:
+    """How large a change is: norms, and the mean peak signal-to-noise ratio in dB; 99 for equal images."""
+    decibels = psnr(before.tensor(), after.tensor(), least_error=10**-9.9).mean()
+    return measured_norms(before.images, after.images) | {"psnr": float(decibels)}
+
+
+def _settings(config: PurificationConfig) -> dict:
+    return as_settings(config) | {"evaluations_per_image": config.evaluations_per_image}

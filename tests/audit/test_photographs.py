@@ -1,0 +1,310 @@
+"""What an owner of photographs gives, and what the audit makes of it: sizes, divisions, budgets, no labels."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from purifying import quick_pipe
+
+from jcdp_diffusers.audit import begun, extent
+from jcdp_diffusers.audit.costs import Costs, Extent, within_budget
+from jcdp_diffusers.audit.division import Division, divide
+from jcdp_diffusers.audit.purifier import AuditPurifier
+from jcdp_diffusers.audit.settings import AuditSettings
+from jcdp_diffusers.audit.verdict import verdict, without_clean_images
+from jcdp_diffusers.cli import main
+from jcdp_diffusers.data import LabelledImages, find_overlap, load_images
+from jcdp_diffusers.data.photographs import squares_of_photographs, stored_sizes, working_size
+from jcdp_diffusers.purification_config import PurificationConfig
+from jcdp_diffusers.train.config import TrainingConfig
+from jcdp_diffusers.train.default_purifier import Plan
+
+
+SMOKE = ["--protocol", "smoke", "--seeds", "1", "--processes", "1", "--device", "cpu"]
+BUDGET = 16 / 255
+
+
+def noise(count: int, *, classes: int | None = 2, prefix: str = "", seed: int = 0) -> LabelledImages:
+    images = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    labels = None if classes is None else np.arange(count) % classes
+    names = None if classes is None else tuple(f"class-{label}" for label in range(classes))
+    return LabelledImages(images, labels, tuple(f"{prefix}{seed}-{row}" for row in range(count)), names)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """Two classes of assorted sizes and formats, upright and turned."""
+    folder, draw = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for place, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir()
+        for row in range(8):
+            height, width = (int(side) for side in draw.integers(70, 140, 2))
+            small = draw.integers(60 + 60 * place, 130 + 60 * place, (6, 6, 3), dtype=np.uint8)
+            picture = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+            exif = Image.Exif()
+            exif[0x0112] = 6 if row % 3 == 0 else 1
+            picture.save(folder / name / f"IMG_{row:04d}.{('jpg', 'png', 'webp')[row % 3]}", exif=exif)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------------ sizes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "device", "side"),
+    [
+        ({"a": [(32, 32)], "b": [(32, 32)]}, "cpu", None),
+        ({"a": [(128, 128)]}, "cpu", None),
+        ({"a": [(256, 256)]}, "cpu", 64),
+        ({"a": [(256, 256)]}, "cuda", None),
+        (
+            {"a": [(16, 16)], "b": [(8, 8)]},
+            "cpu",
+            None,
+        ),  # two sizes of two sets, which must say which of them is meant
+        ({"a": [(4000, 3000), (200, 300)]}, "cpu", 64),
+        ({"a": [(4000, 3000), (200, 300)]}, "cuda", 256),
+        ({"a": [(100, 140), (200, 90), (150, 150)]}, "cuda", 64),
+        ({"a": [(28, 20)]}, "cpu", 32),
+        ({"a": []}, "cpu", None),
+    ],
+)
+def test_the_working_size_follows_from_device_and_sizes(sizes, device, side):
+    assert working_size(sizes, device) == side
+
+
+def test_squares_are_cut_at_every_scale_and_begin_with_the_whole(photographs):
+    sizes = stored_sizes(photographs)
+    assert len(sizes) == 16 and len(set(sizes)) > 5
+    ids = frozenset(load_images(photographs, image_size=32).ids[:5])
+    squares = squares_of_photographs(photographs, 32, ids=ids, seed=1)
+    assert squares.images.shape == (5 * 64, 32, 32, 3)
+    wholes = load_images(photographs, image_size=32)
+    assert np.array_equal(squares.images[::64], wholes.images[:5])
+    assert np.array_equal(squares.images, squares_of_photographs(photographs, 32, ids=ids, seed=1).images)
+    # Fine squares are smooth, coarse ones are not.
+    steps = np.abs(np.diff(squares.images[:64].astype(int), axis=2)).mean((1, 2, 3))
+    assert steps.min() < 0.7 * steps.max()
+
+
+# --------------------------------------------------------------------------------------------------------------- division
+
+
+@pytest.mark.parametrize(
+    ("given", "needs_collected", "of", "missing", "stand_in"),
+    [
+        (("clean",), True, "clean", ("collected", "test"), False),
+        (("clean",), False, "clean", ("test",), False),
+        (("collected",), True, "collected", ("test",), False),
+        (("test",), True, "test", ("collected",), False),
+        (("unlabelled",), True, "protected", ("test",), True),
+        ((), True, "protected", ("collected", "test"), True),
+        (("other classes",), True, "protected", ("test",), True),
+        (("collected", "test"), True, "", (), False),
+        (("test",), False, "", (), False),
+    ],
+)
+def test_roles_that_are_missing_are_divided_off(given, needs_collected, of, missing, stand_in):
+    protected = noise(40, classes=3)
+    others = {
+        "clean": protected.with_images(protected.images ^ 1),
+        "collected": noise(40, classes=3, prefix="c", seed=1),
+        "test": noise(40, classes=3, prefix="t", seed=2),
+        "unlabelled": noise(40, classes=None, prefix="u", seed=3),
+        "other classes": noise(40, classes=4, prefix="o", seed=4),
+    }
+    roles = {"unlabelled": "collected", "other classes": "collected"}
+    sets = {"protected": protected} | {roles.get(one, one): others[one] for one in given}
+    divided, division = divide(sets, needs_collected=needs_collected, seed=0, budget=BUDGET)
+    assert (division.of, division.missing, division.stand_in) == (of, missing, stand_in)
+    for role in missing:
+        assert set(divided[role].ids) < set(sets[of].ids)
+        for other in {"protected", "collected", "test"} & divided.keys() - {role}:
+            assert not set(divided[role].ids) & set(divided[other].ids)
+            assert len(find_overlap(divided[role], divided[other], budget=BUDGET)) == 0
+    assert "test" in divided and len(np.unique(divided["test"].labels)) == len(np.unique(protected.labels)) == 3
+    if "clean" in given:
+        assert divided["clean"].ids == divided["protected"].ids
+    if "collected" in missing:
+        assert divided["collected"].labels is None
+    said = " ".join(division.sentences(divided))
+    assert all(f"--{role}" in said for role in missing) and ("cannot be known" in said) == stand_in
+    again, _ = divide(sets, needs_collected=needs_collected, seed=0, budget=BUDGET)
+    assert all(again[role].ids == divided[role].ids for role in divided)
+
+
+def test_originals_keep_their_labels_where_the_protected_images_have_none():
+    protected = noise(40, classes=None)
+    clean = noise(40, classes=2)
+    divided, division = divide({"protected": protected, "clean": clean}, needs_collected=True, seed=0, budget=BUDGET)
+    assert division.of == "clean" and set(divided["test"].labels) == {0, 1}
+    assert divided["protected"].labels is None and divided["clean"].ids == divided["protected"].ids
+
+
+def test_shots_of_one_thing_are_not_in_two_parts():
+    """Every second image repeats the one before it with one value changed."""
+    data = noise(32, classes=2)
+    images = data.images.copy()
+    images[2::4], images[3::4] = images[0::4], images[1::4]
+    images[2:, 0, 0, 0] ^= 1
+    images[3::4] = images[3::4, :, ::-1]  # mirrored
+    divided, division = divide({"protected": data.with_images(images)}, needs_collected=True, seed=0, budget=BUDGET)
+    assert division.together == 32 and sum(map(len, divided.values())) == 32
+    for one, other in (("protected", "test"), ("protected", "collected"), ("collected", "test")):
+        assert len(find_overlap(divided[one], divided[other], budget=BUDGET)) == 0
+
+
+def test_a_class_that_cannot_be_divided_is_named():
+    data = noise(9, classes=3).subset([0, 1, 2, 3, 4, 5, 6, 7])
+    with pytest.raises(
+        ValueError, match=r"protected has 3 different image\(s\) of class 'class-0'.*--collected and --test"
+    ):
+        divide({"protected": data}, needs_collected=True, seed=0, budget=BUDGET)
+
+
+def test_nothing_follows_from_test_images_that_were_protected():
+    accuracies = {"protected": [0.4, 0.41, 0.39], "purified": [0.9, 0.91, 0.9]}
+    judged = verdict(accuracies, {"purified": "purification"}, test_images=400)
+    assert judged["status"] == "undone"
+    said = without_clean_images(judged, accuracies)
+    assert said["status"] == "open" and "40 %" in said["sentence"] and "90 %" in said["sentence"]
+
+
+# ----------------------------------------------------------------------------------------------------------------- budget
+
+
+COSTS = Costs(training=0.5, purification=30.0, victim={64: 200.0, 32: 60.0, 16: 20.0}, rows=2, at_a_time=2)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "extent"),
+    [
+        (1000, Extent(1200, 64, 3)),
+        (20, Extent(780, 64, 3)),  # 1,020 s, of which 30 and 600 are taken: 390 s of half-second steps
+        (12, Extent(800, 32, 3)),  # 612 - 30 - 180 = 402 s
+        (6, Extent(432, 16, 3)),  # 306 - 30 - 60 = 216 s
+    ],
+)
+def test_a_budget_is_kept_by_narrower_victims_then_fewer_then_fewer_steps(minutes, extent):
+    found = within_budget(COSTS, Extent(1200, 64, 3), minutes)
+    assert found.steps == pytest.approx(extent.steps, abs=30) and (found.width, found.seeds) == (extent.width, 3)
+    assert COSTS.total(found.steps, found.width, found.seeds) <= 60 * minutes
+
+
+def test_a_budget_that_is_too_small_says_what_is_enough():
+    with pytest.raises(ValueError, match="budget_minutes is 2, but must be at least 5 "):
+        within_budget(COSTS, Extent(1200, 64, 3), 2)
+    assert within_budget(COSTS, Extent(1200, 64, 3), 5).seeds >= 2
+    # A purifier that was given is not trained.
+    assert within_budget(COSTS, Extent(0, 64, 3), 100) == Extent(0, 64, 3)
+
+
+def test_a_folder_that_was_begun_keeps_its_purifier_and_its_width(tmp_path, monkeypatch):
+    """The first time costs are measured; afterwards, another budget changes the number of seeds alone."""
+    sets = {role: noise(8, seed=seed) for seed, role in enumerate(("protected", "collected", "test"))}
+    config = TrainingConfig(max_train_steps=1200, train_batch_size=8)
+    used = AuditPurifier("none", None, PurificationConfig(), 8, Plan("tiny32", config, PurificationConfig()))
+    monkeypatch.setattr(extent, "measure_costs", lambda *_, **__: COSTS)
+    lines: list[str] = []
+
+    def planned(minutes):
+        asked = AuditSettings(budget_minutes=minutes, width=None, victim="resnet18")
+        learners = asked.learners("cpu", (8, 8))
+        how = (Division(), torch.device("cpu"), 2, tmp_path, lines.append)
+        return extent.plan_time(sets, used, asked, learners, *how)
+
+    first = planned(12)
+    assert (first.used.plan.training.max_train_steps, first.asked.width) == (804, 32) and "12 minutes" in first.said[0]
+    assert "Without a budget: 1,200 steps, width 64, 3 seeds" in lines[-1]
+    plan = {"training": {"max_train_steps": 804}}
+    begun.write_begun(tmp_path, {"plan": plan} | dict(first.begun))
+    lines.clear()
+    again = planned(1000)
+    assert (again.used.plan.training.max_train_steps, again.asked.width) == (804, 32) and not lines
+    assert again.minutes == 1000
+
+
+@pytest.mark.parametrize("minutes, measured", [(None, 3), (60, 3), (1e-9, 1)])
+def test_seeds_are_measured_until_the_time_is_up(minutes, measured, tmp_path, monkeypatch):
+    rows, calls, lines = [[SimpleNamespace(name=f"{row}{seed}") for seed in range(3)] for row in "ab"], [], []
+    monkeypatch.setattr(extent, "measure", lambda trials, *_, **__: calls.append([trial.name for trial in trials]))
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    how = {"device": torch.device("cpu"), "processes": 1, "deadline": deadline, "say": lines.append}
+    assert extent.measure_in_time(rows, tmp_path / "records.jsonl", **how) == measured
+    order = ["a0", "b0", "a1", "b1", "a2", "b2"]
+    assert sum(calls, []) == order[: 2 * measured] and bool(lines) == (measured < 3)
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize(
+    "words, argument",
+    [
+        (["--method", "simclr"], "probe_images is None"),
+        (["--roles", "paper"], "roles is 'paper'"),
+        (["--attacks", "pretrained"], "collected is None"),
+        (["--budget_minutes", "0"], "budget_minutes is 0"),
+        (["--image_size", "60"], "collected has images of 60x60"),
+    ],
+)
+def test_what_the_short_form_cannot_do_is_refused(words, argument, photographs, tmp_path, capsys):
+    arguments = ["audit", "--protected", str(photographs), "--output", str(tmp_path / "out"), *words]
+    assert main(arguments) == 1
+    assert argument in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_protected_photographs_and_nothing_else(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (photographs / "dog" / "IMG_9999.jpg").write_bytes(b"no picture")
+    try:
+        assert main(["audit", "--protected", str(photographs), *SMOKE]) == 1
+        said = capsys.readouterr().err
+        assert "'dog/IMG_9999.jpg': not a readable image" in said and "--skip_unusable_images leaves" in said
+        assert main(["audit", "--protected", str(photographs), "--skip_unusable_images", *SMOKE]) == 0
+    finally:
+        (photographs / "dog" / "IMG_9999.jpg").unlink()
+    said = capsys.readouterr().out
+    assert "compared at 64x64 pixels" in said and "--collected and --test not given: --protected was divided" in said
+    report = json.loads((tmp_path / f"audit-{photographs.name}" / "report.json").read_text())
+    data = report["data"]
+    assert [one["file"] for one in data["unusable"]["protected"]] == ["dog/IMG_9999.jpg"]
+    assert data["working_size"] == 64 and data["division"]["stand_in"]
+    assert {role: facts["images"] for role, facts in data["sets"].items()} == {
+        "protected": 8,
+        "collected": 4,
+        "test": 4,
+    }
+    for name in ("report.html", "report.md"):
+        page = (tmp_path / f"audit-{photographs.name}" / name).read_text()
+        assert "4 purified test images" in page and "clean test images" not in page and "never altered" not in page
+    limits = " ".join(report["limits"])
+    assert "IMG_9999.jpg" in limits and "cannot be known" in limits
+
+
+def test_photographs_and_a_purifier_that_is_given(photographs, tmp_path):
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    given = ["--protected", str(photographs), "--purifier", str(tmp_path / "purifier")]
+    assert main(["audit", *given, "--output", str(tmp_path / "out"), *SMOKE]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["data"]["division"]["missing"] == ["test"] and report["data"]["working_size"] == 8
+    assert not (tmp_path / "out/purifier").exists() and not report["purifier"]["trained_here"]
+
+
+def test_photographs_without_labels(photographs, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["audit", "--protected", str(photographs / "cat"), "--output", str(output), *SMOKE]) == 0
+    said = capsys.readouterr().out
+    assert "one folder per class" in said and "(--clean)" in said and "(--collected)" in said
+    report = json.loads((output / "report.json").read_text())
+    assert report["verdict"]["status"] == "unlabelled" and report["evidence"]["removed"]["linf"] > 0
+    assert len(load_images(output / "purified")) == 6 and report["data"]["sets"]["collected"]["images"] == 2
+    page = (output / "report.html").read_text()
+    assert "data:image/png;base64," in page and "No victim can be trained" not in page
+    with Image.open(output / "pictures/images.png") as picture:
+        assert picture.size == (6 * 128, 3 * 128)
