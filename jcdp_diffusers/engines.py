@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -67,7 +67,7 @@ class Task(Protocol):
 
 
 def run(
-    tasks: Sequence[Task],
+    tasks: Iterable[Task],
     *,
     open_worker: Callable[[], Any],
     engine: str = "local",
@@ -84,7 +84,8 @@ def run(
     end, unless `GIVE_UP_AFTER` tasks fail one after another.
 
     Args:
-        tasks (`Sequence[Task]`): In the order in which they are begun. Other processes get copies (by pickle).
+        tasks (`Iterable[Task]`): In the order in which they are begun. Other processes get copies (by pickle). One
+            process takes each task when the one before it is done.
         open_worker (`Callable`): Without arguments; called once in each process or actor that runs tasks. What it
             returns is handed to each of that process's tasks. Other processes get it by pickle.
         engine (`str`): `"local"`: this process, or several of this machine; under `torchrun` or `accelerate launch`,
@@ -109,12 +110,17 @@ def run(
         raise ValueError(f"processes is {processes}, but must be at least 1.")
     if address is not None and engine != "ray":
         raise ValueError(f"address is {address!r}, but must be None where engine is {engine!r}.")
+    on_done = on_done or (lambda task, result: None)
     rank, world = ranks()
     if world > 1 and (engine != "local" or processes not in (None, 1)):
         raise ValueError(
             f"engine is {engine!r} and processes {processes}, but must be 'local' and 1 under a launcher that has "
             f"started {world} ranks."
         )
+    if engine == "local" and world == 1 and processes in (None, 1):
+        _run_here(tasks, open_worker, on_done)
+        return
+    tasks = list(tasks)
     missing = first_rank_decides(lambda: [index for index, task in enumerate(tasks) if not task.is_done()])
     own = [tasks[index] for index in missing[rank::world]]
     tally = _Tally(len(missing), on_done)
@@ -122,12 +128,8 @@ def run(
         _run_on_ray(own, open_worker, address, processes, {"num_cpus": threads, "num_gpus": gpus}, tally)
     elif world > 1:
         _run_on_ranks(own, open_worker, tally)
-    elif (processes or 1) > 1:
+    else:
         _run_in_processes(own, open_worker, processes, tally)
-    elif own:
-        worker = open_worker()
-        for task in own:
-            tally.done(task, _run_task(task, worker))
     tally.finish()
 
 
@@ -212,15 +214,14 @@ def say(text: str) -> None:
 class _Tally:
     """What has become of the tasks."""
 
-    def __init__(self, total: int, on_done: Callable[[Task, Any], None] | None):
+    def __init__(self, total: int, on_done: Callable[[Task, Any], None]):
         self.total, self.on_done = total, on_done
         self.failures: list[tuple[str, Exception]] = []
         self.in_a_row = 0
 
     def done(self, task: Task, result: Any) -> None:
         self.in_a_row = 0
-        if self.on_done is not None:
-            self.on_done(task, result)
+        self.on_done(task, result)
 
     def failed(self, task: Task, error: Exception) -> None:
         self.failures.append((task.name, error))
@@ -245,6 +246,15 @@ def _run_task(task: Task, worker: Any) -> Any:
         return task.run(worker)
     finally:
         _inside_task = before
+
+
+def _run_here(tasks: Iterable[Task], open_worker: Callable[[], Any], on_done: Callable[[Task, Any], None]) -> None:
+    """In this process, one after another; whether a task is done is asked when its turn has come."""
+    workers = []
+    for task in tasks:
+        if not task.is_done():
+            workers = workers or [open_worker()]
+            on_done(task, _run_task(task, workers[0]))
 
 
 def _run_on_ranks(own: list[Task], open_worker: Callable[[], Any], tally: _Tally) -> None:

@@ -59,7 +59,8 @@ def parts() -> dict[str, set[str]]:
     edges = {}
     for file in sorted(ROOT.rglob("*.py")):
         name = file.relative_to(ROOT).with_suffix("").parts[0]
-        if name != "__init__":  # which imports nothing before it is asked to
+        # The package itself imports nothing before it is asked to, and a `__main__` is a command, above all parts.
+        if name != "__init__" and file.name != "__main__.py":
             targets = {part_of(target) for target in imported(file)} - {None, name}
             edges.setdefault(name, set()).update(target for target in targets if not target.startswith("__"))
     return edges

@@ -121,7 +121,7 @@ def purify_picture(
     with steady_arithmetic(pipe, None):
         for start in range(0, len(names), batch):
             own = names[start : start + batch]
-            for square in purify_tiles(pipe, np.stack(list(itertools.islice(squares, len(own)))), own, **options):
+            for square in purify_tiles(pipe, list(itertools.islice(squares, len(own))), own, **options):
                 blending.add(square)
             done(start + len(own), len(names))
     return Change(tiled.image, blending.whole)

@@ -1,27 +1,13 @@
 """`python -m jcdp_diffusers.purify`: `jcdp purify` under `torchrun` or `accelerate launch`."""
 
-import argparse
 import sys
 
-from ..acceleration.allocation import keep_freed_memory
-from .command import add_arguments, run
+from .. import cli
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m jcdp_diffusers.purify`: exit code 0 done, 1 failed with one sentence, 2 usage, 130 stopped."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jcdp_diffusers.purify", description="Turn a protected data set into a learnable one."
-    )
-    add_arguments(parser)
-    keep_freed_memory()
-    try:
-        run(parser.parse_args(arguments))
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 1
-    return 0
+    """`jcdp purify` with these options, the process's own by default; its exit code."""
+    return cli.main(["purify", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 if __name__ == "__main__":

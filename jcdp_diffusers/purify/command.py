@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import os
 import signal
 import sys
 import threading
@@ -14,7 +13,6 @@ from ..data import load_images
 from ..data.export import FORMATS
 from ..devices import default_device
 from ..engines import ENGINES, ranks
-from ..perceptual import load_perceptual
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import ADAPTIVE, PRESETS, PurificationConfig
 from .adaptive import adaptive_config
@@ -88,32 +86,30 @@ def run(args: argparse.Namespace) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     options = vars(args).copy()
-    options.pop("command", None)
+    for name in ("command", "collected", "collected_split"):
+        options.pop(name, None)
     dataset, output = options.pop("dataset"), options.pop("output")
     export, suffix = options.pop("export"), options.pop("export_format")
     if export is not None and ranks()[0] == 0:
         where = {name: options[name] for name in ("split", "image_column", "label_column", "id_column")}
         check_places(export, dataset, output, suffix, **where)
-    opening = {
-        name: options.pop(name) for name in ("purifier", "device", "perceptual", "precision", "compile", "revision")
-    }
+    opening = {name: options.pop(name) for name in ("device", "perceptual", "precision", "revision")}
+    opening |= {"compiled": options.pop("compile"), "output_dir": output}
     if options["num_inference_steps"] is not None and len(options["num_inference_steps"]) == 1:
         (options["num_inference_steps"],) = options["num_inference_steps"]
-    collected = {name: options.pop(name) for name in ("collected", "collected_split")}
     if (args.preset == ADAPTIVE) != (args.collected is not None):
         raise ValueError(
             f"--collected is {args.collected!r} and --preset is {args.preset!r}, but {ADAPTIVE!r} and --collected "
             "must be given together."
         )
     if args.preset == ADAPTIVE:
-        options["preset"] = _adaptive(args, **collected)
-    pipe = functools.partial(open_here, output_dir=output, **opening)
+        options["preset"] = _adaptive(args)
+    pipe = functools.partial(open_purifier, options.pop("purifier"), **opening)
     gpus = int(torch.device(args.device or default_device()).type == "cuda")  # of an actor on Ray
     try:
         summary = purify_to_folder(dataset, pipe, output_dir=output, gpus=gpus, **options)
     except KeyboardInterrupt:
-        finished = len(Folder(output).names("", "*.parquet"))
-        stays = f"{finished} finished shards stay in {output}"
+        stays = f"{len(Folder(output).names('', '*.parquet'))} finished shards stay in {output}"
         print(f"Stopped: {stays}. Give the same command again to go on.", file=sys.stderr)
         raise
     if ranks()[0] > 0:
@@ -128,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{summary['resized']:,} images were not of the purifier's size and have been resized{kept}.")
 
 
-def _adaptive(args: argparse.Namespace, collected: str, collected_split: str | None) -> PurificationConfig:
+def _adaptive(args: argparse.Namespace) -> PurificationConfig:
     """Preset `"adaptive"`; both sets are brought to the purifier's size."""
     pipe = JointConditionalPurificationPipeline.from_pretrained(args.purifier, revision=args.revision)
     brought = {
@@ -137,18 +133,7 @@ def _adaptive(args: argparse.Namespace, collected: str, collected_split: str | N
         "image_column": args.image_column,
     }
     protected = load_images(args.dataset, split=args.split, id_column=args.id_column, **brought)
-    return adaptive_config(protected, load_images(collected, split=collected_split, **brought), pipe)
-
-
-def open_here(*, purifier: str, device: str | None, perceptual: str | None, compile: bool, **options):
-    """Open the purifier in the process that calls this; without a `device`, on the GPU that is this process's."""
-    if device is None and torch.cuda.is_available():
-        # Or each process would take memory on the first one, too.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        device = f"cuda:{torch.cuda.current_device()}"
-    if perceptual is not None:
-        options["perceptual"] = load_perceptual(perceptual)
-    return open_purifier(purifier, device or "cpu", compiled=compile, **options)
+    return adaptive_config(protected, load_images(args.collected, split=args.collected_split, **brought), pipe)
 
 
 def _stop(*_) -> None:

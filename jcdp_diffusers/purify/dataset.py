@@ -14,7 +14,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,10 +26,11 @@ from .. import engines
 from ..acceleration.placement import place
 from ..hub import push_dataset
 from ..outputs import check_output_folder
+from ..perceptual import load_perceptual
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from .dataset_card import SUMMARY_NAME, dataset_card, summarise_shards
 from .folder import Folder, explained
-from .manifest import RUN_NAME, settle_run
+from .manifest import RUN_NAME, run_on_record, settle_run
 from .progress import Progress
 from .shards import ShardStore
 from .worker import Job, Worker
@@ -99,24 +100,26 @@ def purify_to_folder(
     job = _job(dataset, pipe, output_dir, options)
     folder = Folder(output_dir)
     _check(job, folder, here, engine, processes, push_to_hub)
-    how = {"engine": engine, "processes": processes, "address": address, "gpus": gpus}
-    how["threads"] = job.threads or _threads_on_record(folder) or 1
+    begun = run_on_record(folder)
+    threads = job.threads or (begun and begun["arithmetic"]["threads"]) or 1
+    how = {"engine": engine, "processes": processes, "address": address, "gpus": gpus, "threads": threads}
     with explained(folder), contextlib.ExitStack() as stack:
         worker = Worker(job) if engine == "local" else None
-        plan = worker.plan(None if here else processes) if worker else _planned_elsewhere(job, how)
+        asked, begin = worker.plan(None if here else processes) if worker else _planned_elsewhere(job, how)
         worker = stack.enter_context(worker) if here else None
-        if plan["rows"] is None and not (here and engines.ranks()[1] == 1):
+        rows, split = asked["source"]["rows"], asked["source"]["split"]
+        if rows is None and not (here and engines.ranks()[1] == 1):
             raise ValueError(
                 f"engine is {engine!r} and processes {processes}, but must be 'local' and 1, without a launcher, for "
                 "a data set of unknown length."
             )
-        run = engines.first_rank_decides(lambda: _begin(folder, plan, stack))
-        store = ShardStore(folder, plan["split"], rows=plan["rows"], **run["shards"])
+        run = engines.first_rank_decides(lambda: _begin(folder, asked, begin, stack))
+        store = ShardStore(folder, split, rows=rows, **run["shards"])
         open_worker = worker.join if here else functools.partial(_join, job)
         while True:
             _make_shards(store, worker, open_worker, how, progress)
             if engines.first_rank_decides(lambda: all_intact(store)):
-                return engines.first_rank_decides(lambda: finish(store, plan, run, push_to_hub))
+                return engines.first_rank_decides(lambda: finish(store, run, push_to_hub))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +137,7 @@ class ShardTask:
         return self.store.is_finished(self.index)
 
     def run(self, worker: Worker) -> dict | None:
-        return worker.make(self.index)
+        return worker.make(self.store, self.index)
 
 
 class PlanTask:
@@ -145,17 +148,18 @@ class PlanTask:
     def is_done(self) -> bool:
         return False
 
-    def run(self, worker: Worker) -> dict:
+    def run(self, worker: Worker) -> tuple[dict, dict]:
         return worker.plan()
 
 
 def open_purifier(
     purifier: str | os.PathLike,
-    device: torch.device | str,
+    device: torch.device | str | None = None,
     *,
     output_dir: str | os.PathLike,
     precision: str = "auto",
     compiled: bool = False,
+    perceptual: str | os.PathLike | None = None,
     **options,
 ) -> JointConditionalPurificationPipeline:
     """
@@ -163,22 +167,30 @@ def open_purifier(
 
     Args:
         purifier (`str` or `os.PathLike`): Folder or Hub id of a DDPM.
-        device, compiled: As for `place`.
+        device (`torch.device` or `str`, *optional*): As for `place`; by default the GPU that is this process's, if
+            there is one.
         output_dir (`str` or `os.PathLike`): Where the purified data set will be.
         precision (`str`): As for `place`; but `"auto"` is what the run in `output_dir` was begun in, if there is one.
+        compiled (`bool`): As for `place`.
+        perceptual (`str` or `os.PathLike`, *optional*): As for `load_perceptual`; the repository's own by default.
         options: As for `from_pretrained`.
     """
+    if device is None and torch.cuda.is_available():
+        # Or each process would take memory on the first one, too.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device = f"cuda:{torch.cuda.current_device()}"
+    if perceptual is not None:
+        options["perceptual"] = load_perceptual(perceptual)
     pipe = JointConditionalPurificationPipeline.from_pretrained(purifier, **options)
-    folder = Folder(output_dir)
-    if precision == "auto" and folder.exists(RUN_NAME):
-        precision = json.loads(folder.read(RUN_NAME))["arithmetic"]["dtype"]
-    return place(pipe, device, precision=precision, compiled=compiled)
+    if precision == "auto" and (run := run_on_record(Folder(output_dir))) is not None:
+        precision = run["arithmetic"]["dtype"]
+    return place(pipe, device or "cpu", precision=precision, compiled=compiled)
 
 
 def all_intact(store: ShardStore) -> bool:
     """Compare every shard with its checksum; a damaged one becomes unfinished again."""
     with ThreadPoolExecutor(8) as pool:
-        intact = list(pool.map(store.is_intact, range(store.end())))
+        intact = list(pool.map(store.is_intact, range(store.count)))
     for index, good in enumerate(intact):
         if not good:
             engines.say(f"{store.name(index)} is not what was written: it will be made again")
@@ -186,16 +198,14 @@ def all_intact(store: ShardStore) -> bool:
     return all(intact)
 
 
-def finish(store: ShardStore, plan: dict, run: dict, push_to_hub: str | None) -> dict:
+def finish(store: ShardStore, run: dict, push_to_hub: str | None) -> dict:
     """Count everything, then write summary and card, and publish if asked."""
-    folder, name, count = store.folder, plan["name"], store.end()
+    folder, name, count = store.folder, run["source"]["name"], store.count
     if count == 0:
         raise ValueError(f"dataset {name!r} has no rows in split {store.split!r}: at least one is needed.")
-    if store.rows is None:
-        store.give_final_names()
     records = {store.name(index): store.record(index) for index in range(count)}
     summary = summarise_shards(records)
-    written = sum(pq.read_metadata(folder.path(name), filesystem=folder.fs).num_rows for name in records)
+    written = sum(pq.read_metadata(name, filesystem=folder.fs).num_rows for name in records)
     # A stream's length is what its shards say, all of which must be full but the last.
     expected = store.rows or store.range(count - 1)[0] + store.record(count - 1)["rows_in"]
     if summary["rows_in"] != expected or written + summary["rejected"] != expected:
@@ -204,8 +214,8 @@ def finish(store: ShardStore, plan: dict, run: dict, push_to_hub: str | None) ->
             f"{summary['rejected']} rejected: it must have changed meanwhile, so begin anew in another output_dir."
         )
     if written == 0:
-        raise ValueError(f"dataset {name!r} has no image that can be used: see {folder.path('rejected')}.")
-    folder.write("README.md", str(dataset_card(run, summary, os.path.basename(folder.root))))
+        raise ValueError(f"dataset {name!r} has no image that can be used: see {folder.url_of('rejected')}.")
+    folder.write("README.md", f"{dataset_card(run, summary, os.path.basename(folder.root))}\n")
     store.remove_leftovers()
     folder.write(SUMMARY_NAME, json.dumps(summary, indent=2))
     if push_to_hub is not None:
@@ -232,11 +242,7 @@ def _check(job: Job, folder: Folder, here: bool, engine: str, processes: int | N
         raise ValueError(f"output_dir is {folder.url!r}, but must be a local folder where push_to_hub is given.")
 
 
-def _threads_on_record(folder: Folder) -> int | None:
-    return json.loads(folder.read(RUN_NAME))["arithmetic"]["threads"] if folder.exists(RUN_NAME) else None
-
-
-def _planned_elsewhere(job: Job, how: dict) -> dict:
+def _planned_elsewhere(job: Job, how: dict) -> tuple[dict, dict]:
     plans = []
     engines.run(
         [PlanTask()], open_worker=functools.partial(Worker, job), on_done=lambda _, plan: plans.append(plan), **how
@@ -244,12 +250,12 @@ def _planned_elsewhere(job: Job, how: dict) -> dict:
     return plans[0]
 
 
-def _begin(folder: Folder, plan: dict, stack: contextlib.ExitStack) -> dict:
+def _begin(folder: Folder, asked: dict, begin: dict, stack: contextlib.ExitStack) -> dict:
     """Keep other commands away for as long as the stack is open, and begin the run or find the same one."""
-    folder.make("")
+    folder.fs.makedirs("", exist_ok=True)
     if folder.local is not None:
         stack.enter_context(engines.folder_lock(folder.local / ".lock"))
-    return settle_run(folder, plan["asked"], plan["begin"])
+    return settle_run(folder, asked, begin)
 
 
 def _join(job: Job) -> Worker:
@@ -259,13 +265,12 @@ def _join(job: Job) -> Worker:
 def _make_shards(
     store: ShardStore, worker: Worker | None, open_worker: Callable[[], Worker], how: dict, progress: bool
 ) -> None:
-    """Run the tasks of all shards that are not finished, one after another as long as a stream's end is not known."""
+    """Run the tasks of all shards that are not finished."""
     rank, world = engines.ranks()
     finished = store.finished()
-    missing = [index for index in range(store.end() or 0) if index not in finished][rank::world]
-    rows = sum(stop - start for start, stop in map(store.range, missing))
-    done = None if store.rows is None else store.rows - rows
-    with Progress(store.rows, done or 0, show=progress and rank == 0) as bar:
+    own = [index for index in range(store.count or 0) if index not in finished][rank::world]
+    done = 0 if store.rows is None else store.rows - sum(stop - start for start, stop in map(store.range, own))
+    with Progress(store.rows, done, show=progress and rank == 0) as bar:
 
         def on_done(_, record: dict | None) -> None:
             if worker is None and record is not None:
@@ -273,11 +278,13 @@ def _make_shards(
 
         if worker is not None:
             worker.on_rows, worker.on_squares = bar.add, bar.at
-        if store.rows is not None:
-            tasks = [ShardTask(store, index) for index in range(store.end()) if index not in finished]
-            engines.run(tasks, open_worker=open_worker, on_done=on_done, **how)
+        engines.run(_missing(store, finished), open_worker=open_worker, on_done=on_done, **how)
+
+
+def _missing(store: ShardStore, finished: set[int]) -> Iterator[ShardTask]:
+    """Tasks of the shards that are not finished; a stream has one more as long as its end is not known."""
+    for index in itertools.count():
+        if store.count is not None and index >= store.count:
             return
-        for index in itertools.count():
-            if (end := store.end()) is not None and index >= end:
-                return
-            engines.run([ShardTask(store, index)], open_worker=open_worker, **how)
+        if index not in finished:
+            yield ShardTask(store, index)

@@ -10,42 +10,52 @@ from .manifest import PACKAGES_OF_PIXELS
 
 
 SUMMARY_NAME = "summary.json"
+COUNTED = ("rows_in", "rows_out", "rejected", "resized", "seconds", "bytes")  # of a shard's record
 
-_BODY = """
-# {title}
+# For Jinja, as huggingface_hub fills it.
+_TEMPLATE = """
+---
+{{ card_data }}
+---
 
-Every image of `{source}` (split `{split}`), purified with diffusion: what a protection (an "unlearnable example", an
-availability poison) added to the pixels is drowned in a little noise and denoised away by a model of natural images.
+# {{ pretty_name }}
+
+Every image of `{{ run.source.name }}` (split `{{ run.source.split }}`), purified with diffusion: what a protection
+(an "unlearnable example", an availability poison) added to the pixels is drowned in a little noise and denoised away
+by a model of natural images.
 Labels, ids and all other columns are the source's own.
 
 | | |
 |---|---|
-| Source | `{source}`, split `{split}` |
-| Rows in | {rows_in:,} |
-| Rows out | {rows_out:,} |
-| Rejected | {rejected:,}{reasons} |
-| Resized | {resized:,} |
-| Also changed | {changes} |
-| Purifier | `{purifier}`{revision} |
-| Content of purifier | `{purifier_content}` |
-| Seed | {seed} |
-| Size | {size} |
-| Purification | {hours:.2f} hours of work in {shards:,} shards, {rate:.3g} images/s per worker |
-| Made on | {devices} |
-| Arithmetic | {arithmetic} |
-| Versions | {versions} |
+| Source | `{{ run.source.name }}`, split `{{ run.source.split }}` |
+| Rows in | {{ "{:,}".format(summary.rows_in) }} |
+| Rows out | {{ "{:,}".format(summary.rows_out) }} |
+| Rejected | {{ "{:,}".format(summary.rejected) }}{{ " (%s)" % reasons if reasons }} |
+| Resized | {{ "{:,}".format(summary.resized) }} |
+| Also changed | {{ changes or "nothing" }} |
+| Purifier | `{{ run.purifier.name or "(in memory)" }}`
+{{- ", revision `%s`" % run.purifier.revision if run.purifier.revision }} |
+| Content of purifier | `{{ run.purifier.content }}` |
+| Seed | {{ run.seed }} |
+| Size | {{ run.sizes.image_size }}x{{ run.sizes.image_size }}, {{ run.sizes.fit }} |
+| Purification | {{ "%.2f" % (summary.seconds_of_work / 3600) }} hours of work in
+{{- " {:,}".format(summary.files | length) }} shards,
+{{- " %.3g" % summary.images_per_second_per_worker }} images/s per worker |
+| Made on | {{ summary.devices | join(", ") }} |
+| Arithmetic | {{ arithmetic }} |
+| Versions | {{ versions }} |
 
 ## Method
 
 Joint conditional diffusion purification
 ([*Unlearnable Examples Give a False Sense of Security: Piercing through Unexploitable Data with Learnable
 Examples*](https://arxiv.org/abs/2305.09241), ACM MM 2023) by `jcdp-diffusers`.
-T_p = {diffusion_steps} forward steps, {evaluations} network evaluations per image in {num_rounds} round(s); scale of
-the pixel guide {pixel_guidance_scale:g}, of the perceptual guide {perceptual_guidance_scale:g}{spectrum}{colour}. All
-settings are in `run.json`. The noise of an image depends on the seed and its id alone, so each row can be made again
-by itself.
+T_p = {{ config.diffusion_steps }} forward steps, {{ config.evaluations_per_image }} network evaluations per image in
+{{ config.num_rounds }} round(s); scale of the pixel guide {{ "%g" % config.pixel_guidance_scale }}, of the perceptual
+guide {{ "%g" % config.perceptual_guidance_scale }}{{ spectrum }}{{ colour }}. All settings are in `run.json`.
+The noise of an image depends on the seed and its id alone, so each row can be made again by itself.
 
-{sizes_rule}
+{{ rule }}
 
 Images are stored as PNG, without loss. `summary.json` holds a SHA-256 for every file.
 
@@ -67,23 +77,19 @@ _RULES = {
 
 def summarise_shards(records: dict[str, dict]) -> dict:
     """Counts, time, devices and checksums over all shards, given their records by name of file."""
-    reasons, changes = Counter(), Counter()
+    total, reasons, changes = Counter(), Counter(), Counter()
     for record in records.values():
         reasons.update(record["reasons"])
-        changes.update(record.get("changes", {}))  # shards written before this was counted do not say
-    seconds = sum(record["seconds"] for record in records.values())
-    rows_in = sum(record["rows_in"] for record in records.values())
+        changes.update(record.get("changes", {}))  # neither this nor `resized` is in the first shards' records
+        total.update({name: number for name, number in record.items() if name in COUNTED})
     return {
-        "rows_in": rows_in,
-        "rows_out": sum(record["rows_out"] for record in records.values()),
-        "rejected": sum(record["rejected"] for record in records.values()),
+        **{name: total[name] for name in COUNTED[:3]},
         "reasons": dict(reasons.most_common()),
-        # Shards written before this was counted do not say.
-        "resized": sum(record.get("resized", 0) for record in records.values()),
+        "resized": total["resized"],
         "changes": dict(changes.most_common()),
-        "seconds_of_work": round(seconds, 3),
-        "images_per_second_per_worker": round(rows_in / seconds, 4),
-        "bytes": sum(record["bytes"] for record in records.values()),
+        "seconds_of_work": round(total["seconds"], 3),
+        "images_per_second_per_worker": round(total["rows_in"] / total["seconds"], 4),
+        "bytes": total["bytes"],
         "devices": sorted({record["device"] for record in records.values()}),
         "files": {name: record["sha256"] for name, record in records.items()},
     }
@@ -91,43 +97,25 @@ def summarise_shards(records: dict[str, dict]) -> dict:
 
 def dataset_card(run: dict, summary: dict, title: str) -> DatasetCard:
     """README.md of the folder, with the metadata that `load_dataset` and the Hub read."""
-    settings, sizes, purifier = run["settings"], run["sizes"], run["purifier"]
-    split, scale = run["source"]["split"], settings.get("protection_guidance_scale")
+    split, sizes, config = run["source"]["split"], run["sizes"], PurificationConfig(**run["settings"])
     data = DatasetCardData(
         pretty_name=title,
         task_categories=["image-classification"],
         tags=["purified", "unlearnable-examples", "jcdp-diffusers"],
         configs=[{"config_name": "default", "data_files": [{"split": split, "path": f"{split}-*.parquet"}]}],
     )
-    reasons = "; ".join(f"{count:,} {reason}" for reason, count in summary["reasons"].items())
-    body = _BODY.format(
-        title=title,
-        source=run["source"]["name"],
-        split=split,
-        rows_in=summary["rows_in"],
-        rows_out=summary["rows_out"],
-        rejected=summary["rejected"],
-        reasons=f" ({reasons})" if reasons else "",
-        resized=summary["resized"],
-        changes="; ".join(f"{what} in {count:,}" for what, count in summary["changes"].items()) or "nothing",
-        purifier=purifier["name"] or "(in memory)",
-        revision=f", revision `{purifier['revision']}`" if purifier["revision"] else "",
-        purifier_content=purifier["content"],
-        seed=run["seed"],
-        size=f"{sizes['image_size']}x{sizes['image_size']}, {sizes['fit']}",
-        hours=summary["seconds_of_work"] / 3600,
-        shards=len(summary["files"]),
-        rate=summary["images_per_second_per_worker"],
-        devices=", ".join(summary["devices"]),
+    scale, packages = config.protection_guidance_scale, run["packages"]
+    return DatasetCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        run=run,
+        summary=summary,
+        config=config,
+        reasons="; ".join(f"{count:,} {reason}" for reason, count in summary["reasons"].items()),
+        changes="; ".join(f"{what} in {count:,}" for what, count in summary["changes"].items()),
         arithmetic=", ".join(f"{name} {value}" for name, value in run["arithmetic"].items() if value is not None),
-        versions=", ".join(f"{name} {run['packages'][name]}" for name in PACKAGES_OF_PIXELS if run["packages"][name]),
-        diffusion_steps=settings["diffusion_steps"],
-        evaluations=PurificationConfig(**settings).evaluations_per_image,
-        num_rounds=settings["num_rounds"],
-        pixel_guidance_scale=settings["pixel_guidance_scale"],
-        perceptual_guidance_scale=settings["perceptual_guidance_scale"],
+        versions=", ".join(f"{name} {packages[name]}" for name in PACKAGES_OF_PIXELS if packages[name]),
         spectrum=f", of the spectrum's guide {scale:g}" if scale else "",
-        colour=colour_in_words(settings.get("noise_corner")),
-        sizes_rule=_RULES[sizes["fit"]].format(size=sizes["image_size"], overlap=sizes["tile_overlap"]),
+        colour=colour_in_words(config.noise_corner),
+        rule=_RULES[sizes["fit"]].format(size=sizes["image_size"], overlap=sizes["tile_overlap"]),
     )
-    return DatasetCard(f"---\n{data.to_yaml()}\n---\n{body}")

@@ -32,7 +32,7 @@ def check_places(
     rows = open_dataset(dataset, streaming=True, **where)
     columns = [name for name in ("id", "file_name") if name in rows.features]
     places = export_names([_name(row) for row in rows.select_columns(columns)], suffix)
-    check_export(export, places, fresh=not Folder(output).exists(RUN_NAME))
+    check_export(export, places, fresh=not Folder(output).fs.exists(RUN_NAME))
 
 
 def export_purified(export: str | os.PathLike, output: Folder, summary: Mapping, suffix: str) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import os
 import tempfile
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from ..outputs import replacing, write_atomically
@@ -26,62 +28,51 @@ class Folder:
 
     Args:
         url (`str` or `os.PathLike`): A path, or a URL of fsspec.
+
+    Attributes:
+        fs (`DirFileSystem`): The folder as a file system: names are relative to it.
+        local (`Path`, *optional*): The folder, where it is on a local disk.
     """
 
     def __init__(self, url: str | os.PathLike):
         self.url = os.fspath(url)
-        self.fs, self.root = fsspec.core.url_to_fs(self.url)
-        self.local = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
-
-    def make(self, *folders: str) -> None:
-        """Make the folder and these in it; object stores need none."""
-        for name in folders:
-            self.fs.makedirs(self.path(name), exist_ok=True)
-
-    def path(self, name: str) -> str:
-        return f"{self.root}/{name}" if name else self.root
+        whole, self.root = fsspec.core.url_to_fs(self.url)
+        self.fs = DirFileSystem(self.root, whole)
+        self.local = Path(self.root) if isinstance(whole, LocalFileSystem) else None
 
     def url_of(self, name: str) -> str:
         """What `datasets` opens."""
-        return self.path(name) if self.local else self.fs.unstrip_protocol(self.path(name))
-
-    def exists(self, name: str) -> bool:
-        return self.fs.exists(self.path(name))
+        path = f"{self.root}/{name}"
+        return path if self.local else self.fs.fs.unstrip_protocol(path)
 
     def names(self, folder: str, pattern: str = "*") -> list[str]:
-        """Files directly in a folder, without its name; hidden ones only if the pattern begins with a dot."""
-        self.fs.invalidate_cache()
-        paths = (path.rpartition("/")[2] for path in self.fs.glob(f"{self.path(folder)}/{pattern}"))
-        return sorted(name for name in paths if name.startswith(".") == pattern.startswith("."))
-
-    def read(self, name: str) -> str:
-        return self.fs.cat_file(self.path(name)).decode()
+        """What lies directly in a folder, without its name; what is hidden only if the pattern begins with a dot."""
+        self.fs.fs.invalidate_cache()
+        try:
+            found = [path.rpartition("/")[2] for path in self.fs.ls(folder, detail=False)]
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in fnmatch.filter(found, pattern) if name[0] != "." or pattern[0] == ".")
 
     def write(self, name: str, text: str) -> None:
         """Write or replace a file."""
         if self.local is None:
-            self.fs.pipe_file(self.path(name), text.encode())
-            return
-        write_atomically(self.local / name, text)
+            self.fs.pipe_file(name, text.encode())
+        else:
+            write_atomically(self.local / name, text)
 
     def put(self, temporary: Path, name: str) -> None:
         """Move a complete local file to its place."""
         if self.local is None:
-            self.fs.put_file(os.fspath(temporary), self.path(name))
+            self.fs.put_file(os.fspath(temporary), name)
             temporary.unlink()
-            return
-        with replacing(self.local / name) as place:
-            os.replace(temporary, place)
-
-    def rename(self, name: str, other: str) -> None:
-        self.fs.mv(self.path(name), self.path(other))
+        else:
+            with replacing(self.local / name) as place:
+                os.replace(temporary, place)
 
     def remove(self, name: str) -> None:
-        if self.exists(name):
-            self.fs.rm_file(self.path(name))
-
-    def digest(self, name: str) -> str:
-        return digest(self.path(name), self.fs.open)
+        if self.fs.exists(name):
+            self.fs.rm_file(name)
 
     def place_to_write(self) -> Path:
         """A local folder for what is being written: where a rename is enough to put a file into its place."""

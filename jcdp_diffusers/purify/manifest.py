@@ -13,7 +13,7 @@ import platform
 import re
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -87,6 +87,11 @@ def describe_run(
     }
 
 
+def run_on_record(folder: Folder) -> dict | None:
+    """The run that a folder holds, if it holds one."""
+    return json.loads(folder.fs.read_text(RUN_NAME)) if folder.fs.exists(RUN_NAME) else None
+
+
 def settle_run(folder: Folder, run: dict, begin: dict | None = None) -> dict:
     """
     Begin a run, or join the one that the folder holds.
@@ -100,27 +105,31 @@ def settle_run(folder: Folder, run: dict, begin: dict | None = None) -> dict:
         `dict`: The run as recorded.
 
     Raises:
-        ValueError: The folder's run differs in something that changes what is written; the sentence names it.
+        ValueError: The folder's run differs in something that changes what is written; the sentence names it. Or
+            there is none, as on a node from which the folder cannot be seen.
     """
-    if begin is not None and not folder.exists(RUN_NAME):
+    recorded = run_on_record(folder)
+    if recorded is None and begin is None:
+        raise ValueError(
+            f"output_dir is {folder.url!r}, which holds no {RUN_NAME} on {platform.node()}, but must be a folder that "
+            "all workers share."
+        )
+    if recorded is None:
         begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        folder.write(RUN_NAME, json.dumps(begin | {"begun": begun, "machine": platform.platform()}, indent=2))
-    recorded = json.loads(folder.read(RUN_NAME))
+        recorded = plain(begin, "run") | {"begun": begun, "machine": platform.platform()}
+        folder.write(RUN_NAME, json.dumps(recorded, indent=2))
     wanted = plain(run, "run")  # tuples are lists in JSON
     for group, name in TAKEN_OVER:
         if wanted[group][name] is None:
             wanted[group][name] = recorded.get(group, {}).get(name)
-    for packages in (wanted["packages"], recorded["packages"]):
-        for name in set(packages) - set(PACKAGES_OF_PIXELS):
-            del packages[name]
-    asked, present = _flat(wanted), _flat(recorded)
+    asked, present = _deciding(wanted), _deciding(recorded)
     for key in {**asked, **present}:
-        if key not in INFORMATION and asked.get(key) != present.get(key):
+        if asked.get(key) != present.get(key):
             raise ValueError(
                 f"output_dir {folder.url!r} holds a run whose {' '.join(key)} is {present.get(key)!r}, but "
                 f"{asked.get(key)!r} is wanted now: go on with what it was begun with, or choose another output_dir."
             )
-    return json.loads(folder.read(RUN_NAME))
+    return recorded
 
 
 def completed(run: dict, processes: int | None = None, squares_per_image: float = 1.0) -> dict:
@@ -173,8 +182,12 @@ def _name_and_revision(pipe: JointConditionalPurificationPipeline) -> dict:
     return {"name": name, "revision": commit[1] if commit else None}
 
 
-def _flat(value: dict, prefix: tuple[str, ...] = ()) -> dict:
+def _deciding(value: dict, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """What decides the pixels, by its place in a run."""
     flat = {}
     for name, entry in value.items():
-        flat |= _flat(entry, (*prefix, name)) if isinstance(entry, dict) else {(*prefix, name): entry}
+        if isinstance(entry, dict):
+            flat |= _deciding(entry, (*prefix, name))
+        elif (*prefix, name) not in INFORMATION and (prefix != ("packages",) or name in PACKAGES_OF_PIXELS):
+            flat[*prefix, name] = entry
     return flat

@@ -4,9 +4,8 @@ The shards of a purified data set: files of Parquet with fixed rows, each with a
 A shard is finished when its file and its record are there. The record has the checksum of the file.
 """
 
-import contextlib
+import functools
 import json
-import re
 import secrets
 from pathlib import Path
 
@@ -33,9 +32,12 @@ class ShardStore:
 
     def __init__(self, folder: Folder, split: str, *, rows: int | None, rows_per_shard: int | None, count: int | None):
         self.folder, self.split, self.rows, self.rows_per_shard = folder, split, rows, rows_per_shard
-        self.count = count if count is not None or rows is None else -(-rows // rows_per_shard)
         self.even = count is not None
-        folder.make(f"{STATE}/shards", f"{STATE}/writing", "rejected")
+        self.count = count if self.even or rows is None else -(-rows // rows_per_shard)
+        for name in (f"{STATE}/shards", f"{STATE}/writing", "rejected"):
+            folder.fs.makedirs(name, exist_ok=True)
+        if rows is None and (ends := folder.names(STATE, "end-*")):
+            self.end_at(min(int(name[4:]) for name in ends))
 
     def range(self, index: int) -> tuple[int, int]:
         """First row of a shard and the end (exclusive); a stream may end before it."""
@@ -45,32 +47,21 @@ class ShardStore:
         return index * self.rows_per_shard, stop if self.rows is None else min(stop, self.rows)
 
     def name(self, index: int) -> str:
-        """Name of a shard's file."""
-        return self._present("", index)
+        """Name of a shard's file, in which the number of shards is missing until it is known."""
+        if self.count is None:
+            return f"{self.split}-{index:05d}.parquet"
+        width = max(5, len(str(self.count - 1)))  # names sort as their numbers do
+        return f"{self.split}-{index:0{width}d}-of-{self.count:0{width}d}.parquet"
 
     def rejected_name(self, index: int) -> str:
         """Of the rows that were refused, if there are any."""
-        return self._present("rejected/", index)
-
-    def _present(self, place: str, index: int) -> str:
-        """A stream's shards get their final names at the end; until then, a shard may have either."""
-        if self.rows is None and (end := self.end()) is not None:
-            final = place + self._name(index, end)
-            if self.folder.exists(final):
-                return final
-        return place + self._name(index, self.count)
-
-    def _name(self, index: int, count: int | None) -> str:
-        if count is None:
-            return f"{self.split}-{index:05d}.parquet"
-        width = max(5, len(str(count - 1)))  # names sort as their numbers do
-        return f"{self.split}-{index:0{width}d}-of-{count:0{width}d}.parquet"
+        return f"rejected/{self.name(index)}"
 
     def record_name(self, index: int) -> str:
         return f"{STATE}/shards/{self.split}-{index:05d}.json"
 
     def is_finished(self, index: int) -> bool:
-        return self.folder.exists(self.name(index)) and self.folder.exists(self.record_name(index))
+        return self.folder.fs.exists(self.name(index)) and self.folder.fs.exists(self.record_name(index))
 
     def recorded(self) -> list[int]:
         """Shards that have been written, though perhaps removed or damaged since."""
@@ -79,12 +70,11 @@ class ShardStore:
 
     def finished(self) -> set[int]:
         """All finished shards, by two listings rather than a question to the file system for each shard."""
-        name = re.compile(rf"{re.escape(self.split)}-(\d+)(-of-\d+)?\.parquet")
-        files = {int(match[1]) for entry in self.folder.names("") if (match := name.fullmatch(entry))}
-        return files.intersection(self.recorded())
+        files = set(self.folder.names(""))
+        return {index for index in self.recorded() if self.name(index) in files}
 
     def record(self, index: int) -> dict:
-        return json.loads(self.folder.read(self.record_name(index)))
+        return json.loads(self.folder.fs.read_text(self.record_name(index)))
 
     def is_intact(self, index: int) -> bool:
         """Whether a finished shard's files are what was written, byte for byte."""
@@ -94,31 +84,23 @@ class ShardStore:
             record = self.record(index)
         except json.JSONDecodeError:  # the record is damaged, so nobody knows about the files
             return False
-        names = self.name(index), self.rejected_name(index)
-        found = [self.folder.digest(name) if self.folder.exists(name) else None for name in names]
+        fs, names = self.folder.fs, (self.name(index), self.rejected_name(index))
+        found = [digest(name, fs.open) if fs.exists(name) else None for name in names]
         return found == [record["sha256"], record["rejected_sha256"]]
 
     def discard(self, index: int) -> None:
         """Make a shard unfinished again."""
         self.folder.remove(self.name(index))
 
-    def note_end(self, index: int) -> None:
-        """Record that a stream has no row in this shard or any later one."""
-        self.folder.write(f"{STATE}/end-{index:05d}", "")
-
-    def end(self) -> int | None:
-        """Number of shards, None as long as a stream's end has not been met."""
-        if self.count is not None:
-            return self.count
-        return min((int(name[4:]) for name in self.folder.names(STATE, "end-*")), default=None)
-
-    def give_final_names(self) -> None:
-        """Put the number of shards into the names of those of a stream, now that it has been read to its end."""
-        count = self.end()
-        for place in ("", "rejected/"):
-            for index in range(count):
-                if self.folder.exists(place + self._name(index, None)):
-                    self.folder.rename(place + self._name(index, None), place + self._name(index, count))
+    def end_at(self, count: int) -> None:
+        """Record that a stream has so many shards, and put that into the names of those that are there."""
+        names = [self.name(index) for index in range(count)]
+        self.folder.write(f"{STATE}/end-{count:05d}", "")
+        self.count = count
+        for index, name in enumerate(names):
+            for place in ("", "rejected/"):
+                if self.folder.fs.exists(place + name):
+                    self.folder.fs.mv(place + name, place + self.name(index))
 
     def remove_leftovers(self) -> None:
         """Delete what killed workers were writing, and the claims of older versions; only for a finished data set."""
@@ -176,40 +158,29 @@ class ShardWriter:
 
 
 class _GroupedFile:
-    """A local Parquet file that comes into being with its first row, or when it is closed."""
+    """A local Parquet file in row groups of one size; it comes into being with the first of them."""
 
     def __init__(self, path: Path, schema: pa.Schema):
-        self.path, self.schema, self.rows = path, schema, 0
-        self._file = self._parquet = None
-        self._waiting: list[pa.Table] = []
+        self.path, self.schema, self.rows, self._waiting = path, schema, 0, schema.empty_table()
+
+    @functools.cached_property
+    def _parquet(self) -> pq.ParquetWriter:
+        return pq.ParquetWriter(self.path, self.schema)
 
     def write(self, table: pa.Table) -> None:
+        """Some more rows, of a table that may have other columns, too."""
         self.rows += len(table)
-        self._waiting.append(table)
-        waiting = sum(map(len, self._waiting))
-        if waiting >= ROWS_PER_GROUP:
-            table = pa.concat_tables(self._waiting)
-            full = waiting - waiting % ROWS_PER_GROUP
-            self._open()
-            self._parquet.write_table(table[:full].combine_chunks(), row_group_size=ROWS_PER_GROUP)
-            self._waiting = [table[full:]]
+        self._waiting = pa.concat_tables([self._waiting, table.select(self.schema.names).cast(self.schema)])
+        if full := len(self._waiting) // ROWS_PER_GROUP * ROWS_PER_GROUP:
+            self._parquet.write_table(self._waiting[:full].combine_chunks(), row_group_size=ROWS_PER_GROUP)
+            self._waiting = self._waiting[full:]
 
     def close(self) -> None:
-        self._open()
-        table = pa.concat_tables([self.schema.empty_table(), *self._waiting])
-        if len(table):  # `datasets` cannot read a row group without rows, but a file without row groups it can
-            self._parquet.write_table(table.combine_chunks())
+        if len(self._waiting):  # `datasets` cannot read a row group without rows, but a file without row groups it can
+            self._parquet.write_table(self._waiting.combine_chunks())
         self._parquet.close()
-        self._file.close()
 
     def discard(self) -> None:
+        if "_parquet" in vars(self):
+            self._parquet.is_open = False  # or it would write a footer
         self.path.unlink(missing_ok=True)
-        if self._file is not None and not self._file.closed:
-            self._parquet.is_open = False  # it would write a footer
-            with contextlib.suppress(OSError):  # the disk may be full, which is no matter now
-                self._file.close()
-
-    def _open(self) -> None:
-        if self._file is None:
-            self._file = open(self.path, "wb")
-            self._parquet = pq.ParquetWriter(self._file, self.schema)

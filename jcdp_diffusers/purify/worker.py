@@ -3,15 +3,17 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from .. import engines
@@ -136,8 +138,8 @@ class Worker(contextlib.ExitStack):
             config = dataclasses.replace(config, perceptual_network=self.pipe.perceptual.name)  # the one that is used
         self.pipe.check_colour(config, size, size)
         self.pipe.check_protection(config, size, size)
-        columns = {name: getattr(job, name) for name in ("image_column", "label_column", "id_column")}
-        self.rows = open_rows(job.dataset, split=job.split, streaming=job.streaming, **columns)
+        where = ("split", "image_column", "label_column", "id_column", "streaming")
+        self.rows = open_rows(job.dataset, **{name: getattr(job, name) for name in where})
         length = self.rows.length
         if job.shards is not None and (length is None or not 1 <= job.shards <= length):
             raise ValueError(
@@ -145,26 +147,24 @@ class Worker(contextlib.ExitStack):
                 f"{'rows_per_shard is what a stream takes' if length is None else 'one to that many are accepted'}."
             )
         fit = job.fit
-        if fit in (None, "exact") and (fit or not self.folder.exists(RUN_NAME)):
+        if fit in (None, "exact") and (fit or not self.folder.fs.exists(RUN_NAME)):
             fit = usual_fit(self.rows, size, fit)
         self.config, self.asked = config, describe_run(self.pipe, config, self.rows, job, size, fit)
 
-    def plan(self, processes: int | None = None) -> dict:
-        """What the run would be with so many workers on this machine, and of how many rows, for whoever begins it."""
-        rows, sizes, squares = self.rows, self.asked["sizes"], 1.0
+    def plan(self, processes: int | None = None) -> tuple[dict, dict]:
+        """The run as asked for, and as it would begin with so many workers on this machine."""
+        sizes, squares = self.asked["sizes"], 1.0
         if sizes["fit"] == "tile":
-            squares = squares_per_image(rows, sizes["image_size"], sizes["tile_overlap"])
-        begin = completed(self.asked, processes, squares)
-        return {"asked": self.asked, "begin": begin, "name": rows.name, "split": rows.split, "rows": rows.length}
+            squares = squares_per_image(self.rows, sizes["image_size"], sizes["tile_overlap"])
+        return self.asked, completed(self.asked, processes, squares)
 
     def join(self) -> "Worker":
         """Get ready for the run that the folder holds, which must be the one that this worker would begin."""
         run, rows, device = settle_run(self.folder, self.asked), self.rows, self.pipe._execution_device
         arithmetic, sizes = run["arithmetic"], run["sizes"]
-        self.store = ShardStore(self.folder, rows.split, rows=rows.length, **run["shards"])
-        self.micro_batch_size, self.overlap = arithmetic["micro_batch_size"], sizes["tile_overlap"] or 0
-        self.tiles = sizes["fit"] == "tile"
-        self.preparation = (self.pipe.unet.config.in_channels, sizes["image_size"], sizes["fit"], self.overlap)
+        self.micro_batch_size, self.tiles = arithmetic["micro_batch_size"], sizes["fit"] == "tile"
+        overlap = sizes["tile_overlap"] or 0
+        self.preparation = (self.pipe.unet.config.in_channels, sizes["image_size"], sizes["fit"], overlap)
         options = {"preset": self.config, "seed": run["seed"], "micro_batch_size": self.micro_batch_size}
         self.purify = functools.partial(purify_tiles, self.pipe, **options)
         self.device = device_name(device)
@@ -172,8 +172,9 @@ class Worker(contextlib.ExitStack):
             name for name, kind in rows.features.items() if name != "image" and isinstance(kind, datasets.Image)
         ]
         features = {**rows.features, **dict.fromkeys(self.other_images, datasets.Image())}
-        self.kept = datasets.Features({**features, "image": datasets.Image()})
-        self.rejected = datasets.Features({**features, "rejection_reason": datasets.Value("string")})
+        kept = datasets.Features({**features, "image": datasets.Image()})
+        rejected = datasets.Features({**features, "rejection_reason": datasets.Value("string")})
+        self.schemas = kept.arrow_schema, rejected.arrow_schema
         num_workers = self.job.num_workers
         if num_workers is None:
             num_workers = 0 if device.type == "cpu" else 4
@@ -183,18 +184,17 @@ class Worker(contextlib.ExitStack):
         self.device_thread = self.enter_context(open_device_thread(device.type))
         return self
 
-    def make(self, index: int) -> dict | None:
+    def make(self, store: ShardStore, index: int) -> dict | None:
         """Make a shard and return its record; in a stream, it may turn out to lie behind the end."""
-        start, stop = self.store.range(index)
+        start, stop = store.range(index)
         began, rows_in, resized, reasons, changes = time.perf_counter(), 0, 0, Counter(), Counter()
-        schemas = self.kept.arrow_schema, self.rejected.arrow_schema
-        with explained(self.folder), ShardWriter(self.store, index, *schemas) as writer:
+        with explained(self.folder), ShardWriter(store, index, *self.schemas) as writer:
             images = in_order(self.pool, encode_all, self.purified(start, stop), self.in_flight)
             for (table, prepared), files in images:
                 refused = [image if isinstance(image, str) else None for image in prepared]
-                writer.write(self.kept_rows(table, refused, files), self.rejected_rows(table, refused))
+                self.write(writer, table, refused, files)
                 rows_in += len(table)
-                reasons.update(reason for reason in refused if reason is not None)
+                reasons.update(filter(None, refused))
                 for image in prepared:
                     if isinstance(image, TiledImage):
                         resized += image.resized
@@ -203,12 +203,14 @@ class Worker(contextlib.ExitStack):
                     self.on_rows(len(table), len(table) - len(files))
             if rows_in < stop - start:
                 end = index + (rows_in > 0)
-                if self.rows.length is not None or max(self.store.recorded(), default=-1) >= end:
+                known = self.rows.length is not None or store.count not in (None, end)
+                if known or max(store.recorded(), default=-1) >= end:
                     raise ValueError(
                         f"dataset {self.rows.name!r} ends at row {start + rows_in}, but has had more rows before: it "
                         "must not change while it is purified."
                     )
-                self.store.note_end(end)
+                if store.count is None:
+                    store.end_at(end)
                 if rows_in == 0:
                     return None
             about = {"seconds": time.perf_counter() - began, "device": self.device}
@@ -231,33 +233,26 @@ class Worker(contextlib.ExitStack):
         self, pieces: Iterable[tuple[pa.Table, list[TiledImage | str]]]
     ) -> Iterator[tuple[pa.Table, list[TiledImage | str], list[np.ndarray]]]:
         """Purify whole micro-batches, however many squares the images of a piece have."""
-        waiting, squares, names, unfinished = deque(), deque(), deque(), deque()
+        waiting, unfinished = deque(), deque()
 
-        def take(count):
-            batch = np.stack([squares.popleft() for _ in range(count)])
-            return None, (batch, [names.popleft() for _ in range(count)])
-
-        def micro_batches():
+        def squares():
             for piece, prepared in pieces:
-                blendings = []
-                for image_id, image in zip(piece["id"].to_pylist(), prepared):
-                    if isinstance(image, TiledImage):
-                        squares.extend(image.squares())
-                        names.extend(image.names(image_id))
-                        blendings.append(Blending(image))
-                        unfinished.append((image_id, blendings[-1]))
-                waiting.append((piece, prepared, blendings))
-                while len(squares) >= self.micro_batch_size:
-                    yield take(self.micro_batch_size)
-            if squares:
-                yield take(len(squares))
+                ids = piece["id"].to_pylist()
+                images = [(ids[row], Blending(one)) for row, one in enumerate(prepared) if isinstance(one, TiledImage)]
+                waiting.append((piece, prepared, [blending for _, blending in images]))
+                unfinished.extend(images)
+                for image_id, blending in images:
+                    yield from zip(blending.tiled.squares(), blending.tiled.names(image_id))
 
         def complete():
             while waiting and all(blending.finished for blending in waiting[0][2]):
                 piece, prepared, blendings = waiting.popleft()
                 yield piece, prepared, [blending.whole for blending in blendings]
 
-        for _, purified in in_order(self.device_thread, self.purify, micro_batches(), in_flight=2):
+        stream = squares()
+        micro_batches = iter(lambda: list(itertools.islice(stream, self.micro_batch_size)), [])
+        work = ((None, tuple(zip(*batch))) for batch in micro_batches)
+        for _, purified in in_order(self.device_thread, self.purify, work, in_flight=2):
             for square in purified:
                 image_id, blending = unfinished[0]
                 blending.add(square)
@@ -268,33 +263,29 @@ class Worker(contextlib.ExitStack):
             yield from complete()
         yield from complete()
 
-    def kept_rows(self, table: pa.Table, refused: list[str | None], files: list[bytes]) -> pa.Table:
-        """The source's rows, without those refused, with other images."""
-        table = table.filter(pa.array([reason is None for reason in refused]))
-        table = _with_images(table, "image", [{"bytes": file, "path": None} for file in files])
-        return self.portable(table).select(list(self.kept)).cast(self.kept.arrow_schema)
+    def write(self, writer: ShardWriter, table: pa.Table, refused: list[str | None], files: list[bytes]) -> None:
+        """The rows that are kept, with the purified images; those refused as they were, with the reason."""
+        is_kept = pa.array([reason is None for reason in refused])
+        kept, rejected = table.filter(is_kept), table.filter(pc.invert(is_kept))
+        images = pa.array([{"bytes": file, "path": None} for file in files], datasets.Image().pa_type)
+        reasons = pa.array(list(filter(None, refused)), pa.string())
+        writer.write(
+            self.portable(kept, self.other_images, image=images),
+            self.portable(rejected, ["image", *self.other_images], rejection_reason=reasons),
+        )
 
-    def rejected_rows(self, table: pa.Table, refused: list[str | None]) -> pa.Table:
-        """The rows refused, as they were, with the reason."""
-        table = table.filter(pa.array([reason is not None for reason in refused]))
-        if "rejection_reason" in table.column_names:
-            table = table.drop_columns("rejection_reason")
-        reasons = pa.array([reason for reason in refused if reason is not None], pa.string())
-        table = self.portable(table, "image").append_column("rejection_reason", reasons)
-        return table.select(list(self.rejected)).cast(self.rejected.arrow_schema)
-
-    def portable(self, table: pa.Table, *columns: str) -> pa.Table:
+    def portable(self, table: pa.Table, images: list[str], **changed: pa.Array) -> pa.Table:
         """With the content of image files instead of paths, which would mean nothing to whoever gets the data set."""
-        for name in (*columns, *self.other_images):
-            table = _with_images(table, name, list(map(_stored, table[name].to_pylist())))
-        return table
+        for name in images:
+            changed[name] = pa.array(list(map(_stored, table[name].to_pylist())), datasets.Image().pa_type)
+        return pa.table(dict(zip(table.column_names, table.columns)) | changed)
 
 
 def purify_tiles(
-    pipe: JointConditionalPurificationPipeline, tiles: np.ndarray, ids: list[str], **options
+    pipe: JointConditionalPurificationPipeline, tiles: Sequence[np.ndarray], ids: Sequence[str], **options
 ) -> np.ndarray:
-    """uint8 (N, H, W, C) in, purified float32 (N, H, W, C) in [0, 1] out, not rounded."""
-    batch = torch.from_numpy(tiles).permute(0, 3, 1, 2).float().div_(255)
+    """uint8 (H, W, C) each in, purified float32 (N, H, W, C) in [0, 1] out, not rounded."""
+    batch = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float().div_(255)
     purified = pipe(batch, ids=ids, output_type="pt", **options).images
     return purified.permute(0, 2, 3, 1).float().cpu().numpy()
 
@@ -304,10 +295,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
-
-
-def _with_images(table: pa.Table, name: str, values: list[dict | None]) -> pa.Table:
-    return table.set_column(table.column_names.index(name), name, pa.array(values, datasets.Image().pa_type))
 
 
 def _stored(value: dict | None) -> dict | None:
