@@ -282,21 +282,26 @@ def _run_in_processes(tasks: list[Task], open_worker: Callable[[], Any], process
     at_work = tempfile.mkdtemp()
     pool = ProcessPoolExecutor(min(processes, len(tasks)), spawn, _begin_process, (open_worker, numbers, at_work))
     others = set(multiprocessing.active_children())
+    workers: set[BaseProcess] = set()
     try:
-        futures = {pool.submit(_run_in_process, task): task for task in tasks}
-        workers = set(multiprocessing.active_children()) - others
+        futures = {}
+        for task in tasks:
+            futures[pool.submit(_run_in_process, task)] = task
+            workers |= set(multiprocessing.active_children()) - others  # processes start as tasks are handed over
         for future in as_completed(futures):
             try:
                 result = future.result()
-            except BrokenProcessPool as error:
-                pool.shutdown()  # until then the processes that end with the one that died may lack an exit code
-                raise RuntimeError(_end_of_a_process(workers, Path(at_work))) from error
+            except BrokenProcessPool:
+                raise
             except _NotOpened as error:
                 raise RuntimeError(str(error)) from error
             except FAILURES as error:
                 tally.failed(futures[future], error)
             else:
                 tally.done(futures[future], result)
+    except BrokenProcessPool as error:  # a process may end while tasks are still handed over
+        pool.shutdown()  # until then the processes that end with the one that died may lack an exit code
+        raise RuntimeError(_end_of_a_process(workers, Path(at_work))) from error
     except BaseException:
         # A task may take long, and leaves nothing half done.
         for process in set(multiprocessing.active_children()) - others:
@@ -315,8 +320,10 @@ def _end_of_a_process(workers: Iterable[BaseProcess], at_work: Path) -> str:
             "All processes ended while they started. Each begins by importing the script that was called, so a script "
             'must make this call below `if __name__ == "__main__":`.'
         )
-    ended.sort(key=lambda process: process.exitcode == -signal.SIGTERM)
-    code, task = ended[0].exitcode, at_work / str(ended[0].pid)
+    # A process that was still starting when another died ends by itself, and had no task yet.
+    task_of = {process.pid: at_work / str(process.pid) for process in ended}
+    ended.sort(key=lambda process: (process.exitcode == -signal.SIGTERM, not task_of[process.pid].exists()))
+    code, task = ended[0].exitcode, task_of[ended[0].pid]
     how = f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with exit code {code}"
     at = f"{task.read_text()}: its process" if task.exists() else "A process, before its first task,"
     return f"{at} was ended {how}: give the same command again, with fewer processes if memory is short."

@@ -54,6 +54,10 @@ def cannot_open() -> None:
     raise OSError("purifier is 'nowhere', but must be a folder.")
 
 
+def ends_at_once() -> None:
+    os._exit(3)
+
+
 def squares(folder: Path) -> dict[int, int]:
     return {int(path.name.split("-")[1]): int(path.read_text()) for path in folder.glob("square-*")}
 

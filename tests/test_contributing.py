@@ -1,5 +1,6 @@
 """The three recipes of CONTRIBUTING.md, followed to the letter in a copy of the package, up to the table of a grid."""
 
+import json
 import os
 import re
 import shutil
@@ -41,6 +42,19 @@ def follow(section: str, root: Path) -> None:
             file.write_text(source, encoding="utf-8")
 
 
+# Runs scripts and modules in one process, which loads torch once.
+ONE_AFTER_ANOTHER = """
+import json, runpy, sys
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    run = runpy.run_path if command[0].endswith(".py") else runpy.run_module
+    try:
+        run(command[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, (command, end)
+"""
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
     """The package, its evaluation scripts and its tests of methods, with the three additions."""
@@ -65,7 +79,10 @@ def run(root: Path, *words) -> str:
     return done.stdout
 
 
-def test_a_grid_of_the_three_ends_in_a_table(copy, tmp_path):
+@pytest.fixture(scope="module")
+def printed(copy, tmp_path_factory) -> str:
+    """What a grid of the three prints, its table, and the property tests, one after another in one process."""
+    tmp_path = tmp_path_factory.mktemp("grid")
     digits = load_digits()
     images = digits.images[:180, :, :, None].repeat(3, axis=3) * 15
     data = LabelledImages(images.astype("uint8"), digits.target[:180], tuple(f"d{row}" for row in range(180)))
@@ -87,12 +104,17 @@ def test_a_grid_of_the_three_ends_in_a_table(copy, tmp_path):
         "seeds": [0],
     }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
-    said = run(copy, "eval/benchmark.py", tmp_path / "grid.yaml", "--output", tmp_path / "out", "--processes", 1)
-    assert "eval/tables.py grid" in said
-    command = ("--records", tmp_path / "out/records.jsonl", "--smoke", "--victim", "two_layers")
-    rows = [
-        line.split("|")[1:-1] for line in run(copy, "eval/tables.py", "grid", *command).splitlines() if "|" in line
-    ]
+    measure = ["eval/benchmark.py", tmp_path / "grid.yaml", "--output", tmp_path / "out", "--processes", 1]
+    show = ["eval/tables.py", "grid", "--records", tmp_path / "out/records.jsonl", "--smoke", "--victim", "two_layers"]
+    properties = ["pytest", "-q", "-p", "no:cacheprovider", "tests/poisons/test_poisons.py"]
+    properties += ["tests/poisons/test_protect.py", "tests/countermeasures/test_countermeasures.py"]
+    commands = (measure, show, [*properties, "-k", "grain or box-blur"])
+    return run(copy, "-c", ONE_AFTER_ANOTHER, json.dumps([list(map(str, command)) for command in commands]))
+
+
+def test_a_grid_of_the_three_ends_in_a_table(printed):
+    assert "eval/tables.py grid" in printed
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")]
     head, *rows = [[cell.strip() for cell in row] for row in rows]
     assert head[1:3] == ["clean", "Grain"]
     found = {row[0]: row[1:3] for row in rows}
@@ -100,12 +122,8 @@ def test_a_grid_of_the_three_ends_in_a_table(copy, tmp_path):
     assert all(0 <= float(cell) <= 100 for name in ("vanilla", "box-blur") for cell in found[name])
 
 
-def test_the_property_tests_run_over_the_additions(copy):
-    said = run(
-        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/poisons/test_poisons.py", "tests/poisons/test_protect.py",
-        "tests/countermeasures/test_countermeasures.py", "-k", "grain or box-blur",
-    )  # fmt: skip
-    assert int(re.search(r"(\d+) passed", said)[1]) >= 15
+def test_the_property_tests_run_over_the_additions(printed):
+    assert int(re.search(r"(\d+) passed", printed)[1]) >= 15
 
 
 def test_a_recipe_that_names_no_file_is_noticed(tmp_path):

@@ -1,14 +1,19 @@
 """Every task is done once, by whichever engine; what goes wrong is one sentence, and a lock names who holds it."""
 
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from types import SimpleNamespace
 
 import engine_tasks
 import pytest
-from engine_tasks import Square, cannot_open, open_worker, squares
+from engine_tasks import Square, cannot_open, ends_at_once, open_worker, squares
 
 from jcdp_diffusers import engines
 
@@ -120,6 +125,32 @@ ACCELERATE = (
     "--num_machines=1",
     "--main_process_port=0",
 )
+
+
+def test_a_process_that_ends_while_tasks_are_handed_over_is_a_sentence(tmp_path, monkeypatch):
+    """As on a machine that is slow to hand them over: the second task comes when the processes are gone."""
+    submit, handed = ProcessPoolExecutor.submit, []
+
+    def late(pool, *args):
+        if handed:
+            assert isinstance(handed[0].exception(timeout=60), BrokenProcessPool)
+        handed.append(submit(pool, *args))
+        return handed[-1]
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", late)
+    with pytest.raises(RuntimeError, match="before its first task, was ended with exit code 3"):
+        engines.run(tasks_in(tmp_path), open_worker=ends_at_once, processes=2)
+    assert len(handed) == 1
+
+
+def test_the_process_that_died_at_its_task_is_named_and_not_those_that_ended_with_it(tmp_path):
+    """One was still starting, which failed for want of the pool; one was told to end."""
+    (tmp_path / "3").write_text("square-3")
+    (tmp_path / "4").write_text("square-4")
+    codes = {2: 1, 3: -signal.SIGSEGV, 4: -signal.SIGTERM, 5: 0}
+    processes = [SimpleNamespace(pid=pid, exitcode=code) for pid, code in codes.items()]
+    for order in itertools.permutations(processes):
+        assert engines._end_of_a_process(order, tmp_path).startswith("square-3: its process was ended by signal 11")
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])

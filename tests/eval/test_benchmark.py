@@ -350,7 +350,7 @@ def test_a_purifier_of_another_size_is_refused(source, tmp_path):
         benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
 
 
-def test_ranks_of_a_launcher_share_the_trials_and_one_trains_the_purifier(source, tmp_path):
+def test_ranks_of_a_launcher_share_the_trials_and_one_trains_the_purifier(source, tmp_path, monkeypatch, capsys):
     """Were they a group, the one that trains would wait for the other for ever."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     grid = grid_file(tmp_path, source, seeds=[0])
@@ -364,9 +364,10 @@ def test_ranks_of_a_launcher_share_the_trials_and_one_trains_the_purifier(source
     (purifier,) = (tmp_path / "out").glob("purifier-*")
     trained = json.loads((purifier / "training_record.json").read_text())
     assert trained["processes"] == 1
-    command = shlex.split(done.stdout.partition("6 trials on record: ")[2])
-    shown = subprocess.run([sys.executable, *command[1:]], env=environment, capture_output=True, text=True)
-    assert "Smoke run: no figure means anything" in shown.stdout, shown.stderr[-3000:]
+    program, script, *options = shlex.split(done.stdout.partition("6 trials on record: ")[2])
+    assert (program, script) == ("python", "eval/tables.py")
+    run(tables, monkeypatch, *options)
+    assert "Smoke run: no figure means anything" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -437,6 +438,10 @@ def test_the_grids_that_ship_can_be_read():
     assert all(grid.columns() for grid in grids)
 
 
+def name_of(column: str | dict) -> str:
+    return column if isinstance(column, str) else column.get("as", column["use"])
+
+
 def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
     """With the images and purifiers that the records name, the grids give the very trials that are on record."""
     root = Path(benchmark.__file__).parents[1]
@@ -473,8 +478,10 @@ def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
         names = set()
         for path, grid in grids:
             same = (grid.name, grid.method) == (settings["grid"], settings.get("method", "supervised"))
-            if same and settings["poison"] in grid.poisons:
-                grid = dataclasses.replace(grid, protocol=record["protocol"], seeds=[record["seed"]])
+            if same and settings["poison"] in grid.poisons and settings["column"] in grid.columns():
+                column = [entry for entry in grid.countermeasures if name_of(entry) == settings["column"]]
+                changes = {"protocol": record["protocol"], "seeds": [record["seed"]], "countermeasures": column}
+                grid = dataclasses.replace(grid, **changes)
                 if (
                     record["protocol"] == "fast"
                 ):  # a search of batch size and learning rate, which eval/README.md names

@@ -53,8 +53,8 @@ def shards(folder) -> dict[str, bytes]:
 
 
 def test_two_processes_write_the_bytes_of_one(source, purifier, alone, tmp_path):
-    options = {"output_dir": tmp_path, "processes": 2, **SETTINGS}
-    summary = purify_to_folder(source, opener(purifier, tmp_path), threads=1, shards=9, **options)
+    options = {"output_dir": tmp_path, **SETTINGS}
+    summary = purify_to_folder(source, opener(purifier, tmp_path), threads=1, shards=9, processes=2, **options)
     assert shards(tmp_path) == alone and summary["rows_out"] == 90
     (tmp_path / "train-00004-of-00009.parquet").write_bytes(b"damaged")
     purify_to_folder(source, opener(purifier, tmp_path), **options)
@@ -63,7 +63,13 @@ def test_two_processes_write_the_bytes_of_one(source, purifier, alone, tmp_path)
 
 def test_cores_are_shared_out_among_processes(source, purifier, tmp_path, monkeypatch):
     """What a run with two processes begins with, where nobody says how many threads."""
-    purify_to_folder(source, opener(purifier, tmp_path), output_dir=tmp_path, processes=2, **SETTINGS)
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engines, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        purify_to_folder(source, opener(purifier, tmp_path), output_dir=tmp_path, processes=2, **SETTINGS)
     cores = len(os.sched_getaffinity(0))
     expected = 1 << (max(1, cores // 2).bit_length() - 1)
     assert f'"threads": {expected}' in (tmp_path / "run.json").read_text()
