@@ -118,7 +118,10 @@ def run(
             f"started {world} ranks."
         )
     if engine == "local" and world == 1 and processes in (None, 1):
-        _run_here(tasks, open_worker, on_done)
+        worker = functools.cache(open_worker)
+        for task in tasks:
+            if not task.is_done():
+                on_done(task, _run_task(task, worker()))
         return
     tasks = list(tasks)
     missing = first_rank_decides(lambda: [index for index, task in enumerate(tasks) if not task.is_done()])
@@ -246,15 +249,6 @@ def _run_task(task: Task, worker: Any) -> Any:
         return task.run(worker)
     finally:
         _inside_task = before
-
-
-def _run_here(tasks: Iterable[Task], open_worker: Callable[[], Any], on_done: Callable[[Task, Any], None]) -> None:
-    """In this process, one after another; whether a task is done is asked when its turn has come."""
-    workers = []
-    for task in tasks:
-        if not task.is_done():
-            workers = workers or [open_worker()]
-            on_done(task, _run_task(task, workers[0]))
 
 
 def _run_on_ranks(own: list[Task], open_worker: Callable[[], Any], tally: _Tally) -> None:

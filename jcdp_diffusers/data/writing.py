@@ -91,7 +91,7 @@ def _features(data: LabelledImages) -> datasets.Features:
 def _encoded_columns(data: LabelledImages, start: int, stop: int) -> dict[str, list]:
     columns = {
         "id": list(data.ids[start:stop]),
-        "image": [{"bytes": _png(image), "path": None} for image in data.images[start:stop]],
+        "image": [{"bytes": png(image), "path": None} for image in data.images[start:stop]],
     }
     if data.labels is not None:
         columns["label"] = data.labels[start:stop].tolist()
@@ -104,7 +104,8 @@ def encoded(data: LabelledImages) -> datasets.Dataset:
     return datasets.Dataset.from_dict(_encoded_columns(data, 0, len(data)), features=features)
 
 
-def _png(image: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
+    """A PNG file, lossless, of a uint8 array (H, W, 1 or 3)."""
     buffer = io.BytesIO()
     Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -115,7 +115,7 @@ def purify_to_folder(
             )
         run = engines.first_rank_decides(lambda: _begin(folder, asked, begin, stack))
         store = ShardStore(folder, split, rows=rows, **run["shards"])
-        open_worker = worker.join if here else functools.partial(_join, job)
+        open_worker = functools.cache(worker.join) if here else functools.partial(_join, job)
         while True:
             _make_shards(store, worker, open_worker, how, progress)
             if engines.first_rank_decides(lambda: all_intact(store)):

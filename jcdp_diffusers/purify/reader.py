@@ -62,23 +62,14 @@ class Rows:
             yield table
 
 
-def open_rows(
-    source: Any,
-    *,
-    split: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    id_column: str | None = None,
-    streaming: bool = False,
-) -> Rows:
+def open_rows(source: Any, *, split: str | None = None, streaming: bool = False, **columns: str | None) -> Rows:
     """
-    Open what `open_dataset` opens, with the same columns and ids.
+    Open what `open_dataset` opens, with the same options, columns and ids.
 
     Parquet files on disk are read where they lie, without a copy in the cache. Other sources go through the cache of
     `datasets` and memory-mapped Arrow files, or with `streaming` (and for an `IterableDataset`) through nothing. A URL
     of fsspec (`s3://...`) names a folder with `<split>-*.parquet`, or one such file.
     """
-    columns = {"image_column": image_column, "label_column": label_column, "id_column": id_column}
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
     if isinstance(source, (str, os.PathLike)) and Path(source).exists() and parquet_files(Path(source)):
         return _parquet_rows(Path(source), split, columns)
@@ -109,10 +100,10 @@ def open_rows(
 
 def _parquet_rows(source: Path, split: str | None, columns: dict) -> Rows:
     features = open_dataset(source, split=split, streaming=True, **columns).features  # and all of its checks
-    shards = parquet_shards(source, split, columns["image_column"])
+    shards = parquet_shards(source, split, columns.get("image_column"))
     split, files = shards.split, shards.files
     ends = list(itertools.accumulate(shards.rows))
-    numbered = columns["id_column"] is None and "id" not in pq.read_schema(files[0]).names
+    numbered = columns.get("id_column") is None and "id" not in pq.read_schema(files[0]).names
 
     def from_row(row):
         for index in range(bisect_right(ends, row), len(files)):

@@ -11,7 +11,6 @@ Squares are views of the decoded image, and `Blending` holds one row of them. So
 twice, as it came and as it goes, however many squares it has.
 """
 
-import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 
 from ..data import MAX_PIXELS, ImageRejected, decode_image, to_uint8
+from ..data.writing import png
 
 
 FITS = ("exact", "resize", "tile")
@@ -173,10 +173,5 @@ def prepare_all(values: list, channels: int, size: int, fit: str, overlap: int) 
 
 
 def encode_all(images: list[np.ndarray]) -> list[bytes]:
-    """PNG files, lossless, of uint8 arrays (H, W, 1 or 3)."""
-    files = []
-    for image in images:
-        buffer = io.BytesIO()
-        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")
-        files.append(buffer.getvalue())
-    return files
+    """`png` for several images."""
+    return [png(image) for image in images]

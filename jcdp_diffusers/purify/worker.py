@@ -18,6 +18,7 @@ import torch
 
 from .. import engines
 from ..data import ImageRejected, picture_size
+from ..devices import cpu_threads
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PurificationConfig
 from .folder import Folder, explained
@@ -309,18 +310,14 @@ def _stored(value: dict | None) -> dict | None:
 @contextlib.contextmanager
 def steady_arithmetic(pipe: JointConditionalPurificationPipeline, threads: int | None) -> Iterator[None]:
     """What the bits of a result depend on, held fixed, and the pipeline's own progress bar out of sight."""
-    threads_before, bar_before = torch.get_num_threads(), getattr(pipe, "_progress_bar_config", {})
+    bar_before, cudnn = getattr(pipe, "_progress_bar_config", {}), torch.backends.cudnn
+    # The defaults of `flags` are not cuDNN's own: left out, `enabled` would turn it off.
+    flags = {"enabled": cudnn.enabled, "benchmark": False, "deterministic": True, "allow_tf32": cudnn.allow_tf32}
     pipe.set_progress_bar_config(disable=True)
-    if threads is not None:
-        torch.set_num_threads(threads)
     try:
-        cudnn = torch.backends.cudnn
-        with cudnn.flags(  # whose defaults are not cuDNN's own: left out, `enabled` would turn it off
-            enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32
-        ):
+        with cpu_threads(threads), cudnn.flags(**flags):
             yield
     finally:
-        torch.set_num_threads(threads_before)
         pipe.set_progress_bar_config(**bar_before)
 
 

@@ -254,6 +254,16 @@ def test_streams_of_any_length(count, pipe, tmp_path):
     assert after.keys() == before.keys() and [path for path in after if after[path] != before[path]] == [last]
 
 
+def test_a_worker_gets_ready_once_for_all_shards_of_a_stream(pipe, tmp_path, monkeypatch):
+    """Its decoding processes among them, of which there would be more with every shard."""
+    opened = []
+    open_pool = worker_module.open_pool
+    monkeypatch.setattr(worker_module, "open_pool", lambda processes: opened.append(processes) or open_pool(processes))
+    stream = open_dataset(some_images(20), streaming=True)
+    assert len(purify_to_folder(stream, pipe, output_dir=tmp_path, rows_per_shard=4, **SETTINGS)["files"]) == 5
+    assert opened == [0]
+
+
 def test_a_stream_without_rows_is_refused(pipe, tmp_path):
     stream = datasets.IterableDataset.from_generator(
         lambda: iter(()), features=datasets.Features({"image": datasets.Image()})
