@@ -56,6 +56,20 @@ def mini() -> dict[str, str]:
     }
 
 
+def photographs() -> dict[str, str]:
+    """An owner's two commands on photographs of assorted sizes: minutes, and dB to the originals at full size."""
+    record = read_records(RESULTS / "photographs.jsonl")[-1]
+    seconds, decibels = record["value"]["seconds"], record["value"]["psnr"]
+    return {
+        "count": str(record["settings"]["photographs"]),
+        "megapixels": f"{record['settings']['megapixels']:.0f}",
+        "audit_minutes": f"{seconds['audit'] / 60:.0f}",
+        "purify_minutes": f"{seconds['purify'] / 60:.0f}",
+        "protected_psnr": f"{decibels['protected']:.1f}",
+        "cleaned_psnr": f"{decibels['cleaned']:.1f}",
+    }
+
+
 def contrastive() -> dict[str, str]:
     """What SimCLR's linear probe makes of clean and of protected images, in %."""
     found = Measured(read_records(RESULTS / "contrastive.jsonl"), method="simclr")
@@ -148,6 +162,7 @@ def finetune() -> dict[str, str]:
 GROUPS: dict[str, Callable[[], dict[str, str]]] = {
     "mini": mini,
     "contrastive": contrastive,
+    "photographs": photographs,
     "speed": speed,
     "scaling": scaling,
     "finetune": finetune,

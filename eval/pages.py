@@ -84,13 +84,33 @@ def mini_table() -> str:
 
 
 def headline_table() -> str:
-    """Clean images and `HEADLINE_POISONS`; a row for what README.md compares."""
+    """What README.md compares: a row per countermeasure, a column per poison; those without a record are left out."""
     found = measured("countermeasures")
-    head = ["what is done about it", *(POISONS.get(name, "clean images") for name in HEADLINE_POISONS)]
+    figures = {
+        column: {name: found.accuracies("cifar10", name, column) for name in HEADLINE_POISONS} for column in HEADLINE
+    }
+    poisons = [name for name in HEADLINE_POISONS if any(row[name] for row in figures.values())]
+    rows = [
+        [HEADLINE[column], *(spread(row[name]) for name in poisons)]
+        for column, row in figures.items()
+        if any(row.values())
+    ]
+    return markdown_table(["what is done about it", *(POISONS.get(name, "clean images") for name in poisons)], rows)
+
+
+def cpu_victim_table() -> str:
+    """The victim and the purifier of an audit on a CPU, beside the victim of the other tables."""
+    resnet = measured("poisons")
+    convnet = Measured(read_records(RESULTS / "convnet94_cifar10_mini.jsonl"), victim="convnet94")
     rows = []
-    for column, title in HEADLINE.items():
-        rows.append([title, *(spread(found.accuracies("cifar10", name, column)) for name in HEADLINE_POISONS)])
-    return markdown_table(head, rows)
+    for poison in ("none", *(name for name in POISONS if convnet.accuracies("cifar10", name, "none"))):
+        figures = (
+            resnet.accuracies("cifar10", poison, "none"),
+            convnet.accuracies("cifar10", poison, "none"),
+            convnet.accuracies("cifar10", poison, "unconditional"),
+        )
+        rows.append([POISONS.get(poison, "clean images"), *map(spread, figures)])
+    return markdown_table(["trained on", "ResNet-18 of width 16", "convnet94", "convnet94, purified"], rows)
 
 
 def unlabelled_table() -> str:
@@ -145,6 +165,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "countermeasures": grid_of("countermeasures"),
         "protocols": table_by(recipe_in_words, "protocols", "recipe"),
         "victims": table_by(lambda record: record["settings"]["victim"], "victims", "victim"),
+        "cpu victim": cpu_victim_table,
         "guides": grid_of("guides"),
         "coloured": grid_of("coloured"),
         "without labels": unlabelled_table,
