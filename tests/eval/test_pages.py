@@ -11,6 +11,7 @@ import pytest
 
 from eval import page_figures, pages
 from eval.benchmark import read_grid
+from jcdp_diffusers import countermeasures
 from jcdp_diffusers.cli import COMMANDS
 from jcdp_diffusers.results import as_settings, read_records
 
@@ -27,6 +28,12 @@ README = " ".join(PAGES["README.md"].split())
 @pytest.mark.parametrize("page", pages.PAGES)
 def test_the_tables_are_those_of_the_records(page):
     assert pages.written(page) == PAGES[page]
+
+
+def test_the_row_of_a_stronger_attacker_says_what_it_assumes():
+    (row,) = (line for line in PAGES["README.md"].splitlines() if line.startswith("| paired purifier"))
+    assert countermeasures.get("paired-small").assumes in row.split("|")[1]
+    assert "`n.m.` means not measured" in README
 
 
 def test_the_documented_command_finds_them_so():
