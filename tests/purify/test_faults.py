@@ -116,7 +116,10 @@ def test_fifty_kills_of_workers_and_ten_losses_of_nodes_on_ray(source, tmp_path)
     quick_pipe().save_pretrained(tmp_path / "purifier")
     slow = {"diffusion_steps": 150, "progress": False, "threads": 1, "shards": SHARDS}  # half a second a shard
     torch.set_num_threads(1)
-    purify_to_folder(source, quick_pipe(), output_dir=tmp_path / "alone", **slow)
+    opened = open_purifier(
+        tmp_path / "purifier", "cpu", output_dir=tmp_path / "alone"
+    )  # in the type that workers take
+    purify_to_folder(source, opened, output_dir=tmp_path / "alone", **slow)
     alone = {path.name: path.read_bytes() for path in (tmp_path / "alone").glob("*.parquet")}
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
