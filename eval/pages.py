@@ -172,6 +172,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "both ways": both_ways_table,
         "attacks": lambda: grid_table(Measured(read_records(RESULTS / "attacks_cifar10_5k.jsonl")), "cifar10"),
     },
+    "docs/audit.md": {},
     "docs/detection.md": {
         "false alarms": lambda: detection.false_alarm_table(read_records(RESULTS / "detection.jsonl")),
         "detection": lambda: detection.table(read_records(RESULTS / "detection.jsonl")),
