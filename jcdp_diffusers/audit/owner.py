@@ -31,8 +31,8 @@ _WHAT_TO_DO = {
     "exchanged": ("Check whether `--protected` and `--clean` were exchanged, and audit again.",),
     "open": ("Give the originals (`--clean`). Without them, no verdict is possible here.",),
     "undecided": (
-        "Measure more, as the verdict says. The same command with more `--seeds` goes on in this folder and keeps "
-        "what it has.",
+        "Measure more, as the verdict says. For more seeds, give the same command with more `--seeds`: it goes on in "
+        "this folder. For more test images, give more of them with `--test`, and another `--output`.",
     ),
     "smoke": ("Repeat the audit without `--protocol smoke`, in another folder.",),
 }
