@@ -61,8 +61,6 @@ def photographs() -> dict[str, str]:
     record = read_records(RESULTS / "photographs.jsonl")[-1]
     seconds, decibels = record["value"]["seconds"], record["value"]["psnr"]
     return {
-        "count": str(record["settings"]["photographs"]),
-        "megapixels": f"{record['settings']['megapixels']:.0f}",
         "audit_minutes": f"{seconds['audit'] / 60:.0f}",
         "purify_minutes": f"{seconds['purify'] / 60:.0f}",
         "protected_psnr": f"{decibels['protected']:.1f}",
