@@ -107,39 +107,29 @@ def measure_costs(
         to_purify (`int`): Images that are purified.
     """
     with seeded(0, device):
-        return _measured(sets, used, asked, learners, device, processes, to_purify)
-
-
-def _measured(
-    sets: Mapping[str, LabelledImages],
-    used: AuditPurifier,
-    asked: AuditSettings,
-    learners: Sequence[Learner],
-    device: torch.device,
-    processes: int | None,
-    to_purify: int,
-) -> Costs:
-    height, side, channels = sets["protected"].images.shape[1:]
-    pipe, training = used.pipe, 0.0
-    if used.plan is not None:
-        unet = named_unet(used.plan.unet, in_channels=channels, sample_size=height)
-        precision = used.plan.training.mixed_precision
-        batch = used.plan.training.train_batch_size
-        training = _step(unet, (channels, height, side), device, backward=True, bfloat16=precision == "bf16") * batch
-    count = min(MEASURED_IMAGES, usual_micro_batch(device.type, height, side))
-    evaluation = _step(pipe.unet, (channels, height, side), device, backward=False, bfloat16=False, count=count)
-    rows = _victims_of_a_seed(sets, asked, learners)
-    at_a_time = processes or (available_cores() if device.type == "cpu" else 1)
-    return Costs(
-        training=training,
-        purification=evaluation * used.config.evaluations_per_image * to_purify,
-        victim={
-            width: statistics.fmean(_victim(sets, learner, device, width, asked) for learner in learners)
-            for width in _narrower(widths(asked, learners))
-        },
-        rows=rows,
-        at_a_time=max(1, min(at_a_time, rows * len(asked.victim_seeds))),
-    )
+        height, side, channels = sets["protected"].images.shape[1:]
+        pipe, training = used.pipe, 0.0
+        if used.plan is not None:
+            unet = named_unet(used.plan.unet, in_channels=channels, sample_size=height)
+            precision = used.plan.training.mixed_precision
+            batch = used.plan.training.train_batch_size
+            training = (
+                _step(unet, (channels, height, side), device, backward=True, bfloat16=precision == "bf16") * batch
+            )
+        count = min(MEASURED_IMAGES, usual_micro_batch(device.type, height, side))
+        evaluation = _step(pipe.unet, (channels, height, side), device, backward=False, bfloat16=False, count=count)
+        rows = _victims_of_a_seed(sets, asked, learners)
+        at_a_time = processes or (available_cores() if device.type == "cpu" else 1)
+        return Costs(
+            training=training,
+            purification=evaluation * used.config.evaluations_per_image * to_purify,
+            victim={
+                width: statistics.fmean(_victim(sets, learner, device, width, asked) for learner in learners)
+                for width in _narrower(widths(asked, learners))
+            },
+            rows=rows,
+            at_a_time=max(1, min(at_a_time, rows * len(asked.victim_seeds))),
+        )
 
 
 def _victims_of_a_seed(sets: Mapping[str, LabelledImages], asked: AuditSettings, learners: Sequence[Learner]) -> int:

@@ -68,7 +68,8 @@ def plan_time(
     minutes = asked.budget_minutes or (DIVIDED_MINUTES if division.of or not learners else None)
     wanted, before = asked_extent(asked, learners, used), read_begun(output_dir)
     if before:
-        steps = wanted.steps if not wanted.steps else before["plan"]["training"]["max_train_steps"]
+        own = before["plan"] if wanted.steps and asked.plan is None else None
+        steps = wanted.steps if own is None else own["training"]["max_train_steps"]
         extent = Extent(steps, asked.width or before.get("width", wanted.width), wanted.seeds)
     else:
         to_purify = asked.draws * len(sets["protected"]) + (len(sets["test"]) if division.stand_in else 0)

@@ -38,21 +38,21 @@ class Strips:
 
     Args:
         images (`dict`): uint8 `(n, H, W, C)` by title.
-        classes (`tuple[str, ...]`): Names of the n classes.
+        classes (`tuple[str, ...]`): Names of the n classes, or of the images where there are no labels.
         gain (`float`): By which differences are magnified, the same in every row.
+        labelled (`bool`): Whether there are labels.
     """
 
     images: Mapping[str, np.ndarray]
     classes: tuple[str, ...]
     gain: float
+    labelled: bool = True
 
     @property
     def caption(self) -> str:
         """What the rows show, in a few sentences."""
-        said = (
-            "The first image of each class. What changed is shown on grey, magnified "
-            f"{self.gain:.0f} times: all such rows have one scale."
-        )
+        said = "The first image of each class." if self.labelled else "The first images."
+        said += f" What changed is shown on grey, magnified {self.gain:.0f} times: all such rows have one scale."
         if "clean" in self.images:
             said += " What purification left is noise that remains and detail that is lost."
         return said
@@ -82,7 +82,7 @@ def picture_strips(sets: Mapping[str, LabelledImages]) -> Strips:
     for title, difference in differences.items():
         strips[f"{title}, x{gain}"] = np.rint((127.5 + gain * difference).clip(0, 255)).astype(np.uint8)
     if protected.labels is None:
-        return Strips(strips, tuple(f"image {row + 1}" for row in chosen), gain)
+        return Strips(strips, tuple(f"image {row + 1}" for row in chosen), gain, labelled=False)
     names = protected.class_names or tuple(map(str, range(protected.num_classes)))
     return Strips(strips, tuple(names[int(labels[row])] for row in chosen), gain)
 

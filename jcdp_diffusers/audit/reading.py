@@ -145,6 +145,7 @@ def read(
                 f"test is None, but must be clean labelled images for method {asked.methods[0]!r} where protected has "
                 "no labels."
             )
+        _refuse_victims(asked)
         sets, division = divide_unlabelled(sets, needs_collected=purifier is None, seed=asked.seed)
     else:
         sets, division = divide(sets, needs_collected=purifier is None, seed=asked.seed, budget=asked.budget)
@@ -152,3 +153,11 @@ def read(
         say(sentence)
     assorted = len(set(sizes)) > 1 or any(width != height for width, height in sizes)
     return Found(sets, division, unusable, side, assorted)
+
+
+def _refuse_victims(asked: AuditSettings) -> None:
+    """Refuse what needs victims, where there are no labels to train them with."""
+    for name, none in {"attacks": [], "fractions": [], "control": False, "draws": 1}.items():
+        given = list(getattr(asked, name)) if none == [] else getattr(asked, name)
+        if given != none:
+            raise ValueError(f"{name} is {given!r}, but must be {none!r} where protected has no labels to train with.")

@@ -26,6 +26,7 @@ import torch
 from ..countermeasures import Pairs
 from ..data import LabelledImages
 from ..outputs import check_output_folder, public_name
+from ..purification_config import ADAPTIVE
 from ..results import as_settings, package_versions, plain
 from ..trials import Trial, purifier_digest
 from ..victims.choice import check_whitening
@@ -348,10 +349,14 @@ def _check_asked(asked: AuditSettings, sources: Mapping[str, Any], purifier: str
     """Refuse what does not go together, before anything is read."""
     if asked.roles == "paper" and (sources["test"] is None or (purifier is None and sources["collected"] is None)):
         raise ValueError("roles is 'paper', but must be 'disjoint' unless test, and collected or purifier, are given.")
-    using = [one.name for one in asked.tried if one.finetune is not None or one.countermeasure.needs_collected]
+    using = [
+        f"attack {one.name!r}" for one in asked.tried if one.finetune is not None or one.countermeasure.needs_collected
+    ]
+    using += ["whitening 'collected'"] * (asked.whitening == "collected")
+    using += [f"preset {ADAPTIVE!r}"] * (asked.preset == ADAPTIVE)
     divided = purifier is None and (sources["clean"] is not None or sources["test"] is not None)
     if sources["collected"] is None and using and not divided:
-        raise ValueError(f"collected is None, but must be a set of images for attack {using[0]!r}.")
+        raise ValueError(f"collected is None, but must be a set of unprotected images for {using[0]}.")
     if asked.control and sources["clean"] is None:
         raise ValueError("control is True, but without clean images there is nothing to add its noise to.")
     if asked.fractions and sources["clean"] is None:

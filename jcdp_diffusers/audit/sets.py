@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
 
 from ..countermeasures.iss import SAVES, jpeg
 from ..data import LabelledImages, find_overlap, load_images
@@ -23,6 +22,7 @@ from ..data.checks import (
 from ..data.perturbations import noise_kept, visibility
 from ..data.photographs import stored_sizes, working_size
 from ..perceptual import LPIPSModel, lpips_at_hand
+from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..victims import METHODS
 from .evidence import spectral_evidence
 from .settings import AuditSettings
@@ -93,7 +93,7 @@ def size_to_read(
     found = [size for of_role in sizes.values() for size in of_role]
     side = working_size(sizes, device.type)
     if side is not None and purifier is not None:
-        own = UNet2DModel.load_config(purifier, subfolder="unet").get("sample_size")
+        own = JointConditionalPurificationPipeline.from_pretrained(purifier).unet.config.sample_size
         side = own if isinstance(own, int) else side
     return side, found
 

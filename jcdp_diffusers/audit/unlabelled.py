@@ -23,10 +23,10 @@ from ..data import LabelledImages
 from ..data.checks import check_separation, describe_set, match_originals
 from ..data.perturbations import measured_norms, psnr
 from ..outputs import write_atomically
-from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions, plain
-from ..spectrum import describe_difference
 from .division import Division
+from .evidence import evidence_in_words, spectral_evidence
+from .pictures import Strips, picture_strips
 from .purifier import AuditPurifier, purify
 from .settings import AuditSettings
 
@@ -40,12 +40,6 @@ HOW_TO_LABEL = (
     "The photographs have no labels, so no victim can be trained and no verdict is possible. Put them into one folder "
     "per class, such as cats/ and dogs/, and give the command again."
 )
-_FINDINGS = {
-    "noise": "There is additional noise, as an additive protection makes it.",
-    "filtered": "Some fine detail is missing, as after a JPEG save, a blur or a convolutional protection.",
-    "other kind": "The two sets differ in contrast or content; no protection can be told from that.",
-    "none": "No difference that chance would not explain. A weak protection may be there all the same.",
-}
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -118,8 +112,7 @@ def evidence(sets: Mapping[str, LabelledImages], division: Division, seed: int) 
     collected = None if division.of == "protected" else sets.get("collected")
     spectrum = None
     if collected is not None and min(len(protected), len(collected)) >= LEAST_FOR_A_SPECTRUM:
-        spectrum = describe_difference(protected.images, collected.images, seed=seed)
-        del spectrum["spectrum"]
+        spectrum = spectral_evidence(protected, collected, clean, seed=seed)
     return {
         "added": None if clean is None else _change(clean, protected),
         "removed": _change(protected, purified),
@@ -144,7 +137,7 @@ def sentences(found: Mapping, sets: Mapping[str, LabelledImages], division: Divi
         "protected images."
     )
     if found["spectrum"] is not None:
-        said.append(f"Spectrum, against the collected images: {_FINDINGS[found['spectrum']['finding']]}")
+        said += evidence_in_words(found["spectrum"])[:3]  # the fourth is of a picture
     else:
         count = len(sets["collected"]) if "collected" in sets and division.of != "protected" else 0
         said.append(
@@ -191,7 +184,7 @@ def audit_unlabelled(
         "said": said[1:],
         "evidence": found,
         "data": {"sets": {role: describe_set(images) for role, images in sets.items()}, **facts},
-        "purification": _settings(used.config),
+        "purification": as_settings(used.config) | {"evaluations_per_image": used.config.evaluations_per_image},
         "command": command,
         "packages": package_versions(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -204,7 +197,8 @@ def audit_unlabelled(
 
 
 def _write(output_dir: Path, report: dict, sets: Mapping[str, LabelledImages]) -> None:
-    picture, caption = _picture(sets)
+    strips = picture_strips(sets)
+    picture, caption = _montage(strips), f"From top to bottom: {'; '.join(strips.images)}. {strips.caption}"
     (output_dir / "pictures").mkdir(exist_ok=True)
     write_atomically(output_dir / "pictures" / "images.png", picture)
     write_atomically(output_dir / "report.json", json.dumps(report, indent=2) + "\n")
@@ -223,26 +217,18 @@ def _write(output_dir: Path, report: dict, sets: Mapping[str, LabelledImages]) -
     write_atomically(output_dir / "report.html", page)
 
 
-def _picture(sets: Mapping[str, LabelledImages]) -> tuple[bytes, str]:
-    """Some images as they are, purified, and what that changed: one PNG file, and what it shows."""
-    protected, purified = (sets[role].images[:SHOWN] for role in ("protected", "purified"))
-    difference = purified.astype(np.float64) - protected
-    gain = max(1, int(127.5 / max(1.0, np.percentile(np.abs(difference), 99.5))))
-    rows = [protected, purified, np.rint((127.5 + gain * difference).clip(0, 255)).astype(np.uint8)]
-    whole = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-    picture = Image.fromarray(whole[:, :, 0] if whole.shape[2] == 1 else whole)
-    factor = max(1, round(SHOWN_SIDE / protected.shape[1]))
+def _montage(strips: Strips) -> bytes:
+    """Some images of each row, one row above the other: a PNG file."""
+    rows = [np.concatenate(list(images[:SHOWN]), axis=1) for images in strips.images.values()]
+    picture = Image.fromarray(np.concatenate(rows, axis=0).squeeze())
+    factor = max(1, round(SHOWN_SIDE * len(rows) / picture.height))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     file = io.BytesIO()
     picture.save(file, "PNG")
-    return file.getvalue(), f"Protected, purified, and what purification changed, magnified {gain} times."
+    return file.getvalue()
 
 
 def _change(before: LabelledImages, after: LabelledImages) -> dict[str, float]:
     """How large a change is: norms, and the mean peak signal-to-noise ratio in dB; 99 for equal images."""
     decibels = psnr(before.tensor(), after.tensor(), least_error=10**-9.9).mean()
     return measured_norms(before.images, after.images) | {"psnr": float(decibels)}
-
-
-def _settings(config: PurificationConfig) -> dict:
-    return as_settings(config) | {"evaluations_per_image": config.evaluations_per_image}

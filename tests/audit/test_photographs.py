@@ -16,6 +16,7 @@ from jcdp_diffusers.audit.costs import Costs, Extent, within_budget
 from jcdp_diffusers.audit.division import Division, divide
 from jcdp_diffusers.audit.purifier import AuditPurifier
 from jcdp_diffusers.audit.settings import AuditSettings
+from jcdp_diffusers.audit.unlabelled import evidence, sentences
 from jcdp_diffusers.audit.verdict import verdict, without_clean_images
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, find_overlap, load_images
@@ -227,6 +228,9 @@ def test_a_folder_that_was_begun_keeps_its_purifier_and_its_width(tmp_path, monk
     again = planned(1000)
     assert (again.used.plan.training.max_train_steps, again.asked.width) == (804, 32) and not lines
     assert again.minutes == 1000
+    # A folder that was begun with a purifier of its own is refused by `check_begun`, not here.
+    begun.write_begun(tmp_path, {"plan": None})
+    assert planned(1000).used.plan.training.max_train_steps == 1200
 
 
 @pytest.mark.parametrize("minutes, measured", [(None, 3), (60, 3), (1e-9, 1)])
@@ -250,6 +254,8 @@ def test_seeds_are_measured_until_the_time_is_up(minutes, measured, tmp_path, mo
         (["--roles", "paper"], "roles is 'paper'"),
         (["--attacks", "pretrained"], "collected is None"),
         (["--budget_minutes", "0"], "budget_minutes is 0"),
+        (["--whitening", "collected"], "collected is None"),
+        (["--preset", "adaptive"], "collected is None"),
         (["--image_size", "60"], "collected has images of 60x60"),
     ],
 )
@@ -287,13 +293,34 @@ def test_protected_photographs_and_nothing_else(photographs, tmp_path, monkeypat
     assert "IMG_9999.jpg" in limits and "cannot be known" in limits
 
 
-def test_photographs_and_a_purifier_that_is_given(photographs, tmp_path):
+@pytest.mark.parametrize("flat", [False, True])
+def test_photographs_and_a_purifier_that_is_given(flat, photographs, tmp_path):
     quick_pipe().save_pretrained(tmp_path / "purifier")
+    if flat:  # as google/ddpm-cifar10-32 is
+        for part in ("unet", "scheduler"):
+            for path in (tmp_path / "purifier" / part).iterdir():
+                path.rename(tmp_path / "purifier" / path.name)
+            (tmp_path / "purifier" / part).rmdir()
     given = ["--protected", str(photographs), "--purifier", str(tmp_path / "purifier")]
     assert main(["audit", *given, "--output", str(tmp_path / "out"), *SMOKE]) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["data"]["division"]["missing"] == ["test"] and report["data"]["working_size"] == 8
     assert not (tmp_path / "out/purifier").exists() and not report["purifier"]["trained_here"]
+
+
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        (["--attacks", "jpeg-10"], "attacks"),
+        (["--control"], "control"),
+        (["--fractions", "0.5"], "fractions"),
+        (["--draws", "2"], "draws"),
+    ],
+)
+def test_without_labels_nothing_that_needs_victims_is_passed_over(words, name, photographs, tmp_path, capsys):
+    folders = ["--protected", str(photographs / "cat"), "--clean", str(photographs / "cat")]
+    assert main(["audit", *folders, "--output", str(tmp_path / "out"), *SMOKE, *words]) == 1
+    assert f"{name} is " in capsys.readouterr().err
 
 
 def test_photographs_without_labels(photographs, tmp_path, capsys):
@@ -308,3 +335,16 @@ def test_photographs_without_labels(photographs, tmp_path, capsys):
     assert "data:image/png;base64," in page and "No victim can be trained" not in page
     with Image.open(output / "pictures/images.png") as picture:
         assert picture.size == (6 * 128, 3 * 128)
+
+
+def test_spectra_are_compared_without_labels_where_there_are_enough_photographs():
+    draw = np.random.default_rng(0)
+    plain = [draw.integers(40, 200, (60, 2, 2, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2) for _ in range(2)]
+    noisy = plain[0] + draw.integers(0, 2, (60, 8, 8, 3), dtype=np.uint8) * 30
+    ids = tuple(map(str, range(60)))
+    protected, collected = (LabelledImages(images, None, ids) for images in (noisy, plain[1]))
+    sets = {"protected": protected, "purified": protected, "collected": collected}
+    found = evidence(sets, Division(), 0)
+    assert found["spectrum"]["finding"] == "noise"
+    assert any("without labels and without originals" in sentence for sentence in sentences(found, sets, Division()))
+    assert evidence(sets, Division("protected", ("collected",)), 0)["spectrum"] is None
