@@ -24,7 +24,8 @@ from jcdp_diffusers.data import load_images, open_dataset
 
 
 datasets.disable_progress_bars()
-QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+# The same trees in every run; the long tests try others each time.
+QUICK = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 
 FOLDERS = st.sampled_from(
@@ -109,9 +110,12 @@ def compare(root, kind):
     except (ValueError, FileNotFoundError) as error:
         assert "\n" not in str(error)
         return
+    unlabelled = all(name is None for rows in ours.values() for _, name in rows)
     for split, rows in theirs.items():
         assert [row for row, _ in ours[split]] == [row for row, _ in rows]
-        if any(name is not None for _, name in rows):
+        names = {name for _, name in rows}
+        # Where images lie directly in the folders of splits, `datasets` takes such a folder for the class of its images.
+        if names != {None} and not (unlabelled and len(names) == 1):
             assert ours[split] == rows
 
 
@@ -158,6 +162,7 @@ def test_usual_trees_are_read_by_datasets_too_and_compared(paths, tmp_path):
 @example(["photo-test-1.png", "train_1.png"])
 @example(["cat/0.png", "cat/1.png", "dog/0.png"])
 @example(["data/train/10/x.png", "data/train/9/x.png", "data/val/9/x.png"])
+@example(["train/0.png", "test/0.png"])
 @example(["train/test/0.png"])
 @example(["cat/images/0.png", "dog/images/1.png"])
 @example(["train/cat/0.png", "extra/cat/0.png"])
