@@ -238,6 +238,7 @@ def test_ray_survives_a_lost_node_a_killed_worker_and_a_task_that_fails(cluster,
     assert "square-5 failed: number is 5, but must be another." in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_ray_workers_that_cannot_open_are_a_sentence(cluster, tmp_path):
     with pytest.raises(RuntimeError, match="^purifier is 'nowhere', but must be a folder.$"):
         engines.run(tasks_in(tmp_path), open_worker=cannot_open, engine="ray", address=cluster.address)
