@@ -28,6 +28,8 @@ SEEN_ERRORS = 3.0
 LEAST_EXCESS = 0.25
 SIGNIFICANCE = 0.01
 LEAST_POWER = 1e-6  # of images in a table: grey ones have no colour at all
+# Rounding to bytes alone adds 1/12 squared level to each value: a power below is none.
+ROUNDING_POWER = 1 / 12
 CHUNK_PIXELS = 2048 * 32 * 32  # of the images whose transforms are in memory at a time
 
 
@@ -104,7 +106,8 @@ class ProtectionSpectrum:
     @property
     def z(self) -> np.ndarray:
         """(C, F), the estimate in standard errors; about standard normal where there is no protection."""
-        return self.power / self.error
+        with np.errstate(divide="ignore"):  # images that all have one power there: infinitely many, or none
+            return np.divide(self.power, self.error, out=np.zeros_like(self.power), where=self.power != 0)
 
     @property
     def seen(self) -> np.ndarray:
@@ -293,9 +296,9 @@ def describe_difference(
 
     Returns:
         `dict`: `finding`, `p_value`, `largest_z`, `excess` and `deficit` (the largest rise and fall of power, relative
-        to the collected images', beyond what all frequencies of an axis have in common, and more than 3 standard
-        errors; mean colours do not count), `excess_at` (colour axis from 0, cycles per image) and the `spectrum`. The
-        finding is one of
+        to the collected images' but at least to that of rounding, beyond what all frequencies of an axis have in
+        common, and more than 3 standard errors; mean colours do not count), `excess_at` (colour axis from 0, cycles
+        per image) and the `spectrum`. The finding is one of
 
         - `"none"`: no difference that chance would not explain;
         - `"noise"`: power is added at some frequencies, as an additive protection does;
@@ -305,12 +308,16 @@ def describe_difference(
     spectrum = protection_spectrum(protected, collected)
     ours, theirs = power_spectra(protected, spectrum.axes), power_spectra(collected, spectrum.axes)
     p_value, largest_z = permutation_p_value(ours, theirs, permutations=permutations, seed=seed)
-    relative, error = spectrum.power / spectrum.background, spectrum.error / spectrum.background
+    # Grey images have no power in two colour axes but that of rounding, which nothing is to be compared with.
+    background = np.maximum(spectrum.background, ROUNDING_POWER)
+    relative, error = spectrum.power / background, spectrum.error / background
     # A factor on a whole spectrum is contrast. So a rise counts from the median over frequencies, and a fall from what
-    # nearly all frequencies have.
-    above = relative - np.median(relative[:, 1:], axis=1, keepdims=True)
+    # nearly all frequencies have. Contrast makes nothing of nothing.
+    has_power = spectrum.background > ROUNDING_POWER
+    above = relative - np.where(has_power, np.median(relative[:, 1:], axis=1, keepdims=True), 0.0)
     below = np.quantile(relative[:, 1:], 0.9, axis=1, keepdims=True) - relative
-    rises = np.where(spectrum.seen & (above > SEEN_ERRORS * error), np.minimum(above, relative), 0.0)
+    seen = spectrum.seen & (spectrum.power > ROUNDING_POWER)
+    rises = np.where(seen & (above > SEEN_ERRORS * error), np.minimum(above, relative), 0.0)
     falls = np.where((-spectrum.z > SEEN_ERRORS) & (below > SEEN_ERRORS * error), np.minimum(below, -relative), 0.0)
     rises[:, 0] = falls[:, 0] = 0.0  # an image's mean colour depends on what it shows
     axis, frequency = np.unravel_index(rises.argmax(), rises.shape)

@@ -1,6 +1,7 @@
 """The spectrum of a protection against closed forms, and what is said of a difference against known causes."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -170,6 +171,30 @@ def test_a_difference_is_called_by_its_cause(change, finding, protected, collect
     found = describe_difference(change(protected), collected, permutations=199)
     assert found["finding"] == finding, found
     assert (found["p_value"] <= 0.01) == (finding != "none")
+
+
+@pytest.mark.parametrize("noise", [0, 25])
+def test_grey_images_of_three_channels_are_as_those_of_one(noise, protected, collected):
+    """Two of their colour axes have no power but that of rounding errors, in which there is nothing to see."""
+    added = np.random.default_rng(2).integers(-noise, noise + 1, protected[..., :1].shape)
+    one = np.clip(protected[..., :1].astype(int) + added, 0, 255).astype(np.uint8), collected[..., :1]
+    expected, found = (describe_difference(*sets, permutations=99) for sets in (one, [x.repeat(3, 3) for x in one]))
+    assert expected["finding"] == found["finding"] == ("noise" if noise else "none")
+    assert found["excess"] == pytest.approx(expected["excess"]) and found["excess_at"] == expected["excess_at"]
+
+
+def test_colour_noise_on_grey_images_is_found_and_measured_against_rounding(collected):
+    grey = collected[..., :1].repeat(3, 3)
+    noisy = np.clip(grey[:700].astype(int) + np.random.default_rng(2).choice([-3, 3], (700, 32, 32, 3)), 0, 255)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = describe_difference(noisy.astype(np.uint8), grey[700:], permutations=99)
+        flat = np.full((40, 8, 8, 3), 100, np.uint8)
+        assert describe_difference(flat, flat[:20], permutations=99)["finding"] == "none"
+    # White noise of 3 levels has the power 9 everywhere, and that of rounding is 1/12.
+    assert found["finding"] == "noise" and found["excess"] == pytest.approx(9 * 12, rel=0.1)
+    assert found["excess_at"][0] in (1, 2)
+    assert found["spectrum"].power[1:, 1:] == pytest.approx(9, rel=0.1)
 
 
 def test_sets_that_do_not_fit_are_refused(protected, collected):

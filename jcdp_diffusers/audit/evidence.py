@@ -5,14 +5,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..data import LabelledImages
-from ..spectrum import describe_difference, power_spectra
+from ..spectrum import ROUNDING_POWER, describe_difference, power_spectra
 
 
 PERMUTATIONS = 999
 # Of each set. More images of this size take long, and the standard error is small by then.
 VALUES = 2**29
-# Rounding to bytes alone adds 1/12 squared level to each value: a power below is none.
-ROUNDING_POWER = 1 / 12
 
 
 def spectral_evidence(
