@@ -35,6 +35,7 @@ from .checkpoint import Checkpoint
 
 
 SOURCE = "DUNE, ICML 2026, as in its released program (wxldragon/DUNE)"
+SSIM_WINDOW = 7  # pixels, a side
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,17 @@ def perturb(
     checkpoint_dir: Path | None,
     progress: bool,
 ) -> torch.Tensor:
-    """See [`Poison`]; an interruption repeats the surrogate's training as a whole, but not swarms and steps."""
+    """
+    See [`Poison`]; an interruption repeats the surrogate's training as a whole, but not swarms and steps.
+
+    Raises:
+        ValueError: If images are smaller than a window of SSIM.
+    """
+    height, width = images.shape[2:]
+    if min(height, width) < SSIM_WINDOW:
+        raise ValueError(
+            f"images has {height} x {width} pixels, but must have at least {SSIM_WINDOW} x {SSIM_WINDOW} for SSIM."
+        )
     kept = Checkpoint(checkpoint_dir, "dune", settings, seed, images, labels)
     classes = int(labels.max()) + 1
     batches = torch.arange(len(images)).split(settings.batch_size)
@@ -258,7 +269,7 @@ def unnatural(
     return beyond
 
 
-def structural_similarity(images: torch.Tensor, others: torch.Tensor, window: int = 7) -> torch.Tensor:
+def structural_similarity(images: torch.Tensor, others: torch.Tensor, window: int = SSIM_WINDOW) -> torch.Tensor:
     """
     SSIM (Wang et al., IEEE TIP 2004) of images in [0, 1], in uniform windows, mean over windows and channels.
 

@@ -123,6 +123,7 @@ class Encoder:
                 raise ValueError(
                     f"images holds {len(images)} images, but must hold at least {needed}, the {name} of the settings."
                 )
+        victims.check_sides(settings.surrogate, *images.shape[2:], argument="surrogate")
         self.settings = settings
         with seeded(seed):
             # Its last layer is never used, so one class will do.

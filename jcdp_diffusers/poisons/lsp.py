@@ -77,8 +77,8 @@ def perturb(
     from sklearn.datasets import make_classification
 
     channels, height, width = images.shape[1:]
-    patch = settings.patch or min(height // 4, 32)
-    if patch == 0 or height % patch or width % patch:
+    patch = settings.patch or max(1, min(height // 4, 32))
+    if height % patch or width % patch:
         raise ValueError(
             f"images has {height} x {width} pixels, but must have multiples of the patches' {patch} x {patch} pixels."
         )

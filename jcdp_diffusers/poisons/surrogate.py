@@ -15,6 +15,7 @@ def build(
     name: str, width: int, images: torch.Tensor, labels: torch.Tensor, seed: int, device: torch.device
 ) -> nn.Module:
     """A surrogate with weights drawn from `seed`: one of our own victims, for the classes of `labels`, on `device`."""
+    victims.check_sides(name, *images.shape[2:], argument="surrogate")
     side = min(images.shape[2:])
     with seeded(seed):
         model = victims.build(name, int(labels.max()) + 1, in_channels=images.shape[1], width=width, image_size=side)

@@ -15,6 +15,9 @@ from typing import Any
 
 NAMES = ("resnet18", "convnet94", "vgg16", "densenet121", "mobilenet_v2", "vit")
 METHODS = ("supervised", "simclr", "moco-v2", "byol")
+# Sides of images in pixels that a network takes, where not all: the smallest, and what they must be a multiple of. A
+# smaller image has no maps left at the end, and of another a vision transformer would not see the last rows.
+SIDES = {"convnet94": (9, 1), "densenet121": (8, 1), "vit": (4, 4)}
 
 # Name -> module. Each is imported when the name is first used, so that the names above cost no import of torch.
 _MODULES = {
@@ -34,7 +37,7 @@ _MODULES = {
     "train_victim": "victim",
 }
 
-__all__ = ["METHODS", "NAMES", "build", "get", *_MODULES]
+__all__ = ["METHODS", "NAMES", "SIDES", "build", "check_sides", "get", *_MODULES]
 
 
 def get(name: str) -> Callable[..., Any]:
@@ -67,6 +70,27 @@ def build(name: str, num_classes: int, *, in_channels: int, width: int, image_si
     builder = get(name)
     sized = {"image_size": image_size} if "image_size" in inspect.signature(builder).parameters else {}
     return builder(num_classes, in_channels=in_channels, width=width, **sized)
+
+
+def check_sides(name: str, height: int, width: int, *, argument: str = "victim") -> None:
+    """
+    Refuse images that a network does not take, or of which it would not see all.
+
+    Args:
+        name (`str`): One of `NAMES`.
+        height, width (`int`): Of the images, in pixels.
+        argument (`str`): What the sentence calls the network.
+
+    Raises:
+        ValueError: If a side is too small or no multiple of what it must be.
+    """
+    smallest, multiple = SIDES.get(name, (1, 1))
+    if min(height, width) < smallest or height % multiple or width % multiple:
+        accepted = f"at least {smallest}" if multiple == 1 else f"a multiple of {multiple}"
+        raise ValueError(
+            f"{argument} is {name!r}, but must be another for images of {height}x{width} pixels: {name} needs sides "
+            f"of {accepted} pixels."
+        )
 
 
 def __getattr__(name: str) -> Any:

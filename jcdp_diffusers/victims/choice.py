@@ -55,10 +55,11 @@ def choose(
         short (`bool`, defaults to `False`): Whether `airbench-short` takes the place of `airbench`.
 
     Raises:
-        ValueError: If there is no such network or recipe.
+        ValueError: If there is no such network or recipe, or the network does not take images of that size.
     """
     if victim is not None:
         victims.get(victim)
+        victims.check_sides(victim, *shape[:2])
     if recipe is not None:
         recipe = get_recipe(recipe, method)
     on_cpu = torch.device(device).type == "cpu"
@@ -67,11 +68,13 @@ def choose(
     if victim is None and recipe is None:
         if not on_cpu:
             return "resnet18", get_recipe("fast")
-        if not victims.get("convnet94").smallest_side <= min(shape[:2]) <= LARGEST_SIDE:
+        if not victims.SIDES["convnet94"][0] <= min(shape[:2]) <= LARGEST_SIDE:
             return "resnet18", get_recipe("mini")
         victim = "convnet94"
     if victim is None:
-        return "convnet94" if isinstance(recipe, AirbenchRecipe) else "resnet18", recipe
+        victim = "convnet94" if isinstance(recipe, AirbenchRecipe) else "resnet18"
+        victims.check_sides(victim, *shape[:2])
+        return victim, recipe
     if recipe is None:
         name = _RECIPES.get(victim, "fast")
         recipe = get_recipe("airbench-short" if short and name == "airbench" else name)

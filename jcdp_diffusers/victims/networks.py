@@ -147,8 +147,6 @@ class ConvNet94(nn.Module):
         ValueError: If the width is no positive integer.
     """
 
-    smallest_side = 9  # of images, whose last maps have one pixel
-
     def __init__(self, num_classes: int, *, in_channels: int = 3, width: int = 64):
         super().__init__()
         _check_width("convnet94", width)

@@ -313,12 +313,7 @@ def _check_shapes(sets: dict[str, LabelledImages]) -> None:
 
 def _check_network(victim: str, train_set: LabelledImages, whitening: LabelledImages | None) -> None:
     network = victims.get(victim)
-    smallest = getattr(network, "smallest_side", 1)
-    if min(train_set.images.shape[1:3]) < smallest:
-        raise ValueError(
-            f"train has images of shape {_shape(train_set)}, but must have sides of at least {smallest} pixels for "
-            f"victim {victim!r}."
-        )
+    victims.check_sides(victim, *train_set.images.shape[1:3])
     if whitening is None:
         return
     if not hasattr(network, "whiten"):

@@ -252,3 +252,8 @@ def test_without_steps_the_adversary_is_a_uniform_shift(middle):
     shift = remn.adversarial(Linear(), images, labels, settings, draw, steps=0) - images
     expected = 4 / 255 * (2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) - 1)
     torch.testing.assert_close(shift, expected, atol=1e-7, rtol=0)
+
+
+def test_dune_needs_windows_of_ssim_before_it_trains_anything():
+    with pytest.raises(ValueError, match="images has 6 x 9 pixels.* 7 x 7"):
+        poisons.get("dune")(torch.rand(4, 3, 6, 9), torch.arange(4) % 2, preset="smoke")

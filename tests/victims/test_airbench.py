@@ -235,7 +235,7 @@ def test_another_network_may_be_trained_so(train):
 
 def test_bad_input(train, test):
     small = [data.with_images(data.images[:, :8]) for data in (train, test)]
-    with pytest.raises(ValueError, match="train has images of shape 8x16x1, .* 9 pixels .* 'convnet94'"):
+    with pytest.raises(ValueError, match="victim is 'convnet94'.* 8x16 .* 9 pixels"):
         train_victim(*small, victim="convnet94", recipe="smoke")
     with pytest.raises(ValueError, match="whitening has 100 images, .* 'resnet18'"):
         train_victim(train, test, whitening=test, recipe="smoke")

@@ -26,12 +26,18 @@ OWN = Recipe("own", epochs=1)
         ((None, "airbench"), "cuda", 32, ("convnet94", "airbench")),
         ((None, "airbench-short"), "cpu", 32, ("convnet94", "airbench-short")),
         (("resnet18", "airbench"), "cpu", 32, ("resnet18", "airbench")),
-        (("convnet94", "smoke"), "cpu", 8, ("convnet94", "smoke")),
+        (("convnet94", "smoke"), "cpu", 9, ("convnet94", "smoke")),
     ],
 )
 def test_supervised(given, device, side, chosen):
     victim, recipe = choose(*given, device=device, shape=(side, side + 1, 3))
     assert (victim, recipe.name) == chosen
+
+
+@pytest.mark.parametrize("given", [("convnet94", "smoke"), (None, "airbench-short")])
+def test_images_that_a_network_does_not_take(given):
+    with pytest.raises(ValueError, match="victim is 'convnet94'.* 8x9 .* 9 pixels"):
+        choose(*given, device="cpu", shape=(8, 9, 3))
 
 
 def test_an_audit_is_short():

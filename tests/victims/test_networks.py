@@ -136,6 +136,33 @@ def test_vit_positions_matter():
     assert not torch.allclose(model(images), model(images.roll(16, dims=-1)), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", victims.NAMES)
+def test_images_of_any_size_are_taken_or_refused_in_a_sentence(name):
+    network = victims.get(name)(10, width=8).eval()
+    if hasattr(network, "whiten"):
+        network.whiten(torch.rand(50, 3, 12, 12))
+    accepted = 0
+    for height, width in [(1, 1), (4, 8), (5, 5), (8, 8), (9, 9), (9, 13), (33, 20), (36, 20)]:
+        try:
+            victims.check_sides(name, height, width)
+        except ValueError as error:
+            assert repr(name) in str(error) and f"{height}x{width}" in str(error)
+        else:
+            accepted += 1
+            assert network(torch.rand(2, 3, height, width)).shape == (2, 10)
+    assert accepted >= 3
+
+
+def test_vit_is_given_no_image_whose_last_row_it_would_not_see():
+    network = victims.get("vit")(10, width=8).eval()
+    for height, seen in ((32, True), (33, False)):
+        images = torch.rand(1, 3, height, 32, requires_grad=True)
+        network(images).sum().backward()
+        assert bool(images.grad[:, :, -1].any()) is seen
+    with pytest.raises(ValueError, match="victim is 'vit'.* 33x32 .* 4 pixels"):
+        victims.check_sides("vit", 33, 32)
+
+
 @pytest.mark.parametrize(
     "name, width, message",
     [
