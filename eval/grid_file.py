@@ -163,6 +163,12 @@ class Grid:
 
     def _check_poison_settings(self) -> None:
         names = {entry.removesuffix(control.SUFFIX) for entry in self.poisons} - {"none"}
+        for name in sorted(names):
+            if self.poison_preset not in poisons.get(name).presets:
+                raise ValueError(
+                    f"poison_preset is {self.poison_preset!r}, but for {name} must be one of "
+                    f"{', '.join(poisons.get(name).presets)}."
+                )
         if not self.poison_settings:
             return
         if len(names) != 1:

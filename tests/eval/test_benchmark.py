@@ -262,6 +262,7 @@ def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, ca
     "changes, sentence",
     [
         ({"poisons": ["lps"]}, "poisons has 'lps', but accepted are none, emn"),
+        ({"poisons": ["emn", "lsp"], "poison_preset": "gpu"}, "poison_preset is 'gpu', but for lsp must be one of"),
         ({"colour": 1}, "holds 'colour', but its entries are about, countermeasures, data"),
         ({"countermeasures": ["magic"]}, "'magic'"),
         ({"countermeasures": ["gray", "gray"]}, "countermeasures has two columns 'gray'"),
