@@ -130,6 +130,11 @@ def grid_of(name: str) -> Callable[[], str]:
     return lambda: grid_table(measured(name), "cifar10")
 
 
+def tiny_table(name: str) -> Callable[[], str]:
+    """Images of 64x64: all that one file of records holds."""
+    return lambda: grid_table(Measured(read_records(RESULTS / f"{name}.jsonl")), "tiny-imagenet-20")
+
+
 def table_by(setting: Callable[[dict], str], name: str, title: str) -> Callable[[], str]:
     """Clean images, LSP and LSP purified, a row for each value of a setting that no table mixes."""
 
@@ -166,6 +171,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "protocols": table_by(recipe_in_words, "protocols", "recipe"),
         "victims": table_by(lambda record: record["settings"]["victim"], "victims", "victim"),
         "cpu victim": cpu_victim_table,
+        "tiny": tiny_table("tiny_imagenet_20"),
+        "tiny search": tiny_table("tiny_imagenet_20_search"),
         "guides": grid_of("guides"),
         "coloured": grid_of("coloured"),
         "without labels": unlabelled_table,
