@@ -48,6 +48,12 @@ def test_larger_images_get_a_network_of_their_own(side, names):
         plan_for(grey(1, 264), torch.device("cpu"), smoke=False)
 
 
+def test_larger_images_are_purified_in_rounds_that_the_network_knows():
+    small, large = (plan_for(grey(5, side), torch.device("cpu"), smoke=False) for side in (32, 64))
+    assert small.purification.num_rounds == 1 < large.purification.num_rounds
+    assert large.purification.diffusion_steps <= large.training.trained_timesteps[1]
+
+
 def test_a_plan_with_fewer_steps_keeps_its_checkpoints():
     plan = with_steps(plan_for(grey(5), torch.device("cpu"), smoke=False), 100)
     assert (plan.training.max_train_steps, plan.training.checkpointing_steps) == (100, 25)
