@@ -35,6 +35,8 @@ COLUMNS = {
     "jpeg-10": "JPEG-10",
     "bdr-2": "BDR-2",
     "orthogonal-projection": "orthogonal projection",
+    "rsk": "RSK",
+    "coin": "COIN",
     "random-noise": "random noise",
     "cutout": "Cutout",
     "mixup": "Mixup",
