@@ -56,15 +56,15 @@ class _Case:
         choices (`tuple`): By side of the images, smallest first.
         checkpoints (`int`): How many the training writes.
         training (`dict`): Fields of `TrainingConfig` that all of them have.
-        purification (`PurificationConfig`): How they purify images up to 32 pixels.
-        of_larger (`PurificationConfig`): How they purify larger ones.
+        purification (`PurificationConfig`): How they purify images.
+        of_larger (`PurificationConfig`, *optional*): How they purify images above `SMALL_SIDE` instead.
     """
 
     choices: tuple[_Choice, ...]
     checkpoints: int
     training: Mapping[str, Any]
     purification: PurificationConfig
-    of_larger: PurificationConfig
+    of_larger: PurificationConfig | None = None
 
 
 # On a CPU with few images: about 30 to 140 TFLOP of training, minutes on two cores.
@@ -93,7 +93,6 @@ _MANY = _Case(
     checkpoints=6,
     training={"learning_rate": 1e-3, "lr_scheduler": "cosine", "mixed_precision": "bf16"},
     purification=PRESETS["tuned"],
-    of_larger=PRESETS["tuned"],
 )
 # On an accelerator: about 100 PFLOP, five minutes of a GPU that does 280 TFLOP/s.
 _ACCELERATOR = _Case(
@@ -106,7 +105,6 @@ _ACCELERATOR = _Case(
     checkpoints=10,
     training={"mixed_precision": "bf16"},
     purification=PurificationConfig(diffusion_steps=100, num_inference_steps=20),
-    of_larger=PurificationConfig(diffusion_steps=100, num_inference_steps=20),
 )
 SMALL_SIDE = 32
 LARGEST_SIDE = 256
@@ -148,7 +146,8 @@ def plan_for(collected: LabelledImages, device: torch.device, smoke: bool) -> Pl
         **case.training,
         **common,
     )
-    return Plan(chosen.unet, training, case.purification if height <= SMALL_SIDE else case.of_larger)
+    is_large = height > SMALL_SIDE and case.of_larger is not None
+    return Plan(chosen.unet, training, case.of_larger if is_large else case.purification)
 
 
 def _choice(choices: tuple[_Choice, ...], side: int) -> _Choice:

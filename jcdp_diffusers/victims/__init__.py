@@ -15,9 +15,10 @@ from typing import Any
 
 NAMES = ("resnet18", "convnet94", "vgg16", "densenet121", "mobilenet_v2", "vit")
 METHODS = ("supervised", "simclr", "moco-v2", "byol")
-# Sides of images in pixels that a network takes, where not all: the smallest, and what they must be a multiple of. A
-# smaller image has no maps left at the end, and of another a vision transformer would not see the last rows.
-SIDES = {"convnet94": (9, 1), "densenet121": (8, 1), "vit": (4, 4)}
+# What the sides of images must be in pixels, for networks that do not take all. A smaller image leaves no maps at the
+# end. Of an image with other sides, a vision transformer would not see the last rows.
+_SMALLEST_SIDES = {"convnet94": 9, "densenet121": 8}
+_MULTIPLES = {"vit": 4}
 
 # Name -> module. Each is imported when the name is first used, so that the names above cost no import of torch.
 _MODULES = {
@@ -37,7 +38,7 @@ _MODULES = {
     "train_victim": "victim",
 }
 
-__all__ = ["METHODS", "NAMES", "SIDES", "build", "check_sides", "get", *_MODULES]
+__all__ = ["METHODS", "NAMES", "build", "check_sides", "get", "takes_sides", *_MODULES]
 
 
 def get(name: str) -> Callable[..., Any]:
@@ -72,6 +73,12 @@ def build(name: str, num_classes: int, *, in_channels: int, width: int, image_si
     return builder(num_classes, in_channels=in_channels, width=width, **sized)
 
 
+def takes_sides(name: str, height: int, width: int) -> bool:
+    """Whether a network takes images of that size and sees all of them; arguments as for `check_sides`."""
+    multiple = _MULTIPLES.get(name, 1)
+    return min(height, width) >= _SMALLEST_SIDES.get(name, 1) and height % multiple == width % multiple == 0
+
+
 def check_sides(name: str, height: int, width: int, *, argument: str = "victim") -> None:
     """
     Refuse images that a network does not take, or of which it would not see all.
@@ -84,9 +91,9 @@ def check_sides(name: str, height: int, width: int, *, argument: str = "victim")
     Raises:
         ValueError: If a side is too small or no multiple of what it must be.
     """
-    smallest, multiple = SIDES.get(name, (1, 1))
-    if min(height, width) < smallest or height % multiple or width % multiple:
-        accepted = f"at least {smallest}" if multiple == 1 else f"a multiple of {multiple}"
+    if not takes_sides(name, height, width):
+        multiple = _MULTIPLES.get(name)
+        accepted = f"a multiple of {multiple}" if multiple else f"at least {_SMALLEST_SIDES[name]}"
         raise ValueError(
             f"{argument} is {name!r}, but must be another for images of {height}x{width} pixels: {name} needs sides "
             f"of {accepted} pixels."

@@ -68,7 +68,7 @@ def choose(
     if victim is None and recipe is None:
         if not on_cpu:
             return "resnet18", get_recipe("fast")
-        if not victims.SIDES["convnet94"][0] <= min(shape[:2]) <= LARGEST_SIDE:
+        if not victims.takes_sides("convnet94", *shape[:2]) or min(shape[:2]) > LARGEST_SIDE:
             return "resnet18", get_recipe("mini")
         victim = "convnet94"
     if victim is None:
