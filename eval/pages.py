@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 from eval import purify_scaling
-from eval.measured import NOT_MEASURED, POISONS, Measured, spread
+from eval.measured import METHODS_SAID, NOT_MEASURED, POISONS, Measured, spread
 from eval.page_figures import figure
 from eval.speed_tables import speed_table
 from eval.studies import detection, finetune_versus_scratch, spectrum_guidance
@@ -121,7 +121,7 @@ def unlabelled_table() -> str:
 def both_ways_table() -> str:
     """What poisons made against one way of learning do to the other, on the same images."""
     records = read_records(RESULTS / "contrastive.jsonl") + read_records(RESULTS / "attacks_cifar10_5k.jsonl")
-    by_method = {method: Measured(records, method=method) for method in ("supervised", "simclr")}
+    by_method = {method: Measured(records, method=method) for method in METHODS_SAID}
     return transfer_table(by_method, "cifar10", ("none", "lsp", "cp-s", "uc"))
 
 

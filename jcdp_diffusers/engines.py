@@ -314,14 +314,18 @@ def _run_in_processes(tasks: list[Task], open_worker: Callable[[], Any], process
 
 def _end_of_a_process(workers: Iterable[BaseProcess], at_work: Path) -> str:
     """Which task a process died at, and how; the pool has ended the other processes by SIGTERM since."""
-    ended = [process for process in workers if process.exitcode]
-    if not ended:  # they were gone before anyone could look
+    task_of = {process.pid: at_work / str(process.pid) for process in workers}
+    # A process that was still starting when another died is ended with it, and had no task yet.
+    ended = [
+        process
+        for process in workers
+        if process.exitcode and (process.exitcode != -signal.SIGTERM or task_of[process.pid].exists())
+    ]
+    if not ended:  # whichever died first was gone before anyone could look
         return (
             "All processes ended while they started. Each begins by importing the script that was called, so a script "
             'must make this call below `if __name__ == "__main__":`.'
         )
-    # A process that was still starting when another died ends by itself, and had no task yet.
-    task_of = {process.pid: at_work / str(process.pid) for process in ended}
     ended.sort(key=lambda process: (process.exitcode == -signal.SIGTERM, not task_of[process.pid].exists()))
     code, task = ended[0].exitcode, task_of[ended[0].pid]
     how = f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with exit code {code}"
