@@ -11,6 +11,7 @@ their spectrum (`spectrum.describe_difference`), which needs no labels.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from .audit.evidence import rise_in_words
 from .audit.shortcut import PIXEL_MODELS, SHORTCUT_IMAGES, SHORTCUT_VALUES, PixelModel, gap_of
-from .data import LabelledImages, find_overlap, load_images
+from .data import LabelledImages, find_overlap, join_labels, load_images
 from .data.photographs import stored_sizes, working_size
 from .devices import default_device
 from .outputs import check_output_file, write_atomically
@@ -49,9 +50,9 @@ def detect(
     Args:
         dataset (`LabelledImages`): The suspicious set. Labels are needed for the shortcut, not for the spectrum.
         collected (`LabelledImages`, *optional*): Other images of the same kind, unprotected. With labels of the same
-            classes they are the reference of the shortcut; with or without, that of the spectrum.
-        purified (`LabelledImages`, *optional*): The set's own purified copy, joined by id, as the shortcut's reference
-            where collected images have no labels.
+            classes, by name, they are the reference of the shortcut; with or without, that of the spectrum.
+        purified (`LabelledImages`, *optional*): The set's own purified copy, joined by id, whose labels it takes, as
+            the shortcut's reference where collected images have no labels.
         seed (`int`): Of divisions and models.
         permutations (`int`): Of the spectrum's test.
 
@@ -66,10 +67,12 @@ def detect(
         ValueError: If a set is too small, has one class only, or does not fit the other.
     """
     _check(dataset, collected, purified)
+    if dataset.labels is not None and collected is not None and collected.labels is not None:
+        dataset, collected = join_labels({"dataset": dataset, "collected": collected}).values()
     found: dict[str, Any] = {"images": len(dataset), "shortcut": None, "spectrum": None}
     if dataset.labels is not None:
-        reference = purified if collected is None or collected.labels is None else collected
-        found["shortcut"] = _shortcut(dataset, reference, seed)
+        is_copy = collected is None or collected.labels is None
+        found["shortcut"] = _shortcut(dataset, purified if is_copy else collected, seed, is_copy=is_copy)
     if collected is not None:
         spectrum = describe_difference(dataset.images, collected.images, permutations=permutations, seed=seed)
         estimate = spectrum.pop("spectrum")
@@ -109,23 +112,19 @@ def _check(dataset: LabelledImages, collected: LabelledImages | None, purified: 
                 f"collected has {len(np.unique(pairs[:, 1]))} images of dataset, the first {collected.called(second)} "
                 f"(in dataset {dataset.called(first)}), but it must hold other images."
             )
-        names = dataset.class_names, collected.class_names
-        if collected.labels is not None and None not in names and names[0] != names[1]:
-            raise ValueError(
-                f"collected has the classes {names[1]}, but dataset has {names[0]}: they must be the same."
-            )
 
 
-def _shortcut(dataset: LabelledImages, reference: LabelledImages | None, seed: int) -> dict[str, Any]:
+def _shortcut(
+    dataset: LabelledImages, reference: LabelledImages | None, seed: int, *, is_copy: bool
+) -> dict[str, Any]:
     """Models fitted to four fifths of the set, on the last fifth and on the reference; each fifth is the last once."""
     limit = max(LEAST_IMAGES, min(SHORTCUT_IMAGES, SHORTCUT_VALUES // dataset.images[0].size))
     rows = np.random.default_rng(seed).permutation(len(dataset))[:limit]
     data = dataset.subset(rows)
     folds = np.arange(len(data)) % FOLDS
-    is_copy = reference is not None and set(reference.ids) == set(dataset.ids)  # purified: the same images
-    if is_copy:
+    if reference is not None and is_copy:
         place = {id_: row for row, id_ in enumerate(reference.ids)}
-        reference = reference.subset([place[id_] for id_ in data.ids])
+        reference = replace(reference.subset([place[id_] for id_ in data.ids]), labels=data.labels)
     elif reference is not None:
         reference = reference.subset(np.random.default_rng(seed).permutation(len(reference))[:limit])
     result: dict[str, Any] = {"images": len(data), "reference": None if reference is None else len(reference)}

@@ -51,6 +51,7 @@ REQUESTED = (
     "whitening",
     "init_from",
     "pairs",
+    "collected_images",
 )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,28 @@ def test_its_own_purified_copy_is_a_reference(clean):
     assert detect(clean, purified=clean)["protected"] is False
 
 
+def test_classes_are_joined_by_name(clean, collected):
+    """A folder of classes beside a file whose labels are the same names, in another order and without a list."""
+    order = np.array([2, 0, 3, 1])
+    renamed = LabelledImages(
+        collected.images, order[collected.labels], collected.ids, tuple(np.array(clean.class_names)[np.argsort(order)])
+    )
+    found = detect(clean, renamed, permutations=99)
+    assert found["shortcut"]["linear"] == detect(clean, collected, permutations=99)["shortcut"]["linear"]
+
+
+def test_a_purified_copy_takes_the_labels_of_its_set_and_other_images_keep_theirs(clean, collected):
+    found = detect(clean, purified=LabelledImages(clean.images, None, clean.ids))
+    assert found["protected"] is False and found["shortcut"]["linear"]["reference"] > 0.3
+    # Two folders of equal size may have the same ids, which are row numbers.
+    numbered = (tuple(map(str, range(600))), "a"), (tuple(map(str, range(600))), "b")
+    sets = [
+        replace(data, ids=ids, id_space=space)
+        for data, (ids, space) in zip((clean, collected.subset(np.arange(600)[::-1])), numbered)
+    ]
+    assert detect(*sets, permutations=99)["protected"] is False
+
+
 def test_sets_that_differ_in_contrast_are_not_called_protected(clean):
     louder = make(600, 3, contrast=22.0)
     found = detect(clean, LabelledImages(louder.images, None, louder.ids), permutations=199)
@@ -122,7 +145,7 @@ def test_sets_that_differ_in_contrast_are_not_called_protected(clean):
         ),
         pytest.param(
             lambda d, c: (d, LabelledImages(c.images, c.labels, c.ids, ("a", "b", "c", "d"))),
-            ("collected", "'a'"),
+            ("dataset has no image of class", "'a'"),
             id="other classes",
         ),
     ],

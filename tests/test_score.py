@@ -14,6 +14,7 @@ from purifying import quick_pipe
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from jcdp_diffusers import score as scoring
 from jcdp_diffusers import trials, victims
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.countermeasures import paired
@@ -319,6 +320,17 @@ def test_another_scores_file_is_not_overwritten(train, test, tmp_path, change, n
     with pytest.raises(ValueError, match=f"score.json.* holds a score with another {name}; give"):
         score(**options | change)
     assert output.read_text() == before
+
+
+def test_a_score_with_other_collected_images_is_another(test, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "measure", lambda trials, records, **_: records.touch())
+    monkeypatch.setattr(scoring, "_result", lambda request, *_: {"request": request})
+    options = {"method": "simclr", "protocol": "smoke", "countermeasure": "advcl", "probe": digits(280, 340)}
+    options |= {"output": tmp_path / "score.json"}
+    first = score(digits(220, 280), test, collected=digits(340, 400), **options)
+    assert score(digits(220, 280), test, collected=digits(340, 400), **options) == first
+    with pytest.raises(ValueError, match="score.json.* holds a score with another collected_images; give"):
+        score(digits(220, 280), test, collected=digits(400, 460), **options)
 
 
 @pytest.mark.parametrize("as_object", [False, True])

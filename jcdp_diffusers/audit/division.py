@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ..data import LabelledImages, find_likenesses
-from ..data.checks import match_originals
+from ..data.checks import find_originals
 
 
 # Of each class, in an undivided set: 2 that train victims, 1 to collect and 1 to test.
@@ -95,11 +95,16 @@ def divide(
     if not missing:
         return sets, Division()
     if "clean" in sets and (sets["protected"].labels is not None or sets["clean"].labels is not None):
-        sets["clean"] = match_originals(sets["clean"], sets["protected"])
+        sets["clean"] = find_originals(sets["clean"], sets["protected"])
         if sets["protected"].labels is not None:
             names = {"labels": sets["protected"].labels, "class_names": sets["protected"].class_names}
             sets["clean"] = replace(sets["clean"], **names)
         return _divide(sets, "clean", missing, seed, budget)
+    if sets["protected"].labels is None:
+        raise ValueError(
+            "protected has no labels, and no set that can be divided has any, but test images need labels: give "
+            "--clean or --collected with them."
+        )
     for other in ("collected", "test"):
         if other in sets and _same_classes(sets[other], sets["protected"]):
             return _divide(sets, other, missing, seed, budget)

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ class Planned:
     used: AuditPurifier
     minutes: float | None = None
     said: list[str] = dataclasses.field(default_factory=list)
-    begun: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    begun: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def plan_time(
@@ -51,7 +52,8 @@ def plan_time(
     """
     Estimate the time that an audit takes, say it, and lessen what is trained where a budget asks for that.
 
-    A folder in which the audit was begun keeps the purifier and the width of the victims that were planned then.
+    A folder in which the audit was begun keeps the purifier that was planned then, and the width of the victims as
+    long as the same width is asked for.
 
     Args:
         sets (`dict`): Images by role.
@@ -67,22 +69,29 @@ def plan_time(
         return Planned(asked, used)
     minutes = asked.budget_minutes or (DIVIDED_MINUTES if division.of or not learners else None)
     wanted, before = asked_extent(asked, learners, used), read_begun(output_dir)
+    lessened = {"minutes": minutes, "asked_width": asked.width}
     if before:
         own = before["plan"] if wanted.steps and asked.plan is None else None
-        steps = wanted.steps if own is None else own["training"]["max_train_steps"]
-        extent = Extent(steps, asked.width or before.get("width", wanted.width), wanted.seeds)
+        steps, width = wanted.steps if own is None else own["training"]["max_train_steps"], wanted.width
+        if (then := before.get("lessened")) is not None:
+            lessened["minutes"] = then["minutes"]
+            width = then["width"] if then["asked_width"] == asked.width else width
+        extent = Extent(steps, width, wanted.seeds)
     else:
         to_purify = asked.draws * len(sets["protected"]) + (len(sets["test"]) if division.stand_in else 0)
         costs = measure_costs(sets, used, asked, learners, device, processes, to_purify=to_purify)
         extent = wanted if minutes is None else within_budget(costs, wanted, minutes)
         _say_costs(costs, wanted, extent, minutes, to_purify, say)
-    asked, used = fitted(asked, used, wanted, extent)
-    begun = {} if extent.width == wanted.width else {"width": extent.width}
-    return Planned(asked, used, minutes, _lessened(wanted, extent, minutes), begun)
+    if extent == wanted:
+        return Planned(asked, used, minutes)
+    said, begun = _lessened(wanted, extent, lessened["minutes"]), {"lessened": lessened | {"width": extent.width}}
+    return Planned(*fitted(asked, used, wanted, extent), minutes, said, begun)
 
 
 def _lessened(wanted: Extent, extent: Extent, minutes: float | None) -> list[str]:
     """What is less than it would be without a budget, in a sentence."""
+    if minutes is None:  # the folder's purifier was begun with a plan of its own
+        return []
     parts = []
     if extent.steps != wanted.steps:
         parts.append(f"{extent.steps:,} training steps of the purifier in place of {wanted.steps:,}")
@@ -90,7 +99,7 @@ def _lessened(wanted: Extent, extent: Extent, minutes: float | None) -> list[str
         parts.append(f"victims of width {extent.width} in place of {wanted.width}")
     if extent.seeds != wanted.seeds:
         parts.append(f"{extent.seeds} victims per row in place of {wanted.seeds}")
-    return [f"The audit was kept within {minutes:g} minutes: {', '.join(parts)}."] if parts and minutes else []
+    return [f"The audit was kept within {minutes:g} minutes: {', '.join(parts)}."]
 
 
 def _say_costs(

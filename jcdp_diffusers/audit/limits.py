@@ -64,8 +64,9 @@ def limits(
     ]
     if attacks and status != "exchanged":
         found.append(
-            f"The verdict speaks of the strongest of {len(attacks) + 1} attacks. The same test images choose it, and "
-            "that flatters its figure by a little; the verdict allows for that (Bonferroni)."
+            f"The verdict speaks of one of {len(attacks) + 1} attacks: the strongest that bears it out, and one that "
+            "assumes more than the others only where no other does. The same test images choose it, and that flatters "
+            "its figure by a little; the verdict allows for that (Bonferroni)."
         )
     if status == "withstands":
         most = 100 * (1 - 0.05 ** (1 / seeds))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from .verdict import NO_ATTACKS
 from .words import SAVE_ROWS, row_title, seconds_in_words
 
 
@@ -46,10 +47,17 @@ def numbers(report: Mapping) -> list[dict]:
         `list[dict]`: Each with `row` (None where it is not known), `value`, `title` and `note`.
     """
     rows = {entry["row"]: entry for entry in report["rows"]}
-    titles = {"clean": "learned from the clean images", "protected": "learned from the protected images"}
+    attack = report["verdict"]["attack"]
+    strongest = max(rows.keys() - set(NO_ATTACKS), key=lambda row: (rows[row]["accuracy"]["mean"], row == attack))
+    # A stronger one may scatter too much to bear the verdict out, or assume more.
+    which = "the strongest attack" if attack == strongest else "the attack that the verdict speaks of"
+    titles = {
+        "clean": "learned from the clean images",
+        "protected": "learned from the protected images",
+        attack: f"learned by {which}: {row_title(rows[attack])}",
+    }
     found = []
-    for row in ("clean", "protected", report["verdict"]["attack"]):
-        title = titles.get(row) or f"learned by the strongest attack: {row_title(rows[row])}"
+    for row, title in titles.items():
         if row not in rows:
             found.append({"row": None, "value": "?", "title": title, "note": "no originals were given"})
             continue
@@ -58,6 +66,9 @@ def numbers(report: Mapping) -> list[dict]:
         note = f"{count} victims" if count > 1 else "one victim"
         note += "" if accuracy["std"] is None else f", std {100 * accuracy['std']:.1f}"
         value = f"{100 * accuracy['mean']:.0f} %"
+        if row == attack != strongest:
+            mean = 100 * rows[strongest]["accuracy"]["mean"]
+            note += f"; {mean:.0f} % on average by {row_title(rows[strongest])}"
         found.append({"row": row, "value": value, "title": title, "note": note})
     return found
 

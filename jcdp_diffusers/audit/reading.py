@@ -146,7 +146,9 @@ def read(
                 "no labels."
             )
         _refuse_victims(asked)
-        sets, division = divide_unlabelled(sets, needs_collected=purifier is None, seed=asked.seed)
+        sets, division = divide_unlabelled(
+            sets, needs_collected=purifier is None, seed=asked.seed, budget=asked.budget
+        )
     else:
         sets, division = divide(sets, needs_collected=purifier is None, seed=asked.seed, budget=asked.budget)
     for sentence in division.sentences(sets):

@@ -20,11 +20,11 @@ import numpy as np
 from PIL import Image
 
 from ..data import LabelledImages
-from ..data.checks import check_separation, describe_set, match_originals
+from ..data.checks import check_separation, describe_set, find_originals
 from ..data.perturbations import measured_norms, psnr
 from ..outputs import write_atomically
 from ..results import as_settings, package_versions, plain
-from .division import Division
+from .division import Division, likenesses
 from .evidence import evidence_in_words, spectral_evidence
 from .pictures import Strips, picture_strips
 from .purifier import AuditPurifier, purify
@@ -57,30 +57,37 @@ img { max-width: 100%; } pre { white-space: pre-wrap; }</style></head><body>
 
 
 def divide_unlabelled(
-    sets: Mapping[str, LabelledImages], *, needs_collected: bool, seed: int
+    sets: Mapping[str, LabelledImages], *, needs_collected: bool, seed: int, budget: float
 ) -> tuple[dict[str, LabelledImages], Division]:
     """
     The sets with collected images, where these are needed and not given: a part of the originals or the protected.
 
+    Args:
+        sets, needs_collected, seed, budget: As for `division.divide`.
+
     Raises:
-        ValueError: If there are fewer than `LEAST_IMAGES` images.
+        ValueError: If there are fewer than `LEAST_IMAGES` different images.
     """
     sets = dict(sets)
     if "clean" in sets:
-        sets["clean"] = replace(match_originals(sets["clean"], sets["protected"]), labels=None, class_names=None)
+        sets["clean"] = replace(find_originals(sets["clean"], sets["protected"]), labels=None, class_names=None)
     if "collected" in sets or not needs_collected:
         return sets, Division()
-    of, count = "clean" if "clean" in sets else "protected", len(sets["protected"])
-    if count < LEAST_IMAGES:
+    of = "clean" if "clean" in sets else "protected"
+    source, groups = sets[of], likenesses(sets[of], budget)
+    different = groups.max() + 1
+    if different < LEAST_IMAGES:
         raise ValueError(
-            f"protected has {count} image(s), but must have {LEAST_IMAGES} to be divided: give more, or --collected."
+            f"protected has {different} different image(s), but must have {LEAST_IMAGES} to be divided: give more, or "
+            "--collected."
         )
-    rows = np.random.default_rng(seed).permutation(count)
-    parts = np.split(rows, [max(1, round(COLLECTED_FRACTION * count))])
-    kept, source = np.sort(parts[1]), sets[of]
+    chosen = np.random.default_rng(seed).permutation(different)[: max(1, round(COLLECTED_FRACTION * different))]
+    is_collected = np.isin(groups, chosen)
     for role in {"protected", "clean"} & sets.keys():
-        sets[role] = sets[role].subset(kept)
-    return sets | {"collected": source.subset(np.sort(parts[0]))}, Division(of, ("collected",))
+        sets[role] = sets[role].subset(np.flatnonzero(~is_collected))
+    together = int((np.bincount(groups)[groups] > 1).sum())
+    collected = source.subset(np.flatnonzero(is_collected))
+    return sets | {"collected": collected}, Division(of, ("collected",), together=together)
 
 
 def check_unlabelled(sets: Mapping[str, LabelledImages], asked: AuditSettings) -> None:
@@ -95,8 +102,7 @@ def check_unlabelled(sets: Mapping[str, LabelledImages], asked: AuditSettings) -
         if data.images.shape[1:] != shape:
             raise ValueError(f"{role} has images of {data.images.shape[1:]}, but protected has {shape}.")
     if "collected" in sets:
-        others = sets["protected"], None, sets["collected"], sets.get("clean")
-        check_separation(*others, roles="disjoint", budget=asked.budget)
+        check_separation(sets["protected"], sets["collected"], None, sets.get("clean"), budget=asked.budget)
 
 
 def evidence(sets: Mapping[str, LabelledImages], division: Division, seed: int) -> dict:

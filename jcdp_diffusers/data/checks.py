@@ -56,7 +56,7 @@ def check_sets(
 def check_separation(
     protected: LabelledImages,
     collected: LabelledImages | None,
-    test: LabelledImages,
+    test: LabelledImages | None,
     clean: LabelledImages | None,
     *,
     roles: str = "disjoint",
@@ -70,7 +70,8 @@ def check_separation(
 
     Args:
         protected, collected, test, clean (`LabelledImages`): By role; `collected` is None where a purifier was given
-            without the images that trained it, `clean` holds the originals of the protected images.
+            without the images that trained it, `test` where no victim is tested; `clean` holds the originals of the
+            protected images.
         roles (`str`): `"disjoint"`, or `"paper"` for a purifier that has been trained on the test images.
         budget (`float`): See `data.check_roles`.
 
@@ -82,20 +83,20 @@ def check_separation(
     """
     if roles not in ROLES:
         raise ValueError(f"roles is {roles!r}, but must be one of {ROLES}.")
+    others = {role: data for role, data in {"collected": collected, "test": test}.items() if data is not None}
     if clean is not None:
-        for role, other in (("collected", collected), ("test", test)):
+        for role, other in others.items():
             # The protection may change more than the budget says, or so many values that nearness sees nothing (CUDA);
             # its clean original is found all the same.
-            pairs = np.empty((0, 2), np.int64) if other is None else find_overlap(clean, other, budget=budget)
+            pairs = find_overlap(clean, other, budget=budget)
             _refuse(pairs, clean, other, f"{role} has {{}} images that are clean originals of protected ones")
-    if collected is None:
-        _refuse(find_overlap(protected, test, budget=budget), protected, test, _within("test", budget))
-        return {"collected_in_test": 0}
-    if roles == "disjoint":
+    if roles == "disjoint" and len(others) == 2:
         check_roles(protected, collected, test, budget=budget)
         return {"collected_in_test": 0}
-    for role, other in (("collected", collected), ("test", test)):
+    for role, other in others.items():
         _refuse(find_overlap(protected, other, budget=budget), protected, other, _within(role, budget))
+    if len(others) < 2:
+        return {"collected_in_test": 0}
     shared = len(np.unique(find_overlap(collected, test)[:, 0]))
     if shared == 0:
         raise ValueError(
@@ -106,9 +107,19 @@ def check_separation(
 
 def match_originals(clean: LabelledImages, protected: LabelledImages) -> LabelledImages:
     """
-    The clean original of each protected image, by id, in the order of the protected ones.
+    The clean original of each protected image, under its id, in the order of the protected ones.
 
-    Files of two folders, whose ids are row numbers, are matched by their names without suffixes.
+    Raises:
+        ValueError: As `find_originals`.
+    """
+    return replace(find_originals(clean, protected), ids=protected.ids, id_space=protected.id_space)
+
+
+def find_originals(clean: LabelledImages, protected: LabelledImages) -> LabelledImages:
+    """
+    The clean original of each protected image, in the order of the protected ones, under the id of its own source.
+
+    They are matched by id; files of two folders, whose ids are row numbers, by their names without suffixes.
 
     Raises:
         ValueError: If one is missing, or has another label or shape, or if the images do not resemble each other: ids
@@ -124,7 +135,7 @@ def match_originals(clean: LabelledImages, protected: LabelledImages) -> Labelle
             f"clean lacks the originals of {len(missing)} of {len(protected)} protected images, the first "
             f"{missing[0]!r}, but each must be there under the protected image's id or file name."
         )
-    clean = replace(clean.subset([rows[name] for name in wanted]), ids=protected.ids)
+    clean = clean.subset([rows[name] for name in wanted])
     if clean.images.shape != protected.images.shape:
         raise ValueError(
             f"clean has images of {_shape(clean)} and protected of {_shape(protected)} (height, width, channels), but "
@@ -222,7 +233,7 @@ def _within(role: str, budget: float) -> str:
     return f"protected has {{}} images that are {role} ones (same id, same pixels or within {255 * budget:.0f}/255)"
 
 
-def _refuse(pairs: np.ndarray, one: LabelledImages, other: LabelledImages | None, sentence: str) -> None:
+def _refuse(pairs: np.ndarray, one: LabelledImages, other: LabelledImages, sentence: str) -> None:
     if len(pairs):
         first, second = pairs[0]
         raise ValueError(

@@ -15,11 +15,12 @@ from jcdp_diffusers.audit import begun, extent
 from jcdp_diffusers.audit.costs import Costs, Extent, within_budget
 from jcdp_diffusers.audit.division import Division, divide
 from jcdp_diffusers.audit.purifier import AuditPurifier
+from jcdp_diffusers.audit.reading import read
 from jcdp_diffusers.audit.settings import AuditSettings
-from jcdp_diffusers.audit.unlabelled import evidence, sentences
+from jcdp_diffusers.audit.unlabelled import check_unlabelled, divide_unlabelled, evidence, sentences
 from jcdp_diffusers.audit.verdict import verdict, without_clean_images
 from jcdp_diffusers.cli import main
-from jcdp_diffusers.data import LabelledImages, find_overlap, load_images
+from jcdp_diffusers.data import LabelledImages, decode_image, find_overlap, load_images
 from jcdp_diffusers.data.photographs import squares_of_photographs, stored_sizes, working_size
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.train.config import TrainingConfig
@@ -147,6 +148,21 @@ def test_originals_keep_their_labels_where_the_protected_images_have_none():
     assert divided["protected"].labels is None and divided["clean"].ids == divided["protected"].ids
 
 
+def test_squares_are_those_of_the_collected_photographs_though_the_folders_differ(photographs, tmp_path):
+    """The originals are more than what was protected, so row numbers of the two folders are of different images."""
+    for path in sorted(photographs.rglob("IMG_*"))[2:]:
+        target = tmp_path / path.relative_to(photographs).with_suffix(".png")
+        target.parent.mkdir(exist_ok=True)
+        Image.fromarray(decode_image(path.read_bytes(), 3)).save(target)
+    sources = {"protected": tmp_path, "clean": photographs, "collected": None, "test": None}
+    options = {"image_size": 32, "channels": 3, "options": {}, "skip_unusable_images": False}
+    found = read(sources, None, AuditSettings(), options, torch.device("cpu"), lambda line: None)
+    squares = found.squares(sources, options, seed=0)()
+    wholes = {image.tobytes() for image in squares.images}
+    of_role = {role: [image.tobytes() in wholes for image in data.images] for role, data in found.sets.items()}
+    assert all(of_role["collected"]) and not any(of_role["clean"] + of_role["test"])
+
+
 def test_shots_of_one_thing_are_not_in_two_parts():
     """Every second image repeats the one before it with one value changed."""
     data = noise(32, classes=2)
@@ -213,8 +229,8 @@ def test_a_folder_that_was_begun_keeps_its_purifier_and_its_width(tmp_path, monk
     monkeypatch.setattr(extent, "measure_costs", lambda *_, **__: COSTS)
     lines: list[str] = []
 
-    def planned(minutes):
-        asked = AuditSettings(budget_minutes=minutes, width=None, victim="resnet18")
+    def planned(minutes, width=None):
+        asked = AuditSettings(budget_minutes=minutes, width=width, victim="resnet18")
         learners = asked.learners("cpu", (8, 8))
         how = (Division(), torch.device("cpu"), 2, tmp_path, lines.append)
         return extent.plan_time(sets, used, asked, learners, *how)
@@ -228,6 +244,14 @@ def test_a_folder_that_was_begun_keeps_its_purifier_and_its_width(tmp_path, monk
     again = planned(1000)
     assert (again.used.plan.training.max_train_steps, again.asked.width) == (804, 32) and not lines
     assert again.minutes == 1000
+    for same in (again, planned(None)):  # what was lessened then is said, whatever the budget is now
+        assert same.said == ["The audit was kept within 12 minutes: 804 training steps of the purifier in place of 1,200, "
+                             "victims of width 32 in place of 64."]  # fmt: skip
+        assert same.begun == first.begun
+    assert planned(12, width=16).asked.width == 16  # another width is asked for
+    # A width that was asked for and lessened is lessened again.
+    begun.write_begun(tmp_path, {"plan": plan, "lessened": {"minutes": 12, "asked_width": 64, "width": 32}})
+    assert planned(12, width=64).asked.width == 32
     # A folder that was begun with a purifier of its own is refused by `check_begun`, not here.
     begun.write_begun(tmp_path, {"plan": None})
     assert planned(1000).used.plan.training.max_train_steps == 1200
@@ -335,6 +359,31 @@ def test_photographs_without_labels(photographs, tmp_path, capsys):
     assert "data:image/png;base64," in page and "No victim can be trained" not in page
     with Image.open(output / "pictures/images.png") as picture:
         assert picture.size == (6 * 128, 3 * 128)
+
+
+def test_shots_of_one_thing_stay_together_without_labels_too():
+    data = noise(24, classes=None)
+    images = data.images.copy()
+    images[1::2] = images[::2]
+    images[1::2, 0, 0, 0] ^= 1
+    for seed in range(4):
+        pairs = {"protected": data.with_images(images)}
+        divided, division = divide_unlabelled(pairs, needs_collected=True, seed=seed, budget=BUDGET)
+        assert (len(divided["protected"]), len(divided["collected"]), division.together) == (18, 6, 24)
+        check_unlabelled(divided, AuditSettings())
+    slipped_in = divided | {"collected": data}
+    with pytest.raises(ValueError, match="protected has 18 images that are collected ones"):
+        check_unlabelled(slipped_in, AuditSettings())
+    with pytest.raises(ValueError, match="protected has 3 different image"):
+        divide_unlabelled(
+            {"protected": data.with_images(images).subset(range(6))}, needs_collected=True, seed=0, budget=BUDGET
+        )
+
+
+def test_test_images_without_labels_are_refused_before_they_are_divided():
+    sets = {"protected": noise(8, classes=None), "test": noise(8, classes=None, seed=1)}
+    with pytest.raises(ValueError, match="protected has no labels, and no set that can be divided has any"):
+        divide(sets, needs_collected=True, seed=0, budget=BUDGET)
 
 
 def test_spectra_are_compared_without_labels_where_there_are_enough_photographs():

@@ -253,7 +253,7 @@ def test_limits_that_every_audit_has():
             {"assumptions": {"paired": "the tool is public"}},
             "The row paired assumes more than the others: that the tool",
         ),
-        ({"attacks": ["jpeg-10", "gray"]}, "the strongest of 3 attacks"),
+        ({"attacks": ["jpeg-10", "gray"]}, "one of 3 attacks: the strongest that bears it out"),
         ({"status": "smoke"}, "no figure means anything"),
         # Three victims, none of whom succeeded: 1 - 0.05 ** (1 / 3) = 0.63.
         ({"status": "withstands"}, "that more than 63 % of all would"),
