@@ -21,6 +21,7 @@ PURIFIER_FILES = (
     "trained_on.json",
     "perceptual/*",
 )
+_NEEDED = ("unet/config.json", "unet/diffusion_pytorch_model*.safetensors", "scheduler/scheduler_config.json")
 # Images that were refused are the source's own, and may be anything; what is hidden is the state of the work.
 NOT_OF_A_DATASET = ("rejected/*", ".*")
 
@@ -47,7 +48,11 @@ def push_purifier(
 
     Returns:
         `str`: URL of the commit.
+
+    Raises:
+        ValueError: As `files_of_purifier`, before anything is pushed.
     """
+    files_of_purifier(folder)
     return _upload(
         folder,
         repo_id,
@@ -99,8 +104,20 @@ def create_repository(repo_id: str, *, repo_type: str = "model", private: bool |
 
 
 def files_of_purifier(folder: str | os.PathLike) -> dict[str, Path]:
-    """What [`push_purifier`] pushes of a folder: path in the repository -> file."""
-    return {name: path for name, path in _files(folder) if any(fnmatch(name, one) for one in PURIFIER_FILES)}
+    """
+    What [`push_purifier`] pushes of a folder: path in the repository -> file.
+
+    Raises:
+        ValueError: If weights or a configuration are not among them.
+    """
+    files = {name: path for name, path in _files(folder) if any(fnmatch(name, one) for one in PURIFIER_FILES)}
+    for needed in _NEEDED:
+        if not any(fnmatch(name, needed) for name in files):
+            raise ValueError(
+                f"folder is {os.fspath(folder)!r}, which has no {needed}, but must be as the pipeline's "
+                "`save_pretrained` writes it, with weights as safetensors."
+            )
+    return files
 
 
 def files_of_dataset(folder: str | os.PathLike) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from training_runs import HELD_OUT, train
 
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import write_dataset
+from jcdp_diffusers.hub import files_of_purifier, push_purifier
 from jcdp_diffusers.poisons.protect import protect_dataset
 from jcdp_diffusers.publish import dataset_files, purifier_files
 from jcdp_diffusers.purify import purify_dataset
@@ -116,6 +117,22 @@ def test_a_purifier_without_record_and_card_is_refused(tmp_path):
         purifier_files(tmp_path, "me/x")
     (tmp_path / "README.md").write_text("a card")
     assert purifier_files(tmp_path, "me/x")["README.md"] == tmp_path / "README.md"
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        (lambda folder: folder, r"unet/diffusion_pytorch_model\*.safetensors"),
+        (lambda folder: [path.rename(folder / path.name) for path in (folder / "unet").iterdir()], "unet/config.json"),
+    ],
+    ids=["weights as a pickle", "files of the network beside the index"],
+)
+def test_a_purifier_is_never_pushed_without_its_weights(change, missing, tmp_path):
+    quick_pipe().save_pretrained(tmp_path, safe_serialization=False)
+    change(tmp_path)
+    for push in (push_purifier, files_of_purifier):
+        with pytest.raises(ValueError, match=f"which has no {missing}, but must be"):
+            push(tmp_path, "me/x") if push is push_purifier else push(tmp_path)
 
 
 def test_protected_sets_become_one_data_set_with_a_config_per_poison(sets):

@@ -9,13 +9,17 @@ import json
 import secrets
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .folder import STATE, Folder, digest
 
 
-ROWS_PER_GROUP = 256  # row groups are cut by rows alone, so that a file's bytes do not depend on how its rows arrived
+# A row group ends where its rows say, so that a file's bytes do not depend on how its rows arrived.
+ROWS_PER_GROUP = 256
+BYTES_PER_GROUP = 2**28  # of images; photographs are larger than this long before there are 256 of them
 
 
 class ShardStore:
@@ -158,10 +162,11 @@ class ShardWriter:
 
 
 class _GroupedFile:
-    """A local Parquet file in row groups of one size; it comes into being with the first of them."""
+    """A local Parquet file in row groups of bounded size; it comes into being with the first of them."""
 
     def __init__(self, path: Path, schema: pa.Schema):
-        self.path, self.schema, self.rows, self._waiting = path, schema, 0, schema.empty_table()
+        self.path, self.schema, self.rows = path, schema, 0
+        self._waiting, self._bytes = schema.empty_table(), 0
 
     @functools.cached_property
     def _parquet(self) -> pq.ParquetWriter:
@@ -169,18 +174,37 @@ class _GroupedFile:
 
     def write(self, table: pa.Table) -> None:
         """Some more rows, of a table that may have other columns, too."""
+        table = table.select(self.schema.names).cast(self.schema)
         self.rows += len(table)
-        self._waiting = pa.concat_tables([self._waiting, table.select(self.schema.names).cast(self.schema)])
-        if full := len(self._waiting) // ROWS_PER_GROUP * ROWS_PER_GROUP:
-            self._parquet.write_table(self._waiting[:full].combine_chunks(), row_group_size=ROWS_PER_GROUP)
-            self._waiting = self._waiting[full:]
+        waiting, start = len(self._waiting), 0
+        for row, size in enumerate(_bytes_of_images(table)):
+            rows = waiting + row - start
+            if rows == ROWS_PER_GROUP or (rows > 0 and self._bytes + size > BYTES_PER_GROUP):
+                self._end_group(table[start:row])
+                waiting, start = 0, row
+            self._bytes += size
+        self._waiting = pa.concat_tables([self._waiting, table[start:]])
 
     def close(self) -> None:
         if len(self._waiting):  # `datasets` cannot read a row group without rows, but a file without row groups it can
-            self._parquet.write_table(self._waiting.combine_chunks())
+            self._end_group(self._waiting[:0])
         self._parquet.close()
+
+    def _end_group(self, last: pa.Table) -> None:
+        self._parquet.write_table(pa.concat_tables([self._waiting, last]).combine_chunks())
+        self._waiting, self._bytes = self._waiting[:0], 0
 
     def discard(self) -> None:
         if "_parquet" in vars(self):
             self._parquet.is_open = False  # or it would write a footer
         self.path.unlink(missing_ok=True)
+
+
+def _bytes_of_images(table: pa.Table) -> list[int]:
+    """How many bytes each row's files have."""
+    sizes = np.zeros(len(table), np.int64)
+    for name, kind in zip(table.column_names, table.schema.types):
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            lengths = pc.binary_length(pc.struct_field(table[name], "bytes"))
+            sizes += pc.fill_null(lengths, 0).to_numpy()
+    return sizes.tolist()

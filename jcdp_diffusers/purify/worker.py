@@ -18,6 +18,7 @@ import torch
 
 from .. import engines
 from ..data import ImageRejected, picture_size
+from ..data.decoding import MAX_FILE_BYTES
 from ..devices import cpu_threads
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PurificationConfig
@@ -299,11 +300,16 @@ def device_name(device: torch.device) -> str:
 
 
 def _stored(value: dict | None) -> dict | None:
-    """An image column's value that means the same elsewhere: the file itself, of its path no more than its name."""
+    """
+    An image column's value that means the same elsewhere: the file itself, of its path no more than its name.
+
+    Of a file that is too large for an image (`decoding.MAX_FILE_BYTES`), only the name is kept.
+    """
     if value is None or value["path"] is None:
         return value
-    path = Path(value["path"])
-    content = path.read_bytes() if value["bytes"] is None and path.is_file() else value["bytes"]
+    path, content = Path(value["path"]), value["bytes"]
+    if content is None and path.is_file() and path.stat().st_size <= MAX_FILE_BYTES:
+        content = path.read_bytes()
     return {"bytes": content, "path": path.name}
 
 

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from purifying import SETTINGS, quick_pipe, read_back, same, some_images, source_folder, work
 
-from jcdp_diffusers.data import open_dataset, to_uint8, write_dataset
+from jcdp_diffusers.data import decoding, open_dataset, to_uint8, write_dataset
+from jcdp_diffusers.purify import worker
 from jcdp_diffusers.purify.dataset import open_purifier, purify_to_folder
 from jcdp_diffusers.purify.worker_pool import in_order, open_pool
 
@@ -257,6 +259,19 @@ def test_a_finished_shard_is_damaged(damage, source, expected, tmp_path):
     purify_to_folder(source, quick_pipe(), output_dir=out, **SETTINGS)
     assert [path.stat().st_mtime_ns for path in untouched] == before
     check(out, expected)
+
+
+def test_of_a_file_that_is_too_large_for_an_image_only_the_name_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr(decoding, "MAX_FILE_BYTES", 10_000)
+    folder = source_folder(tmp_path / "source", 3)
+    for name, size in (("large.png", 20_000), ("broken.png", 9_000)):
+        (folder / name).write_bytes(bytes(size))
+    summary = purify_to_folder(folder, quick_pipe(), output_dir=tmp_path / "out", **SETTINGS)
+    assert (summary["rows_out"], summary["rejected"]) == (3, 2)
+    (path,) = (tmp_path / "out/rejected").glob("*.parquet")
+    found = {one["path"]: one["bytes"] for one in pq.read_table(path)["image"].to_pylist()}
+    assert found == {"large.png": None, "broken.png": bytes(9_000)}
 
 
 def test_the_source_changes_under_a_resume(tmp_path):

@@ -2,10 +2,13 @@
 
 import json
 
+import datasets
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from jcdp_diffusers.purify import shards
 from jcdp_diffusers.purify.folder import Folder
 from jcdp_diffusers.purify.shards import ShardStore, ShardWriter
 
@@ -114,3 +117,20 @@ def test_leftovers_of_killed_workers_and_of_older_versions_go(folder):
     store.remove_leftovers()
     assert not folder.names(".purify/claims") and not folder.names(".purify/writing")
     assert folder.fs.read_text("precious") == "stays"
+
+
+def test_row_groups_of_large_images_end_before_arrow_cannot_hold_them(tmp_path, monkeypatch):
+    """Their bytes decide, and not how the rows arrive; an image larger than a group has one for itself."""
+    monkeypatch.setattr(shards, "BYTES_PER_GROUP", 100)
+    sizes = [40, 60, 1, 300, 30, 30, 30, 30, 0]
+    files = [{"bytes": bytes(size), "path": None} for size in sizes[:-1]] + [None]
+    rows = pa.table({"image": pa.array(files, datasets.Image().pa_type)})
+    for step in (1, 4, 9):
+        store = store_of(Folder(tmp_path / str(step)), 9, 9)
+        with ShardWriter(store, 0, rows.schema, rows.schema) as writer:
+            for start in range(0, 9, step):
+                writer.write(rows[start : start + step], rows[:0])
+            writer.commit()
+        written = pq.ParquetFile(tmp_path / str(step) / store.name(0))
+        groups = [written.metadata.row_group(number).num_rows for number in range(written.num_row_groups)]
+        assert groups == [2, 1, 1, 3, 2] and written.read() == rows
