@@ -1,11 +1,12 @@
 """Folders and files of Parquet, in shards or not."""
 
+import glob
 import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import datasets
 import pyarrow as pa
@@ -129,7 +130,7 @@ def parquet_shards(source: Path, split: str | None, image_column: str | None = N
     splits = parquet_splits(source)
     split = choose_split(splits, split, source)
     files = splits[split]
-    _check_shards_complete(source, files)
+    check_shards_complete(source, files)
     rows, features, may_have_paths = zip(*map(_footer, files))
     for file, columns in zip(files, features):
         if list(columns) != list(features[0]):
@@ -165,7 +166,8 @@ def open_parquet(source: Path, split: str | None, streaming: bool, image_column:
     passed.say(sum(shards.rows), f"rows of split {shards.split!r}")
     split, files = shards.split, shards.files
     if shards.as_stored and not streaming:
-        dataset = datasets.load_dataset("parquet", data_files={split: [str(file) for file in files]}, split=split)
+        paths = [glob.escape(str(file)) for file in files]  # `datasets` takes them for patterns
+        dataset = datasets.load_dataset("parquet", data_files={split: paths}, split=split)
         return dataset, split
     features = datasets.Features({name: undecoded(feature) for name, feature in shards.features.items()})
     rows_of = {
@@ -241,9 +243,25 @@ def _joint_features(files: Sequence[Path], features: Sequence[datasets.Features]
     return joint
 
 
-def _check_shards_complete(source: Path, files: list[Path]) -> None:
-    shards = [re.search(r"-(\d+)-of-(\d+)", file.stem) for file in files]
-    found = {(int(shard[1]), int(shard[2])) for shard in shards if shard}
+def check_shards_complete(source: str | Path, files: Sequence[PurePath]) -> None:
+    """
+    Refuse numbered files (`train-00000-of-00002.parquet`) that are not one whole set.
+
+    Args:
+        source (`str` or `Path`): Where they lie, for the sentence.
+        files (`Sequence[PurePath]`): Those of one split; names without a number are not looked at.
+    """
+    found: dict[tuple[int, int], PurePath] = {}
+    for file in files:
+        if (shard := re.search(r"-(\d+)-of-(\d+)", file.stem)) is None:
+            continue
+        place = int(shard[1]), int(shard[2])
+        if place in found:
+            raise ValueError(
+                f"source {name_of(source)} has {found[place].name} and {file.name}, which are the same part of a set; "
+                "one of each is accepted."
+            )
+        found[place] = file
     totals = {total for _, total in found}
     if len(totals) > 1:
         raise ValueError(

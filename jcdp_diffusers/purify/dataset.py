@@ -11,6 +11,7 @@ A shard is a task of `engines`. A run that was stopped, in whatever way, goes on
 import contextlib
 import dataclasses
 import functools
+import glob
 import itertools
 import json
 import os
@@ -58,7 +59,8 @@ def purify_dataset(
         `datasets.Dataset`: The columns of the source, `image` purified; without the rows that were rejected.
     """
     summary = purify_to_folder(dataset, pipe, output_dir=output_dir, seed=seed, **options)
-    files = [Folder(output_dir).url_of(name) for name in summary["files"]]
+    # `datasets` takes paths for patterns.
+    files = [glob.escape(Folder(output_dir).url_of(name)) for name in summary["files"]]
     return datasets.load_dataset("parquet", data_files={summary["split"]: files}, split=summary["split"])
 
 

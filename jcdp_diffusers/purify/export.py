@@ -1,5 +1,6 @@
 """`jcdp purify --export`: the purified pictures under their own file names."""
 
+import glob
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from ..data.export import check_export, export_names, export_picture
 from ..outputs import check_apart
 from .folder import Folder
 from .manifest import RUN_NAME
+from .reader import open_at_url
 
 
 def check_places(
@@ -29,7 +31,8 @@ def check_places(
         ValueError: If two pictures would have one name, or the folder holds one of them and nothing was purified yet.
     """
     check_apart(export, sources={"--dataset": dataset, "--output": output}, name="--export")
-    rows = open_dataset(dataset, streaming=True, **where)
+    at_url = isinstance(dataset, str) and "://" in dataset
+    rows = (open_at_url if at_url else open_dataset)(dataset, streaming=True, **where)
     columns = [name for name in ("id", "file_name") if name in rows.features]
     places = export_names([_name(row) for row in rows.select_columns(columns)], suffix)
     check_export(export, places, fresh=not Folder(output).fs.exists(RUN_NAME))
@@ -49,7 +52,8 @@ def export_purified(export: str | os.PathLike, output: Folder, summary: Mapping,
     """
     count = 0
     for name in summary["files"]:
-        rows = datasets.load_dataset("parquet", data_files=[output.url_of(name)], split="train", streaming=True)
+        path = glob.escape(output.url_of(name))  # `datasets` takes it for a pattern
+        rows = datasets.load_dataset("parquet", data_files=[path], split="train", streaming=True)
         for row in rows.cast_column("image", datasets.Image(decode=False)):
             (place,) = export_names([_name(row)], suffix)
             export_picture(export, place, row["image"]["bytes"])

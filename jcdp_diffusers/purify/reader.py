@@ -1,5 +1,6 @@
 """The rows of a source of any length as Arrow tables, from any row on, without holding more than a few of them."""
 
+import glob
 import hashlib
 import itertools
 import os
@@ -7,15 +8,20 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data import open_dataset, parquet_files, parquet_shards
+from ..data.decoding import OUTSIDE
+from ..data.fence import fenced_dataset
+from ..data.names import natural_key
+from ..data.parquet import check_shards_complete
 from .folder import digest
 
 
@@ -68,17 +74,15 @@ def open_rows(source: Any, *, split: str | None = None, streaming: bool = False,
 
     Parquet files on disk are read where they lie, without a copy in the cache. Other sources go through the cache of
     `datasets` and memory-mapped Arrow files, or with `streaming` (and for an `IterableDataset`) through nothing. A URL
-    of fsspec (`s3://...`) names a folder with `<split>-*.parquet`, or one such file.
+    of fsspec is opened by `open_at_url`.
     """
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
     if isinstance(source, (str, os.PathLike)) and Path(source).exists() and parquet_files(Path(source)):
         return _parquet_rows(Path(source), split, columns)
     if "://" in name:
-        if split is None:
-            raise ValueError(f"split is None, but must be given where dataset is a URL ({name!r}).")
-        files = name if name.endswith(".parquet") else f"{name.rstrip('/')}/{split}-*.parquet"
-        source = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
-    dataset = open_dataset(source, split=split, streaming=streaming, **columns)
+        dataset = open_at_url(name, split=split, streaming=streaming, **columns)
+    else:
+        dataset = open_dataset(source, split=split, streaming=streaming, **columns)
     split = re.match(r"[\w.]+", split or str(dataset.split or "train"))[0]  # "train" of "train[:100]"
     if isinstance(dataset, datasets.IterableDataset):
         stream = dataset.with_format("arrow")
@@ -96,6 +100,45 @@ def open_rows(source: Any, *, split: str | None = None, streaming: bool = False,
     rows = np.unique(np.linspace(0, length - 1, SAMPLED_ROWS).round().astype(int))
     sample = (arrow[part.tolist()] for part in np.array_split(rows, -(-len(rows) // ROWS_AT_ONCE)))
     return Rows(name, split, dataset.features, length, _fingerprint(length, dataset.features, sample), from_row)
+
+
+def open_at_url(
+    url: str, *, split: str | None, streaming: bool = False, **columns: str | None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    Open Parquet files at a URL of fsspec (`s3://...`), as `data.open_dataset` opens others.
+
+    Args:
+        url (`str`): Of a folder with `<split>-*.parquet`, or of one such file.
+        split, streaming, columns: As for `data.open_dataset`; a split is needed.
+
+    Raises:
+        ValueError: If there are no files, numbered ones are missing, or files differ in columns or class names.
+    """
+    if split is None:
+        raise ValueError(f"split is None, but must be given where dataset is a URL ({url!r}).")
+    pattern = glob.escape(url) if url.endswith(".parquet") else f"{glob.escape(url.rstrip('/'))}/{split}-*.parquet"
+    system, place = fsspec.core.url_to_fs(pattern)
+    files = sorted(map(PurePosixPath, system.glob(place)), key=natural_key)
+    if not files:
+        raise ValueError(f"dataset is {url!r}, where there are no Parquet files of split {split!r}: {pattern}.")
+    check_shards_complete(url, files)
+    kinds = []
+    for file in files:
+        with system.open(file.as_posix()) as stream:
+            kinds.append(datasets.Features.from_arrow_schema(pq.read_schema(stream)))
+    if differing := [file.name for file, kind in zip(files, kinds) if kind != kinds[0]]:
+        raise ValueError(
+            f"dataset is {url!r}, where {differing[0]} has other columns or class names than {files[0].name}, but all "
+            "files at a URL must have the same."
+        )
+    dataset = datasets.load_dataset("parquet", data_files={split: pattern}, split=split, streaming=streaming)
+    # Rows from elsewhere may name files of this machine, and none of them is the data set's.
+    return fenced_dataset(open_dataset(dataset, split=split, streaming=streaming, **columns), _outside)
+
+
+def _outside(path: str) -> str:
+    return OUTSIDE + path
 
 
 def _parquet_rows(source: Path, split: str | None, columns: dict) -> Rows:
@@ -118,7 +161,9 @@ def _parquet_rows(source: Path, split: str | None, columns: dict) -> Rows:
                 yield table
                 row += len(table)
 
-    state = hashlib.blake2b(digest_size=16)
+    # The same files are other rows by other columns, and in folders of other names.
+    asked = sorted((name, column) for name, column in columns.items() if column is not None)
+    state = hashlib.blake2b(f"{asked} {sorted(features.items())} {shards.folder_values}".encode(), digest_size=16)
     whole = sum(file.stat().st_size for file in files) <= HASHED_WHOLE
     for file in files:
         state.update(f"{file.name} {file.stat().st_size} {digest(file) if whole else _footer_digest(file)}\n".encode())

@@ -361,6 +361,25 @@ def test_parquet_folder_takes_names_splits_and_row_numbers(tmp_path):
         load_images(tmp_path, split="train")
 
 
+def test_a_set_that_was_downloaded_twice_is_not_read_as_one(tmp_path):
+    """The Hub's older names end with a digest."""
+    (tmp_path / "data").mkdir()
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    for digest in ("0a1b2c3d", "9f8e7d6c"):
+        cifar_like(tmp_path / f"data/train-00000-of-00001-{digest}.parquet", images, [0, 1, 0, 1], "fine_label")
+    with pytest.raises(ValueError, match="0a1b2c3d.parquet and .*9f8e7d6c.parquet, which are the same part of a set"):
+        load_images(tmp_path)
+
+
+def test_a_path_is_no_pattern(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    for name, rows in (("set[1]", images[:4]), ("set1", images[4:])):
+        (tmp_path / name).mkdir()
+        cifar_like(tmp_path / name / "train-00000-of-00001.parquet", rows, [0, 1, 0, 1], "fine_label")
+    opened = [decode_image(row["image"], 3) for row in open_dataset(tmp_path / "set[1]")]
+    assert np.array_equal(opened, images[:4])
+
+
 @pytest.mark.parametrize(
     ("name", "split"),
     [

@@ -3,7 +3,7 @@
 import datasets
 import numpy as np
 from PIL import Image
-from purifying import quick_pipe
+from purifying import quick_pipe, source_folder
 
 from jcdp_diffusers.cli import main
 
@@ -31,3 +31,14 @@ def test_purified_pictures_under_their_own_names(tmp_path, capsys):
     (photos / "cat" / "a.png").write_bytes((pictures / "cat" / "a.png").read_bytes())
     assert main(command("other")) == 1 and "'cat/a.jpg' and 'cat/a.png'" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_folders_with_brackets_and_sources_at_a_url(tmp_path):
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    for name, count in (("out[1]", 3), ("out1", 2)):
+        source = source_folder(tmp_path / f"source of {name}", count)
+        where = ["--dataset", f"file://{source}", "--split", "train", "--output", str(tmp_path / name)]
+        how = ["--diffusion_steps", "3", "--num_inference_steps", "3", "--device", "cpu"]
+        export = ["--export", str(tmp_path / f"pictures of {name}")]
+        assert main(["purify", "--purifier", str(tmp_path / "purifier"), *where, *how, *export]) == 0
+        assert len(list((tmp_path / f"pictures of {name}").iterdir())) == count

@@ -1,6 +1,7 @@
 """Rows of any source, from any row on."""
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ from PIL import Image
 from purifying import some_images, source_folder
 
 from jcdp_diffusers.data import open_dataset, write_dataset
+from jcdp_diffusers.data.decoding import OUTSIDE
 from jcdp_diffusers.purify.reader import ROWS_AT_ONCE, open_rows
 
 
@@ -75,6 +77,72 @@ def test_a_fingerprint_follows_the_rows_not_their_place(folder, tmp_path):
     assert len(prints) == 3
     relabelled = (images.images, np.roll(images.labels, 1))
     assert open_rows(relabelled).fingerprint != open_rows((images.images, images.labels)).fingerprint
+
+
+def test_the_same_files_are_other_rows_by_other_columns_and_in_folders_of_other_names(tmp_path):
+    values = {
+        "image": [b"x"] * 4,
+        "fine": [0, 1, 2, 3],
+        "coarse": [0, 0, 1, 1],
+        "key": list("abcd"),
+        "name": list("efgh"),
+    }
+    (tmp_path / "set/kind=cat").mkdir(parents=True)
+    pq.write_table(pa.table(values), tmp_path / "set/kind=cat/train.parquet")
+    asked = [{}, {"label_column": "fine"}, {"label_column": "coarse"}, {"id_column": "key"}, {"id_column": "name"}]
+    prints = [open_rows(tmp_path / "set", **columns).fingerprint for columns in asked]
+    (tmp_path / "set/kind=cat").rename(tmp_path / "set/kind=bird")
+    prints.append(open_rows(tmp_path / "set").fingerprint)
+    assert len(set(prints)) == 6
+
+
+@pytest.fixture(params=["file", "memory"])
+def at_url(request, tmp_path):
+    """A folder's URL once what is put into the folder has gone there."""
+
+    def put(folder) -> str:
+        url = f"{request.param}://{folder if request.param == 'file' else folder.name}"
+        if request.param == "memory":
+            for path in folder.iterdir():
+                fsspec.filesystem("memory").pipe(f"/{folder.name}/{path.name}", path.read_bytes())
+        return url
+
+    yield put
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_a_url_is_read_as_a_folder_is(folder):
+    rows = open_rows(f"file://{folder}", split="train")
+    assert ids(rows.read(0, COUNT)) == list(some_images(COUNT).ids)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_at_a_url_names_no_file_of_this_machine(streaming, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    image = {"bytes": None, "path": str(tmp_path / "private.png")}
+    (tmp_path / "set").mkdir()
+    table = pa.table({"image": pa.array([image, image], datasets.Image().pa_type)})
+    pq.write_table(table, tmp_path / "set/train-00000-of-00001.parquet")
+    (table,) = open_rows(f"file://{tmp_path}/set", split="train", streaming=streaming).read(0, 2)
+    for stored in table["image"].to_pylist():
+        assert stored["bytes"] is None and stored["path"].startswith(OUTSIDE)
+
+
+def test_files_at_a_url_that_do_not_fit_together_are_refused(at_url, tmp_path):
+    for part, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        table = pa.table({"image": pa.array([{"bytes": b"x", "path": None}], datasets.Image().pa_type), "label": [0]})
+        path = tmp_path / f"set/train-0000{part}-of-00002.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(table.cast(features.arrow_schema), path)
+    with pytest.raises(ValueError, match="00001-of-00002.parquet has other columns or class names than train-00000"):
+        open_rows(at_url(tmp_path / "set"), split="train")
+    (tmp_path / "set").rename(tmp_path / "part")
+    (tmp_path / "part/train-00000-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match="lacks 1 of 2 shards, the first 00000"):
+        open_rows(at_url(tmp_path / "part"), split="train")
+    with pytest.raises(ValueError, match="where there are no Parquet files of split 'test'"):
+        open_rows(at_url(tmp_path / "part"), split="test")
 
 
 def test_a_fingerprint_of_an_image_folder_reads_the_files(tmp_path):
