@@ -39,6 +39,9 @@ from . import Context, Countermeasure
 
 
 SOURCE = "AdvCL (Fan et al., NeurIPS 2021; LijieFan/AdvCL)"
+# The program multiplies its loss by the temperature over this, as SupCon does. SimCLR's recipe `cp` has a smaller
+# factor, that of another program.
+BASE_TEMPERATURE = 0.07
 # What has batch normalisation beside the network's own, which is that of adversarial views.
 ORDINARY, LABELLED = "ordinary", "labelled"
 
@@ -118,7 +121,7 @@ class AdvCL:
 
         def contrast(moved: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
             loss = multi_view_loss([project(objective, moved), *others], recipe.temperature)
-            return recipe.loss_factor * loss
+            return recipe.temperature / BASE_TEMPERATURE * loss
 
         moved = attack(lambda batch: contrast(batch, fixed), plain, settings, own)
         loss = contrast(moved, known)

@@ -120,6 +120,9 @@ class Poison:
             if type(value) not in accepted and not (type(value) is int and float in accepted):
                 kinds = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in accepted)
                 raise ValueError(f"{name} has {field} {value!r}, but it must be {kinds}.")
+        if (start := getattr(settings, "start", None)) is not None:  # CP-S begins with the noise of CP-C
+            shared = {field: value for field, value in changes.items() if field in start.SHARED}
+            changes = {"start": replace(start, **shared), **changes}
         return replace(settings, **changes)
 
     def __call__(
@@ -159,6 +162,8 @@ class Poison:
         _check_images(images)
         if self.uses_labels:
             _check_labels(labels, len(images), self.name)
+            if self.surrogate == "supervised" and labels.min() == labels.max():
+                raise ValueError(f"labels holds 1 class, but must hold at least 2 for {self.name}.")
         return self.perturb(
             images.detach().cpu().float(),
             labels.detach().cpu() if self.uses_labels else None,

@@ -28,6 +28,7 @@ resamples a crop in one step. Nothing of ours has been compared with the authors
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -55,6 +56,13 @@ class CPSettings(EncoderSettings):
             round, although `rounds` may be fewer.
     """
 
+    # Of class-wise noise that sample-wise noise starts from: one encoder makes both, within one bound.
+    SHARED: ClassVar[tuple[str, ...]] = (
+        *("epsilon", "framework", "batch_size", "optimizer", "learning_rate", "momentum", "weight_decay"),
+        *("temperature", "loss_factor", "key_momentum", "queue", "min_scale", "flip"),
+        *("through_targets", "follow_noise_steps", "drop_last", "surrogate", "width", "bfloat16"),
+    )
+
     model_steps: int | None = 20
     noise_batches: int | None = 20
     loss_factor: float = 0.5 / 0.07
@@ -78,7 +86,8 @@ class CPSampleSettings(CPSettings):
 
     Args:
         model_steps, noise_batches (`int`, *optional*): None, published: whole passes.
-        start (`CPSettings`): How the class-wise noise is made that the sample-wise noise starts from.
+        start (`CPSettings`): How the class-wise noise is made that the sample-wise noise starts from. A change of a
+            preset by `Poison.changed` (`--set`) reaches its fields in `SHARED`, too.
     """
 
     steps: int = 5

@@ -135,15 +135,20 @@ def perturb(
     See [`Poison`]; an interruption repeats the surrogate's training as a whole, but not swarms and steps.
 
     Raises:
-        ValueError: If images are smaller than a window of SSIM.
+        ValueError: If images are smaller than a window of SSIM, or the target of a class is the class itself.
     """
     height, width = images.shape[2:]
     if min(height, width) < SSIM_WINDOW:
         raise ValueError(
             f"images has {height} x {width} pixels, but must have at least {SSIM_WINDOW} x {SSIM_WINDOW} for SSIM."
         )
-    kept = Checkpoint(checkpoint_dir, "dune", settings, seed, images, labels)
     classes = int(labels.max()) + 1
+    if settings.offset % classes == 0:
+        raise ValueError(
+            f"offset is {settings.offset}, but must be no multiple of {classes}, the number of classes: images would "
+            "move towards their own class (--set offset=1)."
+        )
+    kept = Checkpoint(checkpoint_dir, "dune", settings, seed, images, labels)
     batches = torch.arange(len(images)).split(settings.batch_size)
     shifts, stepped, done = torch.zeros(classes, images.shape[1]), torch.zeros_like(images), 0
     if (state := kept.load()) is not None:

@@ -7,6 +7,7 @@ continues.
 """
 
 import argparse
+import hashlib
 import shutil
 import time
 from collections.abc import Mapping
@@ -87,10 +88,12 @@ def protect_dataset(
         "fraction": fraction,
         "source": source,
         "images": len(data),
+        "split": split,
+        "content": _content_of(data),
     }
     output_dir = Path(output_dir)
-    if (done := _finished(output_dir, request)) is not None:
-        return load_images(output_dir, split=done["split"], channels=data.images.shape[3])
+    if _finished(output_dir, request):
+        return load_images(output_dir, split=split, channels=data.images.shape[3])
 
     start = time.monotonic()
     chosen = data.subset(rows)
@@ -143,14 +146,20 @@ def protect_with_file(
         "fraction": fraction,
         "source": source,
         "images": len(data),
+        "split": split,
+        "content": _content_of(data),
+        "perturbation_content": _content_below(Path(perturbation)),
+        "kind": kind,
     }
     if fraction < 1:
         request["seed"] = seed
     if order != "checked" or in_order_of is not None:
         request["order"] = order if in_order_of is None else "of another set"
+    if in_order_of is not None:
+        request["order_content"] = _content_of(in_order_of)
     output_dir = Path(output_dir)
-    if (done := _finished(output_dir, request)) is not None:
-        return load_images(output_dir, split=done["split"], channels=data.images.shape[3])
+    if _finished(output_dir, request):
+        return load_images(output_dir, split=split, channels=data.images.shape[3])
     start = time.monotonic()
     delta, recognised = read_perturbation(
         perturbation, data, kind=kind, budget=budget, order=order, in_order_of=in_order_of
@@ -324,16 +333,34 @@ def _public(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | ({"weights": public_weights(settings["weights"])} if "weights" in settings else {})
 
 
-def _finished(output_dir: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
+def _content_of(data: LabelledImages) -> str:
+    """A hash of pixels, shape, labels, names of classes and ids."""
+    digest = hashlib.blake2b(np.ascontiguousarray(data.images), digest_size=16)
+    labels = None if data.labels is None else data.labels.tolist()
+    digest.update(repr((data.images.shape, labels, data.class_names, data.ids)).encode())
+    return digest.hexdigest()
+
+
+def _content_below(path: Path) -> str:
+    """A hash of a file, or of all files of a folder and their names; of one that is not there, of nothing."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(one for one in (path, *path.rglob("*")) if one.is_file()):
+        digest.update(file.relative_to(path).as_posix().encode())
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _finished(output_dir: Path, request: Mapping[str, Any]) -> bool:
     """
-    The card of an earlier call with the same request; None if the folder waits to be filled.
+    Whether the folder holds the data set of an earlier call with the same request, or waits to be filled.
 
     A folder that waits gets the folder of the poison's state, by which the next call knows it.
     """
     check_output_folder(output_dir, marks=MARKS, own=OWN_NAMES)
     if not (output_dir / CARD).exists():
         (output_dir / _STATE).mkdir(parents=True, exist_ok=True)
-        return None
+        return False
     facts = read_card(output_dir)
     for name, wanted in yaml.safe_load(yaml.safe_dump(_plain(request))).items():
         if facts.get(name) != wanted:
@@ -341,7 +368,7 @@ def _finished(output_dir: Path, request: Mapping[str, Any]) -> dict[str, Any] | 
                 f"output is {str(output_dir)!r}, which holds a data set of {name} {facts.get(name)!r} instead of "
                 f"{wanted!r}, but must be an empty folder or one of the same request."
             )
-    return facts
+    return True
 
 
 def _write(

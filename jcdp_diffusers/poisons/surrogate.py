@@ -1,10 +1,12 @@
 """What the poisons that need a network share: the surrogate, gradients for images, augmentation inside an attack."""
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
+from torch.fx.proxy import TraceError
 from torch.nn import functional as F
 
 from .. import victims
@@ -29,10 +31,15 @@ def frozen(model: nn.Module) -> nn.Module:
     The same function as `model` in eval mode, for gradients with respect to images alone.
 
     Batch normalisation is folded into the convolutions before it, which makes a pass about 1.6 times faster on a CPU
-    and changes it by rounding only. The copy does not follow when `model` is trained on.
+    and changes it by rounding only. A network whose graph torch cannot trace, such as a ViT, has none: it is copied as
+    it is. The copy does not follow when `model` is trained on.
     """
     training = model.training
-    folded = fuse(model.eval()).requires_grad_(False)
+    try:
+        folded = fuse(model.eval())
+    except TraceError:
+        folded = copy.deepcopy(model)
+    folded.requires_grad_(False)
     model.train(training)
     return folded.to(memory_format=torch.channels_last)
 

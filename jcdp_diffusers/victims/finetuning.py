@@ -16,6 +16,10 @@ Weights come as safetensors, from a file, or from a folder or Hub repository tha
   (torchvision's 7x7 stem is another network), VGG-16 with batch normalisation, and MobileNetV2.
 
 The size of the images is checked where the file (its metadata) or timm's `config.json` beside it names it.
+
+Victims see values in [0, 1]. Weights of others were mostly trained on images less a mean, over a standard deviation.
+Fine-tuned as a whole, they adapt: batch normalisation in training mode follows the new values. Lower stages that stay
+as they are would not. So `"upper"` takes such weights only where `config.json` says that nothing was taken away.
 """
 
 import dataclasses
@@ -65,12 +69,14 @@ class Weights:
         tensors (`dict`): By their names in the file.
         victim (`str`, *optional*): Name of the network, where it is known.
         shape (`tuple` of `int`, *optional*): `(C, H, W)` of the images that it was trained on, where it is known.
+        saw_plain_values (`bool`): Whether these images are known to have had values in [0, 1], as a victim's have.
     """
 
     name: str
     tensors: Mapping[str, torch.Tensor]
     victim: str | None = None
     shape: tuple[int, int, int] | None = None
+    saw_plain_values: bool = True
 
     @property
     def classes(self) -> int | None:
@@ -321,10 +327,12 @@ def read_weights(source: str | os.PathLike) -> Weights:
             raise ValueError(f"init_from is {str(source)!r}, whose {name} is not finite, but all weights must be.")
     victim, shape = metadata.get("victim"), metadata.get("images")
     shape = None if shape is None else tuple(int(size) for size in shape.split("x"))
-    if shape is None and config is not None:
-        size = read_json(config).get("pretrained_cfg", {}).get("input_size")
-        shape = None if size is None else tuple(size)
-    return Weights(str(source), tensors, victim, shape)
+    said = {} if config is None else read_json(config).get("pretrained_cfg", {})
+    if shape is None and (size := said.get("input_size")) is not None:
+        shape = tuple(size)
+    mean, std = said.get("mean"), said.get("std")
+    plain = victim is not None or (mean is not None and std is not None and not any(mean) and set(std) == {1})
+    return Weights(str(source), tensors, victim, shape, plain)
 
 
 def _find(source: str | os.PathLike) -> tuple[Path, Path | None]:
@@ -369,9 +377,14 @@ def start_from(network: nn.Module, weights: Weights, victim: str, shape: tuple[i
         finetune (`str`): One of `FINETUNE`.
 
     Raises:
-        ValueError: If the weights are of another network or of images of another size, some are missing, or the
-            network does not say which stages are the lower ones.
+        ValueError: If the weights are of another network or of images of another size or other values, some are
+            missing, or the network does not say which stages are the lower ones.
     """
+    if finetune == "upper" and not weights.saw_plain_values:
+        raise ValueError(
+            f"finetune is 'upper', but must be 'all' for init_from {weights.name!r}, whose config.json does not say "
+            "that its images had values in [0, 1] (mean 0, std 1): its lower stages would not be changed."
+        )
     height, width, channels = shape
     network.load_state_dict(_fitted(weights, network, victim, (channels, height, width)), strict=False)
     if finetune == "upper":

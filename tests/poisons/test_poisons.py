@@ -123,6 +123,15 @@ def test_settings_may_be_given_as_an_object():
         poisons.settings("emn", poisons.settings("emn-class"))
 
 
+def test_both_stages_of_cp_follow_a_change_of_what_they_share():
+    poison = poisons.get("cp-s")
+    changed = poison.changed("cpu", {"epsilon": 4.0, "batch_size": 32, "surrogate": "vit", "rounds": 7})
+    for stage in (changed, changed.start):
+        assert (stage.epsilon, stage.batch_size, stage.surrogate) == (4.0, 32, "vit")
+    before = poison.settings("cpu")
+    assert changed.rounds == 7 and changed.start.rounds == before.start.rounds and before.start.epsilon == 8.0
+
+
 def test_numbers_of_a_preset_may_be_replaced():
     poison = poisons.get("uc")
     changed = poison.changed("smoke", {"epsilon": 8, "weights": None, "surrogate": "resnet50"})

@@ -100,6 +100,26 @@ def test_same_command_again_does_nothing_and_another_is_refused(source, tmp_path
         command("--method", "ops", *options)
 
 
+def test_a_folder_of_other_images_or_another_file_is_not_taken_for_this_one(data, tmp_path):
+    options = {"method": "lsp", "source": "photographs"}
+    protect.protect_dataset(data, tmp_path / "made", **options)
+    others = [
+        (data.with_images(data.images[::-1].copy()), {}, "content"),
+        (replace(data, ids=tuple(reversed(data.ids))), {}, "content"),
+        (data, {"split": "test"}, "split"),
+    ]
+    for other, changes, name in others:
+        with pytest.raises(ValueError, match=f"output is .* of {name} .* instead of"):
+            protect.protect_dataset(other, tmp_path / "made", **options, **changes)
+    for number in (0, 1):
+        (tmp_path / str(number)).mkdir()
+        noise = np.random.default_rng(number).integers(-8, 9, (4, 3, 16, 16)).astype(np.int8)
+        np.save(tmp_path / str(number) / "poison.npy", noise)
+    protect.protect_with_file(data, tmp_path / "added", perturbation=tmp_path / "0/poison.npy")
+    with pytest.raises(ValueError, match="output is .* of perturbation_content .* instead of"):
+        protect.protect_with_file(data, tmp_path / "added", perturbation=tmp_path / "1/poison.npy")
+
+
 def test_command_goes_on_where_it_was_cut_off(source, data, tmp_path):
     output = tmp_path / "protected"
     options = ("--method", "tap", "--preset", "smoke", "--dataset", source, "--split", "train", "--output", output)

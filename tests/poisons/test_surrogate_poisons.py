@@ -236,6 +236,12 @@ def test_frozen_surrogate_is_the_same_function(images):
     torch.testing.assert_close(fixed(images), model.eval()(images), rtol=1e-4, atol=1e-4)
 
 
+def test_a_surrogate_whose_graph_cannot_be_traced(images, labels):
+    settings = replace(poisons.settings("emn", "smoke"), surrogate="vit")
+    delta = poisons.get("emn")(images, labels, preset=settings)
+    assert 0 < delta.abs().max() <= 8 / 255 + 1e-6
+
+
 def test_augmentation_crops_mirrors_and_differentiates(images):
     augment = surrogate.CropFlip((16, 16), 2, torch.Generator().manual_seed(0))
     moved = images.clone().requires_grad_()

@@ -231,9 +231,16 @@ def test_torchvisions_names_of_the_same_network(tmp_path, train, test):
     weights = read_weights(tmp_path)
     assert weights.classes == 7 and weights.victim is None
     recipe = dataclasses.replace(SHORT, max_steps_per_epoch=1)
-    model = train_victim(
-        train, test, victim="vgg16", width=64, recipe=recipe, init_from=weights, finetune="upper"
-    ).model
+    how = {"victim": "vgg16", "width": 64, "recipe": recipe}
+    train_victim(train, test, init_from=weights, **how)
+    for mean, std in ((None, None), (0.5, 1.0), (0.0, 0.25)):  # torchvision says nothing
+        if mean is not None:
+            cfg = {"mean": [mean] * 3, "std": [std] * 3}
+            (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": cfg}))
+        with pytest.raises(ValueError, match="finetune is 'upper', but must be 'all' for init_from"):
+            train_victim(train, test, init_from=read_weights(tmp_path), finetune="upper", **how)
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.0] * 3, "std": [1.0] * 3}}))
+    model = train_victim(train, test, init_from=read_weights(tmp_path), finetune="upper", **how).model
     assert torch.equal(model.body[0][0].weight, theirs["features.0.weight"].float())
 
 
