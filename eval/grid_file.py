@@ -28,6 +28,10 @@ from jcdp_diffusers.victims.finetuning import COLLECTED, FINETUNE, pretraining_r
 DATA_ROLES = ("protected", "collected", "test")
 
 
+# Of a record's settings, what a grid gives it.
+OWN_FACTS = frozenset({"grid", "dataset", "collected", "poison", "column", "poison_preset", "poison_seed"})
+
+
 @dataclasses.dataclass(frozen=True)
 class Column:
     """
@@ -159,6 +163,12 @@ class Grid:
                 raise ValueError(f"data is {self.data!r}, but must be 'digits' or have {', '.join(DATA_ROLES)}.")
             for role in DATA_ROLES:
                 _check_source(role, self.data[role])
+        if self.purifier is not None:
+            for name in ("unet", "training", "perceptual"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is {getattr(self, name)!r}, but must not be given with a purifier.")
+        if known := sorted(self.about.keys() & OWN_FACTS):
+            raise ValueError(f"about has {known[0]!r}, but must not have what records say themselves.")
         self.columns()
 
     def _check_poison_settings(self) -> None:

@@ -130,6 +130,7 @@ class Measured:
         ]
         self.roles, self.victim, self.method = roles, victim, method
         _refuse_mixtures([record["settings"] for record in records])
+        _refuse_devices(records)
         self._cells: dict[Key, dict[str, dict[int, Mapping]]] = {}
         for record in records:
             by_what = self._cells.setdefault(_key(record["settings"]), {"accuracy": {}, "victim": {}})
@@ -221,7 +222,9 @@ class Measured:
         for poison, preset in self.poisons(dataset):
             for record in self.find("victim", dataset, poison, column, collected=collected, poison_preset=preset):
                 value = record["value"]
-                setup = (record.get("device"), value.get("threads"), value.get("precision"))
+                # Records do not name the processor. Machines had different versions of torch, which stand for it.
+                machine = record.get("packages", {}).get("torch")
+                setup = (record.get("device"), value.get("threads"), value.get("precision"), machine)
                 found.setdefault((poison, preset, setup), []).append(
                     (value["prepare_seconds"], value["train_seconds"])
                 )
@@ -337,6 +340,17 @@ def _refuse_mixtures(settings: Sequence[Mapping]) -> None:
             groups.setdefault(name(one), []).append(one)
         for group in groups.values():
             refuse_differences(title.format(**group[0]), group, facts)
+
+
+def _refuse_devices(records: Iterable[Mapping]) -> None:
+    """In one cell, one kind of device and one precision."""
+    groups: dict = {}
+    for record in records:
+        if record["what"] == "victim":
+            facts = {"device": record.get("device"), "precision": record["value"].get("precision")}
+            groups.setdefault(_key(record["settings"]), []).append(facts)
+    for key, group in groups.items():
+        refuse_differences(f"{key.column!r} against {key.poison!r} on {key.dataset}", group)
 
 
 def _flat(settings: Mapping, before: str = "") -> dict:

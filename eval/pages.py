@@ -44,7 +44,7 @@ HEADLINE = {
     "at-8": "adversarial training, 8/255",
     "orthogonal-projection": "orthogonal projection",
     "avatar, 10 evaluations": "AVATAR, 10 evaluations",
-    "eclipse, 4 evaluations": "ECLIPSE, 4 evaluations",
+    "eclipse, 4 evaluations": "ECLIPSE, 4 evaluations, not sparse",
     "d-vae-small": "D-VAE, small",
     "pretrained": "victim pretrained on collected images",
     "paired-small": "paired purifier" + countermeasures.assumed(countermeasures.get("paired-small").assumes),

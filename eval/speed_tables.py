@@ -171,8 +171,8 @@ class Machine:
             rate("channels_last folded winograd", 16),
         )
         add("bare UNet, folded and compiled, batch 16, images/s", ".1f", rate("channels_last folded compiled", 16))
-        add("step without a guide / bare UNet, batch 64", ".4f", rest("unguided"))
-        add("step with both guides / bare UNet, batch 64", ".4f", rest("guided"))
+        add("1 + what a step without a guide does beside the network / bare UNet, batch 64", ".4f", rest("unguided"))
+        add("1 + what a step with both guides does beside the network / bare UNet, batch 64", ".4f", rest("guided"))
         add("whole step with both guides / bare UNet, batch 256", ".4f", whole)
         add("step with both guides, upsampling folded / bare UNet as diffusers has it, batch 64", ".2f", folded_cost)
         add(

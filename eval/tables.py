@@ -83,13 +83,13 @@ def _mean_seconds(costs: Mapping[tuple, tuple[float, float]]) -> list[str]:
     """Before and of training, over poisons."""
     if not costs:
         return [NOT_MEASURED, NOT_MEASURED]
-    if len({setup for _, _, setup in costs}) > 1:
+    if len({setup[:-1] for _, _, setup in costs}) > 1:  # the last part is the machine
         return ["several devices", "several devices"]
     return [f"{statistics.fmean(seconds):.1f}" for seconds in zip(*costs.values())]
 
 
 def _share(costs: Mapping[tuple, tuple[float, float]], baseline: Mapping[tuple, tuple[float, float]]) -> str:
-    """Of a baseline's seconds, over the poisons that both were measured with on the same device in the same way."""
+    """Of a baseline's seconds, over the poisons that both were measured with on one machine in the same way."""
     both = costs.keys() & baseline.keys()
     if not both:
         return NOT_MEASURED

@@ -268,6 +268,14 @@ def test_seconds_of_several_devices_have_no_mean():
     assert cell_of(grid_table(Measured(two), "cifar10"), "gray", "seconds of training") == "several devices"
 
 
+def test_figures_of_two_devices_or_precisions_are_no_one_mean():
+    one = list(records("lsp", "gray", [0.5, 0.6]))
+    for other in ({"device": "cuda (NVIDIA H100)"}, {"details": {"precision": "float32"}}):
+        mixed = [*one[:2], *list(records("lsp", "gray", [0.5, 0.6], **other))[2:]]
+        with pytest.raises(ValueError, match="'gray' against 'lsp' on cifar10"):
+            Measured(mixed)
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
