@@ -161,9 +161,8 @@ def _parquet_rows(source: Path, split: str | None, columns: dict) -> Rows:
                 yield table
                 row += len(table)
 
-    # The same files are other rows by other columns, and in folders of other names.
-    asked = sorted((name, column) for name, column in columns.items() if column is not None)
-    state = hashlib.blake2b(f"{asked} {sorted(features.items())} {shards.folder_values}".encode(), digest_size=16)
+    # The same files are other rows by other columns (whose names are those of the features), and in other folders.
+    state = hashlib.blake2b(f"{sorted(features.items())} {shards.folder_values}".encode(), digest_size=16)
     whole = sum(file.stat().st_size for file in files) <= HASHED_WHOLE
     for file in files:
         state.update(f"{file.name} {file.stat().st_size} {digest(file) if whole else _footer_digest(file)}\n".encode())
