@@ -1,26 +1,36 @@
-"""Folders and files of Parquet, in shards or not."""
+"""Folders and files of Parquet, in shards or not, on a disk or at a URL of fsspec."""
 
+import fnmatch
 import glob
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import table_cast
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from .columns import IMAGE_COLUMNS, ROW_ID, image_columns, stored_images, undecoded
-from .decoding import is_lfs_pointer, one_line
+from .decoding import OUTSIDE, is_lfs_pointer, one_line
 from .fence import path_below, with_fenced_images
 from .files import allowed_root, files_below
 from .found import PassedOver
 from .labels import merged_names
 from .names import METADATA_FILES, folder_values, name_of, natural_key, no_rows
 from .splits import choose_split, split_of_file, splits_of
+
+
+def is_url(source: Any) -> bool:
+    """Whether a source is named by a URL of fsspec, such as `s3://bucket/folder`."""
+    return isinstance(source, str) and "://" in source
 
 
 def parquet_files(source: Path) -> list[Path]:
@@ -63,9 +73,11 @@ class Shards:
     The files of one split, and what makes their rows alike.
 
     Args:
-        source (`Path`): The file or folder, which images that are stored as paths must lie in.
+        source (`Path` or `str`): The file or folder, which images that are stored as paths must lie in; of those in
+            files at a URL, none may be opened.
         split (`str`): Its name.
-        files (`list[Path]`): In order.
+        system (`fsspec.AbstractFileSystem`): Where the files lie.
+        files (`list[PurePath]`): In order, as `system` names them.
         rows (`list[int]`): Number of rows of each.
         features (`datasets.Features`): Of all rows: class names of all files, and the columns of folders such as
             `label=cat`.
@@ -75,9 +87,10 @@ class Shards:
         has_paths (`bool`): Whether some image may be stored as a path.
     """
 
-    source: Path
+    source: Path | str
     split: str
-    files: list[Path]
+    system: fsspec.AbstractFileSystem
+    files: list[PurePath]
     rows: list[int]
     features: datasets.Features
     own_names: list[dict[str, tuple[str, ...]]]
@@ -106,32 +119,44 @@ class Shards:
         for name, value in self.folder_values[index].items():
             table = table.append_column(name, pa.array([value] * len(table), pa.string()))
         if self.has_paths:
-            folder = self.source.parent if self.source.is_file() else self.source
-            allowed = partial(path_below, folder=folder, roots=(allowed_root(folder),))
-            table = with_fenced_images(table, self.images, allowed)
+            table = with_fenced_images(table, self.images, self._allowed())
         return table_cast(table, self.features.arrow_schema)
+
+    def parquet(self, index: int, **options) -> pq.ParquetFile:
+        """File number `index`, opened; options are those of pyarrow."""
+        return pq.ParquetFile(self.files[index].as_posix(), filesystem=self.system, **options)
+
+    def _allowed(self) -> Callable[[str], str]:
+        if is_url(self.source):
+            return lambda path: OUTSIDE + path  # rows from elsewhere may name files of this machine
+        folder = self.source.parent if self.source.is_file() else self.source
+        return partial(path_below, folder=folder, roots=(allowed_root(folder),))
 
     def _joint_names(self) -> dict[str, tuple[str, ...]]:
         return {name: tuple(feature.names) for name, feature in self.features.items() if _has_names(feature)}
 
 
-def parquet_shards(source: Path, split: str | None, image_column: str | None = None) -> Shards:
+def parquet_shards(source: Path | str, split: str | None, image_column: str | None = None) -> Shards:
     """
     The files of one split, checked and compared.
 
     Args:
-        source (`Path`): A folder with Parquet files, or one such file.
-        split (`str`, *optional*): The split to take; the only one by default.
+        source (`Path` or `str`): A folder with Parquet files, or one such file; or the URL of a folder with
+            `<split>-*.parquet`, or of one such file.
+        split (`str`, *optional*): The split to take; the only one by default. At a URL it must be given.
         image_column (`str`, *optional*): The column of images, where it has no usual name.
 
     Raises:
         ValueError: If files are missing, damaged, or do not fit together.
     """
-    splits = parquet_splits(source)
-    split = choose_split(splits, split, source)
-    files = splits[split]
-    check_shards_complete(source, files)
-    rows, features, may_have_paths = zip(*map(_footer, files))
+    if is_url(source):
+        system, files = _files_at_url(source, split)
+    else:
+        splits = parquet_splits(source)
+        split = choose_split(splits, split, source)
+        system, files = LocalFileSystem(), splits[split]
+    _check_shards_complete(source, files)
+    rows, features, may_have_paths = zip(*(_footer(file, system) for file in files))
     for file, columns in zip(files, features):
         if list(columns) != list(features[0]):
             raise ValueError(
@@ -140,7 +165,8 @@ def parquet_shards(source: Path, split: str | None, image_column: str | None = N
             )
     if sum(rows) == 0:
         raise no_rows(source, split)
-    folders = [folder_values(file.relative_to(source).parts[:-1]) if source.is_dir() else {} for file in files]
+    in_folders = isinstance(source, Path) and source.is_dir()
+    folders = [folder_values(file.relative_to(source).parts[:-1]) if in_folders else {} for file in files]
     if len({tuple(sorted(values)) for values in folders}) > 1:
         raise ValueError(f"source {name_of(source)} has some files only in folders named key=value; all or none are.")
     # A column in the files goes before a folder's name; writers keep either.
@@ -153,15 +179,16 @@ def parquet_shards(source: Path, split: str | None, image_column: str | None = N
         if isinstance(joint[name], datasets.Value) and joint[name].dtype in ("string", "large_string"):
             joint[name] = datasets.Image()  # texts in it are paths
             images.add(name)
-    has_paths = any(may_have_paths) or images != set(image_columns(features[0]))
-    return Shards(source, split, files, list(rows), joint, own, folders, tuple(sorted(images)), has_paths)
+    # Of files from elsewhere, not even what their footers count is believed.
+    has_paths = is_url(source) or any(may_have_paths) or images != set(image_columns(features[0]))
+    return Shards(source, split, system, files, list(rows), joint, own, folders, tuple(sorted(images)), has_paths)
 
 
-def open_parquet(source: Path, split: str | None, streaming: bool, image_column: str | None = None):
-    """The data set of the files of one split, and that split."""
+def open_parquet(source: Path | str, split: str | None, streaming: bool, image_column: str | None = None):
+    """The data set of the files of one split, and that split; arguments as for :func:`parquet_shards`."""
     shards = parquet_shards(source, split, image_column)
     passed = PassedOver(name_of(source))
-    if source.is_dir() and shards.files[0].parent == source:
+    if not is_url(source) and source.is_dir() and shards.files[0].parent == source:
         files_below(source, (".parquet",), (), passed, deep=False)
     passed.say(sum(shards.rows), f"rows of split {shards.split!r}")
     split, files = shards.split, shards.files
@@ -179,8 +206,8 @@ def open_parquet(source: Path, split: str | None, streaming: bool, image_column:
     if streaming:
         features[ROW_ID] = datasets.Value("string")
         return datasets.IterableDataset.from_generator(_parquet_rows, features=features, gen_kwargs=rows_of), split
-    # Their sizes and times stand for the files' content in the name under which the cache keeps the rows.
-    state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    # Sizes, times and the like stand for the files' content in the name under which the cache keeps the rows.
+    state = [str(shards.system.info(file.as_posix())) for file in files]
     rows_of |= {"state": [state] * len(files), "with_ids": False}
     return datasets.Dataset.from_generator(_parquet_rows, features=features, gen_kwargs=rows_of), split
 
@@ -189,7 +216,7 @@ def _parquet_rows(
     files: list[int], starts: list[int], shards: Shards, with_ids: bool = True, state: list | None = None
 ) -> Iterator[dict]:
     for index, row in zip(files, starts):
-        with pq.ParquetFile(shards.files[index]) as parquet:
+        with shards.parquet(index) as parquet:
             for batch in parquet.iter_batches(batch_size=256):
                 table = shards.adapted(pa.Table.from_batches([batch]), index)
                 for values in table.to_pylist():
@@ -198,14 +225,38 @@ def _parquet_rows(
                     row += 1
 
 
-def _footer(file: Path) -> tuple[int, datasets.Features, bool]:
+def _files_at_url(url: str, split: str | None) -> tuple[fsspec.AbstractFileSystem, list[PurePath]]:
+    if split is None:
+        raise ValueError(f"split is None, but must be given where the source is a URL ({url!r}).")
+    name = url.rpartition("/")[2] if url.endswith(".parquet") else ""
+    try:
+        whole, root = fsspec.core.url_to_fs(url.removesuffix(name))
+    except (ImportError, ValueError) as error:  # no package for this kind of URL, or no such kind
+        raise ValueError(
+            f"source is {url!r}, but URLs that fsspec can open here are accepted: {one_line(error)}."
+        ) from error
+    system = DirFileSystem(root.rstrip("/") or "/", whole)
+    if name:  # not looked for in its folder, which a web server does not list
+        names = [name] if system.exists(name) else []
+    else:
+        found = system.ls("", detail=False) if system.exists("") else []
+        names = fnmatch.filter([path.rpartition("/")[2] for path in found], f"{split}-*.parquet")
+    if not names:
+        raise ValueError(
+            f"source is {url!r}, where no file of split {split!r} is; a Parquet file and a folder with "
+            f"{split}-*.parquet are accepted."
+        )
+    return system, sorted(map(PurePosixPath, names), key=natural_key)
+
+
+def _footer(file: PurePath, system: fsspec.AbstractFileSystem) -> tuple[int, datasets.Features, bool]:
     """Number of rows of a file, its features, and whether some image of it may be stored as a path."""
     try:
-        with pq.ParquetFile(file) as parquet:
+        with pq.ParquetFile(file.as_posix(), filesystem=system) as parquet:
             features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
             return parquet.metadata.num_rows, features, _may_have_paths(parquet.metadata, features)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-        with open(file, "rb") as stream:
+        with system.open(file.as_posix()) as stream:
             pointer = is_lfs_pointer(stream.read(64))
         reason = "a Git LFS pointer (git lfs pull fetches the file)" if pointer else one_line(error)
         raise ValueError(f"source {name_of(file)} is no readable Parquet file: {reason}") from error
@@ -227,7 +278,7 @@ def _has_names(feature) -> bool:
     return isinstance(feature, datasets.ClassLabel)
 
 
-def _joint_features(files: Sequence[Path], features: Sequence[datasets.Features]) -> datasets.Features:
+def _joint_features(files: Sequence[PurePath], features: Sequence[datasets.Features]) -> datasets.Features:
     """The first file's features, with the class names of all files."""
     joint = datasets.Features(features[0])
     for name in joint:
@@ -243,14 +294,7 @@ def _joint_features(files: Sequence[Path], features: Sequence[datasets.Features]
     return joint
 
 
-def check_shards_complete(source: str | Path, files: Sequence[PurePath]) -> None:
-    """
-    Refuse numbered files (`train-00000-of-00002.parquet`) that are not one whole set.
-
-    Args:
-        source (`str` or `Path`): Where they lie, for the sentence.
-        files (`Sequence[PurePath]`): Those of one split; names without a number are not looked at.
-    """
+def _check_shards_complete(source: str | Path, files: Sequence[PurePath]) -> None:
     found: dict[tuple[int, int], PurePath] = {}
     for file in files:
         if (shard := re.search(r"-(\d+)-of-(\d+)", file.stem)) is None:

@@ -29,7 +29,7 @@ from .image_folder import open_image_folder
 from .labelled import LabelledImages
 from .labels import LABEL_COLUMNS, LIKE_LABELS, label_array
 from .names import name_of, no_rows
-from .parquet import open_parquet, parquet_files
+from .parquet import is_url, open_parquet, parquet_files
 from .splits import choose_split
 from .writing import encoded
 
@@ -63,8 +63,8 @@ def load_images(
     arrays = arrays_of(source, split)
     if arrays is not None:
         return _adapted(arrays, channels, image_size, rejected, source)
-    # Local files are read in one pass, without the copy in the cache that random access would need.
-    streaming = isinstance(source, (str, os.PathLike)) and Path(source).exists()
+    # Files are read in one pass, without the copy in the cache that random access would need.
+    streaming = is_url(source) or (isinstance(source, (str, os.PathLike)) and Path(source).exists())
     dataset, id_space = _open(
         source,
         split=split,
@@ -105,7 +105,7 @@ def open_dataset(
     :func:`decode_image` decodes a row's.
 
     Args:
-        source: a path, or else a Hub id, or an object.
+        source: a path, a URL, or else a Hub id, or an object.
 
             - a folder of Parquet files, `<split>-*.parquet` (files of other names make up the split "train"), or one
               file; a numbered set of shards has to be complete;
@@ -115,6 +115,8 @@ def open_dataset(
               images' are no rows;
             - `.npz` with `images` and optionally `labels` and `ids`, or `.npy` with images: (N, H, W, 1 or 3), uint8
               or floats in [0, 1], which are rounded to 8 bits;
+            - a URL of fsspec (`s3://...`) of a folder with `<split>-*.parquet`, or of one such file, for which split
+              must be given; images that its rows name by paths are not opened;
             - "owner/name" on the Hub, or "owner/name:config";
             - a `datasets.Dataset`, an `IterableDataset` (which stays one), a dict of these; an (images, labels) pair
               of arrays; a :class:`LabelledImages`.
@@ -163,6 +165,9 @@ def _open(
             f"source is a {type(source).__name__}; a path, a Hub id, a datasets.Dataset, LabelledImages and arrays "
             "are accepted."
         )
+    elif is_url(source):
+        id_space = source
+        dataset, split = open_parquet(source, split, streaming, image_column)
     elif Path(source).exists():
         id_space = str(Path(source).resolve())
         if parquet_files(Path(source)):

@@ -12,7 +12,6 @@ from ..data.export import check_export, export_names, export_picture
 from ..outputs import check_apart
 from .folder import Folder
 from .manifest import RUN_NAME
-from .reader import open_at_url
 
 
 def check_places(
@@ -31,8 +30,7 @@ def check_places(
         ValueError: If two pictures would have one name, or the folder holds one of them and nothing was purified yet.
     """
     check_apart(export, sources={"--dataset": dataset, "--output": output}, name="--export")
-    at_url = isinstance(dataset, str) and "://" in dataset
-    rows = (open_at_url if at_url else open_dataset)(dataset, streaming=True, **where)
+    rows = open_dataset(dataset, streaming=True, **where)
     columns = [name for name in ("id", "file_name") if name in rows.features]
     places = export_names([_name(row) for row in rows.select_columns(columns)], suffix)
     check_export(export, places, fresh=not Folder(output).fs.exists(RUN_NAME))

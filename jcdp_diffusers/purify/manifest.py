@@ -78,6 +78,10 @@ def describe_run(
         "source": {
             "name": public_name(rows.name),
             "split": rows.split,
+            # Before the content, which changes with them, so that the sentence names the cause.
+            "image_column": job.image_column,
+            "label_column": job.label_column,
+            "id_column": job.id_column,
             "rows": rows.length,
             "content": rows.fingerprint,
         },

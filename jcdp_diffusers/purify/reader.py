@@ -1,6 +1,5 @@
 """The rows of a source of any length as Arrow tables, from any row on, without holding more than a few of them."""
 
-import glob
 import hashlib
 import itertools
 import os
@@ -8,20 +7,14 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ..data import open_dataset, parquet_files, parquet_shards
-from ..data.decoding import OUTSIDE
-from ..data.fence import fenced_dataset
-from ..data.names import natural_key
-from ..data.parquet import check_shards_complete
+from ..data import Shards, is_url, open_dataset, parquet_files, parquet_shards
 from .folder import digest
 
 
@@ -72,17 +65,16 @@ def open_rows(source: Any, *, split: str | None = None, streaming: bool = False,
     """
     Open what `open_dataset` opens, with the same options, columns and ids.
 
-    Parquet files on disk are read where they lie, without a copy in the cache. Other sources go through the cache of
-    `datasets` and memory-mapped Arrow files, or with `streaming` (and for an `IterableDataset`) through nothing. A URL
-    of fsspec is opened by `open_at_url`.
+    Parquet files, on a disk or at a URL, are read where they lie, without a copy in the cache. Other sources go
+    through the cache of `datasets` and memory-mapped Arrow files, or with `streaming` (and for an `IterableDataset`)
+    through nothing.
     """
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
+    if is_url(source):
+        return _parquet_rows(source, split, columns)
     if isinstance(source, (str, os.PathLike)) and Path(source).exists() and parquet_files(Path(source)):
         return _parquet_rows(Path(source), split, columns)
-    if "://" in name:
-        dataset = open_at_url(name, split=split, streaming=streaming, **columns)
-    else:
-        dataset = open_dataset(source, split=split, streaming=streaming, **columns)
+    dataset = open_dataset(source, split=split, streaming=streaming, **columns)
     split = re.match(r"[\w.]+", split or str(dataset.split or "train"))[0]  # "train" of "train[:100]"
     if isinstance(dataset, datasets.IterableDataset):
         stream = dataset.with_format("arrow")
@@ -102,56 +94,17 @@ def open_rows(source: Any, *, split: str | None = None, streaming: bool = False,
     return Rows(name, split, dataset.features, length, _fingerprint(length, dataset.features, sample), from_row)
 
 
-def open_at_url(
-    url: str, *, split: str | None, streaming: bool = False, **columns: str | None
-) -> datasets.Dataset | datasets.IterableDataset:
-    """
-    Open Parquet files at a URL of fsspec (`s3://...`), as `data.open_dataset` opens others.
-
-    Args:
-        url (`str`): Of a folder with `<split>-*.parquet`, or of one such file.
-        split, streaming, columns: As for `data.open_dataset`; a split is needed.
-
-    Raises:
-        ValueError: If there are no files, numbered ones are missing, or files differ in columns or class names.
-    """
-    if split is None:
-        raise ValueError(f"split is None, but must be given where dataset is a URL ({url!r}).")
-    pattern = glob.escape(url) if url.endswith(".parquet") else f"{glob.escape(url.rstrip('/'))}/{split}-*.parquet"
-    system, place = fsspec.core.url_to_fs(pattern)
-    files = sorted(map(PurePosixPath, system.glob(place)), key=natural_key)
-    if not files:
-        raise ValueError(f"dataset is {url!r}, where there are no Parquet files of split {split!r}: {pattern}.")
-    check_shards_complete(url, files)
-    kinds = []
-    for file in files:
-        with system.open(file.as_posix()) as stream:
-            kinds.append(datasets.Features.from_arrow_schema(pq.read_schema(stream)))
-    if differing := [file.name for file, kind in zip(files, kinds) if kind != kinds[0]]:
-        raise ValueError(
-            f"dataset is {url!r}, where {differing[0]} has other columns or class names than {files[0].name}, but all "
-            "files at a URL must have the same."
-        )
-    dataset = datasets.load_dataset("parquet", data_files={split: pattern}, split=split, streaming=streaming)
-    # Rows from elsewhere may name files of this machine, and none of them is the data set's.
-    return fenced_dataset(open_dataset(dataset, split=split, streaming=streaming, **columns), _outside)
-
-
-def _outside(path: str) -> str:
-    return OUTSIDE + path
-
-
-def _parquet_rows(source: Path, split: str | None, columns: dict) -> Rows:
+def _parquet_rows(source: Path | str, split: str | None, columns: dict) -> Rows:
     features = open_dataset(source, split=split, streaming=True, **columns).features  # and all of its checks
     shards = parquet_shards(source, split, columns.get("image_column"))
-    split, files = shards.split, shards.files
+    split, system, files = shards.split, shards.system, [file.as_posix() for file in shards.files]
     ends = list(itertools.accumulate(shards.rows))
-    numbered = columns.get("id_column") is None and "id" not in pq.read_schema(files[0]).names
+    numbered = columns.get("id_column") is None and "id" not in shards.features
 
     def from_row(row):
         for index in range(bisect_right(ends, row), len(files)):
             first = ends[index - 1] if index else 0
-            for table in _tables_of_file(files[index], row - first):
+            for table in _tables_of_file(shards, index, row - first):
                 table = shards.adapted(table, index)
                 table = open_dataset(datasets.Dataset(datasets.table.InMemoryTable(table)), split=split, **columns)
                 table = table.with_format("arrow")[:]
@@ -161,18 +114,18 @@ def _parquet_rows(source: Path, split: str | None, columns: dict) -> Rows:
                 yield table
                 row += len(table)
 
-    # The same files are other rows by other columns, and in folders of other names.
-    asked = sorted((name, column) for name, column in columns.items() if column is not None)
-    state = hashlib.blake2b(f"{asked} {sorted(features.items())} {shards.folder_values}".encode(), digest_size=16)
-    whole = sum(file.stat().st_size for file in files) <= HASHED_WHOLE
-    for file in files:
-        state.update(f"{file.name} {file.stat().st_size} {digest(file) if whole else _footer_digest(file)}\n".encode())
+    # The same files are other rows by other columns (whose names are those of the features), and in other folders.
+    state = hashlib.blake2b(f"{sorted(features.items())} {shards.folder_values}".encode(), digest_size=16)
+    sizes = [system.size(file) for file in files]
+    of_file = digest if sum(sizes) <= HASHED_WHOLE else _footer_digest
+    for file, size in zip(files, sizes):
+        state.update(f"{file.rpartition('/')[2]} {size} {of_file(file, system.open)}\n".encode())
     return Rows(os.fspath(source), split, features, ends[-1], state.hexdigest(), from_row)
 
 
-def _tables_of_file(file: Path, row: int) -> Iterator[pa.Table]:
-    with pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as parquet:
-        counts = [parquet.metadata.row_group(index).num_rows for index in range(parquet.metadata.num_row_groups)]
+def _tables_of_file(shards: Shards, index: int, row: int) -> Iterator[pa.Table]:
+    with shards.parquet(index, buffer_size=2**20, pre_buffer=False) as parquet:
+        counts = [parquet.metadata.row_group(number).num_rows for number in range(parquet.metadata.num_row_groups)]
         ends = list(itertools.accumulate(counts))
         group = bisect_right(ends, row)
         skip = row - (ends[group - 1] if group else 0)
@@ -182,7 +135,7 @@ def _tables_of_file(file: Path, row: int) -> Iterator[pa.Table]:
             skip = max(0, skip - len(batch))
 
 
-def _footer_digest(file: Path) -> str:
+def _footer_digest(file: str, open: Callable) -> str:
     """Of a Parquet file's footer, which holds the size and the statistics of every column of every row group."""
     with open(file, "rb") as stream:
         stream.seek(-8, os.SEEK_END)

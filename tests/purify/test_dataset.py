@@ -362,6 +362,25 @@ def test_refuses_to_go_on_with_another_purifier(source, finished):
 
 
 @pytest.mark.parametrize("kind", ["folder", "dataset"])
+def test_refuses_to_go_on_with_other_columns(kind, pipe, tmp_path):
+    images = open_dataset(some_images(4)).rename_column("label", "fine").rename_column("id", "key")
+    data = images.add_column("coarse", [0, 0, 1, 1]).add_column("name", list("abcd"))
+    if kind == "folder":
+        (tmp_path / "source").mkdir()
+        data.to_parquet(tmp_path / "source/train.parquet")
+        data = tmp_path / "source"
+    began = {"label_column": "fine", "id_column": "key"}
+    purify_to_folder(data, pipe, output_dir=tmp_path / "out", **began, **SETTINGS)
+    for change, sentence in (
+        ({"label_column": "coarse"}, "source label_column is 'fine', but 'coarse' is wanted now"),
+        ({"id_column": "name"}, "source id_column is 'key', but 'name' is wanted now"),
+        ({"id_column": None}, "source id_column is 'key', but None is wanted now"),
+    ):
+        with pytest.raises(ValueError, match=f"holds a run whose {sentence}"):
+            purify_to_folder(data, pipe, output_dir=tmp_path / "out", **began | change, **SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["folder", "dataset"])
 def test_refuses_to_go_on_with_another_source(kind, pipe, source, tmp_path):
     images = some_images(50)
     changed = images.images.copy()

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from purifying import some_images, source_folder
 
-from jcdp_diffusers.data import open_dataset, write_dataset
+from jcdp_diffusers.data import load_images, open_dataset, write_dataset
 from jcdp_diffusers.data.decoding import OUTSIDE
 from jcdp_diffusers.purify.reader import ROWS_AT_ONCE, open_rows
 
@@ -111,9 +111,18 @@ def at_url(request, tmp_path):
     fsspec.filesystem("memory").store.clear()
 
 
-def test_a_url_is_read_as_a_folder_is(folder):
-    rows = open_rows(f"file://{folder}", split="train")
-    assert ids(rows.read(0, COUNT)) == list(some_images(COUNT).ids)
+def test_a_url_is_read_as_a_folder_is(folder, at_url):
+    url, images = at_url(folder), some_images(COUNT)
+    rows, (first, *_) = open_rows(url, split="train"), sorted(folder.iterdir())
+    assert rows.length == COUNT and rows.fingerprint == open_rows(folder).fingerprint
+    assert ids(rows.read(0, COUNT)) == list(images.ids) and ids(rows.read(COUNT - 3, COUNT)) == list(images.ids)[-3:]
+    loaded, opened = load_images(f"{url}/", split="train"), open_dataset(url, split="train")
+    assert loaded.ids == images.ids == tuple(opened["id"]) and loaded.class_names == images.class_names
+    assert np.array_equal(loaded.images, images.images) and np.array_equal(loaded.labels, images.labels)
+    with pytest.raises(ValueError, match="lacks 2 of 3 shards"):
+        open_rows(f"{url}/{first.name}", split="train")
+    with pytest.raises(ValueError, match=f"split is None, but must be given where the source is a URL .'{url}'"):
+        load_images(url)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -128,21 +137,34 @@ def test_a_row_at_a_url_names_no_file_of_this_machine(streaming, tmp_path):
         assert stored["bytes"] is None and stored["path"].startswith(OUTSIDE)
 
 
-def test_files_at_a_url_that_do_not_fit_together_are_refused(at_url, tmp_path):
+def test_files_at_a_url_are_checked_and_joined_as_those_of_a_folder(at_url, tmp_path):
     for part, names in enumerate((["cat", "dog"], ["dog", "cat"])):
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
         table = pa.table({"image": pa.array([{"bytes": b"x", "path": None}], datasets.Image().pa_type), "label": [0]})
         path = tmp_path / f"set/train-0000{part}-of-00002.parquet"
         path.parent.mkdir(exist_ok=True)
         pq.write_table(table.cast(features.arrow_schema), path)
-    with pytest.raises(ValueError, match="00001-of-00002.parquet has other columns or class names than train-00000"):
-        open_rows(at_url(tmp_path / "set"), split="train")
+    url = at_url(tmp_path / "set")
+    for place in (tmp_path / "set", url):
+        rows = open_rows(place, split="train")
+        (first,), (second,) = rows.read(0, 1), rows.read(1, 2)
+        names = rows.features["label"].names
+        assert [names[table["label"][0].as_py()] for table in (first, second)] == ["cat", "dog"]
     (tmp_path / "set").rename(tmp_path / "part")
     (tmp_path / "part/train-00000-of-00002.parquet").unlink()
     with pytest.raises(ValueError, match="lacks 1 of 2 shards, the first 00000"):
         open_rows(at_url(tmp_path / "part"), split="train")
-    with pytest.raises(ValueError, match="where there are no Parquet files of split 'test'"):
+    with pytest.raises(ValueError, match="where no file of split 'test' is; .* are accepted"):
         open_rows(at_url(tmp_path / "part"), split="test")
+    with pytest.raises(ValueError, match="'nowhere://part', but URLs that fsspec can open here are accepted"):
+        open_rows("nowhere://part", split="test")
+    (tmp_path / "part/train-00000-of-00002.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="00000-of-00002.parquet' is no readable Parquet file: a Git LFS pointer"):
+        open_rows(at_url(tmp_path / "part"), split="train")
+    other = pa.table({"image": [b"x"], "price": [1]})
+    pq.write_table(other, tmp_path / "part/train-00000-of-00002.parquet")
+    with pytest.raises(ValueError, match="00001-of-00002.parquet' has the columns image, label; those of train-00000"):
+        open_rows(at_url(tmp_path / "part"), split="train")
 
 
 def test_a_fingerprint_of_an_image_folder_reads_the_files(tmp_path):
