@@ -149,6 +149,7 @@ def test_a_setting_that_is_no_number_is_an_error_in_words(tab, pictures):
     give(tab, pictures / "wide.png")
     tab.locator("#purify-settings").get_by_text("Settings").click()
     tab.locator("#num_rounds input").fill("two")
+    tab.locator("#num_rounds input").press("Tab")  # the page takes a setting when it is left
     tab.click("#purify")
     tab.get_by_text(re.compile("num_rounds is .*two.*, but must be a whole number")).first.wait_for()
 
@@ -157,5 +158,6 @@ def test_settings_beyond_the_purifier_are_an_error_in_words(tab, pictures):
     give(tab, pictures / "wide.png")
     tab.locator("#purify-settings").get_by_text("Settings").click()
     tab.locator("#diffusion_steps input").fill("2000")
+    tab.locator("#diffusion_steps input").press("Tab")
     tab.click("#purify")
     tab.get_by_text(re.compile("diffusion_steps is 2000, but must be")).first.wait_for()
