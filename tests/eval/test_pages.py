@@ -36,6 +36,7 @@ def test_the_row_of_a_stronger_attacker_says_what_it_assumes():
     assert "`n.m.` means not measured" in README
 
 
+@pytest.mark.long  # the former tests do the same without a process of its own
 def test_the_documented_command_finds_them_so():
     command = [sys.executable, "eval/pages.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
