@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from purifying import SETTINGS, quick_pipe, read_back, same, some_images, source_folder, work
 
 from jcdp_diffusers.data import decoding, open_dataset, to_uint8, write_dataset
@@ -264,7 +265,10 @@ def test_a_finished_shard_is_damaged(damage, source, expected, tmp_path):
 def test_of_a_file_that_is_too_large_for_an_image_only_the_name_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "MAX_FILE_BYTES", 10_000)
     monkeypatch.setattr(decoding, "MAX_FILE_BYTES", 10_000)
-    folder = source_folder(tmp_path / "source", 3)
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number in range(3):
+        Image.fromarray(some_images(3).images[number]).save(folder / f"{number}.png")
     for name, size in (("large.png", 20_000), ("broken.png", 9_000)):
         (folder / name).write_bytes(bytes(size))
     summary = purify_to_folder(folder, quick_pipe(), output_dir=tmp_path / "out", **SETTINGS)
