@@ -100,14 +100,14 @@ def divide(
             names = {"labels": sets["protected"].labels, "class_names": sets["protected"].class_names}
             sets["clean"] = replace(sets["clean"], **names)
         return _divide(sets, "clean", missing, seed, budget)
+    for other in ("collected", "test"):
+        if other in sets and _same_classes(sets[other], sets["protected"]):
+            return _divide(sets, other, missing, seed, budget)
     if sets["protected"].labels is None:
         raise ValueError(
             "protected has no labels, and no set that can be divided has any, but test images need labels: give "
             "--clean or --collected with them."
         )
-    for other in ("collected", "test"):
-        if other in sets and _same_classes(sets[other], sets["protected"]):
-            return _divide(sets, other, missing, seed, budget)
     return _divide(sets, "protected", missing, seed, budget)
 
 

@@ -386,6 +386,13 @@ def test_test_images_without_labels_are_refused_before_they_are_divided():
         divide(sets, needs_collected=True, seed=0, budget=BUDGET)
 
 
+@pytest.mark.parametrize("given", ["collected", "test"])
+def test_labelled_images_are_divided_where_the_protected_ones_have_none(given):
+    sets = {"protected": noise(8, classes=None), given: noise(16, seed=1)}
+    divided, division = divide(sets, needs_collected=True, seed=0, budget=BUDGET)
+    assert division.of == given and {"collected", "test"} <= divided.keys() and divided["test"].labels is not None
+
+
 def test_spectra_are_compared_without_labels_where_there_are_enough_photographs():
     draw = np.random.default_rng(0)
     plain = [draw.integers(40, 200, (60, 2, 2, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2) for _ in range(2)]
