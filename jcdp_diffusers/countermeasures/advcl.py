@@ -12,6 +12,8 @@ The program's pseudo-labels come from clean CIFAR-10, which an attacker does not
 network that learned by SimCLR from the collected images: k-means of its features of the training images.
 `advcl-plain` has no pseudo-labels, and needs no collected images.
 
+Its loss is multiplied by temperature / 0.07 (`BASE_TEMPERATURE`), whatever the recipe says for SimCLR alone.
+
 Ours: the head is the victim's own, without batch normalisation. Views that an attack does not change go through the
 network once per step, not once per step of the attack.
 """
@@ -39,8 +41,8 @@ from . import Context, Countermeasure
 
 
 SOURCE = "AdvCL (Fan et al., NeurIPS 2021; LijieFan/AdvCL)"
-# The program multiplies its loss by the temperature over this, as SupCon does. SimCLR's recipe `cp` has a smaller
-# factor, that of another program.
+# Of the program's `SupConLoss`. The recipe `cp` has a quarter of the factor, for processes that this program does not
+# have.
 BASE_TEMPERATURE = 0.07
 # What has batch normalisation beside the network's own, which is that of adversarial views.
 ORDINARY, LABELLED = "ordinary", "labelled"

@@ -9,7 +9,7 @@ what the method needs and promises; the command, the tables, the cards and the t
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -62,6 +62,8 @@ class Poison:
             `"supervised"` or `"contrastive"`, on these images, or `"pretrained"`, elsewhere. Such a method keeps its
             state in `checkpoint_dir`. `None`: no network.
         uses_seed (`bool`, *optional*, defaults to `True`): Whether the seed changes anything.
+        least_classes (`int`, *optional*, defaults to 1): Classes that the labels must hold. A network that learns from
+            labels, and whatever compares classes, needs two.
         suits_single_images (`bool`, *optional*, defaults to `False`): Whether the noise of an image follows from its
             class, the seed and the image alone, so that one picture can be protected without a data set.
     """
@@ -75,6 +77,7 @@ class Poison:
     uses_labels: bool = True
     surrogate: str | None = None
     uses_seed: bool = True
+    least_classes: int = 1
     suits_single_images: bool = False
 
     def settings(self, preset: Any = "published") -> Any:
@@ -98,9 +101,13 @@ class Poison:
         """
         The numbers of the method under a preset, with some of them replaced.
 
+        A dataclass may have a method `shared()`, by field that holds a dataclass the names that it has in common with
+        it. Such a change is made in both.
+
         Args:
             preset (`str` or dataclass): See [`~Poison.settings`].
-            changes (`dict`): By field of the method's dataclass. Nothing to replace leaves the preset as it is given.
+            changes (`dict`): By field of the method's dataclass, `start.rounds` for a field within a field. Nothing to
+                replace leaves the preset as it is given.
             name (`str`): Of the argument or option, for the error.
 
         Returns:
@@ -112,7 +119,7 @@ class Poison:
         if not changes:
             return preset
         settings = self.settings(preset)
-        types = get_type_hints(type(settings))
+        types = _types(type(settings))
         for field, value in changes.items():
             if field not in types:
                 raise ValueError(f"{name} has {field!r}, but must have fields of {self.name}: {', '.join(types)}.")
@@ -120,10 +127,7 @@ class Poison:
             if type(value) not in accepted and not (type(value) is int and float in accepted):
                 kinds = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in accepted)
                 raise ValueError(f"{name} has {field} {value!r}, but it must be {kinds}.")
-        if (start := getattr(settings, "start", None)) is not None:  # CP-S begins with the noise of CP-C
-            shared = {field: value for field, value in changes.items() if field in start.SHARED}
-            changes = {"start": replace(start, **shared), **changes}
-        return replace(settings, **changes)
+        return _replaced(settings, changes)
 
     def __call__(
         self,
@@ -161,9 +165,7 @@ class Poison:
         settings = self.settings(preset)
         _check_images(images)
         if self.uses_labels:
-            _check_labels(labels, len(images), self.name)
-            if self.surrogate == "supervised" and labels.min() == labels.max():
-                raise ValueError(f"labels holds 1 class, but must hold at least 2 for {self.name}.")
+            _check_labels(labels, len(images), self.name, self.least_classes)
         return self.perturb(
             images.detach().cpu().float(),
             labels.detach().cpu() if self.uses_labels else None,
@@ -198,6 +200,31 @@ def budget(name: str, preset: Any, shape: tuple[int, int, int]) -> dict[str, flo
     return get(name).budget(settings(name, preset), shape)
 
 
+def _types(kind: type) -> dict[str, Any]:
+    """Types by field of a dataclass, those within a field under both names: `start.rounds`."""
+    hints, found = get_type_hints(kind), {}
+    for name in (entry.name for entry in fields(kind)):
+        found[name] = hints[name]
+        if is_dataclass(hints[name]):
+            found |= {f"{name}.{inner}": type_ for inner, type_ in _types(hints[name]).items()}
+    return found
+
+
+def _replaced(settings: Any, changes: Mapping[str, Any]) -> Any:
+    """Settings with other numbers, all at once, so that they are checked together."""
+    own = {name: value for name, value in changes.items() if "." not in name}
+    inner = {}
+    for field, names in settings.shared().items() if hasattr(settings, "shared") else ():
+        inner[field] = {name: own[name] for name in names if name in own}
+    for name, value in changes.items():
+        field, dot, rest = name.partition(".")
+        if dot:
+            inner[field] = inner.get(field, {}) | {rest: value}
+    for field, numbers in inner.items():
+        own[field] = _replaced(own.get(field, getattr(settings, field)), numbers)
+    return replace(settings, **own)
+
+
 def _check_images(images: torch.Tensor) -> None:
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images has shape {tuple(images.shape)}, but must have (N, 1 or 3, H, W) with N > 0.")
@@ -207,10 +234,12 @@ def _check_images(images: torch.Tensor) -> None:
         )
 
 
-def _check_labels(labels: torch.Tensor | None, count: int, name: str) -> None:
+def _check_labels(labels: torch.Tensor | None, count: int, name: str, least_classes: int) -> None:
     if labels is None:
         raise ValueError(f"labels is None, but {name} needs one for every image.")
     if labels.shape != (count,):
         raise ValueError(f"labels has shape {tuple(labels.shape)}, but {count} images must have as many labels.")
     if labels.dtype != torch.int64 or labels.min() < 0:
         raise ValueError(f"labels holds {labels.dtype} from {labels.min()} on, but must hold int64 from 0 on.")
+    if (classes := len(labels.unique())) < least_classes:
+        raise ValueError(f"labels holds {classes} class, but must hold at least {least_classes} for {name}.")

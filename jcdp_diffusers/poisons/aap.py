@@ -154,7 +154,7 @@ def train_epoch(
     """One epoch of the surrogate on augmented clean images, shuffled."""
     optimizer.param_groups[0]["lr"] = learning_rate(settings, epoch)
     augment = surrogate.Contrastive(images.shape[2:], settings.strength, draw)
-    for rows in torch.randperm(len(images), generator=draw).split(settings.batch_size):
+    for rows in surrogate.batches(torch.randperm(len(images), generator=draw), settings.batch_size):
         seen = augment(images[rows].to(device))
         surrogate.train_step(model, optimizer, seen, labels[rows].to(device), bfloat16=settings.bfloat16)
 
@@ -182,4 +182,4 @@ def attack(
     return delta.cpu()
 
 
-POISONS = (Poison("aap", "AAP", SOURCE, PRESETS, budget, perturb, surrogate="supervised"),)
+POISONS = (Poison("aap", "AAP", SOURCE, PRESETS, budget, perturb, surrogate="supervised", least_classes=2),)

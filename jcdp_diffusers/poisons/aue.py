@@ -101,7 +101,7 @@ def perturb(
         kept.save(state | {"noise": noise, "order": order, "done": done})
 
     # Even passes are of the surrogate, odd ones of the noise; each goes over all images in an order of its own.
-    batches = math.ceil(len(images) / settings.batch_size)
+    batches = len(surrogate.batches(torch.arange(len(images)), settings.batch_size))
     total = 2 * settings.epochs * batches
     with tqdm(total=total, initial=done, unit="batch", desc="aue", disable=not progress) as bar:
         while done < total:
@@ -110,7 +110,7 @@ def perturb(
                 order = torch.randperm(len(images), generator=draw)
             training = passes % 2 == 0
             fixed = None if training else surrogate.frozen(model)
-            for rows in order.split(settings.batch_size)[batch:]:
+            for rows in surrogate.batches(order, settings.batch_size)[batch:]:
                 clean, targets = images[rows].to(device), labels[rows].to(device)
                 if training:
                     optimizer.param_groups[0]["lr"] = cosine(settings.learning_rate, passes // 2, settings.epochs)
@@ -146,4 +146,4 @@ def minimise(model, images, labels, noise, settings: AUESettings, augment) -> to
     return noise.cpu()
 
 
-POISONS = (Poison("aue", "AUE", SOURCE, PRESETS, budget, perturb, surrogate="supervised"),)
+POISONS = (Poison("aue", "AUE", SOURCE, PRESETS, budget, perturb, surrogate="supervised", least_classes=2),)

@@ -28,7 +28,6 @@ resamples a crop in one step. Nothing of ours has been compared with the authors
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
@@ -56,13 +55,6 @@ class CPSettings(EncoderSettings):
             round, although `rounds` may be fewer.
     """
 
-    # Of class-wise noise that sample-wise noise starts from: one encoder makes both, within one bound.
-    SHARED: ClassVar[tuple[str, ...]] = (
-        *("epsilon", "framework", "batch_size", "optimizer", "learning_rate", "momentum", "weight_decay"),
-        *("temperature", "loss_factor", "key_momentum", "queue", "min_scale", "flip"),
-        *("through_targets", "follow_noise_steps", "drop_last", "surrogate", "width", "bfloat16"),
-    )
-
     model_steps: int | None = 20
     noise_batches: int | None = 20
     loss_factor: float = 0.5 / 0.07
@@ -79,15 +71,21 @@ class CPSettings(EncoderSettings):
         return self.learning_rate * (LEAST_LEARNING_RATE + (1 - LEAST_LEARNING_RATE) * cosine)
 
 
+# What sample-wise noise and the class-wise noise that it starts from have each for itself.
+OF_EACH_NOISE = ("step", "steps", "rounds", "planned_rounds", "model_steps", "noise_batches")
+
+
 @dataclass(frozen=True)
 class CPSampleSettings(CPSettings):
     """
     Numbers of CP, sample-wise: those of [`CPSettings`], with these differences.
 
+    `jcdp poison --set FIELD=VALUE` changes both noises, except for steps and rounds (`OF_EACH_NOISE`), which
+    `--set start.FIELD=VALUE` changes in the class-wise one.
+
     Args:
         model_steps, noise_batches (`int`, *optional*): None, published: whole passes.
-        start (`CPSettings`): How the class-wise noise is made that the sample-wise noise starts from. A change of a
-            preset by `Poison.changed` (`--set`) reaches its fields in `SHARED`, too.
+        start (`CPSettings`): How the class-wise noise is made that the sample-wise noise starts from.
     """
 
     steps: int = 5
@@ -101,6 +99,10 @@ class CPSampleSettings(CPSettings):
         super().__post_init__()
         if self.start.epsilon > self.epsilon:
             raise ValueError(f"start.epsilon is {self.start.epsilon}, but must be at most epsilon, {self.epsilon}.")
+
+    def shared(self) -> dict[str, tuple[str, ...]]:
+        """See [`~poisons.Poison.changed`]."""
+        return {"start": tuple(entry.name for entry in fields(CPSettings) if entry.name not in OF_EACH_NOISE)}
 
 
 _MOCO = {"learning_rate": 0.3, "temperature": 0.2, "loss_factor": 0.2 / 0.07, "key_momentum": 0.99, "queue": 4096}
@@ -155,7 +157,7 @@ def _presets(framework: str) -> dict[str, tuple[CPSettings, CPSampleSettings]]:
 def _sample_wise(start: CPSettings, **changes) -> CPSampleSettings:
     """The numbers of a sample-wise noise that starts from a class-wise one with the same encoder."""
     same = {entry.name: getattr(start, entry.name) for entry in fields(CPSettings)}
-    for name in ("steps", "rounds", "planned_rounds", "model_steps", "noise_batches"):
+    for name in OF_EACH_NOISE:
         del same[name]
     return CPSampleSettings(**same | changes, start=start)
 

@@ -48,7 +48,7 @@ class DUNESettings:
         step (`float`): Length of a step, in 1/255.
         steps (`int`): Sign steps.
         networks (`int`): Stages of the surrogate's training that are attacked together.
-        offset (`int`): How many classes further on the target is.
+        offset (`int`): How many classes further on the target is; no multiple of the number of classes.
         particles, rounds (`int`): Of the swarm.
         spread (`float`): Particles start uniformly within it on both sides of 0, images in [0, 1]; their velocities
             within a tenth of it.
@@ -135,18 +135,18 @@ def perturb(
     See [`Poison`]; an interruption repeats the surrogate's training as a whole, but not swarms and steps.
 
     Raises:
-        ValueError: If images are smaller than a window of SSIM, or the target of a class is the class itself.
+        ValueError: If images are smaller than a window of SSIM, or each class would be its own target.
     """
+    classes = int(labels.max()) + 1
+    if settings.offset % classes == 0:
+        raise ValueError(
+            f"offset is {settings.offset}, but must be no multiple of {classes}, the number of classes, for dune: "
+            "--set offset=1 takes the next class as the target."
+        )
     height, width = images.shape[2:]
     if min(height, width) < SSIM_WINDOW:
         raise ValueError(
             f"images has {height} x {width} pixels, but must have at least {SSIM_WINDOW} x {SSIM_WINDOW} for SSIM."
-        )
-    classes = int(labels.max()) + 1
-    if settings.offset % classes == 0:
-        raise ValueError(
-            f"offset is {settings.offset}, but must be no multiple of {classes}, the number of classes: images would "
-            "move towards their own class (--set offset=1)."
         )
     kept = Checkpoint(checkpoint_dir, "dune", settings, seed, images, labels)
     batches = torch.arange(len(images)).split(settings.batch_size)
@@ -320,4 +320,4 @@ def attack(
     return delta.cpu()
 
 
-POISONS = (Poison("dune", "DUNE", SOURCE, PRESETS, budget, perturb, surrogate="supervised"),)
+POISONS = (Poison("dune", "DUNE", SOURCE, PRESETS, budget, perturb, surrogate="supervised", least_classes=2),)

@@ -124,7 +124,7 @@ def perturb(
     model = surrogate.build(settings.surrogate, settings.width, images, labels, seed, device)
     optimizer = make_optimizer(model, settings)
     noise = torch.zeros_like(images)
-    batches = torch.arange(len(images)).split(settings.batch_size)
+    batches = surrogate.batches(torch.arange(len(images)), settings.batch_size)
     done, trained, error = 0, 0, float("inf")
     if (state := kept.load()) is not None:
         model.load_state_dict(state["model"])
@@ -296,6 +296,8 @@ def _class_means(noise: torch.Tensor, labels: torch.Tensor, pattern: torch.Tenso
 
 
 POISONS = (
-    Poison("emn", "EMN", SOURCE, PRESETS, budget, perturb, surrogate="supervised"),
-    Poison("emn-class", "EMN(C)", SOURCE, CLASS_PRESETS, budget, perturb_classes, surrogate="supervised"),
+    Poison("emn", "EMN", SOURCE, PRESETS, budget, perturb, surrogate="supervised", least_classes=2),
+    Poison(
+        "emn-class", "EMN(C)", SOURCE, CLASS_PRESETS, budget, perturb_classes, surrogate="supervised", least_classes=2
+    ),
 )

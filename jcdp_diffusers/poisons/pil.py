@@ -147,4 +147,4 @@ def attack(
     return noise.cpu()
 
 
-POISONS = (Poison("pil", "PIL", SOURCE, PRESETS, budget, perturb, surrogate="supervised"),)
+POISONS = (Poison("pil", "PIL", SOURCE, PRESETS, budget, perturb, surrogate="supervised", least_classes=2),)

@@ -26,6 +26,7 @@ from ..data.perturbations import apply_perturbation, measured_norms, visibility,
 from ..devices import default_device
 from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
+from ..victims.checkpoints import digest
 from .photographs import export, places_of_export, size_to_read
 from .pretrained import public_weights
 from .published import ORDERS, read_perturbation
@@ -35,6 +36,12 @@ CARD = "README.md"
 _STATE = ".poison-state"
 # By which a folder of this command is known, and what else it writes.
 MARKS, OWN_NAMES = (CARD, _STATE), ("*-*-of-*.parquet",)
+# Digests of what a request was given, and what a sentence calls a difference in them.
+_GIVEN = {
+    "content": "other images, ids or labels",
+    "perturbation_content": "another perturbation",
+    "in_order_of": "another set for in_order_of",
+}
 _FLAG = "protected"  # column that says which images are protected, where not all are
 
 
@@ -57,7 +64,9 @@ def protect_dataset(
 
     Args:
         data (`LabelledImages`): Images and ids, and labels where the method needs them.
-        output_dir (`str` or `Path`): Folder, empty or of an earlier call with the same arguments.
+        output_dir (`str` or `Path`): Folder, empty or of an earlier call with the same arguments. Images, ids and
+            labels are among them. The cards of earlier versions have no digest of these; there the number, the ids,
+            the shape and the labels are compared.
         method (`str`): One of `poisons.NAMES`.
         preset (`str` or dataclass, *optional*, defaults to `"published"`): See [`~poisons.Poison.settings`].
         seed (`int`, *optional*, defaults to 0): Of the poison and of the choice of images.
@@ -87,13 +96,13 @@ def protect_dataset(
         "seed": seed,
         "fraction": fraction,
         "source": source,
-        "images": len(data),
         "split": split,
-        "content": _content_of(data),
+        "images": len(data),
+        "content": _content(data),
     }
     output_dir = Path(output_dir)
-    if _finished(output_dir, request):
-        return load_images(output_dir, split=split, channels=data.images.shape[3])
+    if (done := _finished(output_dir, request, data)) is not None:
+        return done
 
     start = time.monotonic()
     chosen = data.subset(rows)
@@ -131,7 +140,7 @@ def protect_with_file(
 
     Args:
         data (`LabelledImages`): The clean images.
-        output_dir (`str` or `Path`): Folder, empty or of an earlier call with the same arguments.
+        output_dir (`str` or `Path`): See [`protect_dataset`]; the content of the perturbation is compared too.
         perturbation, kind, budget, order, in_order_of: See [`read_perturbation`].
         seed (`int`, *optional*, defaults to 0): Of the choice of images.
         fraction, split, columns, source: See [`protect_dataset`].
@@ -145,21 +154,20 @@ def protect_with_file(
         "promised": dict(budget or {}),
         "fraction": fraction,
         "source": source,
-        "images": len(data),
         "split": split,
-        "content": _content_of(data),
-        "perturbation_content": _content_below(Path(perturbation)),
+        "images": len(data),
+        "content": _content(data),
+        "perturbation_content": _content_of_files(Path(perturbation)),
         "kind": kind,
+        "in_order_of": None if in_order_of is None else _content(in_order_of),
     }
     if fraction < 1:
         request["seed"] = seed
     if order != "checked" or in_order_of is not None:
         request["order"] = order if in_order_of is None else "of another set"
-    if in_order_of is not None:
-        request["order_content"] = _content_of(in_order_of)
     output_dir = Path(output_dir)
-    if _finished(output_dir, request):
-        return load_images(output_dir, split=split, channels=data.images.shape[3])
+    if (done := _finished(output_dir, request, data)) is not None:
+        return done
     start = time.monotonic()
     delta, recognised = read_perturbation(
         perturbation, data, kind=kind, budget=budget, order=order, in_order_of=in_order_of
@@ -333,42 +341,66 @@ def _public(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | ({"weights": public_weights(settings["weights"])} if "weights" in settings else {})
 
 
-def _content_of(data: LabelledImages) -> str:
-    """A hash of pixels, shape, labels, names of classes and ids."""
-    digest = hashlib.blake2b(np.ascontiguousarray(data.images), digest_size=16)
-    labels = None if data.labels is None else data.labels.tolist()
-    digest.update(repr((data.images.shape, labels, data.class_names, data.ids)).encode())
-    return digest.hexdigest()
+def _content(data: LabelledImages) -> str:
+    """32 hexadecimal digits of images, ids and labels, in order."""
+    ids = torch.from_numpy(np.frombuffer("\n".join(data.ids).encode(), np.uint8).copy())
+    labels = () if data.labels is None else (torch.from_numpy(data.labels),)
+    return digest(torch.from_numpy(np.ascontiguousarray(data.images)), ids, *labels)
 
 
-def _content_below(path: Path) -> str:
-    """A hash of a file, or of all files of a folder and their names; of one that is not there, of nothing."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(one for one in (path, *path.rglob("*")) if one.is_file()):
-        digest.update(file.relative_to(path).as_posix().encode())
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def _content_of_files(path: Path) -> str:
+    """32 hexadecimal digits of a file, or of all files of a folder and their names in it."""
+    if not path.exists():
+        raise ValueError(f"perturbation is {str(path)!r}, but there is no such file.")
+    found = hashlib.blake2b(digest_size=16)
+    for file in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
+        with open(file, "rb") as opened:
+            found.update(file.relative_to(path).as_posix().encode())
+            found.update(hashlib.file_digest(opened, "blake2b").digest())
+    return found.hexdigest()
 
 
-def _finished(output_dir: Path, request: Mapping[str, Any]) -> bool:
+def _finished(output_dir: Path, request: Mapping[str, Any], data: LabelledImages) -> LabelledImages | None:
     """
-    Whether the folder holds the data set of an earlier call with the same request, or waits to be filled.
+    The images of an earlier call with the same request for `data`; None if the folder waits to be filled.
 
     A folder that waits gets the folder of the poison's state, by which the next call knows it.
     """
     check_output_folder(output_dir, marks=MARKS, own=OWN_NAMES)
     if not (output_dir / CARD).exists():
         (output_dir / _STATE).mkdir(parents=True, exist_ok=True)
-        return False
+        return None
     facts = read_card(output_dir)
+    known = "content" in facts  # cards of earlier versions have none of the digests
     for name, wanted in yaml.safe_load(yaml.safe_dump(_plain(request))).items():
-        if facts.get(name) != wanted:
-            raise ValueError(
-                f"output is {str(output_dir)!r}, which holds a data set of {name} {facts.get(name)!r} instead of "
-                f"{wanted!r}, but must be an empty folder or one of the same request."
-            )
-    return True
+        if facts.get(name) == wanted or (not known and name in (*_GIVEN, "kind")):
+            continue
+        held = f"a data set of {name} {facts.get(name)!r} instead of {wanted!r}"
+        if name in _GIVEN:
+            held = f"a data set that was made with {_GIVEN[name]}"
+        raise _another_request(output_dir, held)
+    done = load_images(output_dir, split=facts["split"], channels=data.images.shape[3])
+    if not known:
+        _compare_stored(output_dir, done, data)
+    return done
+
+
+def _compare_stored(output_dir: Path, done: LabelledImages, data: LabelledImages) -> None:
+    """Refuse a finished set, whose card has no digests, if its rows cannot be those of `data`."""
+    pairs = {
+        "ids": (done.ids, data.ids),
+        "shape": (done.images.shape, data.images.shape),
+        "labels": tuple(None if one.labels is None else one.labels.tolist() for one in (done, data)),
+    }
+    for name, (stored, wanted) in pairs.items():
+        if stored != wanted:
+            raise _another_request(output_dir, f"a data set of an earlier version with other {name}")
+
+
+def _another_request(output_dir: Path, held: str) -> ValueError:
+    return ValueError(
+        f"output is {str(output_dir)!r}, which holds {held}, but must be an empty folder or one of the same request."
+    )
 
 
 def _write(

@@ -258,6 +258,6 @@ def _uniform(images: torch.Tensor, epsilon: float, draw: torch.Generator) -> tor
 
 
 POISONS = (
-    Poison("remn", "REMN", SOURCE, PRESETS, budget, perturb, surrogate="supervised"),
-    Poison("sem", "SEM", SEM_SOURCE, SEM_PRESETS, budget, perturb, surrogate="supervised"),
+    Poison("remn", "REMN", SOURCE, PRESETS, budget, perturb, surrogate="supervised", least_classes=2),
+    Poison("sem", "SEM", SEM_SOURCE, SEM_PRESETS, budget, perturb, surrogate="supervised", least_classes=2),
 )

@@ -31,17 +31,33 @@ def frozen(model: nn.Module) -> nn.Module:
     The same function as `model` in eval mode, for gradients with respect to images alone.
 
     Batch normalisation is folded into the convolutions before it, which makes a pass about 1.6 times faster on a CPU
-    and changes it by rounding only. A network whose graph torch cannot trace, such as a ViT, has none: it is copied as
-    it is. The copy does not follow when `model` is trained on.
+    and changes it by rounding only. A network whose steps depend on its input, as transformers' do, is copied as it
+    is. The copy does not follow when `model` is trained on.
     """
     training = model.training
+    model.eval()
     try:
-        folded = fuse(model.eval())
+        fixed = fuse(model)
     except TraceError:
-        folded = copy.deepcopy(model)
-    folded.requires_grad_(False)
+        fixed = copy.deepcopy(model)
     model.train(training)
-    return folded.to(memory_format=torch.channels_last)
+    return fixed.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def batches(order: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """
+    Row numbers of each training step of a pass.
+
+    A last image alone joins the batch before it: batch normalisation of 1x1 maps needs two images.
+
+    Args:
+        order (`torch.Tensor`): All row numbers, int64 `(N,)`.
+        size (`int`): Images of a step.
+    """
+    parts = order.split(size)
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts = (*parts[:-2], torch.cat(parts[-2:]))
+    return parts
 
 
 def precision(bfloat16: bool, device: torch.device) -> torch.autocast:

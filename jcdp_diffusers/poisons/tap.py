@@ -178,4 +178,4 @@ def attack(
     return delta.cpu(), losses.cpu()
 
 
-POISONS = (Poison("tap", "TAP", SOURCE, PRESETS, budget, perturb, surrogate="supervised"),)
+POISONS = (Poison("tap", "TAP", SOURCE, PRESETS, budget, perturb, surrogate="supervised", least_classes=2),)

@@ -105,8 +105,6 @@ def perturb(
     progress: bool,
 ) -> torch.Tensor:
     """See [`Poison`]."""
-    if len(labels.unique()) < 2:
-        raise ValueError(f"labels holds {len(labels.unique())} class, but must hold at least 2 for tue.")
     kept = Checkpoint(checkpoint_dir, "tue", settings, seed, images, labels)
     start = torch.zeros_like(images)
     if settings.random_start:
@@ -174,4 +172,4 @@ def separability(noise: torch.Tensor, labels: torch.Tensor, *, spread_gradient: 
     return ((spreads[first] + spreads[second] + SMALLEST) / (distances + SMALLEST)).mean()
 
 
-POISONS = (Poison("tue", "TUE", SOURCE, PRESETS, budget, perturb, surrogate="contrastive"),)
+POISONS = (Poison("tue", "TUE", SOURCE, PRESETS, budget, perturb, surrogate="contrastive", least_classes=2),)

@@ -128,9 +128,16 @@ def test_loss_is_that_of_four_views_and_a_fifth_of_the_error_on_pseudo_labels(ob
     ]
     features = objective.network.features(images)
     errors = [nn.CrossEntropyLoss()(head(features), one) for head, one in zip(objective.of_hook.heads, targets.T)]
-    # The program's factor, whatever the recipe's is.
     wanted = 0.5 / 0.07 * advcl.multi_view_loss(projections, 0.5) + 0.2 * sum(errors) / 2
     torch.testing.assert_close(loss, wanted)
+
+
+def test_loss_is_multiplied_as_in_the_program_under_every_recipe():
+    """SimCLR's own recipes have that factor too, but for `cp`, which has it divided by its program's processes."""
+    factors = {name: get_recipe(name, "simclr").loss_factor for name in ("cp", "fast", "mini", "digits", "smoke")}
+    own = factors.pop("cp")
+    wanted = get_recipe("cp", "simclr").temperature / advcl.BASE_TEMPERATURE
+    assert set(factors.values()) == {wanted} == {4 * own}
 
 
 def test_pseudo_labels_are_clusters_of_what_the_collected_images_taught(train, collected, tmp_path):

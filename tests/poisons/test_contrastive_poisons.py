@@ -56,6 +56,22 @@ def test_published_numbers_are_the_programs():
     assert poisons.settings("cp-c", "code-byol").key_momentum == pytest.approx(0.998001)
 
 
+def test_changed_numbers_reach_the_start_of_sample_wise_noise():
+    poison = poisons.get("cp-s")
+    changed = poison.changed("cpu-moco-v2", {"epsilon": 4.0, "batch_size": 64, "queue": 512, "surrogate": "vgg16"})
+    for one in (changed, changed.start):
+        assert (one.epsilon, one.batch_size, one.queue, one.surrogate) == (4.0, 64, 512, "vgg16")
+    start = poison.settings("cpu").start
+    changed = poison.changed("cpu", {"rounds": 3, "steps": 2, "step": 1.0})
+    assert (changed.rounds, changed.steps, changed.step, changed.start) == (3, 2, 1.0, start)
+    changed = poison.changed("cpu", {"start.rounds": 5, "width": 8, "start.width": 4})
+    assert (changed.rounds, changed.start.rounds, changed.width, changed.start.width) == (15, 5, 8, 4)
+    with pytest.raises(ValueError, match="start.epsilon is 9"):
+        poison.changed("cpu", {"start.epsilon": 9.0})
+    with pytest.raises(ValueError, match="--set has 'start.pace'.*start.rounds"):
+        poison.changed("cpu", {"start.pace": 1}, name="--set")
+
+
 def test_learning_rate_falls_by_half_a_cosine_once_a_round():
     settings = poisons.settings("cp-c")
     assert settings.learning_rate_in(999) == pytest.approx(0.5e-3)

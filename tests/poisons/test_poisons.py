@@ -145,6 +145,22 @@ def test_numbers_of_a_preset_may_be_replaced():
         poison.changed("smoke", {"weights": 3})
 
 
+def test_numbers_within_a_field_may_be_replaced():
+    changed = poisons.get("dune").changed("smoke", {"recipe.epochs": 3, "offset": 1})
+    assert (changed.recipe.epochs, changed.recipe.batch_size, changed.offset) == (3, 32, 1)
+    with pytest.raises(ValueError, match="settings has recipe.epochs 'many'.*int"):
+        poisons.get("dune").changed("smoke", {"recipe.epochs": "many"})
+    with pytest.raises(ValueError, match="settings has 'recipe.drop'.*recipe.epochs"):
+        poisons.get("dune").changed("smoke", {"recipe.drop": True})
+
+
+@pytest.mark.parametrize("name", [*("emn", "emn-class", "remn", "tap", "sem", "pil", "aue", "aap", "dune", "tue")])
+def test_one_class_is_refused_where_classes_are_told_apart(name, images, labels):
+    assert poisons.get(name).least_classes == 2
+    with pytest.raises(ValueError, match=f"labels holds 1 class, but must hold at least 2 for {name}"):
+        poisons.get(name)(images, torch.ones_like(labels), preset="smoke")
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [

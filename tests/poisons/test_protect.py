@@ -100,23 +100,86 @@ def test_same_command_again_does_nothing_and_another_is_refused(source, tmp_path
         command("--method", "ops", *options)
 
 
+def other_rows(data):
+    """By what differs, sets of the same number and shape."""
+    return {
+        "images": data.with_images(255 - data.images),
+        "ids": replace(data, ids=data.ids[::-1]),
+        "labels": replace(data, labels=data.labels[::-1].copy()),
+    }
+
+
+@pytest.mark.parametrize("changed", ["images", "ids", "labels"])
+def test_a_finished_set_is_not_given_out_for_other_inputs(changed, data, tmp_path):
+    protect.protect_dataset(data, tmp_path, method="lsp")
+    with pytest.raises(ValueError, match="output is .*made with other images, ids or labels, but must be an empty"):
+        protect.protect_dataset(other_rows(data)[changed], tmp_path, method="lsp")
+    with pytest.raises(ValueError, match="output is .*split 'train' instead of 'test'"):
+        protect.protect_dataset(data, tmp_path, method="lsp", split="test")
+
+
+def test_a_set_of_an_earlier_version_is_compared_by_what_is_stored(data, tmp_path):
+    done = protect.protect_dataset(data, tmp_path, method="lsp")
+    card = tmp_path / "README.md"
+    kept = [line for line in card.read_text().splitlines() if not line.startswith("  content: ")]
+    card.write_text("\n".join(kept) + "\n")
+    assert "content" not in protect.read_card(tmp_path)
+    again = protect.protect_dataset(data, tmp_path, method="lsp")
+    assert np.array_equal(again.images, done.images)
+    for changed in ("ids", "labels"):
+        with pytest.raises(ValueError, match=f"output is .*of an earlier version with other {changed}, but must be"):
+            protect.protect_dataset(other_rows(data)[changed], tmp_path, method="lsp")
+    small = data.with_images(data.images[:, :8])
+    with pytest.raises(ValueError, match="output is .*of an earlier version with other shape, but must be"):
+        protect.protect_dataset(small, tmp_path, method="lsp")
+
+
+def test_a_finished_set_is_not_given_out_for_another_perturbation(data, tmp_path):
+    noise = np.random.default_rng(0).integers(-8, 9, (40, 3, 16, 16)).astype(np.int8)
+    for name, values in (("one", noise), ("other", -noise)):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "noise.npy", values)
+    options = {"output_dir": tmp_path / "out", "order": "given"}
+    first = protect.protect_with_file(data, perturbation=tmp_path / "one" / "noise.npy", **options)
+    again = protect.protect_with_file(data, perturbation=tmp_path / "one" / "noise.npy", **options)
+    assert np.array_equal(first.images, again.images)
+    refused = (
+        ({"perturbation": tmp_path / "other" / "noise.npy"}, "made with another perturbation"),
+        ({"kind": "sample-wise"}, "kind None instead of 'sample-wise'"),
+        ({"in_order_of": data}, "made with another set for in_order_of"),
+    )
+    for changed, sentence in refused:
+        with pytest.raises(ValueError, match=f"output is .*{sentence}"):
+            protect.protect_with_file(data, **{"perturbation": tmp_path / "one" / "noise.npy"} | options | changed)
+
+
+def test_a_folder_of_poisoned_images_is_known_by_its_files(data, poisoned, tmp_path):
+    write_dataset(tmp_path / "poisoned", data.with_images(poisoned))
+    options = {"output_dir": tmp_path / "out", "perturbation": tmp_path / "poisoned", "order": "given"}
+    first = protect.protect_with_file(data, **options)
+    assert np.array_equal(protect.protect_with_file(data, **options).images, first.images)
+    write_dataset(tmp_path / "poisoned", data.with_images(poisoned // 2 * 2))
+    with pytest.raises(ValueError, match="output is .*made with another perturbation"):
+        protect.protect_with_file(data, **options)
+
+
 def test_a_folder_of_other_images_or_another_file_is_not_taken_for_this_one(data, tmp_path):
     options = {"method": "lsp", "source": "photographs"}
     protect.protect_dataset(data, tmp_path / "made", **options)
     others = [
-        (data.with_images(data.images[::-1].copy()), {}, "content"),
-        (replace(data, ids=tuple(reversed(data.ids))), {}, "content"),
-        (data, {"split": "test"}, "split"),
+        (data.with_images(data.images[::-1].copy()), {}, "made with other images, ids or labels"),
+        (replace(data, ids=tuple(reversed(data.ids))), {}, "made with other images, ids or labels"),
+        (data, {"split": "test"}, "of split .* instead of"),
     ]
-    for other, changes, name in others:
-        with pytest.raises(ValueError, match=f"output is .* of {name} .* instead of"):
+    for other, changes, said in others:
+        with pytest.raises(ValueError, match=f"output is .* {said}"):
             protect.protect_dataset(other, tmp_path / "made", **options, **changes)
     for number in (0, 1):
         (tmp_path / str(number)).mkdir()
         noise = np.random.default_rng(number).integers(-8, 9, (4, 3, 16, 16)).astype(np.int8)
         np.save(tmp_path / str(number) / "poison.npy", noise)
     protect.protect_with_file(data, tmp_path / "added", perturbation=tmp_path / "0/poison.npy")
-    with pytest.raises(ValueError, match="output is .* of perturbation_content .* instead of"):
+    with pytest.raises(ValueError, match="output is .* made with another perturbation"):
         protect.protect_with_file(data, tmp_path / "added", perturbation=tmp_path / "1/poison.npy")
 
 

@@ -236,10 +236,27 @@ def test_frozen_surrogate_is_the_same_function(images):
     torch.testing.assert_close(fixed(images), model.eval()(images), rtol=1e-4, atol=1e-4)
 
 
-def test_a_surrogate_whose_graph_cannot_be_traced(images, labels):
-    settings = replace(poisons.settings("emn", "smoke"), surrogate="vit")
-    delta = poisons.get("emn")(images, labels, preset=settings)
-    assert 0 < delta.abs().max() <= 8 / 255 + 1e-6
+def test_a_transformer_is_frozen_and_attacked_though_it_cannot_be_traced(images, labels):
+    model = victims.get("vit")(4, width=4).train()
+    fixed = surrogate.frozen(model)
+    assert model.training and not any(module.training for module in fixed.modules())
+    assert not any(parameter.requires_grad for parameter in fixed.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(fixed(images), model.eval()(images))
+    settings = replace(poisons.settings("emn", "smoke"), surrogate="vit", width=4)
+    noise = poisons.get("emn")(images[:8], labels[:8], preset=settings)
+    assert noise.any() and noise.abs().max() <= 8 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("name", ["emn", "aue", "aap"])
+def test_a_last_image_alone_is_no_batch(name):
+    """Of 8x8 pixels, ResNet-18's last maps are 1x1, of which one image has no variance."""
+    settings = replace(poisons.settings(name, "smoke"), batch_size=4)
+    images = torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = poisons.get(name)(images, torch.arange(9) % 4, preset=settings)
+    assert noise.any() and noise.isfinite().all()
+    sizes = lambda count: [len(rows) for rows in surrogate.batches(torch.arange(count), 4)]
+    assert [sizes(count) for count in (1, 4, 5, 8, 9, 10)] == [[1], [4], [5], [4, 4], [4, 5], [4, 4, 2]]
 
 
 def test_augmentation_crops_mirrors_and_differentiates(images):
