@@ -94,6 +94,15 @@ class Key(NamedTuple):
     purifier_steps: int | None
 
 
+class Setup(NamedTuple):
+    """What seconds were measured on, and in which way."""
+
+    device: str | None
+    threads: int | None
+    precision: str | None
+    machine: str | None
+
+
 class Measured:
     """
     Accuracies and costs of one scale: one data set size, test set, recipe, victim and assignment of roles.
@@ -224,7 +233,7 @@ class Measured:
                 value = record["value"]
                 # Records do not name the processor. Machines had different versions of torch, which stand for it.
                 machine = record.get("packages", {}).get("torch")
-                setup = (record.get("device"), value.get("threads"), value.get("precision"), machine)
+                setup = Setup(record.get("device"), value.get("threads"), value.get("precision"), machine)
                 found.setdefault((poison, preset, setup), []).append(
                     (value["prepare_seconds"], value["train_seconds"])
                 )

@@ -83,7 +83,7 @@ def _mean_seconds(costs: Mapping[tuple, tuple[float, float]]) -> list[str]:
     """Before and of training, over poisons."""
     if not costs:
         return [NOT_MEASURED, NOT_MEASURED]
-    if len({setup[:-1] for _, _, setup in costs}) > 1:  # the last part is the machine
+    if len({setup._replace(machine=None) for _, _, setup in costs}) > 1:
         return ["several devices", "several devices"]
     return [f"{statistics.fmean(seconds):.1f}" for seconds in zip(*costs.values())]
 

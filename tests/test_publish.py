@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -130,9 +131,9 @@ def test_a_purifier_without_record_and_card_is_refused(tmp_path):
 def test_a_purifier_is_never_pushed_without_its_weights(change, missing, tmp_path):
     quick_pipe().save_pretrained(tmp_path, safe_serialization=False)
     change(tmp_path)
-    for push in (push_purifier, files_of_purifier):
+    for push in (partial(push_purifier, repo_id="me/x"), files_of_purifier):
         with pytest.raises(ValueError, match=f"which has no {missing}, but must be"):
-            push(tmp_path, "me/x") if push is push_purifier else push(tmp_path)
+            push(tmp_path)
 
 
 def test_protected_sets_become_one_data_set_with_a_config_per_poison(sets):

@@ -81,9 +81,7 @@ def _tool_of(source: Any, attack: str) -> Tool:
         raise missing from error
     if card.get("method") not in poisons.NAMES:
         raise missing
-    kind = type(poisons.get(card["method"]).presets["published"])
-    numbers = {name: tuple(value) if isinstance(value, list) else value for name, value in card["settings"].items()}
-    return Tool(card["method"], kind(**numbers), card["seed"])
+    return Tool(card["method"], poisons.settings_of_card(card["method"], card["settings"]), card["seed"])
 
 
 def assumptions_of(asked: AuditSettings) -> dict[str, str]:

@@ -200,6 +200,20 @@ def budget(name: str, preset: Any, shape: tuple[int, int, int]) -> dict[str, flo
     return get(name).budget(settings(name, preset), shape)
 
 
+def settings_of_card(name: str, numbers: Mapping[str, Any]) -> Any:
+    """The settings of the poison called `name` from what a card holds of them: lists and dicts in place of objects."""
+    return _from_card(type(get(name).presets["published"]), numbers)
+
+
+def _from_card(kind: type, numbers: Mapping[str, Any]) -> Any:
+    types, values = get_type_hints(kind), {}
+    for field, value in numbers.items():
+        if is_dataclass(types[field]):
+            value = _from_card(types[field], value)
+        values[field] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
 def _types(kind: type) -> dict[str, Any]:
     """Types by field of a dataclass, those within a field under both names: `start.rounds`."""
     hints, found = get_type_hints(kind), {}

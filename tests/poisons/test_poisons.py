@@ -1,13 +1,15 @@
 """What every poison must be, whatever its method: parametrised over the registry, so that a new one is tested by being in it."""
 
 import importlib
+import json
 import pkgutil
 import re
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from jcdp_diffusers import poisons
 from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
@@ -121,6 +123,12 @@ def test_settings_may_be_given_as_an_object():
     # Of a subclass either: its settings are those of another method.
     with pytest.raises(ValueError, match="preset is EMNClassSettings.*emn"):
         poisons.settings("emn", poisons.settings("emn-class"))
+
+
+def test_settings_survive_a_card(name):
+    for settings in poisons.get(name).presets.values():
+        written = yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(asdict(settings)))))
+        assert poisons.settings_of_card(name, written) == settings
 
 
 def test_both_stages_of_cp_follow_a_change_of_what_they_share():
