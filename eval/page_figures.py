@@ -12,6 +12,7 @@ from pathlib import Path
 from eval.measured import Measured
 from eval.speed_tables import Machine, short_name
 from eval.studies import finetune_versus_scratch
+from jcdp_diffusers.repository import read_json
 from jcdp_diffusers.results import read_records, summarise
 
 
@@ -65,6 +66,18 @@ def photographs() -> dict[str, str]:
         "purify_minutes": f"{seconds['purify'] / 60:.0f}",
         "protected_psnr": f"{decibels['protected']:.1f}",
         "cleaned_psnr": f"{decibels['cleaned']:.1f}",
+    }
+
+
+def audits() -> dict[str, str]:
+    """Audits on two cores by the defaults of a CPU: minutes and, of the large one, accuracies in %."""
+    times = {name: read_json(RESULTS / name / "time.json") for name in ("audit_cifar10_fast", "audit_cifar10_50k")}
+    report = read_json(RESULTS / "audit_cifar10_50k" / "report.json")
+    rows = {row["row"]: row["accuracy"]["mean"] for row in report["rows"]}
+    return {
+        "fast_minutes": f"{times['audit_cifar10_fast']['seconds'] / 60:.0f}",
+        "large_minutes": f"{times['audit_cifar10_50k']['seconds'] / 60:.0f}",
+        **{f"large_{row}": f"{100 * rows[row]:.1f}" for row in ("clean", "protected", "purified")},
     }
 
 
@@ -164,6 +177,7 @@ def finetune() -> dict[str, str]:
 
 GROUPS: dict[str, Callable[[], dict[str, str]]] = {
     "mini": mini,
+    "audits": audits,
     "contrastive": contrastive,
     "photographs": photographs,
     "speed": speed,

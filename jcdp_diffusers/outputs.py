@@ -50,10 +50,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     Returns:
         `Path`: Of the temporary file, in the same folder. Its name begins with a dot, so that readers of a data set
-        pass it over, and has no suffix that a format could be read from.
+        pass it over, has no suffix that a format could be read from, and is short where the file's is as long as a
+        disk takes.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:

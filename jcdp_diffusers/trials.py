@@ -34,11 +34,13 @@ from .results import append_record, as_settings, plain, read_records, summarise,
 from .victims import Recipe, VictimResult, get_recipe, train_victim
 from .victims.finetuning import (
     LEARNING_RATE_FACTOR,
+    PLAIN,
     InitFrom,
     Pretraining,
     Weights,
     check_start,
     facts_of,
+    normalisation_facts,
     read_weights,
     save_weights,
 )
@@ -158,7 +160,7 @@ class Trial:
         """What decides the victim's first weights and how they are fine-tuned."""
         start, source = {"pretraining": self.pretraining}, self.init_from.source
         if isinstance(source, Weights):
-            start = {"weights": source.digest, "replaced_classes": source.classes}
+            start = {"weights": source.digest, "replaced_classes": source.classes} | normalisation_facts(source)
         return start | {"finetune": self.init_from.finetune, "learning_rate_factor": LEARNING_RATE_FACTOR}
 
     @functools.cached_property
@@ -459,7 +461,9 @@ def _details(result: VictimResult) -> dict[str, Any]:
 
 def _keep_model(result: VictimResult, trial: Trial) -> None:
     height, width, channels = trial.train.images.shape[1:]
-    facts = facts_of(trial.victim, (channels, height, width))
+    source = None if trial.init_from is None else trial.init_from.source
+    known = source.normalisation if isinstance(source, Weights) else None
+    facts = facts_of(trial.victim, (channels, height, width), known or PLAIN)
     save_weights(trial.model_path, result.model, facts | {"trial": trial.name})
 
 

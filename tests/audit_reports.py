@@ -62,6 +62,7 @@ REPORT = {
             "lost": {"estimate": 0.5, "low": 0.46, "high": 0.54},
             "gained": {"estimate": 0.45, "low": 0.4, "high": 0.5},
         },
+        "assumed_std": None,
         "enough": None,
     },
     "smoke": False,

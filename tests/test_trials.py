@@ -31,7 +31,7 @@ from jcdp_diffusers.trials import (
     trial_name,
 )
 from jcdp_diffusers.victims import RECIPES, finetuning, get, get_recipe, train_victim
-from jcdp_diffusers.victims.finetuning import InitFrom, Weights, read_weights
+from jcdp_diffusers.victims.finetuning import InitFrom, Normalisation, Weights, read_weights, start_in_words
 
 
 QUICK = dataclasses.replace(RECIPES["smoke"], epochs=1, max_steps_per_epoch=2, batch_size=8)
@@ -319,6 +319,11 @@ def test_a_start_is_part_of_the_name_only_where_there_is_one(tmp_path):
         for weights, how in ((given, "all"), (named, "all"), (other, "all"), (given, "upper"))
     )
     assert one.name == same.name and len({trial().name, one.name, another.name, upper.name}) == 4
+    normalised = trial(init_from=InitFrom(dataclasses.replace(given, normalisation=Normalisation((0.5,), (0.2,)))))
+    unknown = trial(init_from=InitFrom(dataclasses.replace(given, normalisation=None)))
+    assert normalised.name != one.name == unknown.name
+    assert normalised.settings["init_from"]["normalisation"] == {"mean": [0.5], "std": [0.2]}
+    assert "images normalised by mean [0.5] and std [0.2]" in start_in_words(normalised.settings["init_from"])
     assert "init_from" not in trial().settings and "pairs" not in trial().settings
     collected = InitFrom(images(30, 5), recipe=SIMCLR)
     labelled = InitFrom(dataclasses.replace(images(30, 5), labels=None), recipe=SIMCLR)

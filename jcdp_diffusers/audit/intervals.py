@@ -5,7 +5,8 @@ An accuracy is uncertain for two reasons: another seed gives another victim, and
 for the same victim. A difference of accuracies gets one interval for each reason:
 
 - seeds: Welch's interval, with Student's t and Satterthwaite's degrees of freedom (Welch, *Biometrika* 34, 1947). It
-  is right for few seeds, whose spread is itself uncertain, and for rows that scatter differently.
+  is right for few seeds, whose spread is itself uncertain, and for rows that scatter differently. A single victim
+  shows no spread; one may be assumed for it, which counts as known.
 - test images: the normal interval with one success and one failure added to each proportion (Agresti and Caffo, *The
   American Statistician* 54, 2000). It is right for few images and for proportions near 0 and 1.
 
@@ -31,7 +32,7 @@ class Sample:
 
     Args:
         mean (`float`): Over seeds, in [0, 1].
-        std (`float`, *optional*): Over seeds; None for a single victim, whose spread nobody knows.
+        std (`float`, *optional*): Over seeds; for a single victim the one that is assumed, or None.
         seeds (`int`): Number of victims.
         test_images (`int`): That scored each of them.
     """
@@ -42,9 +43,9 @@ class Sample:
     test_images: int
 
     @classmethod
-    def of(cls, values: Sequence[float], test_images: int) -> "Sample":
-        """From one accuracy per seed."""
-        std = statistics.stdev(values) if len(values) > 1 else None
+    def of(cls, values: Sequence[float], test_images: int, *, assumed_std: float | None = None) -> "Sample":
+        """From one accuracy per seed; `assumed_std` is for a single one."""
+        std = statistics.stdev(values) if len(values) > 1 else assumed_std
         return cls(statistics.fmean(values), std, len(values), test_images)
 
     @classmethod
@@ -68,7 +69,7 @@ class Interval:
     An estimate and the limits of its interval.
 
     Args:
-        estimate, low, high (`float`): `low` and `high` are infinite where a row has a single victim.
+        estimate, low, high (`float`): `low` and `high` are infinite where a row's spread is not known.
     """
 
     estimate: float
@@ -96,8 +97,12 @@ def _half_of_seeds(terms: Sequence[tuple[float, Sample]], error: float) -> float
     variances = [(weight * row.std) ** 2 / row.seeds for weight, row in terms]
     if sum(variances) == 0:
         return 0.0
-    freedom = sum(variances) ** 2 / sum(v**2 / (row.seeds - 1) for v, (_, row) in zip(variances, terms))
-    return float(special.stdtrit(freedom, 1 - error / 2)) * math.sqrt(sum(variances))
+    uncertain = sum(v**2 / (row.seeds - 1) for v, (_, row) in zip(variances, terms) if row.seeds > 1)
+    if uncertain == 0:  # all spreads are assumed
+        quantile = special.ndtri(1 - error / 2)
+    else:
+        quantile = special.stdtrit(sum(variances) ** 2 / uncertain, 1 - error / 2)
+    return float(quantile) * math.sqrt(sum(variances))
 
 
 def _half_of_images(terms: Sequence[tuple[float, Sample]], error: float) -> float:

@@ -46,7 +46,7 @@ from .rows import LearnerTrials, control_images, figures, in_turn, trials_by_lea
 from .sets import check_together, few, separate
 from .settings import AuditSettings, Learner
 from .unlabelled import audit_unlabelled, check_unlabelled
-from .verdict import verdict, without_clean_images
+from .verdict import assumed_std, verdict, without_clean_images
 
 
 OWN_NAMES = (
@@ -326,7 +326,11 @@ def _learned(
     accuracies = {entry["row"]: entry["accuracy"]["values"] for entry in rows}
     first = trials.rows["protected"][0]
     recipe = first.settings["recipe"]
-    beside = {"draws": several, "assuming": frozenset(assumptions_of(asked))}
+    beside = {
+        "draws": several,
+        "assuming": frozenset(assumptions_of(asked)),
+        "single_victim_std": assumed_std(len(sets["protected"]), first.method),
+    }
     titles = {entry["row"]: entry["title"] for entry in rows}
     judged = verdict(accuracies, titles, test_images=len(sets["test"]), smoke=recipe["smoke"], **beside)
     return {

@@ -18,6 +18,9 @@ BROKEN_FRACTION = 0.5
 ERROR = 0.05
 # Two victims show a spread. To say that there is nothing, three are needed.
 LEAST_SEEDS, LEAST_SEEDS_FOR_NOTHING = 2, 3
+# What is assumed of a single classifier: more than every standard deviation of three in our records (results/), where
+# 3,000 images or more trained each. Classifiers of fewer images scatter more, and nothing is assumed of them.
+ASSUMED_STD, LEAST_IMAGES_FOR_IT = 0.05, 3000
 NO_ATTACKS = ("clean", "protected", "control", "early-stopping")  # the last one is chosen by the test images
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # How much more could be measured: victims per row, and test images in multiples of those at hand.
@@ -42,11 +45,23 @@ class Finding:
     open_question: str = ""
 
 
+def assumed_std(training_images: int, method: str) -> float | None:
+    """
+    Standard deviation between victims that a verdict assumes where there is one victim per row.
+
+    Args:
+        training_images (`int`): That each victim learns from.
+        method (`str`): How it learns. There are not enough records of the ways without labels.
+    """
+    return ASSUMED_STD if method == "supervised" and training_images >= LEAST_IMAGES_FOR_IT else None
+
+
 def verdict(
     accuracies: Mapping[str, Sequence[float]],
     titles: Mapping[str, str],
     *,
     test_images: int,
+    single_victim_std: float | None = None,
     smoke: bool = False,
     assuming: Collection[str] = (),
     draws: Mapping[str, Sequence[Sequence[float]]] | None = None,
@@ -63,6 +78,8 @@ def verdict(
             an attack on the protection.
         titles (`dict`): What the attacks are called.
         test_images (`int`): How many images scored each victim.
+        single_victim_std (`float`, *optional*): Standard deviation between victims, in [0, 1], that is assumed for a
+            row with a single one; see `assumed_std`. By default nothing follows from such a row.
         smoke (`bool`): Whether the victims were trained for seconds only, so that nothing can be said.
         assuming (`Collection[str]`): Attacks that assume more than the others. The sentence speaks of one of them only
             where no other attack bears it out.
@@ -73,8 +90,9 @@ def verdict(
         `dict`: `status`; `sentence`; `attack`, the row that the sentence speaks of; `regained_share`, of the accuracy
         that the protection took away (None where that is unknown or nothing); `differences`, estimate, low and high of
         what the protection took (`lost`) and of what the attack won back (`gained`), with None for a limit that is not
-        known; `enough`, `seeds` and `test_images` that would decide, None where nothing is open or no number up to 50
-        seeds and 50,000 images would. The status is one of
+        known; `assumed_std`, the spread that was assumed for a single victim, None where none was; `enough`, `seeds`
+        and `test_images` that would decide, None where nothing is open or no number up to 50 seeds and 50,000 images
+        would. The status is one of
 
         - `"broken"`: at least half of what the protection took away is regained;
         - `"weakened"`: a part of it is regained;
@@ -91,7 +109,9 @@ def verdict(
         raise ValueError(f"accuracies has the rows {tuple(accuracies)}, but must have 'protected' and an attack.")
     draws = draws or {}
     rows = {
-        row: Sample.of_draws(draws[row], test_images) if row in draws else Sample.of(values, test_images)
+        row: Sample.of_draws(draws[row], test_images)
+        if row in draws
+        else Sample.of(values, test_images, assumed_std=single_victim_std)
         for row, values in accuracies.items()
     }
     largest = _largest(accuracies)
@@ -104,10 +124,11 @@ def verdict(
         share = round(gained.estimate / lost.estimate, 4)
     return {
         "status": found.status,
-        "sentence": _sentence(found, accuracies, titles, test_images, share, enough, draws),
+        "sentence": _sentence(found, accuracies, titles, test_images, share, enough, draws, single_victim_std),
         "attack": found.attack,
         "regained_share": share,
         "differences": {"lost": _as_json(lost), "gained": _as_json(gained)},
+        "assumed_std": single_victim_std if any(row.seeds == 1 for row in rows.values()) else None,
         "enough": enough,
     }
 
@@ -191,9 +212,9 @@ def what_would_decide(
 
     Returns:
         `dict`: `seeds`, victims per row, and `test_images`, the pair with the smallest product; None if a row has a
-        single victim, whose spread nobody knows, or if no pair is enough.
+        single victim, whose spread was not measured, or if no pair is enough.
     """
-    if any(row.std is None for row in rows.values()):
+    if any(row.seeds < LEAST_SEEDS for row in rows.values()):
         return None
     seeds, images = max(row.seeds for row in rows.values()), rows["protected"].test_images
     numbers = [(seeds, *(more for more in MORE_SEEDS if more > seeds))]
@@ -255,9 +276,12 @@ def _sentence(
     share: float | None,
     enough: dict | None,
     draws: Mapping[str, Sequence[Sequence[float]]],
+    single_victim_std: float | None,
 ) -> str:
     protected, attacked, clean = (accuracies.get(row) for row in ("protected", found.attack, "clean"))
     seeds, images = _counted(len(protected), "seed"), _counted(test_images, "test image")
+    if len(protected) == 1 and single_victim_std is not None:
+        seeds += f" (a spread of {100 * single_victim_std:.0f} points between victims is assumed)"
     figures = f"{_percent(protected)} -> {_percent(attacked)} by {titles.get(found.attack, found.attack)}"
     both = ""
     if clean is not None:

@@ -6,7 +6,7 @@ from ..countermeasures.iss import SAVES
 from ..data import FEW
 from ..data.perturbations import visibility_in_words
 from ..noise import colour_in_words
-from .verdict import MARGIN
+from .verdict import LEAST_IMAGES_FOR_IT, MARGIN
 
 
 # Rows of protected images that were saved as people save pictures, and the quality.
@@ -95,6 +95,12 @@ def certainty(report: dict) -> list[str]:
         if found["low"] is not None:
             limits = f"95 % interval {100 * found['low']:.1f} to {100 * found['high']:.1f}"
         said.append(f"{what[name]} {100 * found['estimate']:.1f} points ({limits}).")
+    if (assumed := judged["assumed_std"]) is not None:
+        said.append(
+            f"A single victim shows no spread. {100 * assumed:.0f} points are assumed: more than every spread in our "
+            f"records of classifiers that learned from {LEAST_IMAGES_FOR_IT:,} images or more. Yours may be larger. "
+            "Three seeds measure it."
+        )
     seeds, images = len(report["victims"]["seeds"]), report["data"]["sets"]["test"]["images"]
     said.append(
         f"The intervals cover two chances: other seeds ({seeds} victim{'s' * (seeds != 1)} per row; Welch, 1947) and "

@@ -146,6 +146,9 @@ def random_sharpening(data: LabelledImages, context: Context) -> RandomSharpenin
 
 def random_warp(data: LabelledImages, context: Context) -> RandomWarp:
     """The hook with the published numbers."""
+    height, width = data.images.shape[1:3]
+    if min(height, width) < 2:
+        raise ValueError(f"data has images of {height}x{width}, but must have sides of at least 2 pixels for coin.")
     return RandomWarp()
 
 

@@ -24,6 +24,9 @@ FORMATS = {
 }
 
 
+LONGEST_NAME = 255  # bytes of one part of a path, on most disks
+
+
 def export_names(names: Sequence[str], suffix: str = "png") -> list[PurePosixPath]:
     """
     Where pictures go, relative to the folder of an export.
@@ -37,7 +40,7 @@ def export_names(names: Sequence[str], suffix: str = "png") -> list[PurePosixPat
 
     Raises:
         ValueError: If two images would have one name, on a disk that does not tell capitals from small letters either,
-            or a name leads out of the folder.
+            or a name leads out of the folder or is longer than a disk takes.
     """
     if suffix not in FORMATS:
         raise ValueError(f"export_format is {suffix!r}, but must be one of {', '.join(FORMATS)}.")
@@ -50,6 +53,11 @@ def export_names(names: Sequence[str], suffix: str = "png") -> list[PurePosixPat
             raise ValueError(f"export cannot be given to {name!r}, but needs names that can be printed.")
         known = path.suffix.lower() in IMAGE_SUFFIXES
         place = path.with_suffix(f".{suffix}") if known else path.with_name(f"{path.name}.{suffix}")
+        for part in place.parts:
+            if (length := len(os.fsencode(part))) > LONGEST_NAME:
+                raise ValueError(
+                    f"export would write {part!r}, which has {length} bytes, but must have at most {LONGEST_NAME}."
+                )
         key = place.as_posix().casefold()
         if key in taken:
             raise ValueError(

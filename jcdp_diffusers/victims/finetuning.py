@@ -17,13 +17,16 @@ Weights come as safetensors, from a file, or from a folder or Hub repository tha
 
 The size of the images is checked where the file (its metadata) or timm's `config.json` beside it names it.
 
-Victims see values in [0, 1]. Weights of others were mostly trained on images less a mean, over a standard deviation.
-Fine-tuned as a whole, they adapt: batch normalisation in training mode follows the new values. Lower stages that stay
-as they are would not. So `"upper"` takes such weights only where `config.json` says that nothing was taken away.
+Victims see values in [0, 1]. Most weights of others learned from images less a mean, over a standard deviation. Both
+stand in timm's `config.json`, and images are normalised by them in front of the network. Weights without such a file
+see values in [0, 1]. Fine-tuned as a whole, they adapt: batch normalisation in training mode follows the new values.
+Lower stages that stay as they are would not, so `"upper"` is refused for them.
 """
 
 import dataclasses
 import functools
+import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -59,6 +62,40 @@ INIT_FROM_HELP = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """
+    How images with values in [0, 1] are changed before a network sees them: `(images - mean) / std`.
+
+    Args:
+        mean (`tuple` of `float`), std (`tuple` of `float`): One number for each channel, or one for all.
+
+    Raises:
+        ValueError: If one is not a list of numbers, a std is not above 0, or their lengths differ.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self):
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            numbers = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
+            if not numbers or not values or not all(math.isfinite(value) for value in values):
+                raise ValueError(f"{name} is {values!r}, but must be a list of numbers, one for each channel.")
+            object.__setattr__(self, name, tuple(float(value) for value in values))
+        if min(self.std) <= 0 or len(self.std) != len(self.mean):
+            raise ValueError(f"std is {list(self.std)}, but must be numbers above 0, as many as mean has.")
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Images of shape (B, C, H, W) and range [0, 1] as the network's weights know them."""
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
+
+
+PLAIN = Normalisation((0.0,), (1.0,))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weights:
     """
@@ -69,14 +106,15 @@ class Weights:
         tensors (`dict`): By their names in the file.
         victim (`str`, *optional*): Name of the network, where it is known.
         shape (`tuple` of `int`, *optional*): `(C, H, W)` of the images that it was trained on, where it is known.
-        saw_plain_values (`bool`): Whether these images are known to have had values in [0, 1], as a victim's have.
+        normalisation ([`Normalisation`], *optional*): Of these images; `PLAIN`, values in [0, 1], by default, and None
+            where it is not known.
     """
 
     name: str
     tensors: Mapping[str, torch.Tensor]
     victim: str | None = None
     shape: tuple[int, int, int] | None = None
-    saw_plain_values: bool = True
+    normalisation: Normalisation | None = PLAIN
 
     @property
     def classes(self) -> int | None:
@@ -165,7 +203,15 @@ def start_in_words(settings: Mapping[str, Any]) -> str:
         return f"{source}, {trained} fine-tuned"
     classes = settings["replaced_classes"]
     before = "" if classes is None else f" in place of that for {classes} classes"
-    return f"started from given weights with a new last layer{before}, {trained} fine-tuned"
+    scale = settings.get("normalisation")
+    seen = "" if scale is None else f", images normalised by mean {list(scale['mean'])} and std {list(scale['std'])}"
+    return f"started from given weights with a new last layer{before}{seen}, {trained} fine-tuned"
+
+
+def normalisation_facts(weights: Weights) -> dict[str, dict]:
+    """What a record says of the normalisation in front of weights; nothing where images stay as they are."""
+    changed = weights.normalisation not in (None, PLAIN)
+    return {"normalisation": dataclasses.asdict(weights.normalisation)} if changed else {}
 
 
 def pretraining_recipe(recipe: Recipe) -> ContrastiveRecipe:
@@ -299,9 +345,12 @@ def save_weights(path: str | os.PathLike, network: nn.Module | Weights, facts: M
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=dict(facts))
 
 
-def facts_of(victim: str, shape: tuple[int, int, int]) -> dict[str, str]:
-    """What a file says of the network in it; `shape` is `(C, H, W)` of the images."""
-    return {"victim": victim, "images": "x".join(map(str, shape))}
+def facts_of(victim: str, shape: tuple[int, int, int], normalisation: Normalisation = PLAIN) -> dict[str, str]:
+    """What a file says of the network in it; `shape` is `(C, H, W)` of the images, and see [`Weights`]."""
+    facts = {"victim": victim, "images": "x".join(map(str, shape))}
+    if normalisation != PLAIN:
+        facts["normalisation"] = json.dumps(dataclasses.asdict(normalisation))
+    return facts
 
 
 def read_weights(source: str | os.PathLike) -> Weights:
@@ -315,7 +364,8 @@ def read_weights(source: str | os.PathLike) -> Weights:
         [`Weights`]: On the CPU.
 
     Raises:
-        ValueError: If there are no weights, several, or broken ones; the sentence names the source.
+        ValueError: If there are no weights, several, or broken ones, or `config.json` has a mean and std that cannot
+            be; the sentence names the source.
     """
     path, config = _find(source)
     check_safetensors(path)
@@ -327,12 +377,28 @@ def read_weights(source: str | os.PathLike) -> Weights:
             raise ValueError(f"init_from is {str(source)!r}, whose {name} is not finite, but all weights must be.")
     victim, shape = metadata.get("victim"), metadata.get("images")
     shape = None if shape is None else tuple(int(size) for size in shape.split("x"))
-    said = {} if config is None else read_json(config).get("pretrained_cfg", {})
+    said = {} if config is None else read_json(config)
+    said = said.get("pretrained_cfg", said)  # older files of timm's have its entries at the top
     if shape is None and (size := said.get("input_size")) is not None:
         shape = tuple(size)
-    mean, std = said.get("mean"), said.get("std")
-    plain = victim is not None or (mean is not None and std is not None and not any(mean) and set(std) == {1})
-    return Weights(str(source), tensors, victim, shape, plain)
+    return Weights(str(source), tensors, victim, shape, _normalisation(source, metadata, said))
+
+
+def _normalisation(
+    source: str | os.PathLike, metadata: Mapping[str, str], said: Mapping[str, Any]
+) -> Normalisation | None:
+    """What a victim's own file says, or else `config.json`."""
+    if "victim" in metadata:
+        if "normalisation" not in metadata:
+            return PLAIN
+        said = json.loads(metadata["normalisation"])
+    if not said or "mean" not in said or "std" not in said:
+        return None
+    try:
+        given = Normalisation(said["mean"], said["std"])
+    except ValueError as error:
+        raise ValueError(f"init_from is {str(source)!r}, whose {error}") from error
+    return PLAIN if set(given.mean) == {0.0} and set(given.std) == {1.0} else given
 
 
 def _find(source: str | os.PathLike) -> tuple[Path, Path | None]:
@@ -346,7 +412,8 @@ def _find(source: str | os.PathLike) -> tuple[Path, Path | None]:
     if path.is_file():
         if path.suffix != SUFFIX:
             raise ValueError(f"{given}, but {accepted}.")
-        return path, None
+        config = path.with_name("config.json")
+        return path, config if config.is_file() else None
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
     else:
@@ -377,16 +444,19 @@ def start_from(network: nn.Module, weights: Weights, victim: str, shape: tuple[i
         finetune (`str`): One of `FINETUNE`.
 
     Raises:
-        ValueError: If the weights are of another network or of images of another size or other values, some are
-            missing, or the network does not say which stages are the lower ones.
+        ValueError: If the weights are of another network or of images of another size, some are missing, the network
+            normalises images itself, or it does not say which stages are the lower ones, or these would stay as they
+            are although nobody knows how their images were normalised.
     """
-    if finetune == "upper" and not weights.saw_plain_values:
+    if finetune == "upper" and weights.normalisation is None:
         raise ValueError(
-            f"finetune is 'upper', but must be 'all' for init_from {weights.name!r}, whose config.json does not say "
-            "that its images had values in [0, 1] (mean 0, std 1): its lower stages would not be changed."
+            f"finetune is 'upper', but must be 'all' for init_from {weights.name!r}: no config.json with mean and std "
+            "says how its images were normalised, and its lower stages would not be changed."
         )
     height, width, channels = shape
     network.load_state_dict(_fitted(weights, network, victim, (channels, height, width)), strict=False)
+    if weights.normalisation not in (None, PLAIN):
+        _normalise(network, weights, victim, channels)
     if finetune == "upper":
         _freeze_lower_stages(network, victim)
 
@@ -444,6 +514,19 @@ def _fitted(weights: Weights, network: nn.Module, victim: str, shape: tuple[int,
                 f"{_times(wanted[name].shape)}, as victim {victim!r} has it with its width and the channels of train."
             )
     return {name: tensor.to(wanted[name].dtype) for name, tensor in found.items()}
+
+
+def _normalise(network: nn.Module, weights: Weights, victim: str, channels: int) -> None:
+    """Images are normalised in front of the first stage. Its weights cannot do it, because it pads with zeros."""
+    scale = weights.normalisation
+    given = f"init_from is {weights.name!r}, whose images had mean {list(scale.mean)} and std {list(scale.std)}"
+    if len(scale.mean) not in (1, channels):
+        raise ValueError(f"{given}, but must have {channels} numbers of each, the channels of train.")
+    if hasattr(network, "whiten") or not hasattr(network, "lower_stages"):
+        reason = "whitens them itself" if hasattr(network, "whiten") else "names no stages"
+        raise ValueError(f"{given}, but must have seen values in [0, 1] for victim {victim!r}, which {reason}.")
+    first = network.lower_stages()[0]
+    first.register_forward_pre_hook(lambda module, inputs: (scale(inputs[0]), *inputs[1:]))
 
 
 def _freeze_lower_stages(network: nn.Module, victim: str) -> None:

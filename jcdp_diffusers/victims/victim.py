@@ -143,10 +143,11 @@ def train_victim(
     return VictimResult(**figures, seconds=time.perf_counter() - start, settings=settings, model=model)
 
 
-def _start_settings(init_from: Weights | None, finetune: str) -> dict[str, str | None]:
+def _start_settings(init_from: Weights | None, finetune: str) -> dict[str, Any]:
     """What a record says of the first weights."""
-    given = init_from is not None
-    return {"init_from": init_from.digest if given else None, "finetune": finetune if given else None}
+    if init_from is None:
+        return {"init_from": None, "finetune": None}
+    return {"init_from": init_from.digest, "finetune": finetune} | finetuning.normalisation_facts(init_from)
 
 
 def _counts(**sets: LabelledImages | None) -> dict[str, int]:

@@ -96,6 +96,8 @@ def test_how_sure_the_verdict_is():
     report = copy.deepcopy(REPORT)
     report["verdict"]["differences"] = {"lost": None, "gained": {"estimate": 0.45, "low": None, "high": None}}
     assert "raises it by 45.0 points (its interval is unknown" in certainty(report)[0]
+    report["verdict"]["assumed_std"] = 0.05
+    assert "5 points are assumed" in certainty(report)[1]
 
 
 HOSTILE = "<script>alert(1)</script>|`x`\x1b[31m\n# title\n](javascript:x)\u202e"

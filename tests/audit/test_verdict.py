@@ -1,13 +1,18 @@
 """The one sentence of an audit: in every case that it knows, and how often it is wrong."""
 
+from collections import defaultdict
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.special import ndtri
 
 from jcdp_diffusers.audit.limits import limits
-from jcdp_diffusers.audit.verdict import verdict
+from jcdp_diffusers.audit.verdict import assumed_std, verdict
+from jcdp_diffusers.results import read_records
 
 
+RESULTS = Path(__file__).parents[2] / "results"
 TITLES = {"purified": "purification"}
 
 
@@ -84,6 +89,41 @@ def test_few_photographs_decide_nothing():
     assert judged["status"] == "undecided" and "no protection" not in judged["sentence"]
     assert judged["enough"]["seeds"] > 3 and judged["enough"]["test_images"] > 16
     assert f"{judged['enough']['test_images']:,} test images are enough" in judged["sentence"]
+
+
+@pytest.mark.parametrize(
+    "purified, status", [(0.8, "broken"), (0.4, "weakened"), (0.18, "undecided"), (0.1, "undecided")]
+)
+def test_one_victim_of_each_row_with_an_assumed_spread(purified, status):
+    rows = {"clean": [0.93], "protected": [0.14], "purified": [purified]}
+    judged = verdict(rows, TITLES, test_images=5000, single_victim_std=0.05)
+    assert judged["status"] == status and judged["assumed_std"] == 0.05
+    assert "one seed (a spread of 5 points between victims is assumed)" in judged["sentence"]
+    half = ndtri(0.975) * np.hypot(0.05, 0.05)  # of the seeds alone
+    gained = judged["differences"]["gained"]
+    assert gained["low"] == pytest.approx(purified - 0.14 - half, abs=0.005)
+    unknown = verdict(rows, TITLES, test_images=5000)
+    assert unknown["status"] == "undecided" and unknown["assumed_std"] is None
+
+
+def test_no_spread_is_assumed_where_it_was_measured():
+    rows = {"clean": [0.76, 0.77, 0.75], "protected": [0.26, 0.27, 0.25], "purified": [0.71, 0.70, 0.72]}
+    judged = verdict(rows, TITLES, test_images=2000, single_victim_std=0.05)
+    assert judged == verdict(rows, TITLES, test_images=2000) and judged["assumed_std"] is None
+
+
+def test_the_assumed_spread_is_above_all_on_record():
+    by_row = defaultdict(list)
+    for path in RESULTS.rglob("*.jsonl"):
+        for record in read_records(path):
+            settings = record["settings"]
+            of_trial = record["what"] == "accuracy" and "trial" in settings and "method" not in settings
+            if of_trial and assumed_std(settings["train"]["images"], "supervised") is not None:
+                same = {name: value for name, value in settings.items() if name != "trial"}
+                by_row[path, str(same)].append(record)
+    spreads = [np.std([one["value"] for one in row], ddof=1) for row in by_row.values() if len(row) >= 3]
+    assert len(spreads) > 50 and max(spreads) < assumed_std(3000, "supervised") == 0.05
+    assert assumed_std(2999, "supervised") is None is assumed_std(50_000, "simclr")
 
 
 @pytest.mark.parametrize("purified", [[0.9, 0.1, 0.4], [0.1, 0.9, 0.1], [0.6, 0.1, 0.1]])

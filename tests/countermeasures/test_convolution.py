@@ -10,9 +10,11 @@ from jcdp_diffusers.countermeasures.convolution import (
     RandomSharpening,
     RandomWarp,
     keep_low_frequencies,
+    random_warp,
     sharpen,
     warp,
 )
+from jcdp_diffusers.data import LabelledImages
 
 
 @pytest.fixture
@@ -82,3 +84,9 @@ def test_every_pixel_moves_by_itself_within_reach(images, generator):
 def test_warped_images_are_eight_bit(images, generator):
     moved, _ = RandomWarp().before_forward(images, torch.zeros(8, dtype=torch.int64), generator)
     assert torch.equal((255 * moved).round() / 255, moved)
+
+
+def test_one_pixel_has_no_place_nearby():
+    one = LabelledImages(np.zeros((2, 1, 1, 3), np.uint8), np.zeros(2, np.int64), ("a", "b"))
+    with pytest.raises(ValueError, match="data has images of 1x1, but must have sides of at least 2 pixels for coin"):
+        random_warp(one, None)

@@ -29,12 +29,21 @@ def test_names_keep_their_folders_and_get_the_suffix_of_the_format():
         (["a/../../b.png"], "'a/../../b.png'"),
         (["a\\b.png"], "names below its folder"),
         (["a\nb.png"], "names that can be printed"),
+        (["\u732b" * 84], "has 256 bytes, but must have at most 255"),
     ],
 )
 def test_names_that_collide_or_lead_elsewhere_are_refused(names, words):
     with pytest.raises(ValueError, match="export ") as caught:
         export_names(names)
     assert words in str(caught.value)
+
+
+def test_names_as_long_as_a_disk_takes(tmp_path):
+    name = "\u732b" * 83 + "ab.jpg"
+    assert len(name.encode()) == 255
+    (place,) = export_names([name])
+    export_picture(tmp_path, place, PIXELS)
+    assert [path.name for path in tmp_path.iterdir()] == [place.name]
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])

@@ -72,7 +72,7 @@ def test_every_figure_is_quoted_and_every_quoted_figure_is_known():
 def test_every_figure_follows_its_records(monkeypatch):
     """With other numbers on record, each figure is another one; three draws, as a rounded one may come out alike."""
     before = {key: page_figures.figure(key) for key in page_figures.all_keys()}
-    read, same = page_figures.read_records, set(before)
+    read, read_json, same = page_figures.read_records, page_figures.read_json, set(before)
     for seed in range(3):
 
         def others(path, seed=seed):
@@ -80,24 +80,29 @@ def test_every_figure_follows_its_records(monkeypatch):
             return [altered(record, rng) for record in read(path)]
 
         monkeypatch.setattr(page_figures, "read_records", others)
+        monkeypatch.setattr(
+            page_figures, "read_json", lambda path, seed=seed: other(read_json(path), random.Random(seed))
+        )
         same -= {key for key in same if page_figures.figure(key) != before[key]}
     assert same == set()
 
 
 def altered(record: dict, rng: random.Random) -> dict:
-    """The record with other measurements, each changed by a factor of its own."""
+    """The record with other measurements."""
+    settings = {name: other(v, rng) if name == "load average" else v for name, v in record["settings"].items()}
+    changed = {name: other(record[name], rng) for name in ("value", "seconds")}
+    return record | changed | {"settings": settings}
 
-    def other(value):
-        if isinstance(value, dict):
-            return {name: other(entry) for name, entry in value.items()}
-        if isinstance(value, list):
-            return [other(entry) for entry in value]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return value
-        return type(value)(value * rng.uniform(1.3, 3)) + isinstance(value, int)
 
-    settings = {name: other(v) if name == "load average" else v for name, v in record["settings"].items()}
-    return record | {"value": other(record["value"]), "seconds": other(record["seconds"]), "settings": settings}
+def other(value, rng: random.Random):
+    """The same with other numbers, each changed by a factor of its own."""
+    if isinstance(value, dict):
+        return {name: other(entry, rng) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [other(entry, rng) for entry in value]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    return type(value)(value * rng.uniform(1.3, 3)) + isinstance(value, int)
 
 
 def test_a_figure_that_is_not_as_the_records_are_is_noticed(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Victims that start from pretrained weights: what is read, what is refused, and what stays as it was."""
 
+import copy
 import dataclasses
 import json
 
@@ -13,7 +14,9 @@ from jcdp_diffusers import countermeasures, victims
 from jcdp_diffusers.data import LabelledImages
 from jcdp_diffusers.victims import get_recipe, train_victim
 from jcdp_diffusers.victims.finetuning import (
+    PLAIN,
     InitFrom,
+    Normalisation,
     Weights,
     facts_of,
     finetuning_recipe,
@@ -21,6 +24,7 @@ from jcdp_diffusers.victims.finetuning import (
     pretraining_recipe,
     read_weights,
     save_weights,
+    start_from,
     start_of,
 )
 from jcdp_diffusers.victims.networks import last_layer
@@ -233,15 +237,91 @@ def test_torchvisions_names_of_the_same_network(tmp_path, train, test):
     recipe = dataclasses.replace(SHORT, max_steps_per_epoch=1)
     how = {"victim": "vgg16", "width": 64, "recipe": recipe}
     train_victim(train, test, init_from=weights, **how)
-    for mean, std in ((None, None), (0.5, 1.0), (0.0, 0.25)):  # torchvision says nothing
-        if mean is not None:
-            cfg = {"mean": [mean] * 3, "std": [std] * 3}
-            (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": cfg}))
-        with pytest.raises(ValueError, match="finetune is 'upper', but must be 'all' for init_from"):
-            train_victim(train, test, init_from=read_weights(tmp_path), finetune="upper", **how)
+    with pytest.raises(ValueError, match="finetune is 'upper', but must be 'all' for init_from"):  # it says nothing
+        train_victim(train, test, init_from=weights, finetune="upper", **how)
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.0] * 3, "std": [1.0] * 3}}))
     model = train_victim(train, test, init_from=read_weights(tmp_path), finetune="upper", **how).model
     assert torch.equal(model.body[0][0].weight, theirs["features.0.weight"].float())
+
+
+SCALE = Normalisation((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
+
+
+def timms(folder, tensors, at_the_top=False, **entries):
+    """A folder as timm publishes one."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    entries = {"input_size": [3, 16, 16]} | entries
+    (folder / "config.json").write_text(json.dumps(entries if at_the_top else {"pretrained_cfg": entries}))
+    return folder
+
+
+def scaled(scale=SCALE):
+    return {"mean": list(scale.mean), "std": list(scale.std)}
+
+
+@pytest.mark.parametrize("at_the_top", [False, True])
+@pytest.mark.parametrize("victim", [name for name in victims.NAMES if name != "convnet94"])
+def test_images_are_normalised_as_timms_config_says(victim, at_the_top, train, tmp_path):
+    folder = timms(tmp_path, started(victim, train, width=8).tensors, at_the_top, **scaled())
+    weights = read_weights(folder / "model.safetensors")
+    assert weights.normalisation == SCALE == read_weights(folder).normalisation
+    plain, normalising = (victims.get(victim)(5, in_channels=3, width=8).eval() for _ in range(2))
+    start_from(plain, dataclasses.replace(weights, normalisation=PLAIN), victim, (16, 16, 3), "upper")
+    start_from(normalising, weights, victim, (16, 16, 3), "upper")
+    images = train.tensor()[:4]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (SCALE.mean, SCALE.std))
+    wanted = plain.features((images - mean) / std)
+    torch.testing.assert_close(normalising.features(images), wanted)
+    torch.testing.assert_close(copy.deepcopy(normalising).features(images), wanted)
+    assert not torch.allclose(plain.features(images), wanted)
+
+
+def test_records_and_kept_victims_say_how_images_are_normalised(train, test, tmp_path):
+    weights = read_weights(timms(tmp_path, started("resnet18", train).tensors, **scaled()))
+    result = train_victim(train, test, recipe=SHORT, init_from=weights)
+    assert result.settings["normalisation"] == dataclasses.asdict(SCALE)
+    facts = facts_of("resnet18", weights.shape, weights.normalisation)
+    save_weights(tmp_path / "kept" / "resnet18-0.safetensors", result.model, facts)
+    kept = read_weights(tmp_path / "kept")
+    assert (kept.victim, kept.shape, kept.normalisation) == ("resnet18", (3, 16, 16), SCALE)
+
+
+@pytest.mark.parametrize(
+    "entries, normalisation", [({}, None), ({"mean": [0, 0, 0], "std": [1, 1, 1]}, PLAIN), ({"mean": [0.5] * 3}, None)]
+)
+def test_images_stay_as_they_are_where_nothing_else_is_said(entries, normalisation, train, test, tmp_path):
+    weights = read_weights(timms(tmp_path, started("resnet18", train).tensors, **entries))
+    assert weights.normalisation == normalisation
+    assert "normalisation" not in train_victim(train, test, recipe=SHORT, init_from=weights).settings
+    if normalisation is None:
+        with pytest.raises(ValueError, match="finetune is 'upper', but must be 'all' .* no config.json with mean and"):
+            train_victim(train, test, recipe=SHORT, init_from=weights, finetune="upper")
+
+
+@pytest.mark.parametrize(
+    "mean, std, message",
+    [
+        ("0.5", [0.5], "mean is '0.5', but must be a list of numbers"),
+        ([0.5], [], r"std is \[\], but must be a list of numbers"),
+        ([0.5], [True], r"std is \[True\], but must be a list of numbers"),
+        ([float("nan")], [0.5], r"mean is \[nan\], but must be a list of numbers"),
+        ([0.5], [0.5, 0.5], r"std is \[0.5, 0.5\], but must be numbers above 0, as many as mean has"),
+        ([0.5], [0], r"std is \[0.0\], but must be numbers above 0, as many as mean has"),
+    ],
+)
+def test_normalisations_that_cannot_be(mean, std, message, train, tmp_path):
+    folder = timms(tmp_path, started("resnet18", train).tensors, mean=mean, std=std)
+    with pytest.raises(ValueError, match=f"init_from is '.*', whose {message}"):
+        read_weights(folder)
+
+
+def test_normalisations_that_do_not_suit_a_victim(train, test, tmp_path):
+    two = dataclasses.replace(started("resnet18", train), normalisation=Normalisation((0.5,) * 2, (0.5,) * 2))
+    with pytest.raises(ValueError, match="init_from is .* had mean .* but must have 3 numbers of each"):
+        train_victim(train, test, recipe=SHORT, init_from=two)
+    weights = dataclasses.replace(started("convnet94", train), normalisation=SCALE)
+    with pytest.raises(ValueError, match="must have seen values in .* for victim 'convnet94', which whitens them"):
+        train_victim(train, test, victim="convnet94", recipe=AIRBENCH, init_from=weights)
 
 
 def write(folder, tensors, **metadata):
