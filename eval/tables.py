@@ -226,20 +226,20 @@ def probe_table(measured: Measured, dataset: str, trained_on: Mapping[tuple[str,
     return markdown_table(["trained on", "linear probe", "nearest neighbours", "the paper's linear probe"], rows)
 
 
-def transfer_table(by_method: Mapping[str, Measured], dataset: str, poisons: Sequence[str]) -> str:
+def transfer_table(by_method: Mapping[str, Measured], dataset: str, trained_on: Mapping[tuple[str, str], str]) -> str:
     """
-    What each poison does to each way of learning, without a countermeasure: a row per poison, a column per way.
+    What each poison does to each way of learning: a column per way.
 
     Args:
         by_method (`dict`): One [`Measured`] for each way of learning.
         dataset (`str`): Of the records.
-        poisons (`Sequence[str]`): Rows, measured or not; `"none"` for clean images.
+        trained_on (`dict`): Titles of rows by poison and countermeasure, measured or not.
     """
     head = ["trained on", "made against", *(METHODS_SAID[method] for method in by_method)]
     rows = []
-    for poison in poisons:
-        figures = [spread(measured.accuracies(dataset, poison, "none")) for measured in by_method.values()]
-        rows.append([POISONS.get(poison, "clean images"), _made_against(by_method, dataset, poison), *figures])
+    for (poison, column), title in trained_on.items():
+        figures = [spread(measured.accuracies(dataset, poison, column)) for measured in by_method.values()]
+        rows.append([title, _made_against(by_method, dataset, poison), *figures])
     return markdown_table(head, rows)
 
 

@@ -214,7 +214,9 @@ def test_a_poison_meets_the_way_of_learning_that_it_was_not_made_against():
         *records("lsp", "gray", [0.9]),
     ]
     by_method = {method: Measured(found, method=method) for method in ("supervised", "simclr")}
-    table = transfer_table(by_method, "cifar10", ("none", "lsp", "cp-s", "cp-c", "emn", "uc"))
+    names = {"none": "clean images", "lsp": "LSP", "cp-s": "CP-S", "cp-c": "CP-C", "emn": "EMN", "uc": "UC"}
+    trained_on = {(name, "none"): title for name, title in names.items()} | {("lsp", "gray"): "LSP, grey"}
+    table = transfer_table(by_method, "cifar10", trained_on)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert cells[0] == ["trained on", "made against", "supervised", "SimCLR"]
     assert cells[2:] == [
@@ -224,6 +226,7 @@ def test_a_poison_meets_the_way_of_learning_that_it_was_not_made_against():
         ["CP-C", "n.m.", "n.m.", "n.m."],  # its records would say against which
         ["EMN", "a classifier", "n.m.", "n.m."],
         ["UC", "a pretrained network", "n.m.", "n.m."],
+        ["LSP, grey", "no network", "90.0", "n.m."],
     ]
 
 
