@@ -106,15 +106,18 @@ li.look::before { content: "!"; color: #b26a00; padding-left: .25rem; }
 li { margin: .15rem 0; }
 pre { background: #f6f7f8; padding: .9rem 1rem; border-radius: .3rem; white-space: pre-wrap; font-size: .85rem; }
 code { font-size: .92em; }
+@media (max-width: 62rem) {
+  td.bar, th.bar { display: none; }
+  .results td:first-child { min-width: 0; overflow-wrap: anywhere; }
+}
 @media (max-width: 45rem) {
   body { padding: 1.5rem 1rem 3rem; }
   p.verdict { font-size: 1.3rem; }
   .numbers { gap: .6rem; }
   .numbers b { font-size: 1.7rem; }
   .numbers span { font-size: .8rem; }
-  td.bar, th.bar, .wide { display: none; }
+  .wide { display: none; }
   .fractions :is(th, td):nth-child(3), .fractions :is(th, td):nth-child(5) { display: none; }
-  .results td:first-child { min-width: 0; overflow-wrap: anywhere; }
   #settings tr, #settings td { display: block; width: auto; border: 0; padding: 0; }
   #settings tr { padding: .5rem 0; border-bottom: 1px solid #e4e6e9; }
   .strip { grid-template-columns: repeat($count, minmax(0, 1fr)); gap: .15rem; margin-top: .5rem; }
@@ -123,7 +126,9 @@ code { font-size: .92em; }
   .strip.classes span:first-child { display: none; }
 }
 @media print {
-  body { padding: 0; font-size: 10pt; max-width: none; }
+  :root { font-size: 13.5px; }
+  body { padding: 0; font-size: 8.8pt; max-width: none; }
+  .results td:first-child { min-width: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   td.bar, th.bar { display: none; }
   @page { margin: 14mm; }
