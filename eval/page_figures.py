@@ -69,6 +69,12 @@ def photographs() -> dict[str, str]:
     }
 
 
+def pretrained() -> dict[str, str]:
+    """What a pretrained victim gets from poisons that were made anew, in %."""
+    records = read_records(RESULTS / "pretrained_cifar10_mini.jsonl")
+    return {one["settings"]["poison"]: f"{100 * one['value']:.1f}" for one in records if one["what"] == "accuracy"}
+
+
 def audits() -> dict[str, str]:
     """Audits on two cores by the defaults of a CPU: minutes and, of the large one, accuracies in %."""
     times = {name: read_json(RESULTS / name / "time.json") for name in ("audit_cifar10_fast", "audit_cifar10_50k")}
@@ -177,6 +183,7 @@ def finetune() -> dict[str, str]:
 
 GROUPS: dict[str, Callable[[], dict[str, str]]] = {
     "mini": mini,
+    "pretrained": pretrained,
     "audits": audits,
     "contrastive": contrastive,
     "photographs": photographs,
