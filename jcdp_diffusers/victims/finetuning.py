@@ -378,7 +378,7 @@ def read_weights(source: str | os.PathLike) -> Weights:
     victim, shape = metadata.get("victim"), metadata.get("images")
     shape = None if shape is None else tuple(int(size) for size in shape.split("x"))
     said = {} if config is None else read_json(config)
-    said = said.get("pretrained_cfg", said)  # older files of timm's have its entries at the top
+    said = said.get("pretrained_cfg") or said  # older files of timm's have its entries at the top
     if shape is None and (size := said.get("input_size")) is not None:
         shape = tuple(size)
     return Weights(str(source), tensors, victim, shape, _normalisation(source, metadata, said))
