@@ -107,7 +107,7 @@ li { margin: .15rem 0; }
 pre { background: #f6f7f8; padding: .9rem 1rem; border-radius: .3rem; white-space: pre-wrap; font-size: .85rem; }
 code { font-size: .92em; }
 @media (max-width: 62rem) {
-  td.bar, th.bar { display: none; }
+  .bar { display: none; }
   .results td:first-child { min-width: 0; overflow-wrap: anywhere; }
 }
 @media (max-width: 45rem) {
@@ -130,7 +130,7 @@ code { font-size: .92em; }
   body { padding: 0; font-size: 8.8pt; max-width: none; }
   .results td:first-child { min-width: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  td.bar, th.bar { display: none; }
+  .bar { display: none; }
   @page { margin: 14mm; }
   #owner { break-after: page; }
   #owner p.verdict { font-size: 1.25rem; }
@@ -173,9 +173,9 @@ $advice
 $rows
 </tbody>
 </table>
-<p class="note">Accuracy after the last epoch on $test, mean over $seeds; the marks in a bar are the
-single victims. The best epoch is chosen by the test images and is no result. Giving one answer for all images gets
-$chance. Times are per victim, before and while training, on $device.</p>
+<p class="note">Accuracy after the last epoch on $test, mean over $seeds<span class="bar">; the marks
+in a bar are the single victims</span>. The best epoch is chosen by the test images and is no result. Giving one answer
+for all images gets $chance. Times are per victim, before and while training, on $device.</p>
 $others
 $fractions
 <h2>How sure this is</h2>

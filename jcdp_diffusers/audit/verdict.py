@@ -70,7 +70,7 @@ def verdict(
     Judge a protection by what victims learn from protected images, and from the same after an attack.
 
     Every statement rests on an interval of the difference of two rows, over seeds and test images: see `intervals`.
-    It is wrong in at most one case of twenty (`ERROR`).
+    It is wrong in at most one case of twenty (`ERROR`); of single victims, where they scatter no more than is assumed.
 
     Args:
         accuracies (`dict`): Test accuracies of the victims in [0, 1], one per seed, by row: `"protected"`; `"clean"`

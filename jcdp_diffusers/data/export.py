@@ -22,8 +22,6 @@ FORMATS = {
     "webp": ("WEBP", {"lossless": True, "quality": 60}),
     "jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
 }
-
-
 LONGEST_NAME = 255  # bytes of one part of a path, on most disks
 
 

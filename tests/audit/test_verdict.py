@@ -195,10 +195,8 @@ def simulated(accuracies, *, std, seeds, test_images, draw):
 
 def rates(accuracies, *, runs=200, **sizes) -> dict[str, float]:
     draw = np.random.default_rng(0)
-    found = [
-        verdict(simulated(accuracies, draw=draw, **sizes), {}, test_images=sizes["test_images"])["status"]
-        for _ in range(runs)
-    ]
+    options = {"test_images": sizes["test_images"], "single_victim_std": assumed_std(3000, "supervised")}
+    found = [verdict(simulated(accuracies, draw=draw, **sizes), {}, **options)["status"] for _ in range(runs)]
     return {status: found.count(status) / runs for status in set(found)}
 
 
@@ -206,6 +204,11 @@ SIZES = [
     pytest.param({"std": std, "seeds": seeds, "test_images": images}, id=f"{seeds}-seeds-{images}-images-std-{std}")
     for seeds, images in ((2, 100), (3, 16), (3, 400), (5, 1000))
     for std in (0.0, 0.03, 0.15)
+]
+SIZES += [  # one victim, which scatters no more than is assumed
+    pytest.param({"std": std, "seeds": 1, "test_images": images}, id=f"1-seed-{images}-images-std-{std}")
+    for images in (100, 1000)
+    for std in (0.0, 0.05)
 ]
 
 
