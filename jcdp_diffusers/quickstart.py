@@ -90,7 +90,7 @@ PRESETS = {
                 random_flip=True,
                 checkpointing_steps=600,
                 checkpoints_total_limit=1,
-                mixed_precision="bf16",
+                mixed_precision="auto",
             ),
             PurificationConfig(diffusion_steps=30, num_inference_steps=2, variance_type="fixed_small"),
         ),

@@ -177,3 +177,4 @@ def test_presets_are_what_an_audit_takes(name):
     assert preset.seeds == 3
     start, end = preset.plan.training.trained_timesteps
     assert start == 0 and preset.plan.purification.diffusion_steps <= end
+    assert preset.plan.training.mixed_precision in ("no", "auto")  # it runs on any machine

@@ -6,7 +6,7 @@ On a CPU, from a folder of photographs:
 On eight GPUs, fine-tuned as in the paper (a total batch of 256), and published:
     accelerate launch --num_processes 8 training/train_purifier.py --pretrained google/ddpm-cifar10-32 \\
         --dataset photos --output_dir my-purifier --max_train_steps 10000 --train_batch_size 32 \\
-        --mixed_precision bf16 --trained_timesteps 0 100 --resume_from_checkpoint latest --push_to_hub
+        --mixed_precision auto --trained_timesteps 0 100 --resume_from_checkpoint latest --push_to_hub
 `torchrun --nproc_per_node 8` in place of `accelerate launch` does the same, and gives several processes on a CPU, too.
 """
 

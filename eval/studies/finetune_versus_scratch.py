@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 from eval.tables import markdown_table
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.results import append_record, read_records
+from jcdp_diffusers.train.config import PRECISIONS
 from jcdp_diffusers.train.loop import TrainingConfig, train_purifier
 from jcdp_diffusers.train.record import read_record
 from jcdp_diffusers.train.unets import UNETS, ddpm_scheduler, named_unet
@@ -57,7 +58,7 @@ def parse_args() -> argparse.Namespace:
         "--first_timesteps", type=int, default=100, help="end of the restricted range, and of the loss's"
     )
     parser.add_argument("--validation_steps", type=int, default=50)
-    parser.add_argument("--mixed_precision", default="bf16", choices=("no", "bf16", "fp16"))
+    parser.add_argument("--mixed_precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune_versus_scratch"))
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "finetune_versus_scratch.jsonl")

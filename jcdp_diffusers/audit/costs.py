@@ -111,11 +111,9 @@ def measure_costs(
         pipe, training = used.pipe, 0.0
         if used.plan is not None:
             unet = named_unet(used.plan.unet, in_channels=channels, sample_size=height)
-            precision = used.plan.training.mixed_precision
-            batch = used.plan.training.train_batch_size
-            training = (
-                _step(unet, (channels, height, side), device, backward=True, bfloat16=precision == "bf16") * batch
-            )
+            bfloat16 = used.plan.training.precision_on(device) == "bf16"
+            step = _step(unet, (channels, height, side), device, backward=True, bfloat16=bfloat16)
+            training = step * used.plan.training.train_batch_size
         count = min(MEASURED_IMAGES, usual_micro_batch(device.type, height, side))
         evaluation = _step(pipe.unet, (channels, height, side), device, backward=False, bfloat16=False, count=count)
         rows = _victims_of_a_seed(sets, asked, learners)

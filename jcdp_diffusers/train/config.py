@@ -5,14 +5,16 @@ import dataclasses
 import math
 import re
 
+import torch
 from accelerate.tracking import GeneralTracker
 from diffusers import DDPMScheduler
 
+from ..devices import device_in_words, has_bfloat16
 from ..noise import checked_corner
 from .denoising import TIMESTEP_SAMPLINGS
 
 
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS = ("no", "auto", "bf16", "fp16")
 # Those of diffusers.optimization.get_scheduler that need no further settings.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -38,7 +40,8 @@ class TrainingConfig:
         max_grad_norm (`float`): Gradients are clipped to this norm.
         ema_max_decay, ema_inv_gamma, ema_power (`float`): The averaged weights decay by
             min(ema_max_decay, 1 - (1 + step / ema_inv_gamma)^-ema_power), so a short run forgets its starting point.
-        mixed_precision (`str`): `"no"`, `"bf16"` or `"fp16"`; weights, average and optimiser stay in float32.
+        mixed_precision (`str`): `"no"`, `"bf16"`, `"fp16"`, or `"auto"`: `"bf16"` where the device has instructions
+            for it, else `"no"`. Weights, average and optimiser stay in float32.
         gradient_checkpointing (`bool`): Recompute activations in the backward pass, for memory.
         snr_gamma (`float`, *optional*): Min-SNR loss weight (Hang et al., 2023; 5 is theirs); None weighs all alike.
         random_flip (`bool`): Mirror half of the images. Off, because digits and text must not flip.
@@ -153,6 +156,22 @@ class TrainingConfig:
     def facts_of_the_network(self) -> dict:
         """What `PurificationConfig` has to know of a network that was trained so."""
         return {"trained_timesteps": self.trained_timesteps, "noise_corner": self.noise_corner}
+
+    def precision_on(self, device: torch.device) -> str:
+        """
+        `mixed_precision` as it is on a device: never `"auto"`.
+
+        Raises:
+            ValueError: If it is `"bf16"` and the device would only imitate that, about ten times as slowly as float32.
+        """
+        if self.mixed_precision == "bf16" and not has_bfloat16(device):
+            raise ValueError(
+                f"mixed_precision is 'bf16', but {device_in_words(device)} would only imitate it, and slowly: "
+                "'auto' and 'no' are accepted."
+            )
+        if self.mixed_precision == "auto":
+            return "bf16" if has_bfloat16(device) else "no"
+        return self.mixed_precision
 
     def timesteps(self, scheduler: DDPMScheduler, name: str = "trained_timesteps") -> tuple[int, int]:
         """A range of timesteps, checked against the scheduler's; the whole schedule by default."""

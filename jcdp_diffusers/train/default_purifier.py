@@ -91,7 +91,7 @@ _MANY = _Case(
         _Choice(256, "mini256", 1600, 8),
     ),
     checkpoints=6,
-    training={"learning_rate": 1e-3, "lr_scheduler": "cosine", "mixed_precision": "bf16"},
+    training={"learning_rate": 1e-3, "lr_scheduler": "cosine", "mixed_precision": "auto"},
     purification=PRESETS["tuned"],
 )
 # On an accelerator: about 100 PFLOP, five minutes of a GPU that does 280 TFLOP/s.
@@ -103,7 +103,7 @@ _ACCELERATOR = _Case(
         _Choice(256, "small256", 8_000, 64),
     ),
     checkpoints=10,
-    training={"mixed_precision": "bf16"},
+    training={"mixed_precision": "auto"},
     purification=PurificationConfig(diffusion_steps=100, num_inference_steps=20),
 )
 SMALL_SIDE = 32

@@ -108,6 +108,8 @@ def train_purifier(
     _check(images, unet, scheduler)
     output_dir = Path(output_dir)
     checkpoint = _start_from(output_dir, config.resume_from_checkpoint)
+    device = torch.device("cpu") if on_cpu(config.cpu) else torch.accelerator.current_accelerator()
+    config = dataclasses.replace(config, mixed_precision=config.precision_on(device))
     # A second run in one process may want another precision than the first, which this singleton would refuse.
     AcceleratorState._reset_state()
     accelerator = Accelerator(

@@ -59,6 +59,14 @@ def test_a_plan_with_fewer_steps_keeps_its_checkpoints():
     assert (plan.training.max_train_steps, plan.training.checkpointing_steps) == (100, 25)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("count", [5, 4000])
+def test_no_plan_asks_a_device_for_a_type_that_it_would_imitate(monkeypatch, device, count):
+    monkeypatch.setattr("jcdp_diffusers.train.config.has_bfloat16", lambda device: False)
+    plan = plan_for(grey(count), torch.device(device), smoke=False)
+    assert plan.training.precision_on(torch.device("cpu")) == "no"
+
+
 @pytest.mark.parametrize(("side", "steps"), [(32, 500), (64, 500), (128, 222)])
 def test_the_purifier_of_an_audit_is_trained_in_minutes(side, steps):
     """It sees the timesteps alone that its purification uses."""

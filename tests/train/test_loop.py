@@ -85,7 +85,10 @@ def test_the_colour_of_the_noise_is_learned_and_written_down(tmp_path, monkeypat
     assert "does not generate images" not in (white / "README.md").read_text()
 
 
-def test_the_network_handed_in_holds_the_result(tmp_path):
+def test_the_network_handed_in_holds_the_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "jcdp_diffusers.train.config.has_bfloat16", lambda device: True
+    )  # imitated where it is not: this network is small
     unet = tiny_unet(size=8)
     folder = train(tmp_path, unet, mixed_precision="bf16")
     assert same(dict(unet.state_dict()), weights(folder))
@@ -97,7 +100,8 @@ def test_the_network_handed_in_holds_the_result(tmp_path):
     ("prediction_type", "mixed_precision"),
     [("epsilon", "no"), ("epsilon", "bf16"), ("epsilon", "fp16"), ("v_prediction", "no"), ("sample", "no")],
 )
-def test_training_lowers_the_held_out_loss(tmp_path, prediction_type, mixed_precision):
+def test_training_lowers_the_held_out_loss(tmp_path, monkeypatch, prediction_type, mixed_precision):
+    monkeypatch.setattr("jcdp_diffusers.train.config.has_bfloat16", lambda device: True)
     folder = train(
         tmp_path,
         scheduler=DDPMScheduler(prediction_type=prediction_type),
@@ -416,6 +420,20 @@ def test_greyscale(tmp_path):
 def test_settings_are_checked(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         TrainingConfig(**settings)
+
+
+@pytest.mark.parametrize(("instructions", "precision"), [(True, "bf16"), (False, "no")])
+def test_auto_is_what_the_device_computes_in(tmp_path, monkeypatch, instructions, precision):
+    monkeypatch.setattr("jcdp_diffusers.train.config.has_bfloat16", lambda device: instructions)
+    folder = train(tmp_path, max_train_steps=1, mixed_precision="auto")
+    assert record(folder)["settings"]["mixed_precision"] == precision
+
+
+def test_imitated_bfloat16_is_refused_before_anything_happens(tmp_path, monkeypatch):
+    monkeypatch.setattr("jcdp_diffusers.train.config.has_bfloat16", lambda device: False)
+    with pytest.raises(ValueError, match="mixed_precision is 'bf16', but cpu would only imitate it.*'auto'"):
+        train(tmp_path / "out", mixed_precision="bf16")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["trained_timesteps", "validation_timesteps"])
