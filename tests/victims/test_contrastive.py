@@ -432,6 +432,10 @@ def test_every_method_has_the_same_recipes():
         ({"queue": None}, "queue is None"),
         ({"queue": 100}, "queue is 100, .* batch_size 8"),
         ({"min_scale": 0.0}, "min_scale is 0.0"),
+        ({"temperature": 0.0}, "temperature is 0.0, .* above 0"),
+        ({"key_momentum": 1.5}, "key_momentum is 1.5, .* within 0 and 1"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan, .* above 0"),
+        ({"knn_evaluations": 0}, "knn_evaluations is 0, .* above 0"),
         ({"batch_size": 1}, "batch_size is 1"),
     ],
 )
