@@ -34,12 +34,19 @@ class SavedState:
             `dict`: As it was saved; `None` if there is none.
 
         Raises:
-            ValueError: If the file holds the state of another run.
+            ValueError: If the file is damaged, or holds the state of another run.
         """
         if self.path is None or not self.path.exists():
             return None
-        state = torch.load(self.path, weights_only=True, map_location="cpu")
-        if state["run"] != self.run:
+        try:
+            state = torch.load(self.path, weights_only=True, map_location="cpu")
+            run = state["run"]
+        except Exception as error:  # what torch's loader raises depends on the bytes
+            raise ValueError(
+                f"checkpoint_dir is {str(self.path.parent)!r}, but its {self.path.name} must be a saved state, and is "
+                "damaged or something else: without it the work begins anew."
+            ) from error
+        if run != self.run:
             raise ValueError(
                 f"checkpoint_dir is {str(self.path.parent)!r}, which holds another run ({state['run']}), but must be "
                 "an empty folder or one of the same run."

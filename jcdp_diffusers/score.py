@@ -29,7 +29,7 @@ from .purification_config import PurificationConfig
 from .results import code_version, package_versions
 from .train.provenance import check_trained_on
 from .trials import Trial, given_seeds, is_model_of, measure, results_by_trial, spread_over_seeds
-from .victims import RECIPE_NAMES, Recipe, choose, recipes_of
+from .victims import RECIPE_NAMES, Recipe, check_victim, choose, recipes_of
 from .victims.choice import RECIPE_HELP, VICTIM_HELP, WHITENING, WHITENING_HELP, check_whitening
 from .victims.finetuning import COLLECTED, FINETUNE, INIT_FROM_HELP, start_in_words, start_of
 
@@ -155,6 +155,9 @@ def score(
         check_output_file(output)
     train, probe, test, names = _check_sets(train, probe, test, collected, overlap_budget, method)
     trial |= {"train": train, "test": test, "probe": probe}
+    chosen.require_images(train)
+    options = {"victim": victim, "method": method, "probe": probe, "num_classes": len(names)}
+    check_victim(train, test, recipe=recipe.for_images(len(train)), **options)
     _check_purifier(countermeasure, purifier, purification, train, test)
     with tempfile.TemporaryDirectory() as temporary:
         trial["work_dir"] = Path(temporary if checkpoint_dir is None else checkpoint_dir)

@@ -43,7 +43,7 @@ from .purifier import AuditPurifier, choose_purifier, purify, trained
 from .reading import Found, read
 from .report import write_report
 from .rows import LearnerTrials, control_images, figures, in_turn, trials_by_learner
-from .sets import check_together, few, separate
+from .sets import check_learners, check_together, few, separate
 from .settings import AuditSettings, Learner
 from .unlabelled import audit_unlabelled, check_unlabelled
 from .verdict import assumed_std, verdict, without_clean_images
@@ -182,6 +182,7 @@ def carry_out(
     separation = separate(sets, asked)
     say("; ".join(f"{role}: {len(data)} images" for role, data in sets.items()))
     sets = few(sets) if asked.smoke else sets
+    check_learners(sets, asked, learners)
     check_fractions(sets, asked, learners)
     planned = plan_time(sets, used, asked, learners, found.division, device, processes, output_dir, say)
     asked, used = planned.asked, planned.used

@@ -23,9 +23,9 @@ from ..data.perturbations import noise_kept, visibility
 from ..data.photographs import stored_sizes, working_size
 from ..perceptual import LPIPSModel, lpips_at_hand
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
-from ..victims import METHODS
+from ..victims import METHODS, check_victim
 from .evidence import spectral_evidence
-from .settings import AuditSettings
+from .settings import AuditSettings, Learner
 from .shortcut import shortcut_test
 
 
@@ -158,6 +158,32 @@ def _checked(sets: Mapping[str, LabelledImages], methods: Sequence[str]) -> dict
         needing = {probed: sets[probed], "test": sets["test"]}
     checked = check_sets(needing, {role: data for role, data in sets.items() if role not in needing})
     return {role: checked[role] for role in sets}  # in their order
+
+
+def check_learners(sets: Mapping[str, LabelledImages], asked: AuditSettings, learners: Sequence[Learner]) -> None:
+    """
+    Refuse, before a purifier is trained, images that victims or attacks cannot take.
+
+    Args:
+        sets (`dict`): Images by role, as victims get them.
+        asked (`AuditSettings`): The attacks.
+        learners (`Sequence[Learner]`): The victims.
+
+    Raises:
+        ValueError: In one sentence that begins with a set.
+    """
+    protected, probed = sets["protected"], sets.get("probe", sets.get("clean"))
+    for one in asked.tried:
+        one.countermeasure.require_images(protected)
+    for learner in learners:
+        check_victim(
+            protected,
+            sets["test"],
+            victim=learner.victim,
+            method=learner.method,
+            probe=None if learner.method == "supervised" else probed,
+            recipe=learner.recipe.for_images(len(protected)),
+        )
 
 
 def kept_from_purifiers(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:

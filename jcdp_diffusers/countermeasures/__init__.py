@@ -193,6 +193,7 @@ class Countermeasure:
             `"bytes"`, or `"floats"` for one that works on floats too.
         gives (`str`, *optional*, defaults to `"bytes"`): `"floats"` where it leaves stored images that have no 8-bit
             form. A hook that acts after crop and flip leaves the stored images as they are.
+        check (`Callable`, *optional*): `check(data)` raises a `ValueError` for training images that it cannot take.
         parts (`tuple[Countermeasure]`, *optional*): Of a combination.
     """
 
@@ -211,6 +212,7 @@ class Countermeasure:
     replaces_loss: bool = False
     takes: str = "floats"
     gives: str = "bytes"
+    check: Callable[[LabelledImages], None] | None = None
     parts: tuple["Countermeasure", ...] = ()
 
     def prepare(
@@ -251,6 +253,7 @@ class Countermeasure:
         self.require(purifier)
         self.require_pairs(pairs)
         self.require_collected(collected)
+        self.require_images(data)
         if num_classes is None and data.labels is not None:
             num_classes = data.num_classes
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -327,6 +330,17 @@ class Countermeasure:
                 f"collected is None, but countermeasure {self.name!r} needs unprotected images like the protected "
                 "ones."
             )
+
+    def require_images(self, data: LabelledImages) -> None:
+        """
+        Check, before any costly work, that the training images are such as it takes.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        for part in self._parts:
+            if part.check is not None:
+                part.check(data)
 
     def require_learning(self, method: str) -> None:
         """

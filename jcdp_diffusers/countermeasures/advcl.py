@@ -260,11 +260,7 @@ def pseudo_labels(data: LabelledImages, settings: AdvCLSettings, context: Contex
     Raises:
         ValueError: If there are fewer images than clusters.
     """
-    if len(data) < max(settings.clusters):
-        raise ValueError(
-            f"data has {len(data)} images, but must have at least {max(settings.clusters)} for the pseudo-labels of "
-            "advcl; advcl-plain has none."
-        )
+    check_images(data, settings)
     recipe = get_recipe(settings.recipe, "simclr").for_images(len(context.collected))
     collected, images = (_tensor(one) for one in (context.collected, data))
     with reproducible(context.seed, torch.device(context.device)):
@@ -279,6 +275,15 @@ def pseudo_labels(data: LabelledImages, settings: AdvCLSettings, context: Contex
     features = F.normalize(features, dim=1).cpu().numpy()
     labels = [KMeans(count, random_state=context.seed).fit(features).labels_ for count in settings.clusters]
     return torch.stack([torch.from_numpy(one).long() for one in labels], dim=1)
+
+
+def check_images(data: LabelledImages, settings: AdvCLSettings) -> None:
+    """Refuse training images of which there are fewer than clusters."""
+    if len(data) < max(settings.clusters, default=0):
+        raise ValueError(
+            f"data has {len(data)} images, but must have at least {max(settings.clusters)} for the pseudo-labels of "
+            "advcl; advcl-plain has none."
+        )
 
 
 def _tensor(data: LabelledImages) -> torch.Tensor:
@@ -302,6 +307,7 @@ def _advcl(name: str, cost: str) -> Countermeasure:
         suits=("contrastive",),
         method="simclr",
         replaces_loss=True,
+        check=lambda data: check_images(data, SETTINGS[name]),
     )
 
 

@@ -146,6 +146,15 @@ def loss_of(
     return loss
 
 
+def check_images(data: LabelledImages, name: str) -> None:
+    """Refuse a training set without labels, or of images of odd height or width."""
+    height, width, _ = data.images.shape[1:]
+    if data.labels is None:
+        raise ValueError(f"data has no labels, but {name} needs one for every image.")
+    if height % 2 or width % 2:
+        raise ValueError(f"data has images of {height}x{width} pixels, but for {name} both must be even.")
+
+
 def disentangle(data: LabelledImages, context: Context, settings: DVAESettings, name: str) -> LabelledImages:
     """
     Take the perturbation out of a training set.
@@ -163,11 +172,8 @@ def disentangle(data: LabelledImages, context: Context, settings: DVAESettings, 
     Raises:
         ValueError: If there are no labels, or height or width is odd.
     """
+    check_images(data, name)
     height, width, channels = data.images.shape[1:]
-    if data.labels is None:
-        raise ValueError(f"data has no labels, but {name} needs one for every image.")
-    if height % 2 or width % 2:
-        raise ValueError(f"data has images of {height}x{width} pixels, but for {name} both must be even.")
     device = torch.device(context.device)
     labels = torch.from_numpy(data.labels.copy()).to(device)
     images = data.tensor()
@@ -245,7 +251,8 @@ def _registered(name: str, cost: str) -> Countermeasure:
 
     source = "D-VAE, disentangling variational auto-encoder (Yu et al., ICML 2024; yuyi-sd/D-VAE)"
     source += "" if name == "d-vae" else "; ours: narrower and shorter, for a CPU"
-    return Countermeasure(name, "dataset", source, cost, function, asdict(SETTINGS[name]), takes="bytes")
+    options = {"takes": "bytes", "check": lambda data: check_images(data, name)}
+    return Countermeasure(name, "dataset", source, cost, function, asdict(SETTINGS[name]), **options)
 
 
 COUNTERMEASURES = (

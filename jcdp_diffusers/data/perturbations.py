@@ -34,6 +34,8 @@ def apply_perturbation(images: np.ndarray, perturbation: torch.Tensor | np.ndarr
         raise ValueError(
             f"perturbation has shape {perturbation.shape}, but the images need {(n, channels, height, width)}."
         )
+    if not np.isfinite(perturbation).all():
+        raise ValueError("perturbation holds values that are no numbers or infinite, but must hold finite ones.")
     poisoned = np.empty_like(images)
     for start in range(0, n, 1024):
         rows = slice(start, start + 1024)

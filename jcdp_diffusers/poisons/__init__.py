@@ -8,6 +8,7 @@ what the method needs and promises; the command, the tables, the cards and the t
 """
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -89,9 +90,10 @@ class Poison:
                 returned as it is.
 
         Raises:
-            ValueError: If the method has no such preset.
+            ValueError: If the method has no such preset, or a number is not finite or no bound.
         """
         if type(preset) is type(self.presets["published"]):
+            _check_numbers(preset)
             return preset
         if not isinstance(preset, str) or preset not in self.presets:
             raise ValueError(f"preset is {preset!r}, but for {self.name} must be one of {', '.join(self.presets)}.")
@@ -239,10 +241,22 @@ def _replaced(settings: Any, changes: Mapping[str, Any]) -> Any:
     return replace(settings, **own)
 
 
+def _check_numbers(settings: Any, prefix: str = "") -> None:
+    """Refuse numbers that are not finite, and an `epsilon` that is no bound of images."""
+    for field in fields(settings):
+        name, value = f"{prefix}{field.name}", getattr(settings, field.name)
+        if is_dataclass(value):
+            _check_numbers(value, f"{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, but must be finite.")
+        elif field.name == "epsilon" and not 0 < value <= 255:
+            raise ValueError(f"{name} is {value}, but must be above 0 and at most 255, in 1/255.")
+
+
 def _check_images(images: torch.Tensor) -> None:
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images has shape {tuple(images.shape)}, but must have (N, 1 or 3, H, W) with N > 0.")
-    if not images.is_floating_point() or images.min() < 0 or images.max() > 1:
+    if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(
             f"images holds {images.dtype} in [{images.min():g}, {images.max():g}], but must hold floats in [0, 1]."
         )

@@ -16,11 +16,14 @@ from tqdm import tqdm
 from .. import victims
 from ..devices import drawn_from, seeded
 from ..victims.contrastive import METHODS
-from ..victims.recipes import ContrastiveRecipe
+from ..victims.recipes import CONTRASTIVE, ContrastiveRecipe
 from .checkpoint import Checkpoint
+from .surrogate import finite
 
 
 OPTIMIZERS = ("sgd", "adam")
+LEAST = {"steps": 1, "rounds": 1, "model_steps": 0, "noise_batches": 1, "momentum": 0, "weight_decay": 0}
+ABOVE_ZERO = ("step", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class EncoderSettings:
         bfloat16 (`bool`): Whether the encoder runs in mixed precision.
 
     Raises:
-        ValueError: If a number does not suit the framework.
+        ValueError: If a number is too small or does not suit the framework.
     """
 
     epsilon: float = 8.0
@@ -84,6 +87,17 @@ class EncoderSettings:
     bfloat16: bool = False
 
     def __post_init__(self):
+        if self.framework not in CONTRASTIVE:
+            raise ValueError(f"framework is {self.framework!r}, but must be one of {', '.join(CONTRASTIVE)}.")
+        if self.surrogate not in victims.NAMES:
+            raise ValueError(f"surrogate is {self.surrogate!r}, but must be one of {', '.join(victims.NAMES)}.")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} is {value}, but must be at least {least}.")
+        for name in ABOVE_ZERO:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0.")
         self.recipe()  # refuses what does not suit the framework
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {self.optimizer!r}, but must be one of {', '.join(OPTIMIZERS)}.")
@@ -147,11 +161,14 @@ class Encoder:
 
         Returns:
             `float`: The loss before the step.
+
+        Raises:
+            FloatingPointError: If the loss is no longer finite.
         """
         self.objective.train()
         self.optimizer.param_groups[0]["lr"] = learning_rate
         with drawn_from(self.draw):  # of dropout, in networks that have it
-            loss = self.objective.loss(perturbed, None, self.draw)
+            loss = finite(self.objective.loss(perturbed, None, self.draw))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -159,9 +176,14 @@ class Encoder:
         return loss.item()
 
     def loss(self, perturbed: torch.Tensor) -> torch.Tensor:
-        """The loss of a network in eval mode between two new views of perturbed images, with a gradient for them."""
+        """
+        The loss of a network in eval mode between two new views of perturbed images, with a gradient for them.
+
+        Raises:
+            FloatingPointError: If it is no longer finite: its gradient's sign would leave the noise as it is.
+        """
         self.objective.eval()
-        return self.objective.loss(perturbed, None, self.draw)
+        return finite(self.objective.loss(perturbed, None, self.draw))
 
     def after_noise_step(self) -> None:
         """Called after each step of the descent."""

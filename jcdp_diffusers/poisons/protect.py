@@ -8,6 +8,7 @@ continues.
 
 import argparse
 import hashlib
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -333,6 +334,8 @@ def _changes(entries: list[str]) -> dict[str, Any]:
             changes[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"--set is {entry!r}, but its value must be a number or a word.") from error
+        if re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", value, re.IGNORECASE):
+            changes[name] = float(value)  # YAML takes 1e-3, without a point or a sign, for a word
     return changes
 
 

@@ -65,6 +65,21 @@ def precision(bfloat16: bool, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
+def finite(loss: torch.Tensor) -> torch.Tensor:
+    """
+    The loss of a surrogate, a scalar.
+
+    Raises:
+        FloatingPointError: If it is not finite.
+    """
+    if not loss.isfinite():
+        raise FloatingPointError(
+            f"the surrogate's loss became {loss.item()}: it does not converge on these images; try a lower "
+            "learning_rate."
+        )
+    return loss
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -86,11 +101,14 @@ def train_step(
 
     Returns:
         `float`: The mean loss before the step.
+
+    Raises:
+        FloatingPointError: If the loss is no longer finite.
     """
     model.train()
     with precision(bfloat16, images.device):
         logits = model(images.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = finite(F.cross_entropy(logits.float(), labels))
     optimizer.zero_grad()
     loss.backward()
     if clip_norm is not None:

@@ -21,7 +21,7 @@ The presets `any-size`, `cpu` and `smoke` make noise of the images' own size, an
 views. Nothing of ours has been compared with the authors' images.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
 from ..devices import seeded
+from ..victims.checkpoints import digest
 from . import Poison, pretrained, surrogate
 from .checkpoint import Checkpoint
 
@@ -44,6 +45,18 @@ SOURCE = (
 )
 SMALLEST_SIDE = 8
 NOISE_ON = ("views", "images")
+ALL_ALIKE = "images have surrogate features that are all alike, but must differ to be clustered."
+LEAST = {
+    "clusters": 2,
+    "kmeans_starts": 1,
+    "epochs": 1,
+    "max_steps": 1,
+    "batch_size": 1,
+    "last_learning_rate": 0,
+    "weight_decay": 0,
+    "generator_width": 1,
+    "generator_blocks": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,9 @@ class UCSettings:
         feature_std (`float`, *optional*): Features are divided so that they have this standard deviation, over all
             images and features. `None`: they stay as the surrogate gives them, as in the program.
         bfloat16 (`bool`): Whether the surrogate runs in mixed precision.
+
+    Raises:
+        ValueError: If a number is too small, or a cluster would be its own target.
     """
 
     epsilon: float = 16.0
@@ -95,6 +111,21 @@ class UCSettings:
     normalisation: str | None = None
     feature_std: float | None = None
     bfloat16: bool = False
+
+    def __post_init__(self):
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} is {value}, but must be at least {least}.")
+        for name in ("learning_rate", "feature_std"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, but must be above 0.")
+        if self.offset % self.clusters == 0:
+            raise ValueError(
+                f"offset is {self.offset}, but must be no multiple of clusters {self.clusters}: features would go to "
+                "the centre of their own cluster."
+            )
 
 
 @dataclass(frozen=True)
@@ -179,7 +210,9 @@ def perturb(
     )
     network.require_side(settings.view_size, "view_size")
     size = tuple(images.shape[2:]) if settings.noise_on == "images" else (settings.view_size, settings.view_size)
-    kept = Checkpoint(checkpoint_dir, name, settings, seed, images, None)
+    # By their content: another file may have taken the place of the first one.
+    decided = replace(settings, weights=digest(*network.state_dict().values()))
+    kept = Checkpoint(checkpoint_dir, name, decided, seed, images, None)
     if (state := kept.load()) is None:
         features = features_of(network, images, settings, device, progress)
         scale = scale_of(features, settings.feature_std)
@@ -265,7 +298,7 @@ def scale_of(features: torch.Tensor, std: float | None) -> float:
         return 1.0
     own = features.std().item()
     if own == 0:
-        raise ValueError("images have surrogate features that are all alike, but must differ to be clustered.")
+        raise ValueError(ALL_ALIKE)
     return std / own
 
 
@@ -278,7 +311,12 @@ def find_clusters(features: torch.Tensor, settings: UCSettings, seed: int) -> tu
 
     Returns:
         `tuple`: The cluster of each image, int64 (N,), and the clusters' centres, float32 (clusters, F).
+
+    Raises:
+        ValueError: If the features of all images are the same, but for rounding.
     """
+    if features.std(dim=0).max() <= 1e-5 * features.abs().max():
+        raise ValueError(ALL_ALIKE)
     found = KMeans(settings.clusters, n_init=settings.kmeans_starts, random_state=_number(seed)).fit(features.numpy())
     return torch.from_numpy(found.labels_).long(), torch.from_numpy(found.cluster_centers_).float()
 
@@ -352,7 +390,7 @@ class PatternTraining:
         views = self.views(images[batch].to(self.device), self.noise())
         with surrogate.precision(self.settings.bfloat16, self.device):
             features = network(views)
-        loss = divergence(scale * features.float(), target)
+        loss = surrogate.finite(divergence(scale * features.float(), target))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -30,6 +30,7 @@ _MODULES = {
     "get_recipe": "recipes",
     "recipes_of": "recipes",
     "VictimResult": "victim",
+    "check_victim": "victim",
     "choose": "choice",
     "confusion_matrix": "evaluation",
     "predict": "evaluation",

@@ -47,10 +47,7 @@ class Views:
     def __init__(self, size: tuple[int, int], *, min_scale: float = 0.2, flip: bool = True, colour: bool = True):
         import kornia.augmentation as K
 
-        if min(size) < SMALLEST_SIDE:
-            raise ValueError(
-                f"images are {size[0]}x{size[1]}, but must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE} for views."
-            )
+        check_size(size)
         # Cutting by resampling treats the batch as a whole; by slices, kornia would take image after image.
         steps = [K.RandomResizedCrop(tuple(size), scale=(min_scale, 1.0), cropping_mode="resample")]
         if flip:
@@ -75,6 +72,19 @@ class Views:
         with drawn_from(generator), torch.autocast(images.device.type, enabled=False):
             views = self.transform(images.expand(-1, 3, -1, -1) if channels == 1 else images)
         return views[:, :channels].contiguous(memory_format=torch.channels_last)
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """
+    Refuse images, of a height and a width in pixels, of which no views can be made.
+
+    Raises:
+        ValueError: If they are too small to be cropped.
+    """
+    if min(size) < SMALLEST_SIDE:
+        raise ValueError(
+            f"images are {size[0]}x{size[1]}, but must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE} for views."
+        )
 
 
 class Contrastive(Objective):

@@ -106,6 +106,7 @@ def fit_probe(
         seed=seed,
         device=images.device,
         evaluate=evaluate,
+        evaluated=(test_features, test_labels),  # which tell one frozen network from another
         progress=progress,
         checkpoint_dir=checkpoint_dir,
     )

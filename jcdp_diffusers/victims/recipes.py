@@ -1,5 +1,6 @@
 """Recipes: how a victim is trained, as data. A recipe has a name, and a variant of it is `dataclasses.replace`."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -78,6 +79,8 @@ class Recipe:
             raise ValueError(f"schedule is {self.schedule!r}, but must be one of {', '.join(SCHEDULES)}.")
         if self.epochs < 1:
             raise ValueError(f"epochs is {self.epochs}, but must be at least 1.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}, but must be above 0 and finite.")
         if self.batch_size is not None and self.batch_size < 2:
             raise ValueError(
                 f"batch_size is {self.batch_size}, but must be at least 2: batch normalisation needs two images."
@@ -277,6 +280,11 @@ class ContrastiveRecipe(Recipe):
         for name in CONTRASTIVE[self.method]:
             if getattr(self, name) is None:
                 raise ValueError(f"{name} is None, but must be a number for method {self.method!r}.")
+        for name in ("temperature", "loss_factor", "knn_evaluations"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0 and finite.")
+        if self.key_momentum is not None and not 0 <= self.key_momentum <= 1:
+            raise ValueError(f"key_momentum is {self.key_momentum}, but must lie within 0 and 1.")
         if self.queue is not None and (self.queue < 1 or self.queue % self.batch_size):
             raise ValueError(f"queue is {self.queue}, but must be a multiple of batch_size {self.batch_size}.")
         if not 0 < self.min_scale <= 1:

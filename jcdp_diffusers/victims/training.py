@@ -156,6 +156,7 @@ def train(
     device: str | torch.device = "cpu",
     hooks: Hooks | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
+    evaluated: Sequence[torch.Tensor] = (),
     progress: Callable[[dict[str, float]], None] | None = None,
     checkpoint_dir: str | Path | None = None,
 ) -> list[dict[str, float]]:
@@ -175,6 +176,8 @@ def train(
         hooks ([`Hooks`], *optional*): Countermeasures while training, with the same seed and device.
         evaluate (`Callable`, *optional*): Called with the number of each epoch (from 1) after it, in eval mode; what
             it returns enters the history.
+        evaluated (`Sequence[torch.Tensor]`): What `evaluate` reads, such as test images and their labels. A checkpoint
+            has the figures of these alone.
         progress (`Callable`, *optional*): Called with each entry of the history as soon as it is there.
         checkpoint_dir (`str` or `Path`, *optional*): Folder for `training.safetensors`, which is replaced after each
             epoch. The same call goes on from it. It has the hooks' names, not their settings: give each training a
@@ -206,6 +209,7 @@ def train(
         checkpoint, history = None, []
         if checkpoint_dir is not None:
             request = _request(objective, images, labels, recipe, seed, hooks)
+            request |= {"evaluation": digest(*evaluated)} if evaluated else {}
             generators = {"data": generator, "hooks": hooks.generator}
             checkpoint = Checkpoint(checkpoint_dir, request, objective, optimizer, scheduler, generators)
             history = checkpoint.load()

@@ -122,8 +122,9 @@ def train_victim(
     if method not in victims.METHODS:
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(victims.METHODS)}.")
     recipe = get_recipe(recipe, method).for_images(len(train))
-    num_classes = _check_sets(train, probe, test, method, recipe, num_classes)
-    _check_network(victim, train, whitening)
+    options = {"victim": victim, "method": method, "probe": probe, "recipe": recipe, "num_classes": num_classes}
+    num_classes = check_victim(train, test, **options)
+    _check_whitening(victim, train, whitening)
     _check_start(init_from, finetune, method, whitening)
     device = torch.device(device)
     width = recipe.width if width is None else width
@@ -154,15 +155,28 @@ def _counts(**sets: LabelledImages | None) -> dict[str, int]:
     return {f"{role}_images": len(data) for role, data in sets.items() if data is not None}
 
 
-def _check_sets(
+def check_victim(
     train: LabelledImages,
-    probe: LabelledImages | None,
     test: LabelledImages,
+    *,
+    victim: str,
     method: str,
+    probe: LabelledImages | None,
     recipe: Recipe,
-    num_classes: int | None,
+    num_classes: int | None = None,
 ) -> int:
-    """Refuse sets that do not suit each other or the method; returns the number of classes."""
+    """
+    Refuse sets that do not suit each other, the network or the way of learning, before any costly work.
+
+    Args:
+        As for [`train_victim`].
+
+    Returns:
+        `int`: The number of classes.
+
+    Raises:
+        ValueError: In one sentence that begins with the set.
+    """
     sets = {"train": train, "probe": probe, "test": test}
     if method == "supervised":
         if probe is not None:
@@ -171,10 +185,19 @@ def _check_sets(
     elif probe is None:
         raise ValueError(f"probe is None, but must be labelled images for method {method!r}.")
     _check_shapes(sets)
+    victims.check_sides(victim, *train.images.shape[1:3])
     if method != "supervised":
+        from .contrastive import check_size
+
+        check_size(train.images.shape[1:3])
         _check_sizes(train, recipe)
         del sets["train"]  # its labels are not used
-    return _check_labels(sets, num_classes)
+    num_classes = _check_labels(sets, num_classes)
+    if probe is not None and len(np.unique(probe.labels)) < 2:
+        raise ValueError(
+            f"probe has labels of class {probe.labels[0]} alone, but must have those of at least 2 classes."
+        )
+    return num_classes
 
 
 @dataclass(frozen=True)
@@ -220,7 +243,7 @@ class Training:
             confusions.append(self._confusion(model, *test))
             return {"test_accuracy": evaluation.accuracy(confusions[-1])}
 
-        history = self._run(objective, images, labels, evaluate)
+        history = self._run(objective, images, labels, evaluate, test)
         # A training that a checkpoint shows to be complete evaluates nothing.
         confusion = confusions[-1] if confusions else self._confusion(model, *test)
         return {
@@ -252,7 +275,8 @@ class Training:
             features = [evaluation.features(model, part[0], bfloat16=recipe.bfloat16) for part in (probe, test)]
             return {"knn_accuracy": knn_accuracy(features[0], probe[1], features[1], test[1])}
 
-        history = self._run(objective, images, getattr(hooks.replacing_loss, "targets", None), evaluate)
+        targets = getattr(hooks.replacing_loss, "targets", None)
+        history = self._run(objective, images, targets, evaluate, (*probe, *test))
         best = fit_probe(
             model,
             *probe,
@@ -282,6 +306,7 @@ class Training:
         images: torch.Tensor,
         labels: torch.Tensor | None,
         evaluate: Callable[[int], dict[str, float]],
+        evaluated: Sequence[torch.Tensor],
     ) -> list[dict[str, float]]:
         return train(
             objective,
@@ -292,6 +317,7 @@ class Training:
             device=self.device,
             hooks=objective.hooks,
             evaluate=evaluate,
+            evaluated=evaluated,
             progress=self.progress,
             checkpoint_dir=self.checkpoint_dir,
         )
@@ -312,12 +338,10 @@ def _check_shapes(sets: dict[str, LabelledImages]) -> None:
             )
 
 
-def _check_network(victim: str, train_set: LabelledImages, whitening: LabelledImages | None) -> None:
-    network = victims.get(victim)
-    victims.check_sides(victim, *train_set.images.shape[1:3])
+def _check_whitening(victim: str, train_set: LabelledImages, whitening: LabelledImages | None) -> None:
     if whitening is None:
         return
-    if not hasattr(network, "whiten"):
+    if not hasattr(victims.get(victim), "whiten"):
         raise ValueError(f"whitening has {len(whitening)} images, but must be None for victim {victim!r}.")
     if whitening.images.shape[3] != train_set.images.shape[3]:
         raise ValueError(

@@ -140,3 +140,20 @@ def test_what_does_not_apply_is_refused(more, message, folders, tmp_path, capfd)
     assert main(command(folders, tmp_path / "out", *more)) == 1
     assert message in sentence(capfd)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--method", "moco-v2", "--protocol", "mini"), "has 200 images, but must have at least 1024, the queue"),
+        (
+            ("--method", "simclr", "--countermeasures", "advcl"),
+            "images, but must have at least 500 for the pseudo-labels",
+        ),
+    ],
+)
+def test_too_few_images_are_refused_before_a_purifier_is_trained(more, message, folders, tmp_path, capfd):
+    roles = ("protected", "collected", "test", "clean")
+    assert main(command(folders, tmp_path / "out", *more, roles=roles)) == 1
+    assert message in sentence(capfd)
+    assert not (tmp_path / "out").exists()

@@ -83,7 +83,20 @@ def test_learning_rate_falls_by_half_a_cosine_once_a_round():
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (lambda: CPSettings(framework="swav"), "method is 'swav', .* simclr, moco-v2, byol"),
+        (lambda: CPSettings(framework="swav"), "framework is 'swav', .* simclr, moco-v2, byol"),
+        (lambda: CPSettings(surrogate="alexnet"), "surrogate is 'alexnet', .* resnet18"),
+        (lambda: CPSettings(rounds=0), "rounds is 0, .* at least 1"),
+        (lambda: CPSettings(steps=-1), "steps is -1, .* at least 1"),
+        (lambda: CPSettings(model_steps=-1), "model_steps is -1, .* at least 0"),
+        (lambda: CPSettings(noise_batches=0), "noise_batches is 0, .* at least 1"),
+        (lambda: CPSettings(learning_rate=math.nan), "learning_rate is nan, .* above 0"),
+        (lambda: CPSettings(step=0.0), "step is 0.0, .* above 0"),
+        (lambda: CPSettings(temperature=0.0), "temperature is 0.0, .* above 0"),
+        (
+            lambda: replace(poisons.settings("cp-c", "byol"), key_momentum=2.0),
+            "key_momentum is 2.0, .* within 0 and 1",
+        ),
+        (lambda: tue.TUESettings(csd_weight=-1.0), "csd_weight is -1.0, .* at least 0"),
         (lambda: CPSettings(framework="byol"), "key_momentum is None, .* 'byol'"),
         (lambda: CPSettings(optimizer="lars"), "optimizer is 'lars', .* sgd, adam"),
         (lambda: CPSettings(through_targets=True), "through_targets is True, .* 'simclr'"),
@@ -95,6 +108,13 @@ def test_learning_rate_falls_by_half_a_cosine_once_a_round():
 def test_numbers_that_do_not_suit_each_other(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         change()
+
+
+@pytest.mark.parametrize("name", ["cp-c", "cp-s", "tue"])
+def test_an_encoder_that_does_not_converge_gives_no_noise(name, images, labels):
+    settings = replace(poisons.settings(name, "smoke"), learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match="surrogate's loss became nan: .* learning_rate"):
+        poisons.get(name)(images, labels, preset=settings)
 
 
 @pytest.mark.parametrize("name", ["cp-c", "cp-s", "tue"])

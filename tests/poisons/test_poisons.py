@@ -4,7 +4,7 @@ import importlib
 import json
 import pkgutil
 import re
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 
 import numpy as np
 import pytest
@@ -175,6 +175,7 @@ def test_one_class_is_refused_where_classes_are_told_apart(name, images, labels)
         (lambda x, y: (x[0], y), r"images has shape \(3, 16, 16\)"),
         (lambda x, y: (255 * x, y), r"images holds torch.float32 in \[.*255\]"),
         (lambda x, y: ((255 * x).byte(), y), "images holds torch.uint8"),
+        (lambda x, y: (x / 0, y), "images holds torch.float32"),
         (lambda x, y: (x, y[:5]), r"labels has shape \(5,\).*40"),
         (lambda x, y: (x, y - 1), "labels holds torch.int64 from -1"),
         (lambda x, y: (x, y.float()), "labels holds torch.float32"),
@@ -190,6 +191,23 @@ def test_perturbation_is_added_clipped_and_rounded_once():
     perturbation = torch.tensor([-8.0, -8.0, 8.0, 7.6]).reshape(1, 1, 2, 2) / 255
     poisoned = apply_perturbation(images, perturbation)
     assert poisoned.dtype == np.uint8 and poisoned.ravel().tolist() == [0, 0, 255, 108]
+
+
+@pytest.mark.parametrize("name", ["emn", "cp-c", "uc"])
+def test_numbers_that_are_no_bound_are_refused(name, images, labels):
+    poison = poisons.get(name)
+    for epsilon in (0.0, -3.0, 256.0):
+        with pytest.raises(ValueError, match=f"epsilon is {epsilon}, but must be above 0 and at most 255"):
+            poison(images, labels, preset=replace(poison.settings("smoke"), epsilon=epsilon))
+    with pytest.raises(ValueError, match="epsilon is nan, but must be finite"):
+        poison(images, labels, preset=replace(poison.settings("smoke"), epsilon=float("nan")))
+
+
+def test_what_is_no_number_does_not_become_an_image(data):
+    noise = np.zeros((40, 3, 16, 16), dtype=np.float32)
+    noise[7, 0, 3, 3] = np.nan
+    with pytest.raises(ValueError, match="perturbation holds values that are no numbers"):
+        apply_perturbation(data.images, noise)
 
 
 def test_perturbation_must_fit_the_images(data):

@@ -341,6 +341,11 @@ def test_command_replaces_numbers_of_a_preset_and_its_card_keeps_paths_to_itself
     command(*options, "--output", tmp_path / "protected")  # is done already
 
 
+def test_numbers_may_be_written_in_powers_of_ten():
+    given = ["learning_rate=1e-3", "epsilon=2E1", "weights=1e5.pt", "clusters=3"]
+    assert protect._changes(given) == {"learning_rate": 1e-3, "epsilon": 20.0, "weights": "1e5.pt", "clusters": 3}
+
+
 @pytest.mark.parametrize(
     "given, said",
     [

@@ -301,6 +301,15 @@ def test_state_of_another_run_is_refused(images, labels, tmp_path):
         poisons.get("emn")(1 - images, labels, preset="smoke", checkpoint_dir=tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"no state", "half"])
+def test_a_damaged_state_is_refused_in_one_sentence(content, images, labels, tmp_path):
+    poisons.get("emn")(images, labels, preset="smoke", checkpoint_dir=tmp_path)
+    file = tmp_path / "emn.pt"
+    file.write_bytes(file.read_bytes()[:500] if content == "half" else content)
+    with pytest.raises(ValueError, match="checkpoint_dir is .* its emn.pt must be a saved state"):
+        poisons.get("emn")(images, labels, preset="smoke", checkpoint_dir=tmp_path)
+
+
 def test_a_state_half_written_does_not_replace_the_last(images, labels, tmp_path, monkeypatch):
     kept = checkpoint.Checkpoint(tmp_path, "emn", "settings", 0, images, labels)
     kept.save({"done": 1})

@@ -5,11 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from interrupts import cut_off_at_save
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import squeezenet1_0
 
 from jcdp_diffusers import poisons
+from jcdp_diffusers.devices import seeded
 from jcdp_diffusers.poisons import uc
+from jcdp_diffusers.poisons.checkpoint import Checkpoint
 from jcdp_diffusers.poisons.uc import UCSettings
 
 
@@ -121,7 +126,7 @@ def test_noise_is_added_before_images_are_enlarged_or_to_the_views(images):
 def test_noise_of_views_becomes_that_of_larger_images_by_nearest_pixels():
     draw = torch.Generator().manual_seed(0)
     images = torch.rand(4, 3, 40, 48, generator=draw)
-    settings = replace(SMOKE, noise_on="views", clusters=1, enlarged_size=32)
+    settings = replace(SMOKE, noise_on="views", clusters=2, enlarged_size=32)
     perturbation = poisons.get("uc")(images, preset=settings)
     rows, columns = torch.arange(40) * 32 // 40, torch.arange(48) * 32 // 48
     small = perturbation[0][:, rows.diff(prepend=torch.tensor([-1])) > 0][
@@ -182,6 +187,12 @@ def test_published_numbers_are_the_programs():
         ("uc", {"noise_on": "views"}, "images are 16x16, but must be at least 32x32 .*'any-size'"),
         ("uc", {"noise_on": "pixels"}, "noise_on is 'pixels'.*views, images"),
         ("uc", {"clusters": 41}, "images holds 40.*41 clusters"),
+        ("uc", {"clusters": 1}, "clusters is 1, .* at least 2"),
+        ("uc", {"offset": 3}, "offset is 3, .* multiple of clusters 3"),
+        ("uc", {"max_steps": 0}, "max_steps is 0, .* at least 1"),
+        ("uc", {"batch_size": 0}, "batch_size is 0, .* at least 1"),
+        ("uc", {"learning_rate": -1.0}, "learning_rate is -1.0, .* above 0"),
+        ("uc", {"feature_std": 0.0}, "feature_std is 0.0, .* above 0"),
         ("uc", {"enlarged_size": 20}, "enlarged_size is 20.*view_size 32"),
         ("uc", {"view_size": 16}, "view_size is 16.*21 pixels"),
         ("uc", {"surrogate": "alexnet"}, "surrogate is 'alexnet'.*resnet50, squeezenet1_0"),
@@ -194,7 +205,31 @@ def test_settings_that_do_not_suit_are_refused(name, changes, said, images):
         poisons.get(name)(images, preset=replace(poisons.settings(name, "smoke"), **changes))
 
 
+def test_noise_does_not_go_on_with_other_weights(images, tmp_path):
+    """The file's content decides, and not its name."""
+
+    def weights(seed, path):
+        with seeded(seed):
+            save_file(squeezenet1_0().state_dict(), path)
+        return replace(poisons.settings("uc", "smoke"), weights=str(path))
+
+    first, moved = weights(1, tmp_path / "first.safetensors"), weights(1, tmp_path / "moved.safetensors")
+    with cut_off_at_save(Checkpoint, 2):
+        poisons.get("uc")(images, preset=first, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds another run"):
+        poisons.get("uc")(images, preset=weights(2, tmp_path / "first.safetensors"), checkpoint_dir=tmp_path)
+    noise = poisons.get("uc")(images, preset=moved, checkpoint_dir=tmp_path)
+    assert torch.equal(noise, poisons.get("uc")(images, preset=moved))
+
+
+def test_a_generator_that_does_not_converge_gives_no_noise(images):
+    with pytest.raises(FloatingPointError, match="surrogate's loss became nan"):
+        poisons.get("uc")(images, preset=replace(poisons.settings("uc", "smoke"), learning_rate=1e30))
+
+
 def test_images_that_are_all_alike_are_refused():
+    with pytest.raises(ValueError, match="images have surrogate features that are all alike"):
+        poisons.get("uc")(torch.full((20, 3, 16, 16), 0.5), preset="smoke")
     with pytest.raises(ValueError, match="images have surrogate features that are all alike"):
         uc.scale_of(torch.ones(5, 4), 0.5)
     assert (

@@ -309,6 +309,9 @@ def test_a_training_that_was_cut_off_ends_with_the_same_weights(method, sets, tm
         assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
     other = train_victim(**options | {"seed": 3})
     assert not torch.equal(weights(other.model), weights(whole.model))
+    for role in ("probe", "test"):  # of which the kept figures are not
+        with pytest.raises(ValueError, match="it holds one with another evaluation"):
+            train_victim(**options | {role: sets[role].subset(range(1, len(sets[role])))}, checkpoint_dir=tmp_path)
 
 
 def test_features_without_the_last_layer(sets):
@@ -432,6 +435,10 @@ def test_every_method_has_the_same_recipes():
         ({"queue": None}, "queue is None"),
         ({"queue": 100}, "queue is 100, .* batch_size 8"),
         ({"min_scale": 0.0}, "min_scale is 0.0"),
+        ({"temperature": 0.0}, "temperature is 0.0, .* above 0"),
+        ({"key_momentum": 1.5}, "key_momentum is 1.5, .* within 0 and 1"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan, .* above 0"),
+        ({"knn_evaluations": 0}, "knn_evaluations is 0, .* above 0"),
         ({"batch_size": 1}, "batch_size is 1"),
     ],
 )
@@ -453,7 +460,7 @@ def only(data, label):
         (lambda s: {"probe": None}, "probe is None, .* 'moco-v2'"),
         (lambda s: {"probe": dataclasses.replace(s["probe"], labels=None)}, "probe has no labels"),
         (lambda s: {"probe": s["probe"].subset(s["probe"].labels != 3)}, "test has images of class 3, .* probe"),
-        (lambda s: {"probe": only(s["probe"], 4), "test": only(s["test"], 4)}, "probe images .* class 4"),
+        (lambda s: {"probe": only(s["probe"], 4), "test": only(s["test"], 4)}, "probe has labels of class 4 alone"),
         (lambda s: {"probe": digits(80, 200)}, "probe has images of shape 16x16x1, .* 8x8x1"),
         (lambda s: {"train": digits(0, 80)}, "train has images of shape 16x16x1, .* 8x8x1"),
         (lambda s: {"train": s["train"].subset(range(7))}, "train has 7 images, .* 8, the batch_size .* 'smoke'"),

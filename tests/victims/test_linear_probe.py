@@ -81,6 +81,17 @@ def test_a_probe_changes_the_last_layer_alone(probe, learned, tmp_path):
         assert accuracy == pytest.approx(seen[-1]["test_accuracy"]) and best == max(e["test_accuracy"] for e in seen)
 
 
+def test_a_probe_does_not_go_on_with_that_of_another_network(learned, tmp_path):
+    images, labels = as_tensors(digits(200, 240))
+    test = as_tensors(digits(500, 540))
+    fit_probe(copy.deepcopy(learned), images, labels, *test, probe="cp", checkpoint_dir=tmp_path)
+    other = copy.deepcopy(learned)
+    with torch.no_grad():
+        next(other.parameters()).mul_(-1)
+    with pytest.raises(ValueError, match="it holds one with another evaluation"):
+        fit_probe(other, images, labels, *test, probe="cp", checkpoint_dir=tmp_path)
+
+
 def test_bad_input():
     network = resnet18(10, in_channels=1, width=2)
     images, labels = as_tensors(digits(0, 20, enlarge=1))
