@@ -71,6 +71,18 @@ def test_the_protected_class_has_the_largest_gap(clean, collected):
     assert max(gaps, key=gaps.get) == "cat" and set(gaps) == {"ant", "bee", "cat", "dog"}
 
 
+def test_a_set_in_which_one_class_prevails_is_not_called_protected(clean, collected):
+    """Whoever always names that class is right about most of the set, and about few of the collected images."""
+    rows = np.flatnonzero((clean.labels == 2) | (np.arange(600) % 40 < 4))
+    assert (clean.labels[rows] == 2).mean() > 0.7
+    found = detect(clean.subset(rows), collected, permutations=99)
+    assert found["protected"] is False and found["shortcut"]["linear"]["held_out"] > 0.6
+    assert found["shortcut"]["carriers"]["share"] < 0.05
+    assert detect(collected, clean.subset(rows), permutations=99)["protected"] is False
+    protected = protect(clean, slice(None)).subset(rows)
+    assert detect(protected, collected, permutations=99)["shortcut"]["linear"]["found"]
+
+
 def test_without_labels_the_spectrum_remains(clean, collected):
     without = LabelledImages(protect(clean, slice(None), 6.0).images, None, clean.ids)
     found = detect(without, collected, permutations=199)
