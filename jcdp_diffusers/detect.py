@@ -68,8 +68,9 @@ def detect(
         `dict`: `protected` (True, False, or None where nothing can be said), `sentence`, `images` and `shortcut`: for
         each of `PIXEL_MODELS` the accuracies `held_out` (of images of the set that the model has not seen) and
         `reference` (its images count by class as often as the set has the class), their `gap` and whether a shortcut
-        is `found`; `classes`, the same gap by class of the linear model; `carriers`, how many images are more probable than nearly all of the reference, and the first of their
-        ids; and `spectrum`, what `spectrum.describe_difference` says. Parts without their reference are None.
+        is `found`; `classes`, the same gap by class of the linear model; `carriers`, how many images are more probable
+        than nearly all of the reference, and the first of their ids; and `spectrum`, what
+        `spectrum.describe_difference` says. Parts without their reference are None.
 
     Raises:
         ValueError: If a set is too small, has one class only, or does not fit the other.
@@ -111,6 +112,12 @@ def _check(dataset: LabelledImages, collected: LabelledImages | None, purified: 
             )
     if dataset.labels is not None and len(np.unique(dataset.labels)) < 2:
         raise ValueError("dataset has images of one class only, but at least two are needed to read a shortcut.")
+    if purified is not None and (dataset.labels is None or (collected is not None and collected.labels is not None)):
+        reason = "dataset has no labels" if dataset.labels is None else "collected has labels"
+        raise ValueError(
+            f"purified has {len(purified)} images, but must be None where {reason}: it is a reference for labels that "
+            "collected images lack."
+        )
     if purified is not None and set(purified.ids) != set(dataset.ids):
         raise ValueError("purified has other ids than dataset, but it must be its purified copy.")
     if collected is not None:
@@ -200,8 +207,8 @@ def _conclusion(found: dict[str, Any]) -> dict[str, Any]:
     if reasons:
         return {"protected": True, "sentence": f"The set is protected: {'; '.join(reasons)}."}
     referenced = found["shortcut"] is not None and found["shortcut"]["reference"] is not None
+    best = 0.0 if found["shortcut"] is None else max(found["shortcut"][kind]["held_out"] for kind in PIXEL_MODELS)
     if not referenced and found["spectrum"] is None:
-        best = max(found["shortcut"][kind]["held_out"] for kind in PIXEL_MODELS)
         if best > BOUND_WITHOUT_REFERENCE:
             sentence = (
                 f"The set is suspicious: pixels alone give {best:.0%} of the labels of images that the model has not "
@@ -223,6 +230,12 @@ def _conclusion(found: dict[str, Any]) -> dict[str, Any]:
             "other kind": "the images of the two sets differ in contrast or content",
         }[finding]
         sentence = f"{sentence[:-1]}, but {cause}, which could hide a weak one."
+    if not referenced and best > BOUND_WITHOUT_REFERENCE:
+        sentence += (
+            f" The labels are suspicious: pixels alone give {best:.0%} of those of unseen images. "
+            "Labels of the collected images, or a purified copy, would show whether honest images do the same."
+        )
+        return {"protected": None, "sentence": sentence}
     return {"protected": False, "sentence": sentence}
 
 

@@ -108,6 +108,17 @@ def test_without_a_reference_nothing_is_claimed(clean):
     assert found["protected"] is None and found["shortcut"]["linear"]["held_out"] > 0.7
 
 
+def test_labels_that_nothing_is_compared_with_are_not_called_honest(clean, collected):
+    """The mean colour tells the classes apart, which no spectrum counts; the collected images have no labels."""
+    casts = np.array([[20, -20, 0], [-20, 20, 0], [0, -20, 20], [0, 20, -20]])
+    images = (clean.images + casts[clean.labels][:, None, None]).clip(0, 255).astype(np.uint8)
+    unlabelled = LabelledImages(collected.images, None, collected.ids)
+    found = detect(clean.with_images(images), unlabelled, permutations=99)
+    assert found["spectrum"]["finding"] != "noise" and found["shortcut"]["two-layer"]["held_out"] > 0.7
+    assert found["protected"] is None and "pixels alone give" in found["sentence"]
+    assert detect(clean, unlabelled, permutations=99)["protected"] is False
+
+
 def test_its_own_purified_copy_is_a_reference(clean):
     protected = protect(clean, slice(None))
     order = np.random.default_rng(0).permutation(600)
@@ -142,6 +153,14 @@ def test_sets_that_differ_in_contrast_are_not_called_protected(clean):
     louder = make(600, 3, contrast=22.0)
     found = detect(clean, LabelledImages(louder.images, None, louder.ids), permutations=199)
     assert found["protected"] is False and found["spectrum"]["finding"] == "other kind"
+
+
+def test_a_purified_copy_that_nothing_would_read_is_refused(clean, collected):
+    with pytest.raises(ValueError, match="purified has 600 images, but must be None where collected has labels"):
+        detect(clean, collected, clean)
+    unlabelled = [LabelledImages(data.images, None, data.ids) for data in (clean, collected)]
+    with pytest.raises(ValueError, match="purified has 600 images, but must be None where dataset has no labels"):
+        detect(*unlabelled, clean)
 
 
 @pytest.mark.parametrize(
