@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 
 from .audit.evidence import rise_in_words
-from .audit.shortcut import PIXEL_MODELS, SHORTCUT_IMAGES, SHORTCUT_VALUES, PixelModel, gap_of
+from .audit.shortcut import (
+    PIXEL_MODELS,
+    SHORTCUT_IMAGES,
+    SHORTCUT_VALUES,
+    PixelModel,
+    effective_count,
+    gap_of,
+    weights_by_class,
+)
 from .data import LabelledImages, find_overlap, join_labels, load_images
 from .data.photographs import stored_sizes, working_size
 from .devices import default_device
@@ -59,9 +67,10 @@ def detect(
     Returns:
         `dict`: `protected` (True, False, or None where nothing can be said), `sentence`, `images` and `shortcut`: for
         each of `PIXEL_MODELS` the accuracies `held_out` (of images of the set that the model has not seen) and
-        `reference`, their `gap` and whether a shortcut is `found`; `classes`, the same gap by class of the linear
-        model; `carriers`, how many images are more probable than nearly all of the reference, and the first of their
-        ids; and `spectrum`, what `spectrum.describe_difference` says. Parts without their reference are None.
+        `reference` (its images count by class as often as the set has the class), their `gap` and whether a shortcut
+        is `found`; `classes`, the same gap by class of the linear model; `carriers`, how many images are more probable
+        than nearly all of the reference, and the first of their ids; and `spectrum`, what
+        `spectrum.describe_difference` says. Parts without their reference are None.
 
     Raises:
         ValueError: If a set is too small, has one class only, or does not fit the other.
@@ -103,6 +112,12 @@ def _check(dataset: LabelledImages, collected: LabelledImages | None, purified: 
             )
     if dataset.labels is not None and len(np.unique(dataset.labels)) < 2:
         raise ValueError("dataset has images of one class only, but at least two are needed to read a shortcut.")
+    if purified is not None and (dataset.labels is None or (collected is not None and collected.labels is not None)):
+        reason = "dataset has no labels" if dataset.labels is None else "collected has labels"
+        raise ValueError(
+            f"purified has {len(purified)} images, but must be None where {reason}: it is a reference for labels that "
+            "collected images lack."
+        )
     if purified is not None and set(purified.ids) != set(dataset.ids):
         raise ValueError("purified has other ids than dataset, but it must be its purified copy.")
     if collected is not None:
@@ -140,12 +155,15 @@ def _shortcut(
         if reference is None:
             continue
         there = {name: np.concatenate([part[name] for part in there]) for name in there[0]}
-        figures = {"held_out": result[kind]["held_out"], "test": float(there["right"].mean())}
-        gap, is_found = gap_of(figures, len(data), len(reference))
+        # Where one class prevails in the set, its name alone is right about most of it, but not of the reference.
+        weights = weights_by_class(there["label"], data.labels)
+        figures = {"held_out": result[kind]["held_out"], "test": float(np.average(there["right"], weights=weights))}
+        times_read = len(weights) / len(reference)
+        gap, is_found = gap_of(figures, len(data), effective_count(weights) / times_read)
         result[kind] |= {"reference": figures["test"], "gap": gap, "found": is_found}
         if kind == "linear":
             result["classes"] = _by_class(dataset, here, there)
-            result["carriers"] = _carriers(here, there)
+            result["carriers"] = _carriers(here, there, weights)
     return result
 
 
@@ -168,9 +186,11 @@ def _by_class(dataset: LabelledImages, here: dict[str, np.ndarray], there: dict[
     return gaps
 
 
-def _carriers(here: dict[str, np.ndarray], there: dict[str, np.ndarray]) -> dict[str, Any]:
+def _carriers(here: dict[str, np.ndarray], there: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, Any]:
     """Images whose label is more probable than that of 99 % of the reference images, the most probable first."""
-    threshold = float(np.quantile(there["probability"], 1 - FALSE_ALARMS))
+    ascending = np.argsort(there["probability"], kind="stable")
+    below = np.cumsum(weights[ascending]) / weights.sum()
+    threshold = float(there["probability"][ascending[np.searchsorted(below, 1 - FALSE_ALARMS)]])
     above = here["probability"] > threshold
     order = np.argsort(-here["probability"], kind="stable")
     return {
@@ -187,8 +207,8 @@ def _conclusion(found: dict[str, Any]) -> dict[str, Any]:
     if reasons:
         return {"protected": True, "sentence": f"The set is protected: {'; '.join(reasons)}."}
     referenced = found["shortcut"] is not None and found["shortcut"]["reference"] is not None
+    best = 0.0 if found["shortcut"] is None else max(found["shortcut"][kind]["held_out"] for kind in PIXEL_MODELS)
     if not referenced and found["spectrum"] is None:
-        best = max(found["shortcut"][kind]["held_out"] for kind in PIXEL_MODELS)
         if best > BOUND_WITHOUT_REFERENCE:
             sentence = (
                 f"The set is suspicious: pixels alone give {best:.0%} of the labels of images that the model has not "
@@ -210,6 +230,12 @@ def _conclusion(found: dict[str, Any]) -> dict[str, Any]:
             "other kind": "the images of the two sets differ in contrast or content",
         }[finding]
         sentence = f"{sentence[:-1]}, but {cause}, which could hide a weak one."
+    if not referenced and best > BOUND_WITHOUT_REFERENCE:
+        sentence += (
+            f" The labels are suspicious: pixels alone give {best:.0%} of those of unseen images. "
+            "Labels of the collected images, or a purified copy, would show whether honest images do the same."
+        )
+        return {"protected": None, "sentence": sentence}
     return {"protected": False, "sentence": sentence}
 
 

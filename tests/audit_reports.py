@@ -207,7 +207,10 @@ def long_report() -> dict:
     report["rows"].append(row("impulse-filter+purified+corruption", "impulse-filter+purified+corruption", [0.29] * 3))
     report["rows"].append(row("jpeg-95", "jpeg-95", [0.31, 0.33, 0.29]))
     spread = {"mean": 0.7, "std": 0.01, "values": [0.69, 0.7, 0.71]}
-    report["fractions"] = [{"fraction": part, "all": spread, "clean_rest": spread} for part in (0.2, 0.5, 0.8)]
+    report["fractions"] = [
+        {"fraction": part, "images": 1000, "protected_images": round(1000 * part), "all": spread, "clean_rest": spread}
+        for part in (0.2, 0.5, 0.8)
+    ]
     names = ("verdict", "rows", "fractions", "victims")
     report["others"] = [copy.deepcopy({name: report[name] for name in names}) for _ in range(2)]
     for other, method in zip(report["others"], ("simclr", "moco-v2")):

@@ -71,6 +71,18 @@ def test_the_protected_class_has_the_largest_gap(clean, collected):
     assert max(gaps, key=gaps.get) == "cat" and set(gaps) == {"ant", "bee", "cat", "dog"}
 
 
+def test_a_set_in_which_one_class_prevails_is_not_called_protected(clean, collected):
+    """Whoever always names that class is right about most of the set, and about few of the collected images."""
+    rows = np.flatnonzero((clean.labels == 2) | (np.arange(600) % 40 < 4))
+    assert (clean.labels[rows] == 2).mean() > 0.7
+    found = detect(clean.subset(rows), collected, permutations=99)
+    assert found["protected"] is False and found["shortcut"]["linear"]["held_out"] > 0.6
+    assert found["shortcut"]["carriers"]["share"] < 0.05
+    assert detect(collected, clean.subset(rows), permutations=99)["protected"] is False
+    protected = protect(clean, slice(None)).subset(rows)
+    assert detect(protected, collected, permutations=99)["shortcut"]["linear"]["found"]
+
+
 def test_without_labels_the_spectrum_remains(clean, collected):
     without = LabelledImages(protect(clean, slice(None), 6.0).images, None, clean.ids)
     found = detect(without, collected, permutations=199)
@@ -94,6 +106,17 @@ def test_without_a_reference_nothing_is_claimed(clean):
     assert detect(clean)["protected"] is None
     found = detect(protect(clean, slice(None)))
     assert found["protected"] is None and found["shortcut"]["linear"]["held_out"] > 0.7
+
+
+def test_labels_that_nothing_is_compared_with_are_not_called_honest(clean, collected):
+    """The mean colour tells the classes apart, which no spectrum counts; the collected images have no labels."""
+    casts = np.array([[20, -20, 0], [-20, 20, 0], [0, -20, 20], [0, 20, -20]])
+    images = (clean.images + casts[clean.labels][:, None, None]).clip(0, 255).astype(np.uint8)
+    unlabelled = LabelledImages(collected.images, None, collected.ids)
+    found = detect(clean.with_images(images), unlabelled, permutations=99)
+    assert found["spectrum"]["finding"] != "noise" and found["shortcut"]["two-layer"]["held_out"] > 0.7
+    assert found["protected"] is None and "pixels alone give" in found["sentence"]
+    assert detect(clean, unlabelled, permutations=99)["protected"] is False
 
 
 def test_its_own_purified_copy_is_a_reference(clean):
@@ -130,6 +153,14 @@ def test_sets_that_differ_in_contrast_are_not_called_protected(clean):
     louder = make(600, 3, contrast=22.0)
     found = detect(clean, LabelledImages(louder.images, None, louder.ids), permutations=199)
     assert found["protected"] is False and found["spectrum"]["finding"] == "other kind"
+
+
+def test_a_purified_copy_that_nothing_would_read_is_refused(clean, collected):
+    with pytest.raises(ValueError, match="purified has 600 images, but must be None where collected has labels"):
+        detect(clean, collected, clean)
+    unlabelled = [LabelledImages(data.images, None, data.ids) for data in (clean, collected)]
+    with pytest.raises(ValueError, match="purified has 600 images, but must be None where dataset has no labels"):
+        detect(*unlabelled, clean)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ from ..trials import Trial, spread_over_seeds
 from .settings import AuditSettings, Learner
 
 
-def protected_part(labels: np.ndarray | None, count: int, fraction: float, seed: int) -> np.ndarray:
+# A protection may leave an image as it was by chance, as a pixel that has the colour already. More than this share of
+# the images that are to be protected is no chance: the set is protected in part.
+UNCHANGED = 0.05
+
+
+def protected_part(
+    labels: np.ndarray | None, count: int, fraction: float, seed: int, changed: np.ndarray | None = None
+) -> np.ndarray:
     """
     The rows that are protected; those of a smaller fraction are among them.
 
@@ -26,28 +33,40 @@ def protected_part(labels: np.ndarray | None, count: int, fraction: float, seed:
         count (`int`): Number N of images.
         fraction (`float`): Of each class, above 0 and at most 1; rounded to whole images, one at least.
         seed (`int`): Of the draw.
+        changed (`np.ndarray`, *optional*): bool (N,), the images that the protection changes, which are drawn before
+            others; all by default.
 
     Returns:
         `np.ndarray`: bool (N,).
     """
+    changed = np.ones(count, bool) if changed is None else changed
     labels = np.zeros(count, np.int64) if labels is None else labels
     chosen = np.zeros(count, bool)
     for label in np.unique(labels):
         rows = np.random.default_rng([seed, label]).permutation(np.flatnonzero(labels == label))
+        rows = rows[np.argsort(~changed[rows], kind="stable")]
         chosen[rows[: max(1, round(fraction * len(rows)))]] = True
     return chosen
 
 
 def check_fractions(sets: Mapping[str, LabelledImages], asked: AuditSettings, learners: Sequence[Learner]) -> None:
     """
-    Refuse fractions whose clean rest no victim could learn from.
+    Refuse fractions that are not protected, or whose clean rest no victim could learn from.
 
     Raises:
-        ValueError: If the rest lacks a class, or is smaller than a batch of a method without labels.
+        ValueError: If the protection changes fewer images, or the rest lacks a class, or is smaller than a batch of a
+            method without labels.
     """
     protected = sets["protected"]
+    changed = _changed(sets)
     for fraction in asked.fractions:
-        rest = ~protected_part(protected.labels, len(protected), fraction, asked.seed)
+        part = protected_part(protected.labels, len(protected), fraction, asked.seed, changed)
+        rest = ~part
+        if (part & ~changed).sum() > UNCHANGED * part.sum():
+            raise ValueError(
+                f"fractions has {fraction}, which is {part.sum()} of {len(protected)} images by class, but must be at "
+                f"most what is protected: the protection changes {(part & changed).sum()} of these."
+            )
         if fraction == 1:
             continue
         if protected.labels is not None and len(np.unique(protected.labels[rest])) < len(np.unique(protected.labels)):
@@ -76,12 +95,13 @@ def trials_of_fractions(
         protected (`Sequence[Trial]`): The row of protected images, which is that of fraction 1.
     """
     clean, whole = sets["clean"], sets["protected"]
+    changed = _changed(sets)
     found = {}
     for fraction in asked.fractions:
         if fraction == 1:
             found[fraction] = list(protected), []
             continue
-        part = protected_part(whole.labels, len(whole), fraction, asked.seed)
+        part = protected_part(whole.labels, len(whole), fraction, asked.seed, changed)
         mixed = whole.with_images(np.where(part[:, None, None, None], whole.images, clean.images))
         names = f"{100 * fraction:g} % protected", f"without the protected {100 * fraction:g} %"
         found[fraction] = tuple(
@@ -89,6 +109,11 @@ def trials_of_fractions(
             for images, name in zip((mixed, whole.with_images(clean.images).subset(~part)), names)
         )
     return found
+
+
+def _changed(sets: Mapping[str, LabelledImages]) -> np.ndarray:
+    """bool (N,), which images the protection changes."""
+    return (sets["protected"].images != sets["clean"].images).any(axis=(1, 2, 3))
 
 
 def figures_of_fractions(trials: Mapping[float, tuple[Sequence[Trial], Sequence[Trial]]], records: Path) -> list[dict]:
@@ -100,14 +125,17 @@ def figures_of_fractions(trials: Mapping[float, tuple[Sequence[Trial], Sequence[
         records (`Path`): The file that has their results.
 
     Returns:
-        `list[dict]`: By fraction, ascending: `fraction`; `all`, the accuracy of victims of all images, and
-        `clean_rest`, that of victims of the clean ones alone, each with `mean`, `std` and `values` (None where there
-        are none).
+        `list[dict]`: By fraction, ascending: `fraction`; `images` and `protected_images`, how many there are in all,
+        and how many of them are protected, a whole number of each class; `all`, the accuracy of victims of all images,
+        and `clean_rest`, that of victims of the clean ones alone, each with `mean`, `std` and `values` (None where
+        there are none).
     """
     found = []
     for fraction, (everything, rest) in sorted(trials.items()):
         accuracies = [spread_over_seeds(own, records)["accuracy"] if own else None for own in (everything, rest)]
-        found.append({"fraction": fraction, "all": accuracies[0], "clean_rest": accuracies[1]})
+        count, clean = len(everything[0].train), len(rest[0].train) if rest else 0
+        sizes = {"images": count, "protected_images": count - clean}
+        found.append({"fraction": fraction} | sizes | {"all": accuracies[0], "clean_rest": accuracies[1]})
     return found
 
 
@@ -116,7 +144,7 @@ def fractions_table(fractions: Sequence[Mapping]) -> list[list[str]]:
     head = ["protected", "all images", "std", "clean images alone", "std", "what the protected ones add"]
     rows = []
     for one in fractions:
-        cells = [f"{100 * one['fraction']:g} %"]
+        cells = [f"{100 * one['fraction']:g} % ({one['protected_images']} of {one['images']})"]
         for accuracy in (one["all"], one["clean_rest"]):
             cells += ["-", "-"] if accuracy is None else [f"{100 * accuracy['mean']:.1f} %", _std(accuracy)]
         rest = one["clean_rest"]

@@ -75,7 +75,7 @@ td.bar { width: 17%; min-width: 7rem; vertical-align: middle; }
 .results td:first-child { min-width: 11.5rem; }
 .results td.note { min-width: 7rem; }
 #settings td:first-child, #visibility td:first-child { width: 9rem; color: #5f6368; }
-.fractions th.n { white-space: normal; }
+.fractions :is(th.n, td:first-child) { white-space: normal; }
 .track { background: #f1f3f4; border-radius: .2rem; height: .85rem; position: relative; }
 .fill { height: 100%; border-radius: .2rem; }
 .tick { position: absolute; top: -.15rem; width: 1px; height: 1.15rem; background: #202124; opacity: .55; }

@@ -224,9 +224,10 @@ def describe_set(data: LabelledImages) -> dict:
 
 
 def describe_noise(clean: LabelledImages, protected: LabelledImages) -> dict:
-    """Sizes of the protection after rounding: `measured_norms`, and `share_changed` of all images."""
+    """Sizes of the protection after rounding: `measured_norms` of the images that it changes, and `share_changed`."""
     changed = (clean.images != protected.images).any(axis=(1, 2, 3))
-    return measured_norms(clean.images, protected.images) | {"share_changed": float(changed.mean())}
+    rows = changed if changed.any() else slice(None)
+    return measured_norms(clean.images[rows], protected.images[rows]) | {"share_changed": float(changed.mean())}
 
 
 def _within(role: str, budget: float) -> str:

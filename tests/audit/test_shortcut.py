@@ -1,8 +1,9 @@
 """The linear model that looks for shortcuts, on sets made for it."""
 
 import numpy as np
+import pytest
 
-from jcdp_diffusers.audit.shortcut import shortcut_test
+from jcdp_diffusers.audit.shortcut import effective_count, shortcut_test, weights_by_class
 from jcdp_diffusers.data import LabelledImages
 
 
@@ -25,3 +26,21 @@ def test_the_shortcut_test_tells_a_shortcut_from_a_lesson():
     assert result["protected"]["test"] < 0.5 and result["clean"]["held_out"] < 0.5
     assert result == shortcut_test(poisoned, test, clean)
     assert not result["exchanged"] and shortcut_test(clean, test, poisoned)["exchanged"]
+
+
+def test_a_set_in_which_one_class_prevails_has_no_shortcut():
+    labels = np.where(np.arange(300) % 10 < 8, 0, 1 + np.arange(300) % 2)
+    images = np.random.default_rng(0).integers(0, 256, (2, 300, 8, 8, 3), dtype=np.uint8)
+    mostly_one = LabelledImages(images[0], labels, tuple(map(str, range(300))))
+    balanced = LabelledImages(images[1], np.arange(300) % 3, tuple(map(str, range(300, 600))))
+    result = shortcut_test(mostly_one, balanced, mostly_one)
+    assert result["protected"]["held_out"] > 0.7
+    assert not result["found"] and not result["exchanged"]
+    assert shortcut_test(balanced, mostly_one)["found"] is False
+
+
+def test_classes_count_as_often_as_elsewhere():
+    weights = weights_by_class(np.array([0, 0, 0, 1]), np.array([0, 1, 1, 1]))
+    assert np.allclose(weights, [1 / 3, 1 / 3, 1 / 3, 3])
+    assert effective_count(weights) == pytest.approx(16 / (9 + 3 / 9))
+    assert (weights_by_class(np.array([2, 0, 2, 0]), np.array([0, 2])) == 1).all()

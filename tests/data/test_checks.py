@@ -159,6 +159,9 @@ def test_noise(roles):
     same[:15] = roles["protected"].images[:15]
     facts = describe_noise(roles["clean"], roles["clean"].with_images(same))
     assert facts["linf"] == 8 and facts["share_changed"] == 0.5
+    whole = describe_noise(roles["clean"].subset(range(15)), roles["protected"].subset(range(15)))
+    assert facts == whole | {"share_changed": 0.5}  # as large as where it is, whatever the other images
+    assert describe_noise(roles["clean"], roles["clean"])["l2_mean"] == 0
 
 
 def test_few_of_each_class(roles):
