@@ -155,7 +155,7 @@ def _shortcut(
         if reference is None:
             continue
         there = {name: np.concatenate([part[name] for part in there]) for name in there[0]}
-        # Where one class prevails in the set, its name alone is right about most of it, but not of the reference.
+        # A class that is frequent in the set is easy to guess there, but not in the reference.
         weights = weights_by_class(there["label"], data.labels)
         figures = {"held_out": result[kind]["held_out"], "test": float(np.average(there["right"], weights=weights))}
         times_read = len(weights) / len(reference)

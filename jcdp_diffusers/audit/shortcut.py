@@ -27,8 +27,8 @@ def shortcut_test(
 
     The model is fitted to 4/5 of the protected images. It is tested on the other 1/5, which it has not seen but which
     carry the same protection, and on the test images, which carry none. Honest images give about the same figure
-    twice. The test images count by class as often as the held-out ones have the class: where one class prevails, its
-    name alone is right about most of them.
+    twice. The classes of the test images are weighted to the proportions of the held-out ones, because a frequent
+    class is easy to guess.
 
     Args:
         protected, test, clean (`LabelledImages`): Labelled; the same is done with the clean originals where there are
