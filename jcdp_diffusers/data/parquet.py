@@ -1,6 +1,5 @@
 """Folders and files of Parquet, in shards or not, on a disk or at a URL of fsspec."""
 
-import fnmatch
 import glob
 import itertools
 import re
@@ -15,9 +14,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import table_cast
-from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from ..storage import Folder
 from .columns import IMAGE_COLUMNS, ROW_ID, image_columns, stored_images, undecoded
 from .decoding import OUTSIDE, is_lfs_pointer, one_line
 from .fence import path_below, with_fenced_images
@@ -229,24 +228,17 @@ def _files_at_url(url: str, split: str | None) -> tuple[fsspec.AbstractFileSyste
     if split is None:
         raise ValueError(f"split is None, but must be given where the source is a URL ({url!r}).")
     name = url.rpartition("/")[2] if url.endswith(".parquet") else ""
-    try:
-        whole, root = fsspec.core.url_to_fs(url.removesuffix(name))
-    except (ImportError, ValueError) as error:  # no package for this kind of URL, or no such kind
-        raise ValueError(
-            f"source is {url!r}, but URLs that fsspec can open here are accepted: {one_line(error)}."
-        ) from error
-    system = DirFileSystem(root.rstrip("/") or "/", whole)
+    folder = Folder(url.removesuffix(name), "source")
     if name:  # not looked for in its folder, which a web server does not list
-        names = [name] if system.exists(name) else []
+        names = [name] if folder.fs.exists(name) else []
     else:
-        found = system.ls("", detail=False) if system.exists("") else []
-        names = fnmatch.filter([path.rpartition("/")[2] for path in found], f"{split}-*.parquet")
+        names = folder.names("", f"{split}-*.parquet")
     if not names:
         raise ValueError(
             f"source is {url!r}, where no file of split {split!r} is; a Parquet file and a folder with "
             f"{split}-*.parquet are accepted."
         )
-    return system, sorted(map(PurePosixPath, names), key=natural_key)
+    return folder.fs, sorted(map(PurePosixPath, names), key=natural_key)
 
 
 def _footer(file: PurePath, system: fsspec.AbstractFileSystem) -> tuple[int, datasets.Features, bool]:

@@ -15,10 +15,10 @@ from ..devices import default_device
 from ..engines import ENGINES, ranks
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import ADAPTIVE, PRESETS, PurificationConfig
+from ..storage import Folder
 from .adaptive import adaptive_config
 from .dataset import open_purifier, purify_to_folder
 from .export import check_places, export_purified
-from .folder import Folder
 from .tiling import FITS
 
 

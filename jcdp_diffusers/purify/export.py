@@ -10,7 +10,7 @@ import datasets
 from ..data import open_dataset
 from ..data.export import check_export, export_names, export_picture
 from ..outputs import check_apart
-from .folder import Folder
+from ..storage import Folder
 from .manifest import RUN_NAME
 
 

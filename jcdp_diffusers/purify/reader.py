@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from ..data import Shards, is_url, open_dataset, parquet_files, parquet_shards
-from .folder import digest
+from ..data.decoding import MAX_FILE_BYTES
+from ..storage import digest
 
 
 ROWS_AT_ONCE = 128
@@ -148,13 +149,29 @@ def _fingerprint(length: int | None, features: datasets.Features, sample) -> str
     for table in sample:
         state.update(repr(table.drop_columns(["image"]).to_pylist()).encode())
         for value in table["image"].to_pylist():
-            state.update(_stored_bytes(value))
+            state.update(b"null" if value is None else _content(value)["bytes"] or b"")
     return state.hexdigest()
 
 
-def _stored_bytes(value: dict | None) -> bytes:
-    if value is None:
-        return b"null"
-    if value["bytes"] is None and value["path"] is not None and Path(value["path"]).is_file():
-        return Path(value["path"]).read_bytes()
-    return value["bytes"] or b""
+def with_content(table: pa.Table, images: list[str], **changed: pa.Array) -> pa.Table:
+    """
+    The table with the content of image files instead of paths, which mean nothing elsewhere.
+
+    Of a path no more remains than the file's name, and of a file that is too large for an image
+    (`decoding.MAX_FILE_BYTES`) no content.
+
+    Args:
+        images (`list[str]`): Names of its image columns.
+        changed (`pyarrow.Array`): Columns to replace or to add, by name.
+    """
+    for name in images:
+        stored = [None if value is None else _content(value) for value in table[name].to_pylist()]
+        changed[name] = pa.array(stored, datasets.Image().pa_type)
+    return pa.table(dict(zip(table.column_names, table.columns)) | changed)
+
+
+def _content(value: dict) -> dict:
+    path, content = value["path"], value["bytes"]
+    if content is None and path is not None and Path(path).is_file() and os.path.getsize(path) <= MAX_FILE_BYTES:
+        content = Path(path).read_bytes()
+    return {"bytes": content, "path": path and Path(path).name}
