@@ -3,6 +3,7 @@
 import glob
 import itertools
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -121,9 +122,26 @@ class Shards:
             table = with_fenced_images(table, self.images, self._allowed())
         return table_cast(table, self.features.arrow_schema)
 
-    def parquet(self, index: int, **options) -> pq.ParquetFile:
-        """File number `index`, opened; options are those of pyarrow."""
-        return pq.ParquetFile(self.files[index].as_posix(), filesystem=self.system, **options)
+    def tables(self, index: int, row: int = 0, *, at_once: int) -> Iterator[pa.Table]:
+        """
+        Rows of file number `index` as rows of the split, from one on.
+
+        Args:
+            index (`int`): Of the file.
+            row (`int`): The first row, counted within the file; row groups before it are not read.
+            at_once (`int`): Number of rows of a table, at most.
+        """
+        name = self.files[index].as_posix()
+        with pq.ParquetFile(name, filesystem=self.system, buffer_size=2**20, pre_buffer=False) as parquet:
+            counts = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+            ends = list(itertools.accumulate(counts))
+            group = bisect_right(ends, row)
+            skip = row - (ends[group - 1] if group else 0)
+            for batch in parquet.iter_batches(batch_size=at_once, row_groups=range(group, len(counts))):
+                if skip < len(batch):
+                    table = pa.Table.from_batches([batch[skip:]], schema=parquet.schema_arrow)
+                    yield self.adapted(table, index)
+                skip = max(0, skip - len(batch))
 
     def _allowed(self) -> Callable[[str], str]:
         if is_url(self.source):
@@ -215,13 +233,11 @@ def _parquet_rows(
     files: list[int], starts: list[int], shards: Shards, with_ids: bool = True, state: list | None = None
 ) -> Iterator[dict]:
     for index, row in zip(files, starts):
-        with shards.parquet(index) as parquet:
-            for batch in parquet.iter_batches(batch_size=256):
-                table = shards.adapted(pa.Table.from_batches([batch]), index)
-                for values in table.to_pylist():
-                    row_id = {ROW_ID: f"{shards.split}/{row}"} if with_ids else {}
-                    yield {**values, **stored_images(values, shards.images), **row_id}
-                    row += 1
+        for table in shards.tables(index, at_once=256):
+            for values in table.to_pylist():
+                row_id = {ROW_ID: f"{shards.split}/{row}"} if with_ids else {}
+                yield {**values, **stored_images(values, shards.images), **row_id}
+                row += 1
 
 
 def _files_at_url(url: str, split: str | None) -> tuple[fsspec.AbstractFileSystem, list[PurePath]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import signal
 import sys
 import threading
@@ -9,7 +10,7 @@ import threading
 import torch
 
 from ..acceleration.placement import PRECISIONS
-from ..data import load_images
+from ..data import is_url, load_images
 from ..data.export import FORMATS
 from ..devices import default_device
 from ..engines import ENGINES, ranks
@@ -88,6 +89,10 @@ def run(args: argparse.Namespace) -> None:
     options = vars(args).copy()
     for name in ("command", "collected", "collected_split"):
         options.pop(name, None)
+    if args.engine == "ray":  # its workers may have another working directory
+        paths = {name: options[name] for name in ("purifier", "dataset", "output")}
+        there = {name: path for name, path in paths.items() if name == "output" or os.path.exists(path)}
+        options |= {name: os.path.abspath(path) for name, path in there.items() if not is_url(path)}
     dataset, output = options.pop("dataset"), options.pop("output")
     export, suffix = options.pop("export"), options.pop("export_format")
     if export is not None and ranks()[0] == 0:
@@ -120,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
     if export is not None:
         print(f"{export_purified(export, Folder(output), summary, suffix):,} pictures in {export}")
     if summary["resized"]:
-        kept = "" if args.fit == "tile" else "; --fit tile keeps an image's size"
+        kept = "" if summary["fit"] == "tile" else "; --fit tile keeps an image's size"
         print(f"{summary['resized']:,} images were not of the purifier's size and have been resized{kept}.")
 
 

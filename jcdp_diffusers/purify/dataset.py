@@ -92,7 +92,7 @@ def purify_to_folder(
         options: Of `Job`; all others are settings, as for `pipe(...)`.
 
     Returns:
-        `dict`: Counts, times and checksums, as in `summary.json`, and the split.
+        `dict`: Counts, times and checksums, as in `summary.json`; the split, and the `fit` of the images.
 
     Raises:
         ValueError: For arguments that cannot be used, or a folder that holds another run, in one sentence.
@@ -192,16 +192,16 @@ def open_purifier(
     Args:
         purifier (`str` or `os.PathLike`): Folder or Hub id of a DDPM.
         device (`torch.device` or `str`, *optional*): As for `place`; by default the GPU that is this process's, if
-            there is one.
+            there is one, and so for `"cuda"`.
         output_dir (`str` or `os.PathLike`): Where the purified data set will be.
         precision (`str`): As for `place`; but `"auto"` is what the run in `output_dir` was begun in, if there is one.
         compiled (`bool`): As for `place`.
         perceptual (`str` or `os.PathLike`, *optional*): As for `load_perceptual`; the repository's own by default.
         options: As for `from_pretrained`.
     """
-    if device is None and torch.cuda.is_available():
-        # Or each process would take memory on the first one, too.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if str(device) in ("None", "cuda") and torch.cuda.is_available():
+        if "LOCAL_RANK" in os.environ:  # or each process would take memory on the first one, too
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = f"cuda:{torch.cuda.current_device()}"
     if perceptual is not None:
         options["perceptual"] = load_perceptual(perceptual)
@@ -244,7 +244,7 @@ def finish(store: ShardStore, run: dict, push_to_hub: str | None) -> dict:
     folder.write(SUMMARY_NAME, json.dumps(summary, indent=2))
     if push_to_hub is not None:
         push_dataset(folder.local, push_to_hub)
-    return summary | {"split": store.split}
+    return summary | {"split": store.split, "fit": run["sizes"]["fit"]}
 
 
 def _check(job: Job, folder: Folder, push_to_hub: str | None) -> None:

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from ..data import Shards, is_url, open_dataset, parquet_files, parquet_shards
+from ..data import is_url, open_dataset, parquet_files, parquet_shards
 from ..data.decoding import MAX_FILE_BYTES
 from ..storage import digest
 
@@ -105,8 +105,7 @@ def _parquet_rows(source: Path | str, split: str | None, columns: dict) -> Rows:
     def from_row(row):
         for index in range(bisect_right(ends, row), len(files)):
             first = ends[index - 1] if index else 0
-            for table in _tables_of_file(shards, index, row - first):
-                table = shards.adapted(table, index)
+            for table in shards.tables(index, row - first, at_once=ROWS_AT_ONCE):
                 table = open_dataset(datasets.Dataset(datasets.table.InMemoryTable(table)), split=split, **columns)
                 table = table.with_format("arrow")[:]
                 if numbered:
@@ -122,18 +121,6 @@ def _parquet_rows(source: Path | str, split: str | None, columns: dict) -> Rows:
     for file, size in zip(files, sizes):
         state.update(f"{file.rpartition('/')[2]} {size} {of_file(file, system.open)}\n".encode())
     return Rows(os.fspath(source), split, features, ends[-1], state.hexdigest(), from_row)
-
-
-def _tables_of_file(shards: Shards, index: int, row: int) -> Iterator[pa.Table]:
-    with shards.parquet(index, buffer_size=2**20, pre_buffer=False) as parquet:
-        counts = [parquet.metadata.row_group(number).num_rows for number in range(parquet.metadata.num_row_groups)]
-        ends = list(itertools.accumulate(counts))
-        group = bisect_right(ends, row)
-        skip = row - (ends[group - 1] if group else 0)
-        for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=range(group, len(counts))):
-            if skip < len(batch):
-                yield pa.Table.from_batches([batch[skip:]], schema=parquet.schema_arrow)
-            skip = max(0, skip - len(batch))
 
 
 def _footer_digest(file: str, open: Callable) -> str:

@@ -12,7 +12,6 @@ twice, as it came and as it goes, however many squares it has.
 """
 
 import contextlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -107,17 +106,17 @@ class Blending:
     """
 
     def __init__(self, tiled: TiledImage):
-        self.tiled, self.waiting, self.done = tiled, deque(tiled.places), 0
+        self.tiled, self.done = tiled, 0
         self.whole: np.ndarray | None = None  # made with the first square: many images may wait for their turn
 
     @property
     def finished(self) -> bool:
         """Whether all squares are there, and `whole` is uint8 (H, W, C), the image."""
-        return not self.waiting
+        return self.done == len(self.tiled.places)
 
     def add(self, square: np.ndarray) -> None:
         """The next purified square, float32 (size, size, C) in [0, 1], not rounded."""
-        top, left = self.waiting.popleft()
+        top, left = self.tiled.places[self.done]
         self.done += 1
         if len(self.tiled.places) == 1:
             self.whole = _rounded(square)
@@ -147,9 +146,9 @@ class Blending:
         """Round the rows up to `end` (exclusive), which no later square covers."""
         rows = end - self.top
         self.whole[self.top : end] = _rounded(self.total[:rows] / self.weights[:rows])
-        for name in ("total", "weights"):
-            sums = getattr(self, name)
-            setattr(self, name, np.concatenate([sums[rows:], np.zeros_like(sums[:rows])]))
+        for sums in (self.total, self.weights):
+            sums[:-rows] = sums[rows:]
+            sums[-rows:] = 0
         self.top = end
 
 
