@@ -92,7 +92,9 @@ def run(args: argparse.Namespace) -> None:
     if args.engine == "ray":  # its workers may have another working directory
         paths = {name: options[name] for name in ("purifier", "dataset", "output")}
         there = {name: path for name, path in paths.items() if name == "output" or os.path.exists(path)}
-        options |= {name: os.path.abspath(path) for name, path in there.items() if not is_url(path)}
+        options |= {
+            name: os.path.abspath(os.path.expanduser(path)) for name, path in there.items() if not is_url(path)
+        }
     dataset, output = options.pop("dataset"), options.pop("output")
     export, suffix = options.pop("export"), options.pop("export_format")
     if export is not None and ranks()[0] == 0:
