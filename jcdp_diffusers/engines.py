@@ -41,6 +41,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from .acceleration.allocation import keep_freed_memory
+from .outputs import printable
 
 
 ENGINES = ("local", "ray")
@@ -104,19 +105,9 @@ def run(
         ValueError: For arguments that cannot be used.
         RuntimeError: If tasks fail or a worker process dies, with the first failure in one sentence.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}, but must be one of {ENGINES}.")
-    if processes is not None and processes < 1:
-        raise ValueError(f"processes is {processes}, but must be at least 1.")
-    if address is not None and engine != "ray":
-        raise ValueError(f"address is {address!r}, but must be None where engine is {engine!r}.")
-    on_done = on_done or (lambda task, result: None)
+    check(engine, processes, address)
     rank, world = ranks()
-    if world > 1 and (engine != "local" or processes not in (None, 1)):
-        raise ValueError(
-            f"engine is {engine!r} and processes {processes}, but must be 'local' and 1 under a launcher that has "
-            f"started {world} ranks."
-        )
+    on_done = on_done or (lambda task, result: None)
     if engine == "local" and world == 1 and processes in (None, 1):
         worker = functools.cache(open_worker)
         for task in tasks:
@@ -134,6 +125,22 @@ def run(
     else:
         _run_in_processes(own, open_worker, processes, tally)
     tally.finish()
+
+
+def check(engine: str, processes: int | None = None, address: str | None = None) -> None:
+    """ValueError for arguments that `run` cannot use, before anything else is done for them."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}, but must be one of {ENGINES}.")
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes is {processes}, but must be at least 1.")
+    if address is not None and engine != "ray":
+        raise ValueError(f"address is {address!r}, but must be None where engine is {engine!r}.")
+    _, world = ranks()
+    if world > 1 and (engine != "local" or processes not in (None, 1)):
+        raise ValueError(
+            f"engine is {engine!r} and processes {processes}, but must be 'local' and 1 under a launcher that has "
+            f"started {world} ranks."
+        )
 
 
 def ranks() -> tuple[int, int]:
@@ -210,8 +217,8 @@ def folder_lock(path: Path) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """A line on stderr, above a progress bar where there is one."""
-    tqdm.write(text, file=sys.stderr)
+    """A line on stderr, above a progress bar where there is one; no terminal obeys what it holds."""
+    tqdm.write(printable(text), file=sys.stderr)
 
 
 class _Tally:

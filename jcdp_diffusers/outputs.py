@@ -108,7 +108,7 @@ def check_output_folder(
 
     Raises:
         ValueError: If the folder is a source, lies in one or holds one; if it holds other files, or a link; or if it
-            is no folder.
+            is no folder, or a URL.
     """
     _refuse_sources(output, sources or {}, holds_sources, name)
     if not os.path.lexists(output):
@@ -162,6 +162,8 @@ def check_apart(output: str | os.PathLike, *, sources: Mapping[str, object], nam
 
 
 def _refuse_sources(output, sources: Mapping[str, object], holds_sources: bool, name: str) -> None:
+    if "://" in os.fspath(output):
+        raise ValueError(f"{name} is {str(output)!r}, but must be a path of this machine: no URL is written to.")
     place = Path(os.path.realpath(output))
     for argument, source in sources.items():
         if not isinstance(source, (str, os.PathLike)) or not os.path.exists(source):

@@ -12,6 +12,7 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..data.writing import as_picture
 from . import Countermeasure
 
 
@@ -23,23 +24,19 @@ BITS = 2
 
 def gray(image: np.ndarray) -> np.ndarray:
     """Luma (ITU-R 601, Pillow's) in every channel."""
-    return _pixels(_picture(image).convert("L"), image)
+    return _pixels(as_picture(image).convert("L"), image)
 
 
 def jpeg(image: np.ndarray, quality: int = QUALITIES[0]) -> np.ndarray:
     """Through a JPEG file, with Pillow's chroma subsampling (4:2:0)."""
     file = io.BytesIO()
-    _picture(image).save(file, format="JPEG", quality=quality)
+    as_picture(image).save(file, format="JPEG", quality=quality)
     return _pixels(Image.open(file), image)
 
 
 def reduce_bit_depth(image: np.ndarray) -> np.ndarray:
     """The two highest bits of every value, the others set to 0."""
-    return _pixels(ImageOps.posterize(_picture(image), BITS), image)
-
-
-def _picture(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    return _pixels(ImageOps.posterize(as_picture(image), BITS), image)
 
 
 def _pixels(picture: Image.Image, like: np.ndarray) -> np.ndarray:

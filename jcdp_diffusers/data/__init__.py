@@ -7,7 +7,7 @@ An image is uint8 of shape (height, width, channels) here. Floats exist between 
 from .decoding import MAX_PIXELS, ImageRejected, decode_image, picture_size
 from .labelled import LabelledImages, to_uint8
 from .labels import join_labels
-from .parquet import Shards, is_url, parquet_files, parquet_shards
+from .parquet import is_url, parquet_files, parquet_shards
 from .roles import FEW, check_roles, find_likenesses, find_overlap
 from .sources import load_images, open_dataset
 from .splits import choose_split
@@ -19,7 +19,6 @@ __all__ = [
     "MAX_PIXELS",
     "ImageRejected",
     "LabelledImages",
-    "Shards",
     "check_roles",
     "choose_split",
     "decode_image",

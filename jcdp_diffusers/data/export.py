@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..outputs import write_atomically
 from .image_folder import IMAGE_SUFFIXES
+from .writing import as_picture
 
 
 # Suffix -> Pillow's name and options.
@@ -123,10 +124,8 @@ def encoded_picture(image: np.ndarray | bytes, suffix: str) -> bytes:
     if isinstance(image, bytes) and suffix == "png":
         return image
     kind, options = FORMATS[suffix]
-    if isinstance(image, bytes):
-        picture = Image.open(io.BytesIO(image), formats=("PNG",))
-    else:
-        picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    stored = isinstance(image, bytes)
+    picture = Image.open(io.BytesIO(image), formats=("PNG",)) if stored else as_picture(image)
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return file.getvalue()

@@ -1,9 +1,9 @@
 """Folders and files of Parquet, in shards or not, on a disk or at a URL of fsspec."""
 
-import fnmatch
 import glob
 import itertools
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +15,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import table_cast
-from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from ..storage import Folder
 from .columns import IMAGE_COLUMNS, ROW_ID, image_columns, stored_images, undecoded
 from .decoding import OUTSIDE, is_lfs_pointer, one_line
 from .fence import path_below, with_fenced_images
@@ -122,9 +122,26 @@ class Shards:
             table = with_fenced_images(table, self.images, self._allowed())
         return table_cast(table, self.features.arrow_schema)
 
-    def parquet(self, index: int, **options) -> pq.ParquetFile:
-        """File number `index`, opened; options are those of pyarrow."""
-        return pq.ParquetFile(self.files[index].as_posix(), filesystem=self.system, **options)
+    def tables(self, index: int, row: int = 0, *, at_once: int) -> Iterator[pa.Table]:
+        """
+        Rows of file number `index` as rows of the split, from one on.
+
+        Args:
+            index (`int`): Of the file.
+            row (`int`): The first row, counted within the file; row groups before it are not read.
+            at_once (`int`): Number of rows of a table, at most.
+        """
+        name = self.files[index].as_posix()
+        with pq.ParquetFile(name, filesystem=self.system, buffer_size=2**20, pre_buffer=False) as parquet:
+            counts = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+            ends = list(itertools.accumulate(counts))
+            group = bisect_right(ends, row)
+            skip = row - (ends[group - 1] if group else 0)
+            for batch in parquet.iter_batches(batch_size=at_once, row_groups=range(group, len(counts))):
+                if skip < len(batch):
+                    table = pa.Table.from_batches([batch[skip:]], schema=parquet.schema_arrow)
+                    yield self.adapted(table, index)
+                skip = max(0, skip - len(batch))
 
     def _allowed(self) -> Callable[[str], str]:
         if is_url(self.source):
@@ -216,37 +233,28 @@ def _parquet_rows(
     files: list[int], starts: list[int], shards: Shards, with_ids: bool = True, state: list | None = None
 ) -> Iterator[dict]:
     for index, row in zip(files, starts):
-        with shards.parquet(index) as parquet:
-            for batch in parquet.iter_batches(batch_size=256):
-                table = shards.adapted(pa.Table.from_batches([batch]), index)
-                for values in table.to_pylist():
-                    row_id = {ROW_ID: f"{shards.split}/{row}"} if with_ids else {}
-                    yield {**values, **stored_images(values, shards.images), **row_id}
-                    row += 1
+        for table in shards.tables(index, at_once=256):
+            for values in table.to_pylist():
+                row_id = {ROW_ID: f"{shards.split}/{row}"} if with_ids else {}
+                yield {**values, **stored_images(values, shards.images), **row_id}
+                row += 1
 
 
 def _files_at_url(url: str, split: str | None) -> tuple[fsspec.AbstractFileSystem, list[PurePath]]:
     if split is None:
         raise ValueError(f"split is None, but must be given where the source is a URL ({url!r}).")
     name = url.rpartition("/")[2] if url.endswith(".parquet") else ""
-    try:
-        whole, root = fsspec.core.url_to_fs(url.removesuffix(name))
-    except (ImportError, ValueError) as error:  # no package for this kind of URL, or no such kind
-        raise ValueError(
-            f"source is {url!r}, but URLs that fsspec can open here are accepted: {one_line(error)}."
-        ) from error
-    system = DirFileSystem(root.rstrip("/") or "/", whole)
+    folder = Folder(url.removesuffix(name), "source")
     if name:  # not looked for in its folder, which a web server does not list
-        names = [name] if system.exists(name) else []
+        names = [name] if folder.fs.exists(name) else []
     else:
-        found = system.ls("", detail=False) if system.exists("") else []
-        names = fnmatch.filter([path.rpartition("/")[2] for path in found], f"{split}-*.parquet")
+        names = folder.names("", f"{split}-*.parquet")
     if not names:
         raise ValueError(
             f"source is {url!r}, where no file of split {split!r} is; a Parquet file and a folder with "
             f"{split}-*.parquet are accepted."
         )
-    return system, sorted(map(PurePosixPath, names), key=natural_key)
+    return folder.fs, sorted(map(PurePosixPath, names), key=natural_key)
 
 
 def _footer(file: PurePath, system: fsspec.AbstractFileSystem) -> tuple[int, datasets.Features, bool]:

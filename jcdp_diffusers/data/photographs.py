@@ -11,6 +11,7 @@ from .arrays import arrays_of
 from .decoding import ImageRejected, decode_image, picture_size
 from .labelled import LabelledImages
 from .sources import open_dataset
+from .writing import as_picture
 
 
 # Sides to which photographs are brought. Larger ones are for an accelerator: a victim's cost grows with the pixels.
@@ -111,7 +112,7 @@ def squares_of_photographs(
 
 def _squares(stored: Any, size: int, count: int, channels: int, draw: np.random.Generator) -> Iterator[np.ndarray]:
     pixels = decode_image(stored, channels)
-    picture = Image.fromarray(pixels if channels == 3 else pixels[:, :, 0])
+    picture = as_picture(pixels)
     yield decode_image(picture, channels, size)
     shorter = min(picture.size)
     for _ in range(count - 1):

@@ -9,7 +9,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
 
 from .arrays import arrays_of
 from .columns import (
@@ -31,7 +30,7 @@ from .labels import LABEL_COLUMNS, LIKE_LABELS, label_array
 from .names import name_of, no_rows
 from .parquet import is_url, open_parquet, parquet_files
 from .splits import choose_split
-from .writing import encoded
+from .writing import as_picture, encoded
 
 
 def load_images(
@@ -264,7 +263,7 @@ def _adapted(
     if data.images.shape[1:] == (*size, channels):
         return data
     rows = (
-        {"image": Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), "id": id_, "index": index}
+        {"image": as_picture(image), "id": id_, "index": index}
         for index, (id_, image) in enumerate(zip(data.ids, data.images))
     )
     kept, images = [], []

@@ -107,5 +107,10 @@ def encoded(data: LabelledImages) -> datasets.Dataset:
 def png(image: np.ndarray) -> bytes:
     """A PNG file, lossless, of a uint8 array (H, W, 1 or 3)."""
     buffer = io.BytesIO()
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")
+    as_picture(image).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def as_picture(image: np.ndarray) -> Image.Image:
+    """A grey or RGB picture of a uint8 array (H, W, 1 or 3)."""
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)

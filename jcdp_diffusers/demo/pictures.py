@@ -17,6 +17,7 @@ from PIL import Image
 from .. import poisons
 from ..data import ImageRejected, decode_image
 from ..data.perturbations import apply_perturbation, psnr
+from ..data.writing import as_picture
 from ..noise import content_id
 from ..outputs import printable
 from ..pipeline_jcdp import JointConditionalPurificationPipeline, usual_micro_batch
@@ -81,7 +82,7 @@ def read_picture(
         return image
     factor = longest_side / max(image.shape[:2])
     size = tuple(max(1, round(factor * side)) for side in (image.shape[1], image.shape[0]))
-    return np.asarray(_as_picture(image).resize(size, Image.Resampling.LANCZOS)).reshape(size[1], size[0], channels)
+    return np.asarray(as_picture(image).resize(size, Image.Resampling.LANCZOS)).reshape(size[1], size[0], channels)
 
 
 def purify_picture(
@@ -110,7 +111,7 @@ def purify_picture(
     """
     size = pipe.unet.config.sample_size
     overlap = size // 4
-    tiled = prepare(_as_picture(image), channels=image.shape[2], size=size, fit="tile", overlap=overlap)
+    tiled = prepare(as_picture(image), channels=image.shape[2], size=size, fit="tile", overlap=overlap)
     if isinstance(tiled, str):
         raise ImageRejected(tiled)
     names = tiled.names(content_id(torch.tensor(image).permute(2, 0, 1)))
@@ -180,10 +181,6 @@ def usable_presets(pipe: JointConditionalPurificationPipeline) -> list[str]:
             continue
         usable.append(name)
     return usable
-
-
-def _as_picture(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
 class PictureWork:
@@ -274,7 +271,7 @@ class PictureWork:
                 "difference": place / f"{Path(path).stem}-difference.png",
             }
             for image, target in zip((made.before, made.after, difference), paths.values()):
-                _as_picture(image).save(target)
+                as_picture(image).save(target)
             largest, mean, changed, ratio = made.in_numbers()
             shape = f"{made.after.shape[1]}x{made.after.shape[0]}"
             numbers = (largest, f"{mean:.2f}", f"{changed:.1f}", f"{ratio:.1f}", f"{time.monotonic() - start:.1f}")

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import signal
 import sys
 import threading
@@ -9,16 +10,16 @@ import threading
 import torch
 
 from ..acceleration.placement import PRECISIONS
-from ..data import load_images
+from ..data import is_url, load_images
 from ..data.export import FORMATS
 from ..devices import default_device
 from ..engines import ENGINES, ranks
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import ADAPTIVE, PRESETS, PurificationConfig
+from ..storage import Folder
 from .adaptive import adaptive_config
 from .dataset import open_purifier, purify_to_folder
 from .export import check_places, export_purified
-from .folder import Folder
 from .tiling import FITS
 
 
@@ -88,6 +89,12 @@ def run(args: argparse.Namespace) -> None:
     options = vars(args).copy()
     for name in ("command", "collected", "collected_split"):
         options.pop(name, None)
+    if args.engine == "ray":  # its workers may have another working directory
+        paths = {name: options[name] for name in ("purifier", "dataset", "output")}
+        there = {name: path for name, path in paths.items() if name == "output" or os.path.exists(path)}
+        options |= {
+            name: os.path.abspath(os.path.expanduser(path)) for name, path in there.items() if not is_url(path)
+        }
     dataset, output = options.pop("dataset"), options.pop("output")
     export, suffix = options.pop("export"), options.pop("export_format")
     if export is not None and ranks()[0] == 0:
@@ -120,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     if export is not None:
         print(f"{export_purified(export, Folder(output), summary, suffix):,} pictures in {export}")
     if summary["resized"]:
-        kept = "" if args.fit == "tile" else "; --fit tile keeps an image's size"
+        kept = "" if summary["fit"] == "tile" else "; --fit tile keeps an image's size"
         print(f"{summary['resized']:,} images were not of the purifier's size and have been resized{kept}.")
 
 

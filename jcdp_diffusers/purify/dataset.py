@@ -15,7 +15,7 @@ import glob
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,15 +25,16 @@ import torch
 
 from .. import engines
 from ..acceleration.placement import place
+from ..data import is_url
 from ..hub import push_dataset
 from ..outputs import check_output_folder
 from ..perceptual import load_perceptual
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
+from ..storage import Folder
 from .dataset_card import SUMMARY_NAME, dataset_card, summarise_shards
-from .folder import Folder, explained
 from .manifest import RUN_NAME, run_on_record, settle_run
 from .progress import Progress
-from .shards import ShardStore
+from .shards import ShardStore, explained
 from .worker import Job, Worker
 
 
@@ -91,7 +92,7 @@ def purify_to_folder(
         options: Of `Job`; all others are settings, as for `pipe(...)`.
 
     Returns:
-        `dict`: Counts, times and checksums, as in `summary.json`, and the split.
+        `dict`: Counts, times and checksums, as in `summary.json`; the split, and the `fit` of the images.
 
     Raises:
         ValueError: For arguments that cannot be used, or a folder that holds another run, in one sentence.
@@ -99,15 +100,27 @@ def purify_to_folder(
         RuntimeError: If several workers fail, with the first failure.
     """
     here = engine == "local" and processes in (None, 1)
-    job = _job(dataset, pipe, output_dir, options)
-    folder = Folder(output_dir)
-    _check(job, folder, here, engine, processes, push_to_hub)
+    own = {field.name for field in dataclasses.fields(Job)} - {"settings"}
+    settings = {name: options.pop(name) for name in list(options) if name not in own}
+    job, folder = Job(dataset, pipe, output_dir, settings=settings, **options), Folder(output_dir)
+    engines.check(engine, processes, address)
+    _check(job, folder, push_to_hub)
+    if not here and isinstance(pipe, JointConditionalPurificationPipeline):
+        raise ValueError(
+            f"pipe is an opened purifier, but must be a function that opens it where engine is {engine!r} and "
+            f"processes {processes}: functools.partial(open_purifier, NAME, DEVICE, output_dir=OUTPUT_DIR)."
+        )
     begun = run_on_record(folder)
     threads = job.threads or (begun and begun["arithmetic"]["threads"]) or 1
     how = {"engine": engine, "processes": processes, "address": address, "gpus": gpus, "threads": threads}
     with explained(folder), contextlib.ExitStack() as stack:
-        worker = Worker(job) if engine == "local" else None
-        asked, begin = worker.plan(None if here else processes) if worker else _planned_elsewhere(job, how)
+        worker, plans = Worker(job) if engine == "local" else None, []
+        if worker is not None:
+            plans.append(worker.plan(None if here else processes))
+        else:
+            open_worker = functools.partial(Worker, job)
+            engines.run([PlanTask()], open_worker=open_worker, on_done=lambda _, plan: plans.append(plan), **how)
+        ((asked, begin, note),) = plans
         worker = stack.enter_context(worker) if here else None
         rows, split = asked["source"]["rows"], asked["source"]["split"]
         if rows is None and not (here and engines.ranks()[1] == 1):
@@ -115,7 +128,16 @@ def purify_to_folder(
                 f"engine is {engine!r} and processes {processes}, but must be 'local' and 1, without a launcher, for "
                 "a data set of unknown length."
             )
-        run = engines.first_rank_decides(lambda: _begin(folder, asked, begin, stack))
+
+        def begin_or_go_on() -> dict:
+            folder.fs.makedirs("", exist_ok=True)
+            if folder.local is not None:
+                stack.enter_context(engines.folder_lock(folder.local / ".lock"))
+            if note is not None:
+                engines.say(note)
+            return settle_run(folder, asked, begin)
+
+        run = engines.first_rank_decides(begin_or_go_on)
         store = ShardStore(folder, split, rows=rows, **run["shards"])
         open_worker = functools.cache(worker.join) if here else functools.partial(_join, job)
         while True:
@@ -150,7 +172,7 @@ class PlanTask:
     def is_done(self) -> bool:
         return False
 
-    def run(self, worker: Worker) -> tuple[dict, dict]:
+    def run(self, worker: Worker) -> tuple[dict, dict, str | None]:
         return worker.plan()
 
 
@@ -170,16 +192,16 @@ def open_purifier(
     Args:
         purifier (`str` or `os.PathLike`): Folder or Hub id of a DDPM.
         device (`torch.device` or `str`, *optional*): As for `place`; by default the GPU that is this process's, if
-            there is one.
+            there is one, and so for `"cuda"`.
         output_dir (`str` or `os.PathLike`): Where the purified data set will be.
         precision (`str`): As for `place`; but `"auto"` is what the run in `output_dir` was begun in, if there is one.
         compiled (`bool`): As for `place`.
         perceptual (`str` or `os.PathLike`, *optional*): As for `load_perceptual`; the repository's own by default.
         options: As for `from_pretrained`.
     """
-    if device is None and torch.cuda.is_available():
-        # Or each process would take memory on the first one, too.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if str(device) in ("None", "cuda") and torch.cuda.is_available():
+        if "LOCAL_RANK" in os.environ:  # or each process would take memory on the first one, too
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = f"cuda:{torch.cuda.current_device()}"
     if perceptual is not None:
         options["perceptual"] = load_perceptual(perceptual)
@@ -222,42 +244,22 @@ def finish(store: ShardStore, run: dict, push_to_hub: str | None) -> dict:
     folder.write(SUMMARY_NAME, json.dumps(summary, indent=2))
     if push_to_hub is not None:
         push_dataset(folder.local, push_to_hub)
-    return summary | {"split": store.split}
+    return summary | {"split": store.split, "fit": run["sizes"]["fit"]}
 
 
-def _job(dataset: Any, pipe: Any, output_dir: str | os.PathLike, options: dict) -> Job:
-    own = {field.name for field in dataclasses.fields(Job)} - {"settings"}
-    settings = {name: value for name, value in options.items() if name not in own}
-    return Job(dataset, pipe, output_dir, settings=settings, **{name: options[name] for name in own & options.keys()})
-
-
-def _check(job: Job, folder: Folder, here: bool, engine: str, processes: int | None, push_to_hub: str | None) -> None:
-    if folder.local is not None:
-        check_output_folder(folder.local, marks=(RUN_NAME,), own=OWN_NAMES, sources={"dataset": job.dataset})
+def _check(job: Job, folder: Folder, push_to_hub: str | None) -> None:
+    """Refuse what no purifier could make right, before one is opened."""
     job.check()
-    if not here and isinstance(job.pipe, JointConditionalPurificationPipeline):
+    source = Folder(job.dataset, "dataset").local if is_url(job.dataset) else job.dataset
+    if folder.local is not None:
+        check_output_folder(folder.local, marks=(RUN_NAME,), own=OWN_NAMES, sources={"dataset": source})
+    elif (names := folder.names("")) and RUN_NAME not in names:
         raise ValueError(
-            f"pipe is an opened purifier, but must be a function that opens it where engine is {engine!r} and "
-            f"processes {processes}: functools.partial(open_purifier, NAME, DEVICE, output_dir=OUTPUT_DIR)."
+            f"output_dir is {folder.url!r}, which holds {names[0]!r}, but must be empty or a folder in which the same "
+            "command was begun."
         )
     if push_to_hub is not None and folder.local is None:
         raise ValueError(f"output_dir is {folder.url!r}, but must be a local folder where push_to_hub is given.")
-
-
-def _planned_elsewhere(job: Job, how: dict) -> tuple[dict, dict]:
-    plans = []
-    engines.run(
-        [PlanTask()], open_worker=functools.partial(Worker, job), on_done=lambda _, plan: plans.append(plan), **how
-    )
-    return plans[0]
-
-
-def _begin(folder: Folder, asked: dict, begin: dict, stack: contextlib.ExitStack) -> dict:
-    """Keep other commands away for as long as the stack is open, and begin the run or find the same one."""
-    folder.fs.makedirs("", exist_ok=True)
-    if folder.local is not None:
-        stack.enter_context(engines.folder_lock(folder.local / ".lock"))
-    return settle_run(folder, asked, begin)
 
 
 def _join(job: Job) -> Worker:
@@ -280,13 +282,7 @@ def _make_shards(
 
         if worker is not None:
             worker.on_rows, worker.on_squares = bar.add, bar.at
-        engines.run(_missing(store, finished), open_worker=open_worker, on_done=on_done, **how)
-
-
-def _missing(store: ShardStore, finished: set[int]) -> Iterator[ShardTask]:
-    """Tasks of the shards that are not finished; a stream has one more as long as its end is not known."""
-    for index in itertools.count():
-        if store.count is not None and index >= store.count:
-            return
-        if index not in finished:
-            yield ShardTask(store, index)
+        # A stream has one more as long as its end is not known.
+        indices = itertools.takewhile(lambda index: store.count is None or index < store.count, itertools.count())
+        missing = (ShardTask(store, index) for index in indices if index not in finished)
+        engines.run(missing, open_worker=open_worker, on_done=on_done, **how)

@@ -1,6 +1,7 @@
 """Summary and card of a purified data set, made from its run's record and its shards' records alone."""
 
 from collections import Counter
+from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -12,60 +13,7 @@ from .manifest import PACKAGES_OF_PIXELS
 SUMMARY_NAME = "summary.json"
 COUNTED = ("rows_in", "rows_out", "rejected", "resized", "seconds", "bytes")  # of a shard's record
 
-# For Jinja, as huggingface_hub fills it.
-_TEMPLATE = """
----
-{{ card_data }}
----
-
-# {{ pretty_name }}
-
-Every image of `{{ run.source.name }}` (split `{{ run.source.split }}`), purified with diffusion: what a protection
-(an "unlearnable example", an availability poison) added to the pixels is drowned in a little noise and denoised away
-by a model of natural images.
-Labels, ids and all other columns are the source's own.
-
-| | |
-|---|---|
-| Source | `{{ run.source.name }}`, split `{{ run.source.split }}` |
-| Rows in | {{ "{:,}".format(summary.rows_in) }} |
-| Rows out | {{ "{:,}".format(summary.rows_out) }} |
-| Rejected | {{ "{:,}".format(summary.rejected) }}{{ " (%s)" % reasons if reasons }} |
-| Resized | {{ "{:,}".format(summary.resized) }} |
-| Also changed | {{ changes or "nothing" }} |
-| Purifier | `{{ run.purifier.name or "(in memory)" }}`
-{{- ", revision `%s`" % run.purifier.revision if run.purifier.revision }} |
-| Content of purifier | `{{ run.purifier.content }}` |
-| Seed | {{ run.seed }} |
-| Size | {{ run.sizes.image_size }}x{{ run.sizes.image_size }}, {{ run.sizes.fit }} |
-| Purification | {{ "%.2f" % (summary.seconds_of_work / 3600) }} hours of work in
-{{- " {:,}".format(summary.files | length) }} shards,
-{{- " %.3g" % summary.images_per_second_per_worker }} images/s per worker |
-| Made on | {{ summary.devices | join(", ") }} |
-| Arithmetic | {{ arithmetic }} |
-| Versions | {{ versions }} |
-
-## Method
-
-Joint conditional diffusion purification
-([*Unlearnable Examples Give a False Sense of Security: Piercing through Unexploitable Data with Learnable
-Examples*](https://arxiv.org/abs/2305.09241), ACM MM 2023) by `jcdp-diffusers`.
-T_p = {{ config.diffusion_steps }} forward steps, {{ config.evaluations_per_image }} network evaluations per image in
-{{ config.num_rounds }} round(s); scale of the pixel guide {{ "%g" % config.pixel_guidance_scale }}, of the perceptual
-guide {{ "%g" % config.perceptual_guidance_scale }}{{ spectrum }}{{ colour }}. All settings are in `run.json`.
-The noise of an image depends on the seed and its id alone, so each row can be made again by itself.
-
-{{ rule }}
-
-Images are stored as PNG, without loss. `summary.json` holds a SHA-256 for every file.
-
-## Intended use
-
-To find out whether a protection of images against training holds, and to study purification. Purified images are
-altered images: fine detail may differ from the original. Purification gives nobody a right to images that they do not
-have already; the source's licence and its owners' wishes go on to apply.
-"""
-
+TEMPLATE = Path(__file__).with_name("dataset_card.md")  # for Jinja, as huggingface_hub fills it
 _RULES = {
     "exact": "All images have {size}x{size} pixels, as they had before; others were set aside.",
     "resize": "Images of another size than {size}x{size} had their shorter side brought to {size} (Lanczos filter) "
@@ -107,7 +55,7 @@ def dataset_card(run: dict, summary: dict, title: str) -> DatasetCard:
     scale, packages = config.protection_guidance_scale, run["packages"]
     return DatasetCard.from_template(
         data,
-        template_str=_TEMPLATE,
+        template_path=str(TEMPLATE),
         run=run,
         summary=summary,
         config=config,

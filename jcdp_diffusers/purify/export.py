@@ -1,17 +1,17 @@
 """`jcdp purify --export`: the purified pictures under their own file names."""
 
-import glob
 import os
 from collections.abc import Mapping
 from typing import Any
 
-import datasets
+import pyarrow.parquet as pq
 
 from ..data import open_dataset
 from ..data.export import check_export, export_names, export_picture
 from ..outputs import check_apart
-from .folder import Folder
+from ..storage import Folder
 from .manifest import RUN_NAME
+from .reader import ROWS_AT_ONCE
 
 
 def check_places(
@@ -50,12 +50,13 @@ def export_purified(export: str | os.PathLike, output: Folder, summary: Mapping,
     """
     count = 0
     for name in summary["files"]:
-        path = glob.escape(output.url_of(name))  # `datasets` takes it for a pattern
-        rows = datasets.load_dataset("parquet", data_files=[path], split="train", streaming=True)
-        for row in rows.cast_column("image", datasets.Image(decode=False)):
-            (place,) = export_names([_name(row)], suffix)
-            export_picture(export, place, row["image"]["bytes"])
-            count += 1
+        with pq.ParquetFile(name, filesystem=output.fs) as parquet:
+            columns = [column for column in ("id", "image", "file_name") if column in parquet.schema_arrow.names]
+            for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
+                for row in batch.to_pylist():
+                    (place,) = export_names([_name(row)], suffix)
+                    export_picture(export, place, row["image"]["bytes"])
+                    count += 1
     return count
 
 

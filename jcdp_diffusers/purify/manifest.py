@@ -24,8 +24,9 @@ from ..outputs import public_name
 from ..pipeline_jcdp import JointConditionalPurificationPipeline, usual_micro_batch
 from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions, plain
-from .folder import Folder
+from ..storage import Folder
 from .reader import Rows
+from .tiling import squares_per_image
 
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ SHARD_IN_MICRO_BATCHES = 8  # rows of a shard by default: what a kill costs, aga
 PACKAGES_OF_PIXELS = ("jcdp-diffusers", "torch", "diffusers", "numpy", "pillow")
 # Settings that the first worker of a run fixes, and others take over unless they ask for something else.
 TAKEN_OVER = (
-    ("sizes", "fit"),
     ("sizes", "tile_overlap"),
     ("arithmetic", "micro_batch_size"),
     ("arithmetic", "threads"),
@@ -54,7 +54,7 @@ def describe_run(
     rows: Rows,
     job: "Job",
     size: int,
-    fit: str | None,
+    fit: str,
 ) -> dict:
     """A run as asked for: None where it is left to the record, or to `settle_run` if there is none."""
     device = pipe._execution_device
@@ -85,15 +85,31 @@ def describe_run(
             "rows": rows.length,
             "content": rows.fingerprint,
         },
-        "sizes": {"image_size": size, "fit": fit, "tile_overlap": job.overlap(size) if fit == "tile" else None},
+        "sizes": {"image_size": size, "fit": fit, "tile_overlap": job.tile_overlap if fit == "tile" else None},
         "shards": {"count": job.shards, "rows_per_shard": job.rows_per_shard},
         "packages": package_versions(),
     }
 
 
 def run_on_record(folder: Folder) -> dict | None:
-    """The run that a folder holds, if it holds one."""
-    return json.loads(folder.fs.read_text(RUN_NAME)) if folder.fs.exists(RUN_NAME) else None
+    """
+    The run that a folder holds, if it holds one.
+
+    Raises:
+        ValueError: If its record is damaged.
+    """
+    if not folder.fs.exists(RUN_NAME):
+        return None
+    try:
+        run = json.loads(folder.fs.read_text(RUN_NAME))
+        if all(isinstance(run[group], dict) for group in ("arithmetic", "sizes", "shards", "source")):
+            return run
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ValueError(
+        f"output_dir is {folder.url!r}, whose {RUN_NAME} is damaged, but must hold it as it was written: bring it "
+        "back, or choose another output_dir."
+    )
 
 
 def settle_run(folder: Folder, run: dict, begin: dict | None = None) -> dict:
@@ -136,18 +152,21 @@ def settle_run(folder: Folder, run: dict, begin: dict | None = None) -> dict:
     return recorded
 
 
-def completed(run: dict, processes: int | None = None, squares_per_image: float = 1.0) -> dict:
-    """The run with a value for everything that was left open; an image is cut into so many squares on average."""
-    arithmetic, shards = dict(run["arithmetic"]), dict(run["shards"])
+def completed(run: dict, rows: Rows, processes: int | None = None) -> dict:
+    """The run with a value for everything that was left open; `processes` workers share this machine's cores."""
+    arithmetic, sizes, shards = dict(run["arithmetic"]), dict(run["sizes"]), dict(run["shards"])
+    side, squares = sizes["image_size"], 1.0
+    if sizes["fit"] == "tile":
+        if sizes["tile_overlap"] is None:
+            sizes["tile_overlap"] = side // 4
+        squares = squares_per_image(rows, side, sizes["tile_overlap"])
     if arithmetic["micro_batch_size"] is None:
-        side = run["sizes"]["image_size"]
         arithmetic["micro_batch_size"] = usual_micro_batch(arithmetic["device"], side, side)
     if arithmetic["threads"] is None and arithmetic["device"] == "cpu":
         arithmetic["threads"] = default_threads(processes)
     if shards["count"] is None and shards["rows_per_shard"] is None:
-        squares = SHARD_IN_MICRO_BATCHES * arithmetic["micro_batch_size"]
-        shards["rows_per_shard"] = max(1, int(squares / squares_per_image))
-    return run | {"arithmetic": arithmetic, "shards": shards}
+        shards["rows_per_shard"] = max(1, int(SHARD_IN_MICRO_BATCHES * arithmetic["micro_batch_size"] / squares))
+    return run | {"arithmetic": arithmetic, "sizes": sizes, "shards": shards}
 
 
 def default_threads(processes: int | None = None) -> int:

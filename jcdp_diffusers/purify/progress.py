@@ -4,6 +4,8 @@ import sys
 
 from tqdm import tqdm
 
+from ..outputs import printable
+
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -22,6 +24,7 @@ class Progress(tqdm):
         self.lines, self.rejected = not sys.stderr.isatty(), 0
         interval = SECONDS_BETWEEN_LINES if self.lines else 0.1
         options = {"mininterval": interval, "smoothing": 0, "dynamic_ncols": not self.lines, "file": sys.stderr}
+        options["miniters"] = 0  # squares of an image that is not done yet are shown, too
         super().__init__(total=total, initial=done, unit=" images", disable=not show, **options)
 
     def add(self, images: int, rejected: int) -> None:
@@ -32,12 +35,10 @@ class Progress(tqdm):
 
     def at(self, image: str, done: int, squares: int) -> None:
         """So many squares of an image that is cut into them are purified."""
-        if self.disable or squares == 1:
-            return
-        self.set_postfix_str(f"{self.rejected} rejected; {image}: square {done:,} of {squares:,}", refresh=False)
-        if self._time() - self.last_print_t >= self.mininterval:
-            self.last_print_t = self._time()
-            self.refresh()
+        if squares > 1:
+            place = f"{printable(image)}: square {done:,} of {squares:,}"
+            self.set_postfix_str(f"{self.rejected} rejected; {place}", refresh=False)
+            self.update(0)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self.lines:

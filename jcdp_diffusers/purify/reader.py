@@ -14,8 +14,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from ..data import Shards, is_url, open_dataset, parquet_files, parquet_shards
-from .folder import digest
+from ..data import is_url, open_dataset, parquet_files, parquet_shards
+from ..data.decoding import MAX_FILE_BYTES
+from ..storage import digest
 
 
 ROWS_AT_ONCE = 128
@@ -104,8 +105,7 @@ def _parquet_rows(source: Path | str, split: str | None, columns: dict) -> Rows:
     def from_row(row):
         for index in range(bisect_right(ends, row), len(files)):
             first = ends[index - 1] if index else 0
-            for table in _tables_of_file(shards, index, row - first):
-                table = shards.adapted(table, index)
+            for table in shards.tables(index, row - first, at_once=ROWS_AT_ONCE):
                 table = open_dataset(datasets.Dataset(datasets.table.InMemoryTable(table)), split=split, **columns)
                 table = table.with_format("arrow")[:]
                 if numbered:
@@ -123,18 +123,6 @@ def _parquet_rows(source: Path | str, split: str | None, columns: dict) -> Rows:
     return Rows(os.fspath(source), split, features, ends[-1], state.hexdigest(), from_row)
 
 
-def _tables_of_file(shards: Shards, index: int, row: int) -> Iterator[pa.Table]:
-    with shards.parquet(index, buffer_size=2**20, pre_buffer=False) as parquet:
-        counts = [parquet.metadata.row_group(number).num_rows for number in range(parquet.metadata.num_row_groups)]
-        ends = list(itertools.accumulate(counts))
-        group = bisect_right(ends, row)
-        skip = row - (ends[group - 1] if group else 0)
-        for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=range(group, len(counts))):
-            if skip < len(batch):
-                yield pa.Table.from_batches([batch[skip:]], schema=parquet.schema_arrow)
-            skip = max(0, skip - len(batch))
-
-
 def _footer_digest(file: str, open: Callable) -> str:
     """Of a Parquet file's footer, which holds the size and the statistics of every column of every row group."""
     with open(file, "rb") as stream:
@@ -148,13 +136,29 @@ def _fingerprint(length: int | None, features: datasets.Features, sample) -> str
     for table in sample:
         state.update(repr(table.drop_columns(["image"]).to_pylist()).encode())
         for value in table["image"].to_pylist():
-            state.update(_stored_bytes(value))
+            state.update(b"null" if value is None else _content(value)["bytes"] or b"")
     return state.hexdigest()
 
 
-def _stored_bytes(value: dict | None) -> bytes:
-    if value is None:
-        return b"null"
-    if value["bytes"] is None and value["path"] is not None and Path(value["path"]).is_file():
-        return Path(value["path"]).read_bytes()
-    return value["bytes"] or b""
+def with_content(table: pa.Table, images: list[str], **changed: pa.Array) -> pa.Table:
+    """
+    The table with the content of image files instead of paths, which mean nothing elsewhere.
+
+    Of a path no more remains than the file's name, and of a file that is too large for an image
+    (`decoding.MAX_FILE_BYTES`) no content.
+
+    Args:
+        images (`list[str]`): Names of its image columns.
+        changed (`pyarrow.Array`): Columns to replace or to add, by name.
+    """
+    for name in images:
+        stored = [None if value is None else _content(value) for value in table[name].to_pylist()]
+        changed[name] = pa.array(stored, datasets.Image().pa_type)
+    return pa.table(dict(zip(table.column_names, table.columns)) | changed)
+
+
+def _content(value: dict) -> dict:
+    path, content = value["path"], value["bytes"]
+    if content is None and path is not None and Path(path).is_file() and os.path.getsize(path) <= MAX_FILE_BYTES:
+        content = Path(path).read_bytes()
+    return {"bytes": content, "path": path and Path(path).name}

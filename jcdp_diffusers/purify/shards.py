@@ -4,9 +4,14 @@ The shards of a purified data set: files of Parquet with fixed rows, each with a
 A shard is finished when its file and its record are there. The record has the checksum of the file.
 """
 
+import contextlib
+import errno
 import functools
 import json
+import os
 import secrets
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .folder import STATE, Folder, digest
+from ..storage import Folder, digest
 
 
+STATE = ".purify"  # with a leading dot, readers of the data set pass it by
 # A row group ends where its rows say, so that a file's bytes do not depend on how its rows arrived.
 ROWS_PER_GROUP = 256
 BYTES_PER_GROUP = 2**28  # of images; photographs are larger than this long before there are 256 of them
@@ -81,16 +87,14 @@ class ShardStore:
         return json.loads(self.folder.fs.read_text(self.record_name(index)))
 
     def is_intact(self, index: int) -> bool:
-        """Whether a finished shard's files are what was written, byte for byte."""
-        if not self.is_finished(index):
-            return False
+        """Whether a shard is finished, and its files are what was written, byte for byte."""
+        fs, names = self.folder.fs, (self.name(index), self.rejected_name(index))
         try:
             record = self.record(index)
-        except json.JSONDecodeError:  # the record is damaged, so nobody knows about the files
+            expected = [record["sha256"], record["rejected_sha256"]]
+        except (FileNotFoundError, ValueError, TypeError, KeyError):  # nothing or nonsense is on record
             return False
-        fs, names = self.folder.fs, (self.name(index), self.rejected_name(index))
-        found = [digest(name, fs.open) if fs.exists(name) else None for name in names]
-        return found == [record["sha256"], record["rejected_sha256"]]
+        return expected == [digest(name, fs.open) if fs.exists(name) else None for name in names]
 
     def discard(self, index: int) -> None:
         """Make a shard unfinished again."""
@@ -121,10 +125,12 @@ class ShardWriter:
     """
 
     def __init__(self, store: ShardStore, index: int, kept: pa.Schema, rejected: pa.Schema):
-        self.store, self.index = store, index
-        place, token = store.folder.place_to_write(), secrets.token_hex(8)
-        self.kept = _GroupedFile(place / f"{index}-{token}.kept", kept)
-        self.rejected = _GroupedFile(place / f"{index}-{token}.rejected", rejected)
+        self.store, self.index, local = store, index, store.folder.local
+        # Where a rename is enough to put a file into its place.
+        place = local / STATE / "writing" if local else Path(tempfile.gettempdir())
+        name = f"{index}-{secrets.token_hex(8)}"
+        self.kept = _GroupedFile(place / f"{name}.kept", kept)
+        self.rejected = _GroupedFile(place / f"{name}.rejected", rejected)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -166,7 +172,7 @@ class _GroupedFile:
 
     def __init__(self, path: Path, schema: pa.Schema):
         self.path, self.schema, self.rows = path, schema, 0
-        self._waiting, self._bytes = schema.empty_table(), 0
+        self._waiting, self._bytes = [], 0  # tables of one row each, for the next row group
 
     @functools.cached_property
     def _parquet(self) -> pq.ParquetWriter:
@@ -176,23 +182,20 @@ class _GroupedFile:
         """Some more rows, of a table that may have other columns, too."""
         table = table.select(self.schema.names).cast(self.schema)
         self.rows += len(table)
-        waiting, start = len(self._waiting), 0
         for row, size in enumerate(_bytes_of_images(table)):
-            rows = waiting + row - start
-            if rows == ROWS_PER_GROUP or (rows > 0 and self._bytes + size > BYTES_PER_GROUP):
-                self._end_group(table[start:row])
-                waiting, start = 0, row
+            if len(self._waiting) == ROWS_PER_GROUP or (self._waiting and self._bytes + size > BYTES_PER_GROUP):
+                self._end_group()
+            self._waiting.append(table[row : row + 1])
             self._bytes += size
-        self._waiting = pa.concat_tables([self._waiting, table[start:]])
 
     def close(self) -> None:
-        if len(self._waiting):  # `datasets` cannot read a row group without rows, but a file without row groups it can
-            self._end_group(self._waiting[:0])
+        if self._waiting:  # `datasets` cannot read a row group without rows, but a file without row groups it can
+            self._end_group()
         self._parquet.close()
 
-    def _end_group(self, last: pa.Table) -> None:
-        self._parquet.write_table(pa.concat_tables([self._waiting, last]).combine_chunks())
-        self._waiting, self._bytes = self._waiting[:0], 0
+    def _end_group(self) -> None:
+        self._parquet.write_table(pa.concat_tables(self._waiting).combine_chunks())
+        self._waiting, self._bytes = [], 0
 
     def discard(self) -> None:
         if "_parquet" in vars(self):
@@ -208,3 +211,18 @@ def _bytes_of_images(table: pa.Table) -> list[int]:
             lengths = pc.binary_length(pc.struct_field(table[name], "bytes"))
             sizes += pc.fill_null(lengths, 0).to_numpy()
     return sizes.tolist()
+
+
+@contextlib.contextmanager
+def explained(folder: Folder) -> Iterator[None]:
+    """Trouble with the output in one sentence that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        within = Path(str(error.filename or "")).is_relative_to(folder.root)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and not within:
+            raise
+        raise OSError(
+            f"output_dir {folder.url!r} cannot be written to ({os.strerror(error.errno).lower()}): mend "
+            "that and give the same command again, finished shards stay."
+        ) from error

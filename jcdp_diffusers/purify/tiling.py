@@ -11,7 +11,7 @@ Squares are views of the decoded image, and `Blending` holds one row of them. So
 twice, as it came and as it goes, however many squares it has.
 """
 
-from collections import deque
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data import MAX_PIXELS, ImageRejected, decode_image, to_uint8
-from ..data.writing import png
+from ..data import MAX_PIXELS, ImageRejected, decode_image, picture_size, to_uint8
+from ..data.writing import as_picture, png
+from .reader import Rows
 
 
 FITS = ("exact", "resize", "tile")
+SAMPLED_SIZES = 64  # images whose headers are read to find out how large they are
 
 
 @dataclass(frozen=True)
@@ -104,17 +106,17 @@ class Blending:
     """
 
     def __init__(self, tiled: TiledImage):
-        self.tiled, self.waiting, self.done = tiled, deque(tiled.places), 0
+        self.tiled, self.done = tiled, 0
         self.whole: np.ndarray | None = None  # made with the first square: many images may wait for their turn
 
     @property
     def finished(self) -> bool:
         """Whether all squares are there, and `whole` is uint8 (H, W, C), the image."""
-        return not self.waiting
+        return self.done == len(self.tiled.places)
 
     def add(self, square: np.ndarray) -> None:
         """The next purified square, float32 (size, size, C) in [0, 1], not rounded."""
-        top, left = self.waiting.popleft()
+        top, left = self.tiled.places[self.done]
         self.done += 1
         if len(self.tiled.places) == 1:
             self.whole = _rounded(square)
@@ -144,9 +146,9 @@ class Blending:
         """Round the rows up to `end` (exclusive), which no later square covers."""
         rows = end - self.top
         self.whole[self.top : end] = _rounded(self.total[:rows] / self.weights[:rows])
-        for name in ("total", "weights"):
-            sums = getattr(self, name)
-            setattr(self, name, np.concatenate([sums[rows:], np.zeros_like(sums[:rows])]))
+        for sums in (self.total, self.weights):
+            sums[:-rows] = sums[rows:]
+            sums[-rows:] = 0
         self.top = end
 
 
@@ -163,8 +165,7 @@ def _enlarged(image: np.ndarray, size: int) -> np.ndarray:
     target = round(width * factor), round(height * factor)
     if target[0] * target[1] > MAX_PIXELS:
         raise ImageRejected(f"too narrow: {width}x{height} would become {target[0]}x{target[1]}")
-    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    return np.asarray(picture.resize(target, Image.Resampling.LANCZOS)).reshape(target[1], target[0], -1)
+    return np.asarray(as_picture(image).resize(target, Image.Resampling.LANCZOS)).reshape(target[1], target[0], -1)
 
 
 def prepare_all(values: list, channels: int, size: int, fit: str, overlap: int) -> list[TiledImage | str]:
@@ -175,3 +176,54 @@ def prepare_all(values: list, channels: int, size: int, fit: str, overlap: int) 
 def encode_all(images: list[np.ndarray]) -> list[bytes]:
     """`png` for several images."""
     return [png(image) for image in images]
+
+
+def usual_fit(rows: Rows, size: int, asked: str | None) -> tuple[str, str | None]:
+    """
+    What becomes of images by their sizes: `"exact"` where half of them or more have the purifier's, else `"tile"`.
+    And for `"tile"` a sentence that says so, because nobody has asked for it.
+
+    Args:
+        rows (`Rows`): The source, of which the first images are looked at.
+        size (`int`): Side of the square that the purifier works on.
+        asked (`str`, *optional*): `"exact"`, if that was asked for.
+
+    Raises:
+        ValueError: If `"exact"` would set the first image aside, or most images are smaller than the purifier's: what
+            to do then is for the caller to say, before all of them have been set aside one by one or enlarged.
+    """
+    sizes = first_sizes(rows, 1 if asked == "exact" else SAMPLED_SIZES)
+    others = [found for found in sizes if found != (size, size)]
+    if 2 * len(others) <= len(sizes):
+        return "exact", None
+    smaller = [found for found in others if min(found) < size]
+    width, height = (smaller or others)[0]
+    if asked == "exact" or 2 * len(smaller) > len(sizes):
+        raise ValueError(
+            f"dataset has images of {width}x{height}, but the purifier works on {size}x{size}: fit (--fit) must say "
+            "what becomes of them, resize or tile."
+        )
+    width, height = others[0]
+    return "tile", (
+        f"Images of other sizes than {size}x{size}, the purifier's, such as {width}x{height}: each is purified in "
+        "overlapping squares and keeps its size (fit: tile)."
+    )
+
+
+def first_sizes(rows: Rows, count: int) -> list[tuple[int, int]]:
+    """Width and height of the first images, by their headers; those that cannot be read are passed over."""
+    sizes = []
+    for table in rows.read(0, count):
+        for value in table["image"].to_pylist():
+            with contextlib.suppress(ImageRejected):
+                sizes.append(picture_size(value))
+    return sizes
+
+
+def squares_per_image(rows: Rows, size: int, overlap: int) -> float:
+    """Mean number of squares that the first images are cut into."""
+    counts = [
+        len(starts(height, size, overlap)) * len(starts(width, size, overlap))
+        for width, height in first_sizes(rows, SAMPLED_SIZES)
+    ]
+    return sum(counts) / len(counts) if counts else 1.0

@@ -6,8 +6,7 @@ import functools
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -16,22 +15,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from .. import engines
-from ..data import ImageRejected, picture_size
-from ..data.decoding import MAX_FILE_BYTES
 from ..devices import cpu_threads
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PurificationConfig
-from .folder import Folder, explained
-from .manifest import RUN_NAME, completed, describe_run, settle_run
-from .reader import Rows, open_rows
-from .shards import ShardStore, ShardWriter
-from .tiling import FITS, Blending, TiledImage, encode_all, prepare_all, starts
+from ..storage import Folder
+from .manifest import completed, describe_run, run_on_record, settle_run
+from .reader import open_rows, with_content
+from .shards import ShardStore, ShardWriter, explained
+from .tiling import FITS, Blending, TiledImage, encode_all, prepare_all, usual_fit
 from .worker_pool import IN_FLIGHT, in_order, open_device_thread, open_pool
 
 
 ROWS_PER_PIECE = 16  # what a decoding or encoding process gets to do at a time
-SAMPLED_SIZES = 64  # images whose headers are read to find out how large they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +92,9 @@ class Job:
             raise ValueError(
                 f"shards is {self.shards} and rows_per_shard {self.rows_per_shard}, but only one of them can be given."
             )
-        for name in ("rows_per_shard", "micro_batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        for name, least in (("rows_per_shard", 1), ("micro_batch_size", 1), ("num_workers", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} is {value}, but must be at least {least}.")
 
     def size(self, pipe: JointConditionalPurificationPipeline) -> int:
         """Side of the square that the purifier works on, in pixels."""
@@ -110,15 +105,11 @@ class Job:
         multiple = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
         if size % multiple:
             raise ValueError(f"image_size is {size}, but must be a multiple of {multiple} for this UNet.")
-        if not 0 <= self.overlap(size) < size:
+        if not 0 <= (self.tile_overlap or 0) < size:
             raise ValueError(
                 f"tile_overlap is {self.tile_overlap}, but must lie between 0 and image_size ({size}), exclusive."
             )
         return size
-
-    def overlap(self, size: int) -> int:
-        """Least overlap of tiles, in pixels."""
-        return size // 4 if self.tile_overlap is None else self.tile_overlap
 
 
 class Worker(contextlib.ExitStack):
@@ -131,7 +122,8 @@ class Worker(contextlib.ExitStack):
 
     def __init__(self, job: Job):
         super().__init__()
-        self.job, self.on_rows, self.on_squares, self.folder = job, None, None, Folder(job.output_dir)
+        self.job, self.folder, self.note = job, Folder(job.output_dir), None
+        self.on_rows, self.on_squares = None, None
         opened = isinstance(job.pipe, JointConditionalPurificationPipeline)
         self.pipe = job.pipe if opened else job.pipe()
         size = job.size(self.pipe)
@@ -148,17 +140,18 @@ class Worker(contextlib.ExitStack):
                 f"shards is {job.shards}, but the source has {length or 'an unknown number of'} rows: "
                 f"{'rows_per_shard is what a stream takes' if length is None else 'one to that many are accepted'}."
             )
-        fit = job.fit
-        if fit in (None, "exact") and (fit or not self.folder.fs.exists(RUN_NAME)):
-            fit = usual_fit(self.rows, size, fit)
+        fit, begun = job.fit, run_on_record(self.folder)
+        if fit is None and begun:
+            fit = begun["sizes"]["fit"]
+        elif fit in (None, "exact"):
+            fit, self.note = usual_fit(self.rows, size, fit)
         self.config, self.asked = config, describe_run(self.pipe, config, self.rows, job, size, fit)
 
-    def plan(self, processes: int | None = None) -> tuple[dict, dict]:
-        """The run as asked for, and as it would begin with so many workers on this machine."""
-        sizes, squares = self.asked["sizes"], 1.0
-        if sizes["fit"] == "tile":
-            squares = squares_per_image(self.rows, sizes["image_size"], sizes["tile_overlap"])
-        return self.asked, completed(self.asked, processes, squares)
+    def plan(self, processes: int | None = None) -> tuple[dict, dict, str | None]:
+        """
+        The run as asked for; as it would begin with so many workers on this machine; and what to say when it does.
+        """
+        return self.asked, completed(self.asked, self.rows, processes), self.note
 
     def join(self) -> "Worker":
         """Get ready for the run that the folder holds, which must be the one that this worker would begin."""
@@ -182,7 +175,9 @@ class Worker(contextlib.ExitStack):
             num_workers = 0 if device.type == "cpu" else 4
         self.in_flight = 2 * max(1, num_workers) if self.tiles else IN_FLIGHT
         self.enter_context(steady_arithmetic(self.pipe, arithmetic["threads"]))
-        self.pool = self.enter_context(open_pool(num_workers))
+        self.pool = open_pool(num_workers) if num_workers else None
+        if self.pool is not None:
+            self.callback(self.pool.shutdown, cancel_futures=True)
         self.device_thread = self.enter_context(open_device_thread(device.type))
         return self
 
@@ -193,14 +188,14 @@ class Worker(contextlib.ExitStack):
         with explained(self.folder), ShardWriter(store, index, *self.schemas) as writer:
             images = in_order(self.pool, encode_all, self.purified(start, stop), self.in_flight)
             for (table, prepared), files in images:
-                refused = [image if isinstance(image, str) else None for image in prepared]
-                self.write(writer, table, refused, files)
+                self.write(writer, table, prepared, files)
                 rows_in += len(table)
-                reasons.update(filter(None, refused))
                 for image in prepared:
                     if isinstance(image, TiledImage):
                         resized += image.resized
                         changes.update(image.changes)
+                    else:
+                        reasons[image] += 1
                 if self.on_rows is not None:
                     self.on_rows(len(table), len(table) - len(files))
             if rows_in < stop - start:
@@ -220,7 +215,11 @@ class Worker(contextlib.ExitStack):
             return writer.commit(rows_in=rows_in, **counted, **about)
 
     def purified(self, start: int, stop: int) -> Iterator[tuple[tuple[pa.Table, list[TiledImage | str]], tuple]]:
-        """Pieces of the source's rows, each image prepared or the reason why not, and the purified images."""
+        """
+        Pieces of the source's rows, each image prepared or the reason why not, and the purified images.
+
+        Whole micro-batches are purified, however many squares the images of a piece have.
+        """
         rows = 1 if self.tiles else ROWS_PER_PIECE  # photographs in memory, not sixteen times as many
         pieces = (
             table[first : first + rows]
@@ -228,33 +227,26 @@ class Worker(contextlib.ExitStack):
             for first in range(0, len(table), rows)
         )
         work = ((piece, (piece["image"].to_pylist(), *self.preparation)) for piece in pieces)
-        for piece, prepared, images in self.in_micro_batches(in_order(self.pool, prepare_all, work, self.in_flight)):
-            yield (piece, prepared), (images,)
-
-    def in_micro_batches(
-        self, pieces: Iterable[tuple[pa.Table, list[TiledImage | str]]]
-    ) -> Iterator[tuple[pa.Table, list[TiledImage | str], list[np.ndarray]]]:
-        """Purify whole micro-batches, however many squares the images of a piece have."""
         waiting, unfinished = deque(), deque()
 
         def squares():
-            for piece, prepared in pieces:
+            for piece, prepared in in_order(self.pool, prepare_all, work, self.in_flight):
                 ids = piece["id"].to_pylist()
                 images = [(ids[row], Blending(one)) for row, one in enumerate(prepared) if isinstance(one, TiledImage)]
-                waiting.append((piece, prepared, [blending for _, blending in images]))
+                waiting.append(((piece, prepared), [blending for _, blending in images]))
                 unfinished.extend(images)
                 for image_id, blending in images:
                     yield from zip(blending.tiled.squares(), blending.tiled.names(image_id))
 
         def complete():
-            while waiting and all(blending.finished for blending in waiting[0][2]):
-                piece, prepared, blendings = waiting.popleft()
-                yield piece, prepared, [blending.whole for blending in blendings]
+            while waiting and all(blending.finished for blending in waiting[0][1]):
+                piece, blendings = waiting.popleft()
+                yield piece, ([blending.whole for blending in blendings],)
 
         stream = squares()
         micro_batches = iter(lambda: list(itertools.islice(stream, self.micro_batch_size)), [])
-        work = ((None, tuple(zip(*batch))) for batch in micro_batches)
-        for _, purified in in_order(self.device_thread, self.purify, work, in_flight=2):
+        batches = ((None, tuple(zip(*batch))) for batch in micro_batches)
+        for _, purified in in_order(self.device_thread, self.purify, batches, in_flight=2):
             for square in purified:
                 image_id, blending = unfinished[0]
                 blending.add(square)
@@ -265,22 +257,18 @@ class Worker(contextlib.ExitStack):
             yield from complete()
         yield from complete()
 
-    def write(self, writer: ShardWriter, table: pa.Table, refused: list[str | None], files: list[bytes]) -> None:
+    def write(
+        self, writer: ShardWriter, table: pa.Table, prepared: list[TiledImage | str], files: list[bytes]
+    ) -> None:
         """The rows that are kept, with the purified images; those refused as they were, with the reason."""
-        is_kept = pa.array([reason is None for reason in refused])
+        is_kept = pa.array([isinstance(image, TiledImage) for image in prepared])
         kept, rejected = table.filter(is_kept), table.filter(pc.invert(is_kept))
         images = pa.array([{"bytes": file, "path": None} for file in files], datasets.Image().pa_type)
-        reasons = pa.array(list(filter(None, refused)), pa.string())
+        reasons = pa.array([image for image in prepared if isinstance(image, str)], pa.string())
         writer.write(
-            self.portable(kept, self.other_images, image=images),
-            self.portable(rejected, ["image", *self.other_images], rejection_reason=reasons),
+            with_content(kept, self.other_images, image=images),
+            with_content(rejected, ["image", *self.other_images], rejection_reason=reasons),
         )
-
-    def portable(self, table: pa.Table, images: list[str], **changed: pa.Array) -> pa.Table:
-        """With the content of image files instead of paths, which would mean nothing to whoever gets the data set."""
-        for name in images:
-            changed[name] = pa.array(list(map(_stored, table[name].to_pylist())), datasets.Image().pa_type)
-        return pa.table(dict(zip(table.column_names, table.columns)) | changed)
 
 
 def purify_tiles(
@@ -299,20 +287,6 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
 
 
-def _stored(value: dict | None) -> dict | None:
-    """
-    An image column's value that means the same elsewhere: the file itself, of its path no more than its name.
-
-    Of a file that is too large for an image (`decoding.MAX_FILE_BYTES`), only the name is kept.
-    """
-    if value is None or value["path"] is None:
-        return value
-    path, content = Path(value["path"]), value["bytes"]
-    if content is None and path.is_file() and path.stat().st_size <= MAX_FILE_BYTES:
-        content = path.read_bytes()
-    return {"bytes": content, "path": path.name}
-
-
 @contextlib.contextmanager
 def steady_arithmetic(pipe: JointConditionalPurificationPipeline, threads: int | None) -> Iterator[None]:
     """What the bits of a result depend on, held fixed, and the pipeline's own progress bar out of sight."""
@@ -325,54 +299,3 @@ def steady_arithmetic(pipe: JointConditionalPurificationPipeline, threads: int |
             yield
     finally:
         pipe.set_progress_bar_config(**bar_before)
-
-
-def usual_fit(rows: Rows, size: int, asked: str | None) -> str:
-    """
-    What becomes of images by their sizes: `"exact"` where half of them or more have the purifier's, else `"tile"`.
-
-    Args:
-        rows (`Rows`): The source, of which the first images are looked at.
-        size (`int`): Side of the square that the purifier works on.
-        asked (`str`, *optional*): `"exact"`, if that was asked for.
-
-    Raises:
-        ValueError: If `"exact"` would set the first image aside, or most images are smaller than the purifier's: what
-            to do then is for the caller to say, before all of them have been set aside one by one or enlarged.
-    """
-    sizes = first_sizes(rows, 1 if asked == "exact" else SAMPLED_SIZES)
-    others = [found for found in sizes if found != (size, size)]
-    if 2 * len(others) <= len(sizes):
-        return "exact"
-    smaller = [found for found in others if min(found) < size]
-    width, height = (smaller or others)[0]
-    if asked == "exact" or 2 * len(smaller) > len(sizes):
-        raise ValueError(
-            f"dataset has images of {width}x{height}, but the purifier works on {size}x{size}: fit (--fit) must say "
-            "what becomes of them, resize or tile."
-        )
-    width, height = others[0]
-    engines.say(
-        f"Images of other sizes than {size}x{size}, the purifier's, such as {width}x{height}: each is purified in "
-        "overlapping squares and keeps its size (fit: tile)."
-    )
-    return "tile"
-
-
-def first_sizes(rows: Rows, count: int) -> list[tuple[int, int]]:
-    """Width and height of the first images, by their headers; those that cannot be read are passed over."""
-    sizes = []
-    for table in rows.read(0, count):
-        for value in table["image"].to_pylist():
-            with contextlib.suppress(ImageRejected):
-                sizes.append(picture_size(value))
-    return sizes
-
-
-def squares_per_image(rows: Rows, size: int, overlap: int) -> float:
-    """Mean number of squares that the first images are cut into."""
-    counts = [
-        len(starts(height, size, overlap)) * len(starts(width, size, overlap))
-        for width, height in first_sizes(rows, SAMPLED_SIZES)
-    ]
-    return sum(counts) / len(counts) if counts else 1.0

@@ -1,6 +1,7 @@
 """Processes that decode and encode images, and a thread that feeds an accelerator, while others work."""
 
 import contextlib
+import itertools
 import multiprocessing
 import signal
 from collections import deque
@@ -15,20 +16,12 @@ from ..engines import live_as_long_as_parent
 IN_FLIGHT = 32  # pieces of work at most, so that memory does not depend on the length of the source
 
 
-@contextlib.contextmanager
-def open_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
-    """A pool, or None for 0 processes; what is still waiting on leaving is dropped."""
-    if processes == 0:
-        yield None
-        return
+def open_pool(processes: int) -> ProcessPoolExecutor:
+    """Processes that decode and encode images."""
     # A fork of this process would copy the threads of torch in whatever state they are; this server has none.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jcdp_diffusers.purify.tiling"])
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_process)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_process)
 
 
 def open_device_thread(device_type: str) -> contextlib.AbstractContextManager[ThreadPoolExecutor | None]:
@@ -58,14 +51,13 @@ def in_order(
         for label, arguments in items:
             yield label, function(*arguments)
         return
-    flying = deque()
+    items, flying = iter(items), deque()
     try:
-        for label, arguments in items:
-            flying.append((label, pool.submit(function, *arguments)))
-            if len(flying) >= in_flight:
-                label, future = flying.popleft()
-                yield label, future.result()
-        while flying:
+        while True:
+            for label, arguments in itertools.islice(items, in_flight - len(flying)):
+                flying.append((label, pool.submit(function, *arguments)))
+            if not flying:
+                return
             label, future = flying.popleft()
             yield label, future.result()
     except BrokenProcessPool as error:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..data import ImageRejected, LabelledImages, decode_image, load_images
 from ..data.found import say_once
+from ..data.writing import as_picture
 
 
 MEMORY_LIMIT = 2**30  # bytes of uint8 pixels that are held in memory rather than decoded again at every visit
@@ -84,8 +85,7 @@ class ImageFiles(torch.utils.data.Dataset):
         height, width, channels = pixels.shape
         side = min(height, width)
         left, top = np.random.default_rng([self.seed, draw]).random(2) * (width - side, height - side)
-        picture = Image.fromarray(pixels if channels == 3 else pixels[:, :, 0])
-        square = picture.resize(
+        square = as_picture(pixels).resize(
             (self.resolution, self.resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
         )
         return np.asarray(square).reshape(self.resolution, self.resolution, channels)

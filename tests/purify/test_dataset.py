@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -32,8 +34,10 @@ from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.purify import worker as worker_module
 from jcdp_diffusers.purify.__main__ import main
 from jcdp_diffusers.purify.dataset import purify_dataset, purify_to_folder
+from jcdp_diffusers.purify.shards import explained
 from jcdp_diffusers.purify.tiling import encode_all, starts
 from jcdp_diffusers.purify.worker import steady_arithmetic
+from jcdp_diffusers.storage import Folder
 
 
 datasets.disable_progress_bars()
@@ -260,8 +264,9 @@ def test_a_worker_gets_ready_once_for_all_shards_of_a_stream(pipe, tmp_path, mon
     open_pool = worker_module.open_pool
     monkeypatch.setattr(worker_module, "open_pool", lambda processes: opened.append(processes) or open_pool(processes))
     stream = open_dataset(some_images(20), streaming=True)
-    assert len(purify_to_folder(stream, pipe, output_dir=tmp_path, rows_per_shard=4, **SETTINGS)["files"]) == 5
-    assert opened == [0]
+    options = {"rows_per_shard": 4, "num_workers": 1, **SETTINGS}
+    assert len(purify_to_folder(stream, pipe, output_dir=tmp_path, **options)["files"]) == 5
+    assert opened == [1]
 
 
 def test_a_stream_without_rows_is_refused(pipe, tmp_path):
@@ -295,6 +300,33 @@ def test_from_and_to_other_file_systems(kind, streaming, pipe, source, expected,
     if kind == "memory":
         with pytest.raises(ValueError, match="output_dir is 'memory://.*'.*push_to_hub"):
             purify_to_folder(pipe=pipe, output_dir=f"{place}/out", push_to_hub="a/b", **given, **SETTINGS)
+
+
+def test_what_others_have_at_a_url_is_not_written_over(pipe, source):
+    """The source itself among it: a shard has the name of one of its files."""
+    memory = fsspec.filesystem("memory")
+    memory.put(str(source), "/protected", recursive=True)
+    before = {path: memory.cat_file(path) for path in memory.find("/protected")}
+    with pytest.raises(
+        ValueError, match="output_dir is 'memory://protected', which holds 'train-00000.*must be empty"
+    ):
+        purify_to_folder("memory://protected", pipe, output_dir="memory://protected", split="train", **SETTINGS)
+    assert {path: memory.cat_file(path) for path in memory.find("/protected")} == before
+    memory.store.clear()
+    with pytest.raises(ValueError, match="output_dir is '.*', which lies inside that of dataset"):
+        purify_to_folder(f"file://{source}", pipe, output_dir=source / "out", split="train", **SETTINGS)
+
+
+def test_urls_that_cannot_be_opened_here(pipe, source, monkeypatch):
+    with pytest.raises(ValueError, match="output_dir is 'nowhere://a', but must be a URL that fsspec can open here"):
+        purify_to_folder(source, pipe, output_dir="nowhere://a", **SETTINGS)
+
+    def lacking(url):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lacking)
+    with pytest.raises(ValueError, match="output_dir is 's3://a', but must be a URL .* here: Install s3fs"):
+        purify_to_folder(source, pipe, output_dir="s3://a", **SETTINGS)
 
 
 # --------------------------------------------------------------------------------------------------------------- going on
@@ -350,6 +382,29 @@ def test_refuses_to_go_on_with_other_settings(change, sentence, pipe, source, fi
     torch.set_num_threads(1)
     with pytest.raises(ValueError, match=f"holds a run {re.escape(sentence)}"):
         purify_to_folder(source, pipe, output_dir=finished, **{**SETTINGS, **change})
+
+
+def test_goes_on_with_the_overlap_that_the_run_began_with(pipe, tmp_path):
+    """An overlap of tiles that is given is compared, whether or not fit is; one that is not given is no other one."""
+    go_on = partial(purify_to_folder, some_images(2, size=12), pipe, output_dir=tmp_path, **SETTINGS)
+    go_on(fit="tile", tile_overlap=3)
+    go_on(fit="tile")
+    go_on()
+    for fit in (None, "tile"):
+        with pytest.raises(ValueError, match="whose sizes tile_overlap is 3, but 5 is wanted now"):
+            go_on(fit=fit, tile_overlap=5)
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"\xff", b'{"arithmetic": 1}'])
+def test_damaged_records(content, pipe, source, expected, tmp_path):
+    """That of a shard is made again with the shard; that of the run cannot be, so it is named."""
+    purify_to_folder(source, pipe, output_dir=tmp_path, rows_per_shard=16, **SETTINGS)
+    (tmp_path / ".purify/shards/train-00001.json").write_bytes(content)
+    purify_to_folder(source, pipe, output_dir=tmp_path, **SETTINGS)
+    assert same(read_back(tmp_path), expected)
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match="output_dir is '.*', whose run.json is damaged, but must hold it as it was"):
+        purify_to_folder(source, pipe, output_dir=tmp_path, **SETTINGS)
 
 
 def test_refuses_to_go_on_with_another_purifier(source, finished):
@@ -411,6 +466,9 @@ def test_refuses_to_go_on_with_another_torch(pipe, source, finished, tmp_path):
         ({"shards": 51}, "shards is 51, but the source has 50 rows: one to that many are accepted"),
         ({"shards": 5, "streaming": True, "dataset": "stream"}, "shards is 5, but the source has an unknown number"),
         ({"shards": 2, "rows_per_shard": 5}, "shards is 2 and rows_per_shard 5, but only one of them"),
+        ({"num_workers": -1}, "num_workers is -1, but must be at least 0"),
+        ({"processes": 0}, "processes is 0, but must be at least 1"),
+        ({"address": "auto"}, "address is 'auto', but must be None where engine is 'local'"),
         ({"rows_per_shard": 0}, "rows_per_shard is 0, but must be at least 1"),
         ({"image_size": -1}, "image_size is -1, but must be the side of a square"),
         ({"image_size": 9}, "image_size is 9, but must be a multiple of 2"),
@@ -432,6 +490,12 @@ def test_an_output_that_cannot_be_written_to(pipe, source, tmp_path):
         purify_to_folder(source, pipe, output_dir=tmp_path / "file" / "out", **SETTINGS)
     with pytest.raises(ValueError, match="output_dir is '.*file'"):
         purify_to_folder(source, pipe, output_dir=tmp_path / "file", **SETTINGS)
+
+
+def test_trouble_beside_the_output_is_not_blamed_on_it(tmp_path):
+    beside = FileNotFoundError(errno.ENOENT, "No such file or directory", f"{tmp_path}/output of others/0.png")
+    with pytest.raises(FileNotFoundError, match="output of others"), explained(Folder(tmp_path / "output")):
+        raise beside
 
 
 def test_the_source_and_files_of_others_stay_as_they_are(pipe, source, tmp_path):
@@ -608,6 +672,26 @@ def test_command_line(purifier, source, expected, tmp_path, capsys, handlers):
     with pytest.raises(SystemExit) as usage:
         main(["--purifier", purifier])
     assert usage.value.code == 2
+
+
+def test_enlarged_images_of_a_run_in_tiles_are_not_told_of_tiles(purifier, tmp_path, capsys, handlers):
+    draw, photos = np.random.default_rng(0), tmp_path / "photos"
+    photos.mkdir()
+    for number, shape in enumerate([(30, 20, 3), (17, 24, 3), (4, 5, 3)]):
+        Image.fromarray(draw.integers(0, 256, shape, dtype=np.uint8)).save(photos / f"{number}.png")
+    command = f"--purifier {purifier} --dataset {photos} --output {tmp_path}/out --diffusion_steps 3"
+    assert main(command.split()) == 0
+    said = capsys.readouterr().out
+    assert "1 images were not of the purifier's size and have been resized." in said and "--fit" not in said
+
+
+def test_pictures_are_not_exported_to_a_url(purifier, source, tmp_path, monkeypatch, capsys, handlers):
+    """Where a folder named `memory:` would have been made."""
+    monkeypatch.chdir(tmp_path)
+    where = ["--dataset", str(source), "--output", "out", "--export", "memory://pictures"]
+    assert main(["--purifier", purifier, *where, "--diffusion_steps", "3"]) == 1
+    assert "--export is 'memory://pictures', but must be a path of this machine" in capsys.readouterr().err
+    assert not (tmp_path / "memory:").exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("given", "recorded", "total"), [("3", 3, 6), ("1 3", [1, 3], 4)])

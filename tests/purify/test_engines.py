@@ -1,6 +1,9 @@
 """A data set purified by several workers: the bytes of one, whichever engine runs them and whatever happens to them."""
 
+import contextlib
+import io
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -10,8 +13,10 @@ import time
 from functools import partial
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from purifying import SETTINGS, quick_pipe, some_images, source_folder
 
 from jcdp_diffusers import engines
@@ -97,6 +102,53 @@ def test_ray_workers_that_cannot_open_the_purifier(source, tmp_path, two_nodes, 
     assert main([*command.split(), "--engine", "ray", "--address", two_nodes.address]) == 1
     said = capsys.readouterr().err.splitlines()
     assert "nowhere" in said[-1] and not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Ray's actors as far as a command can tell: in another working directory, and what they say is not seen."""
+
+    def run(tasks, open_worker, address, actors, room, tally):
+        open_worker, tasks = pickle.loads(pickle.dumps((open_worker, tasks)))
+        with contextlib.chdir(tmp_path / "elsewhere"), contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.ExitStack() as stack:
+                worker = stack.enter_context(open_worker())
+                done = [(task, engines._run_task(task, worker)) for task in tasks]
+        for task, result in done:
+            tally.done(task, result)
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(engines, "_run_on_ray", run)
+
+
+def test_ray_workers_take_paths_as_the_command_does_and_the_command_says_what_they_find(
+    purifier, tmp_path, elsewhere, monkeypatch, capsys
+):
+    """Another data set lies under the same name where the workers are."""
+    draw = np.random.default_rng(0)
+    for place, count in ((tmp_path, 2), (tmp_path / "elsewhere", 3)):
+        (place / "photos").mkdir()
+        for number in range(count):
+            picture = Image.fromarray(draw.integers(0, 256, (20, 13, 3), dtype=np.uint8))
+            picture.save(place / f"photos/{number}.png")
+    monkeypatch.chdir(tmp_path)
+    command = f"--purifier {purifier} --dataset photos --output out --diffusion_steps 3 --engine ray --device cpu"
+    assert main(command.split()) == 0
+    said = capsys.readouterr()
+    assert "2 rows in, 2 out" in said.out and "such as 13x20: each is purified in overlapping squares" in said.err
+    assert (tmp_path / "out" / "summary.json").exists() and not (tmp_path / "elsewhere" / "out").exists()
+
+
+@pytest.mark.parametrize("device", [None, "cuda", torch.device("cuda")])
+def test_each_rank_has_a_gpu_of_its_own(device, purifier, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: used[-1])
+    monkeypatch.setattr("jcdp_diffusers.purify.dataset.place", lambda pipe, device, **options: used.append(device))
+    open_purifier(purifier, device, output_dir=tmp_path)
+    assert used == [3, "cuda:3"]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from PIL import Image
 from purifying import SETTINGS, quick_pipe, read_back, same, some_images, source_folder, work
 
 from jcdp_diffusers.data import decoding, open_dataset, to_uint8, write_dataset
-from jcdp_diffusers.purify import worker
+from jcdp_diffusers.purify import reader
 from jcdp_diffusers.purify.dataset import open_purifier, purify_to_folder
 from jcdp_diffusers.purify.worker_pool import in_order, open_pool
 
@@ -263,7 +263,7 @@ def test_a_finished_shard_is_damaged(damage, source, expected, tmp_path):
 
 
 def test_of_a_file_that_is_too_large_for_an_image_only_the_name_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr(reader, "MAX_FILE_BYTES", 10_000)
     monkeypatch.setattr(decoding, "MAX_FILE_BYTES", 10_000)
     folder = tmp_path / "source"
     folder.mkdir()

@@ -1,5 +1,7 @@
 """Rows of any source, from any row on."""
 
+from pathlib import Path
+
 import datasets
 import fsspec
 import numpy as np
@@ -11,6 +13,7 @@ from purifying import some_images, source_folder
 
 from jcdp_diffusers.data import load_images, open_dataset, write_dataset
 from jcdp_diffusers.data.decoding import OUTSIDE
+from jcdp_diffusers.purify import reader
 from jcdp_diffusers.purify.reader import ROWS_AT_ONCE, open_rows
 
 
@@ -156,7 +159,7 @@ def test_files_at_a_url_are_checked_and_joined_as_those_of_a_folder(at_url, tmp_
         open_rows(at_url(tmp_path / "part"), split="train")
     with pytest.raises(ValueError, match="where no file of split 'test' is; .* are accepted"):
         open_rows(at_url(tmp_path / "part"), split="test")
-    with pytest.raises(ValueError, match="'nowhere://part', but URLs that fsspec can open here are accepted"):
+    with pytest.raises(ValueError, match="'nowhere://part', but must be a URL that fsspec can open here"):
         open_rows("nowhere://part", split="test")
     (tmp_path / "part/train-00000-of-00002.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="00000-of-00002.parquet' is no readable Parquet file: a Git LFS pointer"):
@@ -165,6 +168,13 @@ def test_files_at_a_url_are_checked_and_joined_as_those_of_a_folder(at_url, tmp_
     pq.write_table(other, tmp_path / "part/train-00000-of-00002.parquet")
     with pytest.raises(ValueError, match="00001-of-00002.parquet' has the columns image, label; those of train-00000"):
         open_rows(at_url(tmp_path / "part"), split="train")
+
+
+def test_a_fingerprint_reads_no_file_that_is_too_large_for_an_image(tmp_path, monkeypatch):
+    (tmp_path / "0.png").write_bytes(bytes(11))
+    monkeypatch.setattr(reader, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(Path, "read_bytes", None)
+    assert open_rows(tmp_path).length == 1
 
 
 def test_a_fingerprint_of_an_image_folder_reads_the_files(tmp_path):

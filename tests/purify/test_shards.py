@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jcdp_diffusers.purify import shards
-from jcdp_diffusers.purify.folder import Folder
 from jcdp_diffusers.purify.shards import ShardStore, ShardWriter
+from jcdp_diffusers.storage import Folder
 
 
 SCHEMA = pa.schema({"id": pa.string()})

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 
-from ..pipeline_jcdp import JointConditionalPurificationPipeline
-from ..purification_config import PurificationConfig
-from ..results import plain
+from .pipeline_jcdp import JointConditionalPurificationPipeline
+from .purification_config import PurificationConfig
+from .results import plain
 
 
 def purifier_digest(purifier: str | os.PathLike | JointConditionalPurificationPipeline) -> str:

@@ -1,42 +1,44 @@
-"""The output folder: on a local disk, or wherever else fsspec can write to (`s3://`, `gs://`, `hf://`, `memory://`)."""
+"""Folders on a local disk, or wherever else fsspec can read and write (`s3://`, `gs://`, `hf://`, `memory://`)."""
 
-import contextlib
-import errno
 import fnmatch
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from ..outputs import replacing, write_atomically
-
-
-STATE = ".purify"  # with a leading dot, readers of the data set pass it by
+from .outputs import replacing, write_atomically
 
 
 class Folder:
     """
     A folder whose files appear whole or not at all.
 
-    On a local disk a file is written under another name, flushed and renamed. Elsewhere it is uploaded in one piece,
-    and the record that names it is written last.
+    On a local disk a file is written under another name, flushed and renamed. Elsewhere it is uploaded in one piece.
 
     Args:
         url (`str` or `os.PathLike`): A path, or a URL of fsspec.
+        name (`str`): Of the argument, for the error.
 
     Attributes:
         fs (`DirFileSystem`): The folder as a file system: names are relative to it.
         local (`Path`, *optional*): The folder, where it is on a local disk.
+
+    Raises:
+        ValueError: If fsspec, as it is installed here, cannot open such a URL.
     """
 
-    def __init__(self, url: str | os.PathLike):
+    def __init__(self, url: str | os.PathLike, name: str = "output_dir"):
         self.url = os.fspath(url)
-        whole, self.root = fsspec.core.url_to_fs(self.url)
+        try:
+            whole, self.root = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:  # no package for this kind of URL, or no such kind
+            raise ValueError(
+                f"{name} is {self.url!r}, but must be a URL that fsspec can open here: {error}."
+            ) from error
+        self.root = self.root.rstrip("/") or "/"
         self.fs = DirFileSystem(self.root, whole)
         self.local = Path(self.root) if isinstance(whole, LocalFileSystem) else None
 
@@ -74,27 +76,8 @@ class Folder:
         if self.fs.exists(name):
             self.fs.rm_file(name)
 
-    def place_to_write(self) -> Path:
-        """A local folder for what is being written: where a rename is enough to put a file into its place."""
-        return self.local / STATE / "writing" if self.local else Path(tempfile.gettempdir())
-
 
 def digest(path: str | os.PathLike, open=open) -> str:
     """SHA-256 of a file, local unless another `open` is given."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def explained(folder: Folder) -> Iterator[None]:
-    """Trouble with the output in one sentence that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        within = str(error.filename or "").startswith(folder.root)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and not within:
-            raise
-        raise OSError(
-            f"output_dir {folder.url!r} cannot be written to ({os.strerror(error.errno).lower()}): mend "
-            "that and give the same command again, finished shards stay."
-        ) from error
