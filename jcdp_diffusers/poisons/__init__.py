@@ -39,6 +39,9 @@ _FILES = {
     "uc-clip": "uc",
 }
 NAMES = tuple(_FILES)
+# Of the settings of all methods: whole numbers that need not be 1 at least, and others that may not be 0.
+MAY_BE_ZERO = ("model_steps", "adversary_steps", "noise_adversary_steps", "crop_padding", "warmup", "generator_blocks")
+ABOVE_ZERO = ("step", "learning_rate", "level", "norm")
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,7 @@ def _replaced(settings: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _check_numbers(settings: Any, prefix: str = "") -> None:
-    """Refuse numbers that are not finite, and an `epsilon` that is no bound of images."""
+    """Refuse numbers that no method could use: infinite ones, negative ones, and most that are 0."""
     for field in fields(settings):
         name, value = f"{prefix}{field.name}", getattr(settings, field.name)
         if is_dataclass(value):
@@ -251,6 +254,10 @@ def _check_numbers(settings: Any, prefix: str = "") -> None:
             raise ValueError(f"{name} is {value}, but must be finite.")
         elif field.name == "epsilon" and not 0 < value <= 255:
             raise ValueError(f"{name} is {value}, but must be above 0 and at most 255, in 1/255.")
+        elif type(value) is int and value < (least := int(field.name not in MAY_BE_ZERO)):
+            raise ValueError(f"{name} is {value}, but must be at least {least}.")
+        elif type(value) is float and (value < 0 or (value == 0 and field.name in ABOVE_ZERO)):
+            raise ValueError(f"{name} is {value}, but must be {'above' if value == 0 else 'at least'} 0.")
 
 
 def _check_images(images: torch.Tensor) -> None:

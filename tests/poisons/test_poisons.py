@@ -203,6 +203,31 @@ def test_numbers_that_are_no_bound_are_refused(name, images, labels):
         poison(images, labels, preset=replace(poison.settings("smoke"), epsilon=float("nan")))
 
 
+def numbers_of(settings):
+    """Name, value and settings with another value for it, of each number; those of settings within settings, too."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            for name, inner, other in numbers_of(value):
+                yield name, inner, lambda new, field=field, other=other: replace(settings, **{field.name: other(new)})
+        elif type(value) in (int, float):
+            yield field.name, value, lambda new, field=field: replace(settings, **{field.name: new})
+
+
+@pytest.mark.parametrize("name", poisons.NAMES)
+def test_numbers_that_no_method_could_use_are_refused(name):
+    """Before anything is made: without steps there would be no noise, and nobody would be told."""
+    poison = poisons.get(name)
+    for preset in poison.presets.values():
+        assert poison.settings(preset) is preset
+    for field, value, with_value in numbers_of(poison.presets["published"]):
+        refused = [-1.0, float("nan"), float("inf")] if type(value) is float else [-1]
+        refused += [0] if field in ("steps", "epochs", "rounds", "batch_size", "samples") else []
+        for wrong in refused:
+            with pytest.raises(ValueError, match=f"{wrong}.* must|must .*{wrong}"):
+                poison.settings(with_value(wrong))
+
+
 def test_what_is_no_number_does_not_become_an_image(data):
     noise = np.zeros((40, 3, 16, 16), dtype=np.float32)
     noise[7, 0, 3, 3] = np.nan
