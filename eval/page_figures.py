@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from eval.measured import Measured
+from eval.measured import Measured, spread
 from eval.speed_tables import Machine, short_name
 from eval.studies import finetune_versus_scratch
 from jcdp_diffusers.repository import read_json
@@ -69,10 +69,11 @@ def photographs() -> dict[str, str]:
     }
 
 
-def pretrained() -> dict[str, str]:
-    """What a pretrained victim gets from poisons that were made anew, in %."""
-    records = read_records(RESULTS / "pretrained_cifar10_mini.jsonl")
-    return {one["settings"]["poison"]: f"{100 * one['value']:.1f}" for one in records if one["what"] == "accuracy"}
+def made_anew() -> dict[str, str]:
+    """What victims get from poisons that were made anew, by poison and countermeasure, in %."""
+    found = Measured(read_records(RESULTS / "made_anew_cifar10_mini.jsonl"))
+    keys = [(key.poison, key.column) for key in found.keys("cifar10")]
+    return {f"{poison}_{column}": spread(found.accuracies("cifar10", poison, column)) for poison, column in keys}
 
 
 def audits() -> dict[str, str]:
@@ -183,7 +184,7 @@ def finetune() -> dict[str, str]:
 
 GROUPS: dict[str, Callable[[], dict[str, str]]] = {
     "mini": mini,
-    "pretrained": pretrained,
+    "made_anew": made_anew,
     "audits": audits,
     "contrastive": contrastive,
     "photographs": photographs,

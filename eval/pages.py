@@ -85,16 +85,23 @@ def mini_table() -> str:
 
 
 def headline_table() -> str:
-    """What README.md compares: a row per countermeasure, a column per poison; those without a record are left out."""
-    found = measured("countermeasures")
-    figures = {
-        column: {name: found.accuracies("cifar10", name, column) for name in HEADLINE_POISONS} for column in HEADLINE
-    }
-    poisons = [name for name in HEADLINE_POISONS if any(row[name] for row in figures.values())]
+    """
+    What README.md compares: a row per countermeasure, a column per poison; those without a record are left out. A star
+    marks figures of a poison that was made anew, which is other noise than the rest of its column.
+    """
+    found, anew = measured("countermeasures"), measured("made_anew")
+
+    def cell(poison: str, column: str) -> str:
+        figures = found.accuracies("cifar10", poison, column)
+        others = anew.accuracies("cifar10", poison, column)
+        return f"{spread(others)}*" if others and not figures else spread(figures)
+
+    cells = {column: {name: cell(name, column) for name in HEADLINE_POISONS} for column in HEADLINE}
+    poisons = [name for name in HEADLINE_POISONS if any(row[name] != NOT_MEASURED for row in cells.values())]
     rows = [
-        [HEADLINE[column], *(spread(row[name]) for name in poisons)]
-        for column, row in figures.items()
-        if any(row.values())
+        [HEADLINE[column], *(row[name] for name in poisons)]
+        for column, row in cells.items()
+        if set(row.values()) != {NOT_MEASURED}
     ]
     return markdown_table(["what is done about it", *(POISONS.get(name, "clean images") for name in poisons)], rows)
 

@@ -57,8 +57,9 @@ def check_fractions(sets: Mapping[str, LabelledImages], asked: AuditSettings, le
         ValueError: If the protection changes fewer images, or the rest lacks a class, or is smaller than a batch of a
             method without labels.
     """
-    protected = sets["protected"]
-    changed = _changed(sets)
+    if not asked.fractions:
+        return
+    protected, changed = sets["protected"], _changed(sets)
     for fraction in asked.fractions:
         part = protected_part(protected.labels, len(protected), fraction, asked.seed, changed)
         rest = ~part
@@ -94,8 +95,7 @@ def trials_of_fractions(
         asked (`AuditSettings`): Fractions, and the seed of the draw.
         protected (`Sequence[Trial]`): The row of protected images, which is that of fraction 1.
     """
-    clean, whole = sets["clean"], sets["protected"]
-    changed = _changed(sets)
+    clean, whole, changed = sets["clean"], sets["protected"], _changed(sets)
     found = {}
     for fraction in asked.fractions:
         if fraction == 1:

@@ -40,7 +40,15 @@ _FILES = {
 }
 NAMES = tuple(_FILES)
 # Of the settings of all methods: whole numbers that need not be 1 at least, and others that may not be 0.
-MAY_BE_ZERO = ("model_steps", "adversary_steps", "noise_adversary_steps", "crop_padding", "warmup", "generator_blocks")
+MAY_BE_ZERO = (
+    "model_steps",
+    "adversary_steps",
+    "noise_adversary_steps",
+    "crop_padding",
+    "warmup",
+    "generator_blocks",
+    "offset",  # the methods that have one say why it may not be
+)
 ABOVE_ZERO = ("step", "learning_rate", "level", "norm")
 
 

@@ -204,7 +204,8 @@ class ConvGroup(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn1, self.bn2 = (nn.BatchNorm2d(out_channels, eps=1e-12, momentum=0.4) for _ in range(2))
+        # The authors' eps is 1e-12. With it, a channel that is constant but for rounding overflows in training.
+        self.bn1, self.bn2 = (nn.BatchNorm2d(out_channels, eps=1e-8, momentum=0.4) for _ in range(2))
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2)):
             nn.init.dirac_(conv.weight.data[: conv.in_channels])  # as many filters as there are inputs pass them on
             norm.weight.requires_grad_(False)

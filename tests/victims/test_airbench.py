@@ -141,6 +141,17 @@ def test_one_step_is_that_of_the_authors():
     torch.testing.assert_close(weights(network), weights(reference), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_images_with_large_even_areas_end_in_no_infinite_weight(train, seed):
+    """Channels that are constant but for rounding; with the authors' eps, one in eight diverges."""
+    images, labels = as_tensors(train)
+    with seeded(seed):
+        network = convnet94(10, in_channels=1, width=4)
+    network.whiten(images)
+    train_model(network, images, labels, recipe=dataclasses.replace(QUICK, epochs=4, look_ahead_steps=10**6))
+    assert torch.isfinite(weights(network)).all()
+
+
 def test_the_bias_of_whitening_is_trained_at_first(train):
     images, labels = as_tensors(train)
     network = convnet94(10, in_channels=1, width=4)
