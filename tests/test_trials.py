@@ -266,6 +266,7 @@ class Deadly(LabelledImages):
         os.kill(os.getpid(), signal.SIGSEGV)
 
 
+@pytest.mark.long  # tests/test_engines.py has the same of plain tasks
 def test_a_process_that_dies_of_a_signal_is_one_sentence_that_names_the_trial(tmp_path):
     deadly = Deadly(TRAIN.images, TRAIN.labels, TRAIN.ids)
     ended = r"^trial none seed 7: its process was ended by signal 11 \(SIGSEGV\)"

@@ -354,6 +354,7 @@ def test_a_purifier_of_another_size_is_refused(source, tmp_path):
         benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
 
 
+@pytest.mark.long  # tests/test_engines.py has the same of plain tasks
 def test_ranks_of_a_launcher_share_the_trials_and_one_trains_the_purifier(source, tmp_path, monkeypatch, capsys):
     """Were they a group, the one that trains would wait for the other for ever."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -97,6 +97,7 @@ def test_ray_writes_the_bytes_of_one_though_a_node_is_lost(source, purifier, alo
     assert "90 rows in, 90 out, 0 rejected" in capsys.readouterr().out
 
 
+@pytest.mark.long  # tests/test_engines.py has the same of plain tasks
 def test_ray_workers_that_cannot_open_the_purifier(source, tmp_path, two_nodes, capsys):
     command = f"--purifier {tmp_path}/nowhere --dataset {source} --output {tmp_path}/out --diffusion_steps 3"
     assert main([*command.split(), "--engine", "ray", "--address", two_nodes.address]) == 1
