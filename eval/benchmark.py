@@ -50,7 +50,7 @@ from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import Plan, plan_for, purifier_to_be, train_planned
 from jcdp_diffusers.train.provenance import check_trained_on
 from jcdp_diffusers.trials import Trial, describe_images, measure
-from jcdp_diffusers.victims import RECIPE_NAMES
+from jcdp_diffusers.victims import RECIPE_NAMES, check_victim
 from jcdp_diffusers.victims.finetuning import COLLECTED, InitFrom, read_weights
 
 
@@ -83,12 +83,14 @@ def run_grid(
     Returns:
         `list[Trial]`: All trials of the grid, each of them on record.
     """
-    output_dir, device = Path(output_dir), torch.device(device)
+    # Absolute, because workers on Ray may have another working directory.
+    output_dir, device = Path(output_dir).absolute(), torch.device(device)
     perceptual = None if grid.perceptual is None else load_perceptual(grid.perceptual)
     output_dir.mkdir(parents=True, exist_ok=True)
     data_name, clean, collected, test = load_roles(grid)
     clean, test, collected = check_sets({"protected": clean, "test": test}, {"collected": collected}).values()
     check_separation(clean, collected, test, None, roles=grid.roles)
+    _check_victims(grid, clean, test)
     _check_columns(grid, clean, collected, perceptual, device)
     roles = _roles(grid, clean, test, say)
     say(f"{grid.name}: {len(clean)} images to protect, {len(collected)} collected, {len(test)} for the test")
@@ -193,6 +195,15 @@ def _start(grid: Grid, column: Column, collected: LabelledImages | None) -> Init
     if column.init_from != COLLECTED:
         return InitFrom(read_weights(column.init_from), column.finetune)
     return InitFrom(_collected_for(column.collected, collected), column.finetune, grid.pretraining_recipe)
+
+
+def _check_victims(grid: Grid, clean: LabelledImages, test: LabelledImages) -> None:
+    """Refuse images that victims or countermeasures cannot take, before anything is made."""
+    probe, recipe = None if grid.method == "supervised" else clean, grid.full_recipe.for_images(len(clean))
+    for victim in grid.victims:
+        check_victim(clean, test, victim=victim, method=grid.method, probe=probe, recipe=recipe)
+    for column in grid.columns().values():
+        countermeasures.get(column.countermeasure).require_images(clean)
 
 
 def _check_columns(
@@ -306,7 +317,8 @@ def _purifiers(
     """The purifier of each column that needs one, trained where the grid names none."""
     counts = {title: column.collected for title, column in grid.columns().items() if column.needs_purifier}
     if grid.purifier is not None:
-        return dict.fromkeys(counts, grid.purifier)
+        there = Path(grid.purifier).expanduser()
+        return dict.fromkeys(counts, str(there.absolute()) if there.exists() else grid.purifier)
     folders = {}
     for count in dict.fromkeys(counts.values()):
         images = _collected_for(count, collected)

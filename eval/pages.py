@@ -30,7 +30,7 @@ from jcdp_diffusers.results import read_records, summarise
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 # Rows of results/cifar10_mini, whose control was Gaussian noise.
-STORY_ROWS = {
+MINI_ROWS = {
     "clean": "clean",
     "protected": "protected by LSP",
     "random_noise": "random noise of the same norm",
@@ -78,7 +78,7 @@ def mini_table() -> str:
     records = [r for r in records if r["what"] in ("accuracy", "train_accuracy")]
     found = {(row["what"], row["settings.row"]): row for row in summarise(records, by=("what", "settings.row"))}
     rows = []
-    for row, title in STORY_ROWS.items():
+    for row, title in MINI_ROWS.items():
         test, training = (found[what, row]["values"] for what in ("accuracy", "train_accuracy"))
         rows.append([title, *(spread([100 * value for value in values]) for values in (test, training))])
     return markdown_table(["victim trained on", "test accuracy in %", "training accuracy in %"], rows)
@@ -87,7 +87,7 @@ def mini_table() -> str:
 def headline_table() -> str:
     """
     What README.md compares: a row per countermeasure, a column per poison; those without a record are left out. A star
-    marks figures of a poison that was made anew, which is other noise than the rest of its column.
+    marks figures of a poison that was made again, whose noise differs from that of the rest of its column.
     """
     found, anew = measured("countermeasures"), measured("made_anew")
 

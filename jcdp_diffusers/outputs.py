@@ -110,7 +110,7 @@ def check_output_folder(
         ValueError: If the folder is a source, lies in one or holds one; if it holds other files, or a link; or if it
             is no folder, or a URL.
     """
-    _refuse_sources(output, sources or {}, holds_sources, name)
+    _check_place(output, sources or {}, holds_sources, name)
     if not os.path.lexists(output):
         return
     if not os.path.isdir(output):
@@ -144,7 +144,7 @@ def check_output_file(
     Raises:
         ValueError: If the path is a source or lies in one, or is a link or anything else that is no regular file.
     """
-    _refuse_sources(output, sources or {}, False, name)
+    _check_place(output, sources or {}, False, name)
     if os.path.islink(output) or (os.path.lexists(output) and not os.path.isfile(output)):
         raise ValueError(
             f"{name} is {str(output)!r}, but must be a regular file or a path where there is nothing yet."
@@ -158,10 +158,11 @@ def check_apart(output: str | os.PathLike, *, sources: Mapping[str, object], nam
     Args:
         output, sources, name: As for `check_output_folder`.
     """
-    _refuse_sources(output, sources, False, name)
+    _check_place(output, sources, False, name)
 
 
-def _refuse_sources(output, sources: Mapping[str, object], holds_sources: bool, name: str) -> None:
+def _check_place(output, sources: Mapping[str, object], holds_sources: bool, name: str) -> None:
+    """Refuse a URL, and a place where a source would be written to."""
     if "://" in os.fspath(output):
         raise ValueError(f"{name} is {str(output)!r}, but must be a path of this machine: no URL is written to.")
     place = Path(os.path.realpath(output))

@@ -35,12 +35,15 @@ class SavedState:
 
         Raises:
             ValueError: If the file is damaged, or holds the state of another run.
+            OSError: If it cannot be read.
         """
         if self.path is None or not self.path.exists():
             return None
         try:
             state = torch.load(self.path, weights_only=True, map_location="cpu")
             run = state["run"]
+        except (OSError, MemoryError):  # the disk or the memory is at fault, and not the file
+            raise
         except Exception as error:  # what torch's loader raises depends on the bytes
             raise ValueError(
                 f"checkpoint_dir is {str(self.path.parent)!r}, but its {self.path.name} must be a saved state, and is "

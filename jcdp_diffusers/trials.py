@@ -26,9 +26,9 @@ from . import countermeasures, engines
 from .countermeasures import Pairs
 from .data import LabelledImages
 from .devices import available_cores, cpu_threads, device_in_words
-from .digest import noise_corner, purifier_digest
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .purification_config import PurificationConfig
+from .purifier_digest import noise_corner, purifier_digest
 from .purify.manifest import RUN_NAME
 from .results import append_record, as_settings, plain, read_records, summarise, without_later
 from .victims import Recipe, VictimResult, get_recipe, train_victim

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data import LabelledImages
+from ..data.perturbations import changed_images
 from ..trials import Trial, spread_over_seeds
 from .settings import AuditSettings, Learner
 
@@ -59,7 +60,8 @@ def check_fractions(sets: Mapping[str, LabelledImages], asked: AuditSettings, le
     """
     if not asked.fractions:
         return
-    protected, changed = sets["protected"], _changed(sets)
+    protected = sets["protected"]
+    changed = changed_images(sets["clean"].images, protected.images)
     for fraction in asked.fractions:
         part = protected_part(protected.labels, len(protected), fraction, asked.seed, changed)
         rest = ~part
@@ -95,7 +97,8 @@ def trials_of_fractions(
         asked (`AuditSettings`): Fractions, and the seed of the draw.
         protected (`Sequence[Trial]`): The row of protected images, which is that of fraction 1.
     """
-    clean, whole, changed = sets["clean"], sets["protected"], _changed(sets)
+    clean, whole = sets["clean"], sets["protected"]
+    changed = changed_images(clean.images, whole.images)
     found = {}
     for fraction in asked.fractions:
         if fraction == 1:
@@ -109,11 +112,6 @@ def trials_of_fractions(
             for images, name in zip((mixed, whole.with_images(clean.images).subset(~part)), names)
         )
     return found
-
-
-def _changed(sets: Mapping[str, LabelledImages]) -> np.ndarray:
-    """bool (N,), which images the protection changes."""
-    return (sets["protected"].images != sets["clean"].images).any(axis=(1, 2, 3))
 
 
 def figures_of_fractions(trials: Mapping[float, tuple[Sequence[Trial], Sequence[Trial]]], records: Path) -> list[dict]:

@@ -1,8 +1,9 @@
 """The images of an audit: read, checked against each other, and described for the report."""
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -170,20 +171,31 @@ def check_learners(sets: Mapping[str, LabelledImages], asked: AuditSettings, lea
         learners (`Sequence[Learner]`): The victims.
 
     Raises:
-        ValueError: In one sentence that begins with a set.
+        ValueError: In one sentence that names the method or the attack.
     """
     protected, probed = sets["protected"], sets.get("probe", sets.get("clean"))
     for one in asked.tried:
-        one.countermeasure.require_images(protected)
+        with _named(f"countermeasure {one.countermeasure.name!r}"):
+            one.countermeasure.require_images(protected)
     for learner in learners:
-        check_victim(
-            protected,
-            sets["test"],
-            victim=learner.victim,
-            method=learner.method,
-            probe=None if learner.method == "supervised" else probed,
-            recipe=learner.recipe.for_images(len(protected)),
-        )
+        with _named(f"method {learner.method!r}"):
+            check_victim(
+                protected,
+                sets["test"],
+                victim=learner.victim,
+                method=learner.method,
+                probe=None if learner.method == "supervised" else probed,
+                recipe=learner.recipe.for_images(len(protected)),
+            )
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """An error says what cannot take the protected images, which it calls as `train_victim` and attacks do."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what} cannot take the protected images: {error}") from error
 
 
 def kept_from_purifiers(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]:

@@ -27,7 +27,7 @@ def shortcut_test(
 
     The model is fitted to 4/5 of the protected images. It is tested on the other 1/5, which it has not seen but which
     carry the same protection, and on the test images, which carry none. Honest images give about the same figure
-    twice. The classes of the test images are weighted to the proportions of the held-out ones, because a frequent
+    twice. The classes of the test images are weighted to the proportions of the protected ones, because a frequent
     class is easy to guess.
 
     Args:
@@ -37,7 +37,7 @@ def shortcut_test(
 
     Returns:
         `dict`: `protected` and, where given, `clean`, each with `fitted`, `held_out` and `test` accuracies in [0, 1],
-        the last one by the classes of the held-out images;
+        the last one with the class proportions of the protected images;
         `images`, how many were used; `gap`, held-out minus test accuracy of the protected set; `found`, whether the
         gap is larger than 0.1 and than three standard deviations of chance; `exchanged`, whether that is so of the
         clean originals and not of the protected images.
@@ -46,7 +46,7 @@ def shortcut_test(
     rows = np.random.default_rng(seed).permutation(len(protected))[:count]
     fitted, held_out = rows[: len(rows) * 4 // 5], rows[len(rows) * 4 // 5 :]
     test = test.subset(np.random.default_rng(seed).permutation(len(test))[:count])
-    weights = weights_by_class(test.labels, protected.labels[held_out])
+    weights = weights_by_class(test.labels, protected.labels)
     counts = len(held_out), effective_count(weights)
     result: dict = {"images": count}
     for name, data in (("protected", protected), ("clean", clean)):

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import LabelledImages, check_roles, find_overlap
 from .labels import join_labels
-from .perturbations import measured_norms
+from .perturbations import changed_images, measured_norms
 
 
 ROLES = ("disjoint", "paper")
@@ -225,7 +225,7 @@ def describe_set(data: LabelledImages) -> dict:
 
 def describe_noise(clean: LabelledImages, protected: LabelledImages) -> dict:
     """Sizes of the protection after rounding: `measured_norms` of the images that it changes, and `share_changed`."""
-    changed = (clean.images != protected.images).any(axis=(1, 2, 3))
+    changed = changed_images(clean.images, protected.images)
     rows = changed if changed.any() else slice(None)
     return measured_norms(clean.images[rows], protected.images[rows]) | {"share_changed": float(changed.mean())}
 

@@ -13,6 +13,11 @@ MOST_IMAGES = 2000
 VALUES_AT_A_TIME = 2**21
 
 
+def changed_images(clean: np.ndarray, poisoned: np.ndarray) -> np.ndarray:
+    """bool (N,), which of the uint8 images (N, H, W, C) differ."""
+    return (clean != poisoned).any(axis=(1, 2, 3))
+
+
 def apply_perturbation(images: np.ndarray, perturbation: torch.Tensor | np.ndarray) -> np.ndarray:
     """Adds a perturbation to 8-bit images: in floating point, clipped to the valid range, rounded once.
 
@@ -142,7 +147,7 @@ def visibility(
         ValueError: If the two arrays differ in shape.
     """
     _check_pair(clean, poisoned)
-    rows = np.flatnonzero((clean != poisoned).any(axis=(1, 2, 3)))
+    rows = np.flatnonzero(changed_images(clean, poisoned))
     found: dict = {"images": len(rows), "not_measured": {}, "network": getattr(perceptual, "name", None)}
     measures = {"linf": _linf, "l2": _l2, "psnr": _psnr_of_bytes}
     few = np.sort(np.random.default_rng(seed).permutation(rows)[:MOST_IMAGES])
@@ -174,7 +179,7 @@ def noise_kept(clean: np.ndarray, poisoned: np.ndarray, change: Callable[[np.nda
         ValueError: If the two arrays differ in shape, or no image differs.
     """
     _check_pair(clean, poisoned)
-    rows = np.flatnonzero((clean != poisoned).any(axis=(1, 2, 3)))
+    rows = np.flatnonzero(changed_images(clean, poisoned))
     if len(rows) == 0:
         raise ValueError("poisoned has no image that differs from its clean one, but one at least is needed.")
     kept = []

@@ -8,13 +8,14 @@ what the method needs and promises; the command, the tables, the cards and the t
 """
 
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
+
+from .numbers import check_numbers
 
 
 # Name -> file. Tables show the methods in this order.
@@ -39,17 +40,6 @@ _FILES = {
     "uc-clip": "uc",
 }
 NAMES = tuple(_FILES)
-# Of the settings of all methods: whole numbers that need not be 1 at least, and others that may not be 0.
-MAY_BE_ZERO = (
-    "model_steps",
-    "adversary_steps",
-    "noise_adversary_steps",
-    "crop_padding",
-    "warmup",
-    "generator_blocks",
-    "offset",  # the methods that have one say why it may not be
-)
-ABOVE_ZERO = ("step", "learning_rate", "level", "norm")
 
 
 @dataclass(frozen=True)
@@ -101,10 +91,10 @@ class Poison:
                 returned as it is.
 
         Raises:
-            ValueError: If the method has no such preset, or a number is not finite or no bound.
+            ValueError: If the method has no such preset, or could not use a number.
         """
         if type(preset) is type(self.presets["published"]):
-            _check_numbers(preset)
+            check_numbers(preset)
             return preset
         if not isinstance(preset, str) or preset not in self.presets:
             raise ValueError(f"preset is {preset!r}, but for {self.name} must be one of {', '.join(self.presets)}.")
@@ -250,22 +240,6 @@ def _replaced(settings: Any, changes: Mapping[str, Any]) -> Any:
     for field, numbers in inner.items():
         own[field] = _replaced(own.get(field, getattr(settings, field)), numbers)
     return replace(settings, **own)
-
-
-def _check_numbers(settings: Any, prefix: str = "") -> None:
-    """Refuse numbers that no method could use: infinite ones, negative ones, and most that are 0."""
-    for field in fields(settings):
-        name, value = f"{prefix}{field.name}", getattr(settings, field.name)
-        if is_dataclass(value):
-            _check_numbers(value, f"{name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, but must be finite.")
-        elif field.name == "epsilon" and not 0 < value <= 255:
-            raise ValueError(f"{name} is {value}, but must be above 0 and at most 255, in 1/255.")
-        elif type(value) is int and value < (least := int(field.name not in MAY_BE_ZERO)):
-            raise ValueError(f"{name} is {value}, but must be at least {least}.")
-        elif type(value) is float and (value < 0 or (value == 0 and field.name in ABOVE_ZERO)):
-            raise ValueError(f"{name} is {value}, but must be {'above' if value == 0 else 'at least'} 0.")
 
 
 def _check_images(images: torch.Tensor) -> None:

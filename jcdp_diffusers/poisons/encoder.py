@@ -18,12 +18,11 @@ from ..devices import drawn_from, seeded
 from ..victims.contrastive import METHODS
 from ..victims.recipes import CONTRASTIVE, ContrastiveRecipe
 from .checkpoint import Checkpoint
+from .numbers import check_numbers
 from .surrogate import finite
 
 
 OPTIMIZERS = ("sgd", "adam")
-LEAST = {"steps": 1, "rounds": 1, "model_steps": 0, "noise_batches": 1, "momentum": 0, "weight_decay": 0}
-ABOVE_ZERO = ("step", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,7 @@ class EncoderSettings:
             raise ValueError(f"framework is {self.framework!r}, but must be one of {', '.join(CONTRASTIVE)}.")
         if self.surrogate not in victims.NAMES:
             raise ValueError(f"surrogate is {self.surrogate!r}, but must be one of {', '.join(victims.NAMES)}.")
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} is {value}, but must be at least {least}.")
-        for name in ABOVE_ZERO:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0.")
+        check_numbers(self)
         self.recipe()  # refuses what does not suit the framework
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {self.optimizer!r}, but must be one of {', '.join(OPTIMIZERS)}.")

@@ -57,12 +57,6 @@ class TUESettings(EncoderSettings):
     spread_gradient: bool = True
     random_start: bool = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("contrastive_weight", "csd_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 0.")
-
 
 _PUBLISHED = TUESettings()
 _MOCO = TUESettings(

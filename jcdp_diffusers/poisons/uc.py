@@ -37,6 +37,7 @@ from ..devices import seeded
 from ..victims.checkpoints import digest
 from . import Poison, pretrained, surrogate
 from .checkpoint import Checkpoint
+from .numbers import check_numbers
 
 
 SOURCE = (
@@ -46,17 +47,6 @@ SOURCE = (
 SMALLEST_SIDE = 8
 NOISE_ON = ("views", "images")
 ALL_ALIKE = "images have surrogate features that are all alike, but must differ to be clustered."
-LEAST = {
-    "clusters": 2,
-    "kmeans_starts": 1,
-    "epochs": 1,
-    "max_steps": 1,
-    "batch_size": 1,
-    "last_learning_rate": 0,
-    "weight_decay": 0,
-    "generator_width": 1,
-    "generator_blocks": 0,
-}
 
 
 @dataclass(frozen=True)
@@ -113,14 +103,9 @@ class UCSettings:
     bfloat16: bool = False
 
     def __post_init__(self):
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} is {value}, but must be at least {least}.")
-        for name in ("learning_rate", "feature_std"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}, but must be above 0.")
+        check_numbers(self)
+        if self.clusters < 2:
+            raise ValueError(f"clusters is {self.clusters}, but must be at least 2.")
         if self.offset % self.clusters == 0:
             raise ValueError(
                 f"offset is {self.offset}, but must be no multiple of clusters {self.clusters}: features would go to "

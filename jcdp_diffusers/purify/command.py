@@ -90,11 +90,10 @@ def run(args: argparse.Namespace) -> None:
     for name in ("command", "collected", "collected_split"):
         options.pop(name, None)
     if args.engine == "ray":  # its workers may have another working directory
-        paths = {name: options[name] for name in ("purifier", "dataset", "output")}
-        there = {name: path for name, path in paths.items() if name == "output" or os.path.exists(path)}
-        options |= {
-            name: os.path.abspath(os.path.expanduser(path)) for name, path in there.items() if not is_url(path)
-        }
+        for name in ("purifier", "dataset", "perceptual", "output"):
+            path = options[name] and os.path.expanduser(options[name])
+            if path and not is_url(path) and (name == "output" or os.path.exists(path)):
+                options[name] = os.path.abspath(path)
     dataset, output = options.pop("dataset"), options.pop("output")
     export, suffix = options.pop("export"), options.pop("export_format")
     if export is not None and ranks()[0] == 0:

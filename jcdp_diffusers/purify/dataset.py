@@ -104,40 +104,26 @@ def purify_to_folder(
     settings = {name: options.pop(name) for name in list(options) if name not in own}
     job, folder = Job(dataset, pipe, output_dir, settings=settings, **options), Folder(output_dir)
     engines.check(engine, processes, address)
-    _check(job, folder, push_to_hub)
     if not here and isinstance(pipe, JointConditionalPurificationPipeline):
         raise ValueError(
             f"pipe is an opened purifier, but must be a function that opens it where engine is {engine!r} and "
             f"processes {processes}: functools.partial(open_purifier, NAME, DEVICE, output_dir=OUTPUT_DIR)."
         )
+    _check(job, folder, push_to_hub)
     begun = run_on_record(folder)
     threads = job.threads or (begun and begun["arithmetic"]["threads"]) or 1
     how = {"engine": engine, "processes": processes, "address": address, "gpus": gpus, "threads": threads}
     with explained(folder), contextlib.ExitStack() as stack:
-        worker, plans = Worker(job) if engine == "local" else None, []
-        if worker is not None:
-            plans.append(worker.plan(None if here else processes))
-        else:
-            open_worker = functools.partial(Worker, job)
-            engines.run([PlanTask()], open_worker=open_worker, on_done=lambda _, plan: plans.append(plan), **how)
-        ((asked, begin, note),) = plans
+        worker = Worker(job) if engine == "local" else None
+        plan = worker.plan(None if here else processes) if worker else _planned_elsewhere(job, how)
         worker = stack.enter_context(worker) if here else None
-        rows, split = asked["source"]["rows"], asked["source"]["split"]
+        rows, split = plan[0]["source"]["rows"], plan[0]["source"]["split"]
         if rows is None and not (here and engines.ranks()[1] == 1):
             raise ValueError(
                 f"engine is {engine!r} and processes {processes}, but must be 'local' and 1, without a launcher, for "
                 "a data set of unknown length."
             )
-
-        def begin_or_go_on() -> dict:
-            folder.fs.makedirs("", exist_ok=True)
-            if folder.local is not None:
-                stack.enter_context(engines.folder_lock(folder.local / ".lock"))
-            if note is not None:
-                engines.say(note)
-            return settle_run(folder, asked, begin)
-
-        run = engines.first_rank_decides(begin_or_go_on)
+        run = engines.first_rank_decides(lambda: _begin(folder, plan, stack))
         store = ShardStore(folder, split, rows=rows, **run["shards"])
         open_worker = functools.cache(worker.join) if here else functools.partial(_join, job)
         while True:
@@ -199,7 +185,7 @@ def open_purifier(
         perceptual (`str` or `os.PathLike`, *optional*): As for `load_perceptual`; the repository's own by default.
         options: As for `from_pretrained`.
     """
-    if str(device) in ("None", "cuda") and torch.cuda.is_available():
+    if (device is None or str(device) == "cuda") and torch.cuda.is_available():
         if "LOCAL_RANK" in os.environ:  # or each process would take memory on the first one, too
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = f"cuda:{torch.cuda.current_device()}"
@@ -260,6 +246,25 @@ def _check(job: Job, folder: Folder, push_to_hub: str | None) -> None:
         )
     if push_to_hub is not None and folder.local is None:
         raise ValueError(f"output_dir is {folder.url!r}, but must be a local folder where push_to_hub is given.")
+
+
+def _planned_elsewhere(job: Job, how: dict) -> tuple[dict, dict, str | None]:
+    """What a worker plans, because the devices are there."""
+    plans = []
+    open_worker = functools.partial(Worker, job)
+    engines.run([PlanTask()], open_worker=open_worker, on_done=lambda _, plan: plans.append(plan), **how)
+    return plans[0]
+
+
+def _begin(folder: Folder, plan: tuple[dict, dict, str | None], stack: contextlib.ExitStack) -> dict:
+    """Keep other commands away for as long as the stack is open, and begin the run or find the same one."""
+    asked, begin, note = plan
+    folder.fs.makedirs("", exist_ok=True)
+    if folder.local is not None:
+        stack.enter_context(engines.folder_lock(folder.local / ".lock"))
+    if note is not None:
+        engines.say(note)
+    return settle_run(folder, asked, begin)
 
 
 def _join(job: Job) -> Worker:

@@ -81,7 +81,7 @@ class Checkpoint:
                 f"checkpoint_dir is {str(self.path.parent)!r}, but its {self.NAME} must be a checkpoint: {error}."
             ) from error
         for name, wanted in self.request.items():
-            if facts["request"].get(name, wanted) != wanted:  # files of earlier versions lack some
+            if facts["request"].get(name) != wanted:
                 raise ValueError(
                     f"checkpoint_dir is {str(self.path.parent)!r}, but must be empty or hold the same training; "
                     f"it holds one with another {name}."
