@@ -44,3 +44,14 @@ def test_classes_count_as_often_as_elsewhere():
     assert np.allclose(weights, [1 / 3, 1 / 3, 1 / 3, 3])
     assert effective_count(weights) == pytest.approx(16 / (9 + 3 / 9))
     assert (weights_by_class(np.array([2, 0, 2, 0]), np.array([0, 2])) == 1).all()
+
+
+def test_many_classes_of_few_images_have_a_gap_that_is_a_number():
+    """The last fifth may have no class in common with the test images."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 50, 8, 8, 3), dtype=np.uint8)
+    sets = [
+        LabelledImages(one, np.arange(50) // 2, tuple(f"{name}-{row}" for row in range(50)))
+        for name, one in zip("ab", images)
+    ]
+    for result in (shortcut_test(sets[0], sets[1].subset(range(start, start + 6))) for start in range(0, 44, 2)):
+        assert np.isfinite(result["gap"]) and not result["found"]

@@ -111,6 +111,23 @@ def accuracies(folder: Path) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"method": "moco-v2", "countermeasures": ["none"], "recipe": {"batch_size": 128, "queue": 256}},
+            "train has 120 images, .* 128, the batch_size",
+        ),
+        ({"method": "simclr", "countermeasures": ["advcl"]}, "data has 120 images, .* pseudo-labels of advcl"),
+    ],
+)
+def test_images_that_victims_cannot_take_are_refused_before_anything_is_made(source, tmp_path, changes, sentence):
+    grid = benchmark.read_grid(grid_file(tmp_path, source, **changes))
+    with pytest.raises(ValueError, match=sentence):
+        benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
+    assert not (tmp_path / "out/poisons").exists()
+
+
 def test_a_grid_whose_victims_learn_without_labels(source, tmp_path, monkeypatch, capsys):
     changes = {"method": "simclr", "countermeasures": ["none", "gray"], "seeds": [0]}
     path = grid_file(tmp_path, source, **changes)

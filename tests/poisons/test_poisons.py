@@ -203,6 +203,13 @@ def test_numbers_that_are_no_bound_are_refused(name, images, labels):
         poison(images, labels, preset=replace(poison.settings("smoke"), epsilon=float("nan")))
 
 
+@pytest.mark.parametrize("rate", [0.0, -0.1])
+def test_what_is_accepted_is_what_the_sentence_says(rate):
+    emn = poisons.get("emn")
+    with pytest.raises(ValueError, match=f"learning_rate is {rate}, but must be above 0"):
+        emn.settings(replace(emn.settings("smoke"), learning_rate=rate))
+
+
 def numbers_of(settings):
     """Name, value and settings with another value for it, of each number; those of settings within settings, too."""
     for field in fields(settings):

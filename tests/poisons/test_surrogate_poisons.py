@@ -310,6 +310,19 @@ def test_a_damaged_state_is_refused_in_one_sentence(content, images, labels, tmp
         poisons.get("emn")(images, labels, preset="smoke", checkpoint_dir=tmp_path)
 
 
+@pytest.mark.parametrize("error", [PermissionError, MemoryError])
+def test_a_state_that_the_machine_cannot_read_is_not_called_damaged(error, images, labels, tmp_path, monkeypatch):
+    """Whoever believed it would delete hours of work."""
+    poisons.get("emn")(images, labels, preset="smoke", checkpoint_dir=tmp_path)
+
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(error):
+        poisons.get("emn")(images, labels, preset="smoke", checkpoint_dir=tmp_path)
+
+
 def test_a_state_half_written_does_not_replace_the_last(images, labels, tmp_path, monkeypatch):
     kept = checkpoint.Checkpoint(tmp_path, "emn", "settings", 0, images, labels)
     kept.save({"done": 1})
