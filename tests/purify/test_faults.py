@@ -333,6 +333,8 @@ def test_a_signal_to_the_process_stops_it_with_a_sentence(signal_number, tmp_pat
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that runs the tests in its background lets them, and what they start, ignore it.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while not list((tmp_path / "out").glob("*.parquet")):
         time.sleep(0.05)
