@@ -257,6 +257,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.long
 def test_on_the_hub_too(tmp_path):
     with HubServer() as hub:
         environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"} | hub.environment(tmp_path)

@@ -395,6 +395,7 @@ for name in sys.stdin:
 """
 
 
+@pytest.mark.long
 def test_a_hub_id_is_known_by_its_commit(tmp_path):
     asked = [sys.executable, "-c", PRINT_DIGESTS]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

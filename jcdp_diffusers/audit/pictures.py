@@ -148,17 +148,16 @@ def _side_by_side(images: np.ndarray, columns: int, gap: int = NATIVE_GAP) -> np
 def save_strips(path: Path, strips: Strips) -> None:
     """The strips as one PNG file, for Markdown."""
     plt = _pyplot()
-    count = len(strips.classes)
-    figure, axes = plt.subplots(
-        len(strips.images), count, figsize=(count + 2.2, len(strips.images) * 1.05), squeeze=False
-    )
-    for line, (title, images) in zip(axes, strips.images.items()):
-        for axis, image in zip(line, images):
-            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(title, rotation=0, ha="right", va="center")
-    figure.tight_layout(pad=0.3)
-    _save(figure, path, dpi=100)
+    count, lines = len(strips.classes), len(strips.images)
+    figure, axes = plt.subplots(lines, 1, figsize=(count, lines * 1.05), squeeze=False)
+    for axis, (title, images) in zip(axes[:, 0], strips.images.items()):
+        line = _side_by_side(images, count, gap=images.shape[2] // 12)  # axes for each image would take seconds
+        axis.imshow(line.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        axis.set_ylabel(title, rotation=0, ha="right", va="center")
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, hspace=0.05)
+    _save(figure, path, dpi=100, bbox_inches="tight", pad_inches=0.05)
 
 
 def draw_curves(report: dict, path: Path | None = None) -> str:

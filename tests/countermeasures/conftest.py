@@ -1,6 +1,7 @@
 """Real images for the tests of countermeasures: scikit-learn's digits and its two photographs."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from jcdp_diffusers.data import LabelledImages
 from jcdp_diffusers.victims import ContrastiveRecipe
 
 
+_all_digits = functools.cache(load_digits)  # from a file, for many tests
+
+
 def digits(start: int, stop: int, channels: int = 3) -> LabelledImages:
     """Digits `start` to `stop`, 16x16, at grey levels between 0.2 and 0.8; in colour, the channels differ."""
-    data = load_digits()
+    data = _all_digits()
     images = (51 + data.images[start:stop, :, :, None] * 9.5).round().repeat(2, axis=1).repeat(2, axis=2)
     tint = np.array([1.0, 0.8, 0.6][:channels])
     names = tuple("0123456789")

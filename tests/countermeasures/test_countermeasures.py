@@ -146,10 +146,10 @@ def test_parts_that_cannot_stand_together_are_refused(name, said):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_trains_a_victim_of_any_data_by_name(name, prepare, fit, train, test):
+def test_trains_a_victim_of_any_data_by_name(name, prepare, fit, few, test):
     """Composition: every countermeasure, the same two lines; and nothing but the victim changes."""
-    perturbation = poisons.get("lsp")(train.tensor(), torch.from_numpy(train.labels))
-    train = train.with_images(apply_perturbation(train.images, perturbation))
+    perturbation = poisons.get("lsp")(few.tensor(), torch.from_numpy(few.labels))
+    train = few.with_images(apply_perturbation(few.images, perturbation))
     before = train.images.copy(), test.images.copy(), torch.get_rng_state()
     result = fit(name, prepare(name, train), test)
     assert np.isfinite(result.history[-1]["train_loss"])
@@ -207,13 +207,13 @@ def test_keeps_rows_and_labels_and_makes_one_hook_per_hook(name, prepare, few):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("ueraser")])
-def test_works_on_grey_images(name, fit, train, test, collected, pairs_like):
+def test_works_on_grey_images(name, fit, few, test, collected, pairs_like):
     def grey(data):
         return data.with_images(data.images[..., :1])
 
     purifier = JointConditionalPurificationPipeline(tiny_unet(channels=1, size=16), DDPMScheduler())
     options = {"purifier": purifier, "purification": SHORT, "collected": grey(collected)}
-    prepared = countermeasures.get(name).prepare(grey(train), pairs=pairs_like(grey(train)), **options)
+    prepared = countermeasures.get(name).prepare(grey(few), pairs=pairs_like(grey(few)), **options)
     assert fit(name, prepared, grey(test)).confusion.sum() == len(test)
 
 

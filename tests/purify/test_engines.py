@@ -80,6 +80,7 @@ def test_cores_are_shared_out_among_processes(source, purifier, tmp_path, monkey
     assert f'"threads": {expected}' in (tmp_path / "run.json").read_text()
 
 
+@pytest.mark.long  # tests/test_engines.py has the same of plain tasks
 def test_ray_writes_the_bytes_of_one_though_a_node_is_lost(source, purifier, alone, tmp_path, two_nodes, capsys):
     command = f"--purifier {purifier} --dataset {source} --output {tmp_path}/out --diffusion_steps 3 --shards 9"
 
@@ -170,6 +171,7 @@ def two_nodes():
         os.environ["PYTHONPATH"] = before
 
 
+@pytest.mark.long
 def test_ranks_write_the_bytes_of_one_and_share_one_lock(source, purifier, alone, tmp_path):
     command = "--nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0 -m jcdp_diffusers.purify"
     options = f"--purifier {purifier} --dataset {source} --output {tmp_path}/out --diffusion_steps 3 --threads 1"

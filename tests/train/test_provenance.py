@@ -93,6 +93,7 @@ def test_who_must_have_been_seen_by_whom(tmp_path):
         check_trained_on(folder, {"protected": others, "test": HELD_OUT}, roles="paper")
 
 
+@pytest.mark.long
 def test_the_list_goes_to_the_hub_and_is_read_there(tmp_path):
     script = """
 import sys
