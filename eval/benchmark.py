@@ -30,7 +30,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 
 from eval.grid_file import DATA_ROLES, Column, Grid, read_grid, typed
-from jcdp_diffusers import countermeasures, engines
+from jcdp_diffusers import countermeasures, engines, victims
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.countermeasures import Pairs, make_pairs
@@ -39,7 +39,7 @@ from jcdp_diffusers.data import LabelledImages, join_labels, load_images
 from jcdp_diffusers.data.checks import check_separation, check_sets, few_of_each_class
 from jcdp_diffusers.data.examples import digits
 from jcdp_diffusers.data.perturbations import measured_norms
-from jcdp_diffusers.devices import default_device
+from jcdp_diffusers.devices import default_device, usable_device
 from jcdp_diffusers.perceptual import LPIPSModel, load_perceptual
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.poisons import control
@@ -83,8 +83,10 @@ def run_grid(
     Returns:
         `list[Trial]`: All trials of the grid, each of them on record.
     """
+    engines.check(engine, processes, address, device)
     # Absolute, because workers on Ray may have another working directory.
-    output_dir, device = Path(output_dir).absolute(), torch.device(device)
+    output_dir = Path(output_dir).absolute()
+    device = torch.device(device) if engine == "ray" else usable_device(device)
     perceptual = None if grid.perceptual is None else load_perceptual(grid.perceptual)
     output_dir.mkdir(parents=True, exist_ok=True)
     data_name, clean, collected, test = load_roles(grid)
@@ -201,8 +203,10 @@ def _check_victims(grid: Grid, clean: LabelledImages, test: LabelledImages) -> N
     """Refuse images that victims or countermeasures cannot take, before anything is made."""
     probe, recipe = None if grid.method == "supervised" else clean, grid.full_recipe.for_images(len(clean))
     for victim in grid.victims:
+        victims.check_width(victim, recipe.width if grid.width is None else grid.width)
         check_victim(clean, test, victim=victim, method=grid.method, probe=probe, recipe=recipe)
     for column in grid.columns().values():
+        countermeasures.get(column.countermeasure).require_draws(column.draws)
         countermeasures.get(column.countermeasure).require_images(clean)
 
 

@@ -130,8 +130,8 @@ class Grid:
             if not isinstance(value, list) or not value:
                 raise ValueError(f"{name} is {value!r}, but must be a list with one entry at least.")
         for seed in self.seeds:
-            if type(seed) is not int:
-                raise ValueError(f"seeds has {seed!r}, but its entries must be whole numbers.")
+            if type(seed) is not int or seed < 0:
+                raise ValueError(f"seeds has {seed!r}, but its entries must be whole numbers of at least 0.")
         for entry in self.poisons:
             if entry != "none" and str(entry).removesuffix(control.SUFFIX) not in poisons.NAMES:
                 raise ValueError(

@@ -64,7 +64,7 @@ from jcdp_diffusers import JointConditionalPurificationPipeline, LPIPSModel
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.acceleration.placement import compiled_normal_noise, place
 from jcdp_diffusers.data import LabelledImages, load_images, to_uint8
-from jcdp_diffusers.devices import has_bfloat16
+from jcdp_diffusers.devices import has_bfloat16, usable_device
 from jcdp_diffusers.noise import image_keys, normal_noise
 from jcdp_diffusers.pipeline_jcdp import usual_micro_batch
 from jcdp_diffusers.purify.tiling import encode_all, prepare_all
@@ -422,7 +422,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in args.sections:
         if name not in SECTIONS and name not in ASKED_FOR:
             parser.error(f"section is {name!r}, but accepted are {', '.join((*SECTIONS, *ASKED_FOR))}.")
-    device = torch.device(args.device)
+    device = usable_device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than measure what is not compiled

@@ -29,7 +29,7 @@ from .audit.shortcut import (
 )
 from .data import LabelledImages, find_overlap, join_labels, load_images
 from .data.photographs import stored_sizes, working_size
-from .devices import default_device
+from .devices import check_seed, default_device
 from .outputs import check_output_file, write_atomically
 from .results import package_versions
 from .spectrum import describe_difference
@@ -75,6 +75,7 @@ def detect(
     Raises:
         ValueError: If a set is too small, has one class only, or does not fit the other.
     """
+    check_seed(seed)
     _check(dataset, collected, purified)
     if dataset.labels is not None and collected is not None and collected.labels is not None:
         dataset, collected = join_labels({"dataset": dataset, "collected": collected}).values()
@@ -277,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
         sources = {f"--{name}": getattr(args, name) for name in ("dataset", "collected", "purified")}
         check_output_file(args.output, sources=sources, name="--output")
     sets = {}
-    image_size = args.image_size or _size_to_read(args)
+    image_size = _size_to_read(args) if args.image_size is None else args.image_size
     for role, split in (("dataset", args.split), ("collected", args.collected_split), ("purified", None)):
         if (source := getattr(args, role)) is not None:
             columns = (

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from numbers import Integral
 
 import torch
 
@@ -10,6 +11,27 @@ import torch
 def default_device() -> str:
     """`"cuda"` where a GPU can be used, else `"cpu"`: the default of every command's `--device`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """
+    A device that this machine has, before any costly work that would end at it.
+
+    Args:
+        device (`torch.device` or `str`): `"cpu"`, or an accelerator with or without its number: `"cuda"`, `"cuda:1"`.
+
+    Raises:
+        ValueError: If torch does not find it.
+    """
+    found, accelerator = ["cpu"], torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        numbers = range(torch.accelerator.device_count())
+        found += [accelerator.type, *(f"{accelerator.type}:{number}" for number in numbers)]
+    if str(device) not in found:
+        raise ValueError(
+            f"device is {str(device)!r}, but must be one that torch finds on this machine: {', '.join(found)}."
+        )
+    return torch.device(device)
 
 
 def has_bfloat16(device: torch.device | str) -> bool:
@@ -56,6 +78,21 @@ def drawn_from(generator: torch.Generator) -> Iterator[None]:
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     with seeded(seed, generator.device):
         yield
+
+
+def check_seed(seed: int, bits: int = 32) -> None:
+    """
+    Refuse a seed that torch, NumPy or scikit-learn would not take, before any costly work.
+
+    Args:
+        seed (`int`): In [0, 2^bits).
+        bits (`int`, defaults to 32): What scikit-learn takes.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**bits:
+        raise ValueError(f"seed is {seed!r}, but must be a whole number in [0, 2**{bits}).")
 
 
 @contextlib.contextmanager

@@ -127,14 +127,26 @@ def run(
     tally.finish()
 
 
-def check(engine: str, processes: int | None = None, address: str | None = None) -> None:
-    """ValueError for arguments that `run` cannot use, before anything else is done for them."""
+def check(engine: str, processes: int | None = None, address: str | None = None, device: Any = None) -> None:
+    """
+    ValueError for arguments that `run` cannot use, before anything else is done for them.
+
+    Args:
+        engine, processes, address: As for `run`.
+        device (`torch.device` or `str`, *optional*): Of the workers, each of which sees a GPU of its own only.
+    """
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}, but must be one of {ENGINES}.")
     if processes is not None and processes < 1:
         raise ValueError(f"processes is {processes}, but must be at least 1.")
     if address is not None and engine != "ray":
         raise ValueError(f"address is {address!r}, but must be None where engine is {engine!r}.")
+    kind, numbered, _ = str(device).partition(":")
+    if numbered and (engine == "ray" or (processes or 1) > 1):
+        raise ValueError(
+            f"device is {str(device)!r}, but must be {kind!r} where engine is {engine!r} and processes {processes}: "
+            "each worker has a device of its own."
+        )
     _, world = ranks()
     if world > 1 and (engine != "local" or processes not in (None, 1)):
         raise ValueError(

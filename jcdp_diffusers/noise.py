@@ -17,6 +17,8 @@ from numbers import Real
 
 import torch
 
+from .devices import check_seed
+
 
 USES = ("start", "reference", "variance")  # what the noise is for; a position in this tuple is part of the counter
 
@@ -39,8 +41,7 @@ def image_keys(seed: int, ids: list[str], device: torch.device | str = "cpu") ->
     Returns:
         `torch.Tensor`: int64 words in [0, 2^32), shape (B, 3): two of the key, one of the counter.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed}, but must lie in [0, 2**64).")
+    check_seed(seed, bits=64)
     digests = (
         hashlib.blake2b(i.encode("utf-8", "surrogatepass"), digest_size=12, key=seed.to_bytes(8, "little")).digest()
         for i in ids

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import countermeasures, victims
+from . import countermeasures, engines, victims
 from .countermeasures import assumed
 from .countermeasures.purifiers import check_purifier_suits
 from .data import LabelledImages, find_overlap, load_images
 from .data.checks import check_sets
-from .devices import default_device
+from .devices import default_device, usable_device
 from .outputs import check_output_file, write_atomically
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .purification_config import PurificationConfig
@@ -136,13 +136,16 @@ def score(
     Raises:
         ValueError: If the sets do not suit each other, overlap, or a name is unknown.
     """
-    seeds = given_seeds(seeds)
+    seeds, device = given_seeds(seeds), usable_device(device)
+    engines.check("local", processes, device=device)
     if isinstance(protocol, str) and protocol not in (known := recipes_of(method)):
         raise ValueError(f"protocol is {protocol!r}, but must be one of {', '.join(known)} for method {method!r}.")
     victim, recipe = choose(victim, protocol, method, device=device, shape=train.images.shape[1:])
+    victims.check_width(victim, recipe.width if width is None else width)
     countermeasure = countermeasure or "none"
     chosen = countermeasures.get(countermeasure)
     chosen.require_learning(method)
+    chosen.require_draws(draws)
     trial = {"recipe": recipe, "victim": victim, "method": method, "width": width, "countermeasure": countermeasure}
     trial |= {"purifier": purifier, "purification": purification, "draws": draws}
     trial["init_from"] = start_of(init_from, finetune, collected, recipe)
@@ -255,6 +258,11 @@ def _check_purifier(countermeasure: str, purifier, purification, train: Labelled
     chosen = countermeasures.get(countermeasure)
     chosen.require(purifier)
     if not chosen.needs_purifier:
+        for name, given in (("purifier", purifier), ("purification", purification)):
+            if given is not None:
+                raise ValueError(
+                    f"{name} is given, but must be None for countermeasure {countermeasure!r}, which does not purify."
+                )
         return
     if isinstance(purifier, JointConditionalPurificationPipeline):
         check_purifier_suits(chosen, purifier, purification, train)
@@ -396,6 +404,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`jcdp score`, from parsed options to a line with the figure."""
     check_output_file(args.output, sources={"train": args.train, "test": args.test})
+    if not 0 <= args.budget <= 255:
+        raise ValueError(f"budget is {args.budget}, but must lie within 0 and 255, in 1/255.")
     roles = ("train", "test", "probe", "collected", "collected_protected")
     train, test, probe, collected, collected_protected = (_load(args, role) for role in roles)
     result = score(

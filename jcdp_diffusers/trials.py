@@ -25,7 +25,7 @@ from tqdm import tqdm
 from . import countermeasures, engines
 from .countermeasures import Pairs
 from .data import LabelledImages
-from .devices import available_cores, cpu_threads, device_in_words
+from .devices import available_cores, check_seed, cpu_threads, device_in_words, usable_device
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .purification_config import PurificationConfig
 from .purifier_digest import noise_corner, purifier_digest
@@ -246,7 +246,9 @@ def measure(
         ValueError: If another command writes these records, or an option cannot be used.
         RuntimeError: If a trial fails; the sentence begins with its row or poison, column and seed.
     """
-    records, device = Path(records), torch.device(device)
+    engines.check(engine, processes, address, device)
+    # On Ray, devices are those of other machines.
+    records, device = Path(records), torch.device(device) if engine == "ray" else usable_device(device)
     rank, world = engines.ranks()
     if engine == "local" and processes is None:
         processes = min(available_cores(), max(1, len(trials))) if device.type == "cpu" and world == 1 else 1
@@ -314,11 +316,13 @@ def given_seeds(seeds: int | Sequence[int]) -> list[int]:
     Seeds of victims: 0, 1, ... for a number of them, or the seeds themselves.
 
     Raises:
-        ValueError: If there is none, or one is there twice.
+        ValueError: If there is none, one is there twice, or one is no seed.
     """
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"seeds is {seeds}, but at least one victim, each with a seed of its own, is needed.")
+    for seed in chosen:
+        check_seed(seed)
     return chosen
 
 

@@ -187,6 +187,17 @@ def test_sets_that_say_nothing_are_refused(change, words, clean, collected):
     assert all(word in str(error.value) for word in words)
 
 
+def test_a_seed_below_zero_is_refused(clean, collected):
+    with pytest.raises(ValueError, match=r"seed is -1, but must be a whole number in \[0, 2\*\*32\)"):
+        detect(clean, collected, seed=-1)
+
+
+def test_a_size_of_zero_is_not_taken_for_none(clean, tmp_path, capsys):
+    write_dataset(tmp_path / "suspicious", clean, split="train")
+    assert main(["detect", "--dataset", str(tmp_path / "suspicious"), "--image_size", "0"]) == 1
+    assert "--image_size is 0; 1 and above are accepted" in capsys.readouterr().err
+
+
 def test_the_command_writes_what_it_says(clean, collected, tmp_path, capsys):
     write_dataset(tmp_path / "suspicious", protect(clean, slice(None)), split="train")
     write_dataset(tmp_path / "collected", collected, split="train")

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import engine_tasks
 import pytest
+import torch
 from engine_tasks import Square, cannot_open, ends_at_once, open_worker, squares
 
 from jcdp_diffusers import engines
@@ -101,6 +102,16 @@ def test_a_process_that_is_killed_is_a_sentence_and_the_same_call_goes_on(tmp_pa
 def test_refuses_what_it_cannot_use(options, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         engines.run(tasks_in(tmp_path), open_worker=cannot_open, **options)
+
+
+@pytest.mark.parametrize("how", [{"processes": 2}, {"engine": "ray"}], ids=str)
+def test_several_workers_have_a_device_of_their_own(how):
+    how = {"engine": "local"} | how
+    with pytest.raises(ValueError, match="device is 'cuda:1', but must be 'cuda' where engine is"):
+        engines.check(**how, device="cuda:1")
+    for device in ("cuda", "cpu", torch.device("cuda")):
+        engines.check(**how, device=device)
+    engines.check("local", 1, device="cuda:1")
 
 
 def launch(folder, ends: str, *launcher: str) -> dict[str, str]:

@@ -485,6 +485,13 @@ def test_a_purifier_that_does_not_suit_is_refused_before_any_work(train, test, t
         ({"countermeasure": "gdmp"}, "purifier is None, but countermeasure 'gdmp' needs one"),
         ({"seeds": 0}, "seeds is 0, but at least one victim"),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\], but at least one victim, each with a seed of its own"),
+        ({"seeds": [0, -1]}, r"seed is -1, but must be a whole number in \[0, 2\*\*32\)"),
+        ({"processes": 0}, "processes is 0, but must be at least 1"),
+        ({"device": "cuda:99"}, "device is 'cuda:99', but must be one that torch finds"),
+        ({"width": 0}, "width is 0, but must be a positive integer for resnet18"),
+        ({"draws": 0}, "draws is 0, but for countermeasure 'none' it must be 1"),
+        ({"purifier": "somewhere"}, "purifier is given, but must be None for countermeasure 'none'"),
+        ({"countermeasure": "gray", "purification": "tuned"}, "purification is given, but must be None for .* 'gray'"),
     ],
 )
 def test_options_that_are_refused(train, test, options, message):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from diffusers import DiffusionPipeline
 
-from ..devices import has_bfloat16
+from ..devices import has_bfloat16, usable_device
 from ..noise import normal_noise
 from .folded_upsampling import fold_upsampling
 from .winograd import use_winograd
@@ -51,20 +51,21 @@ def place(
         `DiffusionPipeline`: The same.
 
     Raises:
-        ValueError: If `precision` is unknown, or the pipeline has no `unet`.
+        ValueError: If `precision` is unknown, the pipeline has no `unet`, or this machine has no such device.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, but must be one of {PRECISIONS}.")
     if not isinstance(getattr(pipe, "unet", None), torch.nn.Module):
         raise ValueError(f"pipe is a {type(pipe).__name__} without a network, but must have one as unet.")
+    device = usable_device(device)
     if precision == "auto":
         precision = "bfloat16" if has_bfloat16(device) else "float32"
     pipe.to(device)
-    if torch.device(device).type == "cpu":  # where the gain is measured
+    if device.type == "cpu":  # where the gain is measured
         fold_upsampling(pipe.unet)  # in the type the weights came in, before they are rounded
     # Not by diffusers' own `to`, which warns of layers that should stay float32 although this network has none.
     torch.nn.Module.to(pipe.unet, dtype=getattr(torch, precision), memory_format=torch.channels_last)
-    if torch.device(device).type == "cpu" and precision == "float32":
+    if device.type == "cpu" and precision == "float32":
         use_winograd(pipe.unet)
     if compiled:
         pipe.unet.compile(dynamic=False)  # in place, so that weights keep their names

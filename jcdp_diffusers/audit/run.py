@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import engines
 from ..countermeasures import Pairs
 from ..data import LabelledImages
+from ..devices import default_device, usable_device
 from ..outputs import check_output_folder, public_name
 from ..purification_config import ADAPTIVE
 from ..results import as_settings, package_versions, plain
@@ -140,7 +142,7 @@ def audit(
             "options": load_options or {},
             "skip_unusable_images": skip_unusable_images,
         },
-        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=usable_device(device or default_device()),
         processes=processes,
         command=command or "jcdp_diffusers.audit.audit(...) with the settings above",
         say=say,
@@ -168,6 +170,7 @@ def carry_out(
     """
     # 1. The images, and what is used on them: all that can be refused is refused here
     began = time.monotonic()
+    engines.check("local", processes, device=device)
     _check_asked(asked, sources, purifier)
     tool = check_pairs_asked(asked, sources)
     found = read(sources, purifier, asked, reading, device, say)

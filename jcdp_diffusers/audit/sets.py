@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import victims
 from ..countermeasures.iss import SAVES, jpeg
 from ..data import LabelledImages, find_overlap, load_images
 from ..data.checks import (
@@ -178,6 +179,7 @@ def check_learners(sets: Mapping[str, LabelledImages], asked: AuditSettings, lea
         with _named(f"countermeasure {one.countermeasure.name!r}"):
             one.countermeasure.require_images(protected)
     for learner in learners:
+        victims.check_width(learner.victim, learner.recipe.width if asked.width is None else asked.width)
         with _named(f"method {learner.method!r}"):
             check_victim(
                 protected,

@@ -9,6 +9,7 @@ import torch
 
 from .. import victims
 from ..data.checks import ROLES
+from ..devices import check_seed
 from ..purification_config import ADAPTIVE, PRESETS, PurificationConfig
 from ..train.default_purifier import Plan
 from ..victims import METHODS, Recipe, choose, get_recipe, recipes_of
@@ -110,6 +111,8 @@ class AuditSettings:
             raise ValueError(f"roles is {self.roles!r}, but must be one of {', '.join(ROLES)}.")
         if not self.victim_seeds or len(set(self.victim_seeds)) < len(self.victim_seeds):
             raise ValueError(f"seeds is {self.seeds!r}, but must give at least one victim, each another seed.")
+        for seed in (self.seed, *self.victim_seeds):
+            check_seed(seed)
         if not isinstance(self.draws, int) or self.draws < 1:
             raise ValueError(f"draws is {self.draws!r}, but must be a whole number of at least 1.")
         if self.victim is not None:
@@ -125,7 +128,7 @@ class AuditSettings:
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise ValueError(f"fractions is {list(self.fractions)}, but {fraction} must be above 0 and at most 1.")
-        if self.budget_minutes is not None and self.budget_minutes <= 0:
+        if self.budget_minutes is not None and not self.budget_minutes > 0:
             raise ValueError(f"budget_minutes is {self.budget_minutes:g}, but must be above 0.")
         for name in self.attacks:
             one = attack(name)

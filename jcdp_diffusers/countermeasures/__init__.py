@@ -247,9 +247,7 @@ class Countermeasure:
             ValueError: If a purifier or pairs are needed and not given, the countermeasure cannot use these images, or
                 several draws are asked of one without a purifier.
         """
-        if draws < 1 or (draws > 1 and not self.needs_purifier):
-            accepted = "at least 1" if self.needs_purifier else "1, because nothing is purified"
-            raise ValueError(f"draws is {draws}, but for countermeasure {self.name!r} it must be {accepted}.")
+        self.require_draws(draws)
         self.require(purifier)
         self.require_pairs(pairs)
         self.require_collected(collected)
@@ -280,6 +278,17 @@ class Countermeasure:
             raise ValueError(
                 f"purifier is None, but countermeasure {self.name!r} needs one: a pipeline, a folder or a Hub id."
             )
+
+    def require_draws(self, draws: int) -> None:
+        """
+        Check that images are purified as often as that makes sense.
+
+        Raises:
+            ValueError: If not even once, or several times where nothing is purified.
+        """
+        if draws < 1 or (draws > 1 and not self.needs_purifier):
+            accepted = "at least 1" if self.needs_purifier else "1, because nothing is purified"
+            raise ValueError(f"draws is {draws}, but for countermeasure {self.name!r} it must be {accepted}.")
 
     def require_pairs(self, pairs: Pairs | None) -> None:
         """

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from ..devices import check_seed, usable_device
 from .numbers import check_numbers
 
 
@@ -165,6 +166,7 @@ class Poison:
         Raises:
             ValueError: If the images, the labels or the preset are not as described.
         """
+        check_seed(seed)
         settings = self.settings(preset)
         _check_images(images)
         if self.uses_labels:
@@ -174,7 +176,7 @@ class Poison:
             labels.detach().cpu() if self.uses_labels else None,
             settings,
             seed=seed,
-            device=torch.device(device),
+            device=usable_device(device),
             checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
             progress=progress,
         )

@@ -19,6 +19,7 @@ from ..data import LabelledImages, decode_image, load_images, open_dataset
 from ..data.export import check_export, export_names, export_picture
 from ..data.perturbations import measured_norms
 from ..data.photographs import stored_sizes, working_size
+from ..devices import usable_device
 from ..outputs import check_apart
 
 
@@ -59,7 +60,7 @@ def size_to_read(args: argparse.Namespace, where: Mapping[str, str | None]) -> t
     assorted = len(set(sizes)) > 1 or any(width != height for width, height in sizes)
     if args.image_size is not None:
         return args.image_size, assorted
-    side = working_size({"dataset": sizes}, torch.device(args.device).type)
+    side = working_size({"dataset": sizes}, usable_device(args.device).type)
     if side is not None:
         small, large = min(sizes), max(sizes)
         print(

@@ -24,7 +24,7 @@ from .. import poisons
 from ..data import LabelledImages, load_images, open_dataset, write_dataset
 from ..data.export import FORMATS
 from ..data.perturbations import apply_perturbation, measured_norms, visibility, visibility_in_words
-from ..devices import default_device
+from ..devices import check_seed, default_device
 from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
 from ..victims.checkpoints import digest
@@ -189,8 +189,9 @@ def protected_rows(count: int, fraction: float, seed: int) -> np.ndarray:
         `np.ndarray`: Row numbers, ascending; all of them for a fraction of 1.
 
     Raises:
-        ValueError: If the fraction lies outside.
+        ValueError: If the fraction lies outside, or the seed is none.
     """
+    check_seed(seed)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}, but must be above 0 and at most 1.")
     chosen = max(1, round(fraction * count))

@@ -7,13 +7,11 @@ import signal
 import sys
 import threading
 
-import torch
-
+from .. import engines
 from ..acceleration.placement import PRECISIONS
 from ..data import is_url, load_images
 from ..data.export import FORMATS
 from ..devices import default_device
-from ..engines import ENGINES, ranks
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import ADAPTIVE, PRESETS, PurificationConfig
 from ..storage import Folder
@@ -72,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--micro_batch_size", type=int, help="images per call of the network")
     work.add_argument("--threads", type=int, help="of each worker on a CPU, a power of two")
     work.add_argument("--num_workers", type=int, help="processes of each worker that decode and encode images")
-    work.add_argument("--engine", choices=ENGINES, default="local", help="ray: workers on a Ray cluster")
+    work.add_argument("--engine", choices=engines.ENGINES, default="local", help="ray: workers on a Ray cluster")
     work.add_argument("--processes", type=int, help="workers; ray: by default as many as fit")
     work.add_argument("--address", help="of a running Ray cluster, auto for this machine's; else one is started here")
     work.add_argument("--device", help="cuda if there is one")
@@ -94,9 +92,11 @@ def run(args: argparse.Namespace) -> None:
             path = options[name] and os.path.expanduser(options[name])
             if path and not is_url(path) and (name == "output" or os.path.exists(path)):
                 options[name] = os.path.abspath(path)
+    device = args.device or default_device()
+    engines.check(args.engine, args.processes, args.address, device)
     dataset, output = options.pop("dataset"), options.pop("output")
     export, suffix = options.pop("export"), options.pop("export_format")
-    if export is not None and ranks()[0] == 0:
+    if export is not None and engines.ranks()[0] == 0:
         where = {name: options[name] for name in ("split", "image_column", "label_column", "id_column")}
         check_places(export, dataset, output, suffix, **where)
     opening = {name: options.pop(name) for name in ("device", "perceptual", "precision", "revision")}
@@ -111,14 +111,14 @@ def run(args: argparse.Namespace) -> None:
     if args.preset == ADAPTIVE:
         options["preset"] = _adaptive(args)
     pipe = functools.partial(open_purifier, options.pop("purifier"), **opening)
-    gpus = int(torch.device(args.device or default_device()).type == "cuda")  # of an actor on Ray
+    gpus = int(str(device).startswith("cuda"))  # of an actor on Ray
     try:
         summary = purify_to_folder(dataset, pipe, output_dir=output, gpus=gpus, **options)
     except KeyboardInterrupt:
         stays = f"{len(Folder(output).names('', '*.parquet'))} finished shards stay in {output}"
         print(f"Stopped: {stays}. Give the same command again to go on.", file=sys.stderr)
         raise
-    if ranks()[0] > 0:
+    if engines.ranks()[0] > 0:
         return
     print(f"{summary['rows_in']:,} rows in, {summary['rows_out']:,} out, {summary['rejected']:,} rejected: {output}")
     for what, count in summary["changes"].items():
@@ -134,7 +134,7 @@ def _adaptive(args: argparse.Namespace) -> PurificationConfig:
     """Preset `"adaptive"`; both sets are brought to the purifier's size."""
     pipe = JointConditionalPurificationPipeline.from_pretrained(args.purifier, revision=args.revision)
     brought = {
-        "image_size": args.image_size or pipe.unet.config.sample_size,
+        "image_size": pipe.unet.config.sample_size if args.image_size is None else args.image_size,
         "channels": pipe.unet.config.in_channels,
         "image_column": args.image_column,
     }

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from ..devices import cpu_threads
+from ..devices import check_seed, cpu_threads
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PurificationConfig
 from ..storage import Folder
@@ -82,6 +82,7 @@ class Job:
 
     def check(self) -> None:
         """Refuse what no purifier and no data set could make right."""
+        check_seed(self.seed, bits=64)
         if self.fit is not None and self.fit not in FITS:
             raise ValueError(f"fit is {self.fit!r}, but must be one of {FITS}.")
         if self.threads is not None and (self.threads < 1 or self.threads & (self.threads - 1)):

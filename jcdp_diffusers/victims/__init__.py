@@ -74,6 +74,14 @@ def build(name: str, num_classes: int, *, in_channels: int, width: int, image_si
     return builder(num_classes, in_channels=in_channels, width=width, **sized)
 
 
+def check_width(name: str, width: int) -> None:
+    """ValueError where a network cannot have that width, before any costly work; its weights are not made."""
+    import torch
+
+    with torch.device("meta"):
+        get(name)(2, width=width)
+
+
 def takes_sides(name: str, height: int, width: int) -> bool:
     """Whether a network takes images of that size and sees all of them; arguments as for `check_sides`."""
     multiple = _MULTIPLES.get(name, 1)

@@ -134,6 +134,13 @@ def test_images_without_labels_need_a_way_of_learning_without(without_labels, au
             "--protocol is 'iss', but must be one of cp, fast",
         ),
         (("--whitening", "collected"), "--whitening is 'collected', but must be 'training' for victim 'resnet18'"),
+        (("--processes", "0"), "--processes is 0, but must be at least 1"),
+        (("--device", "cuda:99"), "--device is 'cuda:99', but must be one that torch finds on this machine: cpu"),
+        (("--device", "banana"), "--device is 'banana', but must be one that torch finds"),
+        (("--width", "0"), "--width is 0, but must be a positive integer for resnet18"),
+        (("--victim", "densenet121", "--width", "5"), "--width is 5, but must be a positive multiple of 2"),
+        (("--seed", "-1"), "--seed is -1, but must be a whole number in [0, 2**32)"),
+        (("--budget_minutes", "nan"), "--budget_minutes is nan, but must be above 0"),
     ],
 )
 def test_what_does_not_apply_is_refused(more, message, folders, tmp_path, capfd):

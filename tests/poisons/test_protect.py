@@ -267,6 +267,13 @@ def test_fractions_outside_are_refused(fraction, data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5])
+def test_seeds_outside_are_refused(seed, data, tmp_path):
+    with pytest.raises(ValueError, match=f"seed is {seed}, but must be a whole number in"):
+        protect.protect_dataset(data, tmp_path, method="lsp", seed=seed)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_fraction_is_another_data_set(source, data, tmp_path):
     output = tmp_path / "protected"
     options = ("--method", "lsp", "--dataset", source, "--split", "train", "--output", output)

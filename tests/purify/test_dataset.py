@@ -473,6 +473,7 @@ def test_refuses_to_go_on_with_another_torch(pipe, source, finished, tmp_path):
         ({"image_size": -1}, "image_size is -1, but must be the side of a square"),
         ({"image_size": 9}, "image_size is 9, but must be a multiple of 2"),
         ({"preset": "best"}, "preset is 'best', but must be one of"),
+        ({"seed": -1}, r"seed is -1, but must be a whole number in \[0, 2\*\*64\)"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -1,6 +1,5 @@
 """Every victim by name: what it maps, what it counts, what it refuses; and the changes made for small images."""
 
-
 import pytest
 import torch
 import torchvision
