@@ -251,7 +251,7 @@ def test_a_score_with_pairs_says_what_it_assumes(train, test, collected, monkeyp
     after = collected.with_images(collected.images // 2)
     options = {"protocol": QUICK, "seeds": 1, "countermeasure": "paired-small"}
     scored = score(train, test, collected=collected, collected_protected=after, **options)
-    assert "with paired-small (assumes that the protection tool is public) got" in sentence(scored)
+    assert "with paired-small (assumes that the protection tool and its seed are public) got" in sentence(scored)
     assert scored["request"]["pairs"]["originals"]["images"] == 80
     with pytest.raises(ValueError, match="collected_protected is None.*'paired-small'"):
         score(train, test, collected=collected, **options)

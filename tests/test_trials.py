@@ -352,7 +352,7 @@ def test_pairs_name_a_trial_and_its_preparation_and_say_what_they_assume(tmp_pat
     how = {"countermeasure": "paired-small", "work_dir": tmp_path / "work"}
     wanted = [trial(pairs=one, **how) for one in pairs]
     assert len({one.name for one in wanted}) == 2
-    assert wanted[0].settings["assumes"] == "the protection tool is public"
+    assert wanted[0].settings["assumes"] == "the protection tool and its seed are public"
     measure([*wanted, trial(1, pairs=pairs[0], **how)], tmp_path / "records.jsonl", progress=False)
     assert len(list((tmp_path / "work").glob("*/paired-small-0/paired.json"))) == 2
     details = results_by_trial(tmp_path / "records.jsonl", what="victim")

@@ -1,8 +1,8 @@
 """
 A purifier that has seen pairs: images before and after the very tool that made the protected set.
 
-The attacker is stronger than that of other countermeasures: he has the tool, and has protected images of his own with
-it. BridgePure (Wang et al., NeurIPS 2025; EhanW/bridge-pure) has this setting for poisons, with 500 to 4,000 pairs and
+The attacker is stronger than that of other countermeasures: he has the tool with the owner's seed, and has protected
+images of his own with it. BridgePure (Wang et al., NeurIPS 2025; EhanW/bridge-pure) has this setting for poisons, with 500 to 4,000 pairs and
 a diffusion bridge; LightShed (Foerster et al., USENIX Security 2025) for protections of pictures, with an auto-encoder
 that predicts the perturbation. `train/paired.py` describes what is trained here, which is closer to the second.
 
@@ -18,7 +18,7 @@ from ..train.paired import PairedSettings, check_pairs, restore, train_paired
 from . import Context, Countermeasure
 
 
-ASSUMES = "the protection tool is public"
+ASSUMES = "the protection tool and its seed are public"
 SETTINGS = {
     "paired": PairedSettings(),
     "paired-small": PairedSettings(unet="mini32", epochs=10, batch_size=64, learning_rate=1e-3),

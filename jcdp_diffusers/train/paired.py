@@ -237,7 +237,8 @@ tags:
 A `UNet2DModel` that predicts the perturbation of images in [-1, 1] in units of `scale` (`paired.json`). It was trained
 on {pairs} images before and after one protection tool, and knows that tool alone. It is no DDPM and generates nothing.
 
-**It assumes that the protection tool is public**: without the tool there are no pairs to learn from.
+**It assumes that the protection tool and its seed are public**: without the tool there are no pairs to learn from, and
+another seed may make another noise.
 """
 
 

@@ -82,7 +82,7 @@ def test_is_a_repository_that_plain_diffusers_opens(originals, protected, tmp_pa
         expected = (images - scale * unet(images, 0).sample + 1) * 127.5
     restored = restore(protected, tmp_path / "paired", bfloat16=False).images
     assert np.abs(expected.clamp(0, 255).permute(0, 2, 3, 1).numpy() - restored).max() <= 0.51
-    assert "the protection tool is public" in (tmp_path / "paired/README.md").read_text()
+    assert "the protection tool and its seed are public" in (tmp_path / "paired/README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["paired"]
 
 
