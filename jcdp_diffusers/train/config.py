@@ -116,8 +116,12 @@ class TrainingConfig:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, but must be a finite number above 0.")
         object.__setattr__(self, "noise_corner", checked_corner(self.noise_corner))
-        if not 0 <= self.ema_max_decay < 1:
-            raise ValueError(f"ema_max_decay is {self.ema_max_decay}, but must lie in [0, 1).")
+        for name in ("ema_max_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must lie in [0, 1).")
+        for name in ("adam_weight_decay", "adam_epsilon"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be a finite number of at least 0.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, but must lie in [0, 2**63).")
         for name in ("lr_warmup_steps", "num_grid_images", "dataloader_num_workers"):
