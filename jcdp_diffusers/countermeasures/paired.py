@@ -2,9 +2,10 @@
 A purifier that has seen pairs: images before and after the very tool that made the protected set.
 
 The attacker is stronger than that of other countermeasures: he has the tool with the owner's seed, and has protected
-images of his own with it. BridgePure (Wang et al., NeurIPS 2025; EhanW/bridge-pure) has this setting for poisons, with 500 to 4,000 pairs and
-a diffusion bridge; LightShed (Foerster et al., USENIX Security 2025) for protections of pictures, with an auto-encoder
-that predicts the perturbation. `train/paired.py` describes what is trained here, which is closer to the second.
+images of his own with it. BridgePure (Wang et al., NeurIPS 2025; EhanW/bridge-pure) has this setting for poisons, with
+500 to 4,000 pairs and a diffusion bridge; LightShed (Foerster et al., USENIX Security 2025) for protections of
+pictures, with an auto-encoder that predicts the perturbation. `train/paired.py` describes what is trained here, which
+is closer to the second.
 
 `paired-small` is for a CPU. `paired` has the network of the paper's CIFAR-10 purifier and has not been run yet.
 """

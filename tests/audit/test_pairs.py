@@ -51,11 +51,12 @@ def test_an_audit_with_both(folder, tmp_path, monkeypatch):
     assert main(["audit", *roles, *asked, "--output", str(output), "--processes", "1", "--device", "cpu"]) == 0
     report = json.loads((output / "report.json").read_text())
     titles = {row["row"]: row["title"] for row in report["rows"]}
-    assert titles["paired-small+cutout"] == "paired-small+cutout (assumes that the protection tool and its seed are public)"
+    said = "paired-small+cutout (assumes that the protection tool and its seed are public)"
+    assert titles["paired-small+cutout"] == said
     assert titles["pretrained"] == "pretrained"
     assert any("The row paired-small+cutout assumes more" in limit for limit in report["limits"])
     page = (output / "report.md").read_text()
-    assert "protected images, with paired-small+cutout (assumes that the protection tool and its seed are public)" in page
+    assert f"protected images, with {said}" in page
     assert "SimCLR on the collected images" in report["attacks"]["pretrained"]["source"]
     found = {
         one["settings"]["row"]: one["settings"]
