@@ -676,7 +676,7 @@ class TestCall:
             (photos(1), dict(micro_batch_size=0), "micro_batch_size is 0, but must be at least 1"),
             (photos(2), dict(generator=[torch.Generator()]), "generator has 1 entries, but must have .* 2 images"),
             (photos(1), dict(generator=torch.Generator(), seed=0), "generator is given together with seed or ids"),
-            (photos(1), dict(seed=-1), r"seed is -1, but must lie in \[0, 2\*\*64\)"),
+            (photos(1), dict(seed=-1), r"seed is -1, but must be a whole number in \[0, 2\*\*64\)"),
             (photos(1), dict(output_type="jpg"), "output_type is 'jpg', but must be 'pil', 'np' or 'pt'"),
             (photos(1), dict(preset="best"), "preset is 'best', but must be one of"),
             (
