@@ -15,10 +15,13 @@ def default_device() -> str:
 
 def usable_device(device: torch.device | str) -> torch.device:
     """
-    A device that this machine has, before any costly work that would end at it.
+    Refuse a device that this machine does not have, before any costly work that would end at it.
 
     Args:
         device (`torch.device` or `str`): `"cpu"`, or an accelerator with or without its number: `"cuda"`, `"cuda:1"`.
+
+    Returns:
+        `torch.device`: The device.
 
     Raises:
         ValueError: If torch does not find it.
@@ -86,7 +89,7 @@ def check_seed(seed: int, bits: int = 32) -> None:
 
     Args:
         seed (`int`): In [0, 2^bits).
-        bits (`int`, defaults to 32): What scikit-learn takes.
+        bits (`int`, defaults to 32): 32 is what scikit-learn takes, 63 and 64 what torch and our noise take.
 
     Raises:
         ValueError: If it is something else.

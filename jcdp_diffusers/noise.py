@@ -35,7 +35,7 @@ def image_keys(seed: int, ids: list[str], device: torch.device | str = "cpu") ->
     Philox words of each image: the same id and seed always give the same three.
 
     Args:
-        seed (`int`): In [0, 2^64).
+        seed (`int`): In [0, 2^64); ValueError otherwise.
         ids (`list[str]`): One id per image; any text.
 
     Returns:

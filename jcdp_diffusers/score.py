@@ -21,7 +21,7 @@ from . import countermeasures, engines, victims
 from .countermeasures import assumed
 from .countermeasures.purifiers import check_purifier_suits
 from .data import LabelledImages, find_overlap, load_images
-from .data.checks import check_sets
+from .data.checks import budget_of_levels, check_sets
 from .devices import default_device, usable_device
 from .outputs import check_output_file, write_atomically
 from .pipeline_jcdp import JointConditionalPurificationPipeline
@@ -404,8 +404,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`jcdp score`, from parsed options to a line with the figure."""
     check_output_file(args.output, sources={"train": args.train, "test": args.test})
-    if not 0 <= args.budget <= 255:
-        raise ValueError(f"budget is {args.budget}, but must lie within 0 and 255, in 1/255.")
+    budget = budget_of_levels(args.budget)
     roles = ("train", "test", "probe", "collected", "collected_protected")
     train, test, probe, collected, collected_protected = (_load(args, role) for role in roles)
     result = score(
@@ -428,7 +427,7 @@ def run(args: argparse.Namespace) -> None:
         draws=args.draws,
         device=args.device,
         processes=args.processes,
-        overlap_budget=args.budget / 255,
+        overlap_budget=budget,
         output=args.output,
         checkpoint_dir=args.checkpoint_dir,
         model_dir=args.model_dir,

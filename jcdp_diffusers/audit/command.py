@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from .. import countermeasures, victims
-from ..data.checks import ROLES
+from ..data.checks import ROLES, budget_of_levels
 from ..outputs import check_output_folder, public_name
 from ..victims import RECIPE_NAMES
 from ..victims.choice import SHORT_RECIPE_HELP, VICTIM_HELP, WHITENING, WHITENING_HELP
@@ -115,8 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`jcdp audit`: the report, and where it lies."""
-    if not 0 <= args.budget <= 255:
-        raise ValueError(f"--budget is {args.budget}, but must lie within 0 and 255, in 1/255.")
+    budget = budget_of_levels(args.budget)
     roles = ("protected", "collected", "collected_protected", "test", "clean", "probe_images")
     if args.output is None:
         args.output = f"audit-{public_name(args.protected).rpartition('/')[2]}"
@@ -152,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
         fractions=args.fractions,
         width=args.width,
         preset=args.preset,
-        budget=args.budget / 255,
+        budget=budget,
         image_size=args.image_size,
         channels=args.channels,
         skip_unusable_images=args.skip_unusable_images,

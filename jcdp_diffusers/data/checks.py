@@ -105,6 +105,18 @@ def check_separation(
     return {"collected_in_test": shared}
 
 
+def budget_of_levels(levels: int) -> float:
+    """
+    A noise budget in [0, 1] from one in levels of 255, as commands take it.
+
+    Raises:
+        ValueError: If it lies outside of 0 to 255.
+    """
+    if not 0 <= levels <= 255:
+        raise ValueError(f"budget is {levels}, but must lie within 0 and 255, in 1/255.")
+    return levels / 255
+
+
 def match_originals(clean: LabelledImages, protected: LabelledImages) -> LabelledImages:
     """
     The clean original of each protected image, under its id, in the order of the protected ones.

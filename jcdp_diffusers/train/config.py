@@ -9,7 +9,7 @@ import torch
 from accelerate.tracking import GeneralTracker
 from diffusers import DDPMScheduler
 
-from ..devices import device_in_words, has_bfloat16
+from ..devices import check_seed, device_in_words, has_bfloat16
 from ..noise import checked_corner
 from .denoising import TIMESTEP_SAMPLINGS
 
@@ -122,8 +122,7 @@ class TrainingConfig:
         for name in ("adam_weight_decay", "adam_epsilon"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be a finite number of at least 0.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}, but must lie in [0, 2**63).")
+        check_seed(self.seed, bits=63)
         for name in ("lr_warmup_steps", "num_grid_images", "dataloader_num_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 0.")
