@@ -132,6 +132,8 @@ class Grid:
         for seed in self.seeds:
             if type(seed) is not int or seed < 0:
                 raise ValueError(f"seeds has {seed!r}, but its entries must be whole numbers of at least 0.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}, but each must be there once.")
         for entry in self.poisons:
             if entry != "none" and str(entry).removesuffix(control.SUFFIX) not in poisons.NAMES:
                 raise ValueError(

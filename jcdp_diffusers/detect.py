@@ -27,7 +27,7 @@ from .audit.shortcut import (
     gap_of,
     weights_by_class,
 )
-from .data import LabelledImages, find_overlap, join_labels, load_images
+from .data import LabelledImages, column_names, find_overlap, join_labels, load_images
 from .data.photographs import stored_sizes, working_size
 from .devices import check_seed, default_device
 from .outputs import check_output_file, write_atomically
@@ -35,6 +35,7 @@ from .results import package_versions
 from .spectrum import describe_difference
 
 
+ROLES = ("dataset", "collected", "purified")
 FOLDS = 5
 LEAST_IMAGES = 50  # of each set: with fewer, chance explains any gap
 # An image is named when its label is more probable than that of all but this share of the reference images.
@@ -264,8 +265,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--collected", help="other, unprotected images of the same kind; labels make them worth more")
     parser.add_argument("--collected_split")
     parser.add_argument("--purified", help="the purified copy of --dataset, where collected images have no labels")
-    parser.add_argument("--image_column")
-    parser.add_argument("--label_column")
+    parser.add_argument("--image_column", help="of --dataset, and of --collected where it has that column")
+    parser.add_argument("--label_column", help="likewise")
     parser.add_argument("--image_size", type=int, help="side in pixels to which all images are brought")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -277,14 +278,13 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None:
         sources = {f"--{name}": getattr(args, name) for name in ("dataset", "collected", "purified")}
         check_output_file(args.output, sources=sources, name="--output")
+        _check_own(Path(args.output))
     sets = {}
     image_size = _size_to_read(args) if args.image_size is None else args.image_size
-    for role, split in (("dataset", args.split), ("collected", args.collected_split), ("purified", None)):
+    for role in ROLES:
         if (source := getattr(args, role)) is not None:
-            columns = (
-                {"image_column": args.image_column, "label_column": args.label_column} if role == "dataset" else {}
-            )
-            sets[role] = load_images(source, split=split, image_size=image_size, channels=args.channels, **columns)
+            options = {"image_size": image_size, "channels": args.channels} | _where(args, role)
+            sets[role] = load_images(source, **options)
     found = detect(sets["dataset"], sets.get("collected"), sets.get("purified"), seed=args.seed)
     if args.output is not None:
         path = Path(args.output)
@@ -300,13 +300,40 @@ def run(args: argparse.Namespace) -> None:
         print("Gap by class, in points: " + ", ".join(f"{name} {100 * gap:.0f}" for name, gap in classes.items()))
 
 
+def _check_own(output: Path) -> None:
+    """Refuse to replace a file that is no result of this command."""
+    if not output.exists():
+        return
+    try:
+        found = json.loads(output.read_bytes())
+    except ValueError:
+        found = None
+    if not (isinstance(found, dict) and {"protected", "sentence", "shortcut", "spectrum"} <= found.keys()):
+        raise ValueError(
+            f"--output is {str(output)!r}, which holds something else, but must be an earlier result of jcdp detect "
+            "or a path where there is nothing yet."
+        )
+
+
+def _where(args: argparse.Namespace, role: str) -> dict[str, str | None]:
+    """
+    Split and columns of a role. Collected images may lack the column of labels; a purified copy has our own names.
+    """
+    if role == "dataset":
+        return {"split": args.split, "image_column": args.image_column, "label_column": args.label_column}
+    if role == "purified":
+        return {}
+    named = {"image_column": args.image_column, "label_column": args.label_column}
+    there = column_names(args.collected, split=args.collected_split)
+    return {"split": args.collected_split} | {key: name for key, name in named.items() if name in there}
+
+
 def _size_to_read(args: argparse.Namespace) -> int | None:
     """The side to which photographs of assorted sizes are brought, which is said; None where images stay."""
     sizes = {}
-    for role, split in (("dataset", args.split), ("collected", args.collected_split), ("purified", None)):
+    for role in ROLES:
         if (source := getattr(args, role)) is not None:
-            column = args.image_column if role == "dataset" else None
-            sizes[role] = stored_sizes(source, split=split, image_column=column)
+            sizes[role] = stored_sizes(source, **_where(args, role))
     side = working_size(sizes, default_device())
     if side is not None:
         print(f"Images of assorted sizes: looked at with {side}x{side} pixels (--image_size chooses another side).")

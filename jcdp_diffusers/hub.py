@@ -1,11 +1,11 @@
 """To the Hub, one commit a folder: a purifier's repository, or a purified or protected data set."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 
 # All that a purifier's repository consists of; not checkpoints (which hold optimiser states), grids and logs.
@@ -14,7 +14,7 @@ PURIFIER_FILES = (
     "model_index.json",
     "unet/config.json",
     "unet/diffusion_pytorch_model*.safetensors",
-    "unet/diffusion_pytorch_model*.safetensors.index.json",
+    "unet/diffusion_pytorch_model*.index*.json",
     "scheduler/scheduler_config.json",
     "purification_config.json",
     "training_record.json",
@@ -22,6 +22,7 @@ PURIFIER_FILES = (
     "perceptual/*",
 )
 _NEEDED = ("unet/config.json", "unet/diffusion_pytorch_model*.safetensors", "scheduler/scheduler_config.json")
+EVAL_RESULTS = ".eval_results/jcdp.yaml"  # what `jcdp publish` says of a purifier's audit
 # Images that were refused are the source's own, and may be anything; what is hidden is the state of the work.
 NOT_OF_A_DATASET = ("rejected/*", ".*")
 
@@ -38,6 +39,9 @@ def push_purifier(
     """
     Push a purifier's repository: weights, configurations, records and card, and nothing else of the folder.
 
+    What an earlier push has put there and this one does not have is deleted in the same commit, because it belongs to
+    other weights. A card stays, and so do files that no purifier has.
+
     Args:
         folder (`str` or `os.PathLike`): What `save_pretrained` of the pipeline or `train_purifier` wrote.
         repo_id (`str`): Name on the Hub, with or without a namespace; made if needed.
@@ -52,17 +56,9 @@ def push_purifier(
     Raises:
         ValueError: As `files_of_purifier`, before anything is pushed.
     """
-    files_of_purifier(folder)
-    return _upload(
-        folder,
-        repo_id,
-        "model",
-        private,
-        token,
-        allow_patterns=list(PURIFIER_FILES),
-        commit_message=commit_message,
-        create_pr=create_pr,
-    )
+    options = {"repo_type": "model", "private": private, "token": token}
+    files = files_of_purifier(folder)
+    return push_files(files, repo_id, commit_message=commit_message, create_pr=create_pr, **options)
 
 
 def push_dataset(
@@ -71,6 +67,8 @@ def push_dataset(
     """
     Push a purified data set: all that the folder holds but rejected images and hidden files.
 
+    Parquet files of an earlier push are deleted in the same commit, or the data set would be of both.
+
     Args:
         folder (`str` or `os.PathLike`): What `purify_dataset` wrote, finished.
         repo_id, private, token: As for [`push_purifier`].
@@ -78,15 +76,8 @@ def push_dataset(
     Returns:
         `str`: URL of the commit.
     """
-    return _upload(
-        folder,
-        repo_id,
-        "dataset",
-        private,
-        token,
-        ignore_patterns=list(NOT_OF_A_DATASET),
-        commit_message="Upload purified data set",
-    )
+    options = {"repo_type": "dataset", "private": private, "token": token}
+    return push_files(files_of_dataset(folder), repo_id, commit_message="Upload purified data set", **options)
 
 
 def create_repository(repo_id: str, *, repo_type: str = "model", private: bool | None = None, token=None) -> str:
@@ -132,32 +123,52 @@ def push_files(
     repo_type: str,
     private: bool | None = None,
     commit_message: str,
+    create_pr: bool = False,
     token: str | None = None,
 ) -> str:
     """
-    Push files in one commit.
+    Push files in one commit, which deletes what they replace (`is_replaced`).
 
     Args:
         files (`dict`): Path in the repository -> file, or its content.
         repo_id, private, token: As for [`push_purifier`].
         repo_type (`str`): `"model"` or `"dataset"`.
         commit_message (`str`): Of the one commit.
+        create_pr (`bool`, defaults to `False`): As for [`push_purifier`].
 
     Returns:
         `str`: URL of the commit.
     """
+    api = HfApi(token=token)
     repo_id = create_repository(repo_id, repo_type=repo_type, private=private, token=token)
-    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    options = {"repo_type": repo_type, "commit_message": commit_message}
-    return HfApi(token=token).create_commit(repo_id, operations, **options).commit_url
+    there = api.list_repo_files(repo_id, repo_type=repo_type)
+    operations = [CommitOperationDelete(name) for name in there if is_replaced(name, files, repo_type)]
+    operations += [CommitOperationAdd(name, content) for name, content in files.items()]
+    options = {"repo_type": repo_type, "commit_message": commit_message, "create_pr": create_pr}
+    return api.create_commit(repo_id, operations, **options).commit_url
+
+
+def is_replaced(name: str, files: Collection[str], repo_type: str) -> bool:
+    """
+    Whether a file of a repository is one of an earlier push, and would be wrong beside the files of this one.
+
+    Of a purifier that is all that [`push_purifier`] and `jcdp publish` push, but for the card, which somebody may have
+    written. Of a data set it is Parquet in a folder that gets Parquet now, and summary, manifest and benchmark.
+
+    Args:
+        name (`str`): Path in the repository.
+        files (`Collection[str]`): Paths that are pushed now.
+        repo_type (`str`): `"model"` or `"dataset"`.
+    """
+    if name in files or name == "README.md":
+        return False
+    if repo_type == "model":
+        return any(fnmatch(name, one) for one in (*PURIFIER_FILES, EVAL_RESULTS))
+    if name.endswith(".parquet"):
+        return any(one.endswith(".parquet") and os.path.dirname(one) == os.path.dirname(name) for one in files)
+    return name in ("summary.json", "run.json", "eval.yaml")
 
 
 def _files(folder: str | os.PathLike) -> list[tuple[str, Path]]:
     folder = Path(folder)
     return [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
-
-
-def _upload(folder, repo_id, repo_type, private, token, **options) -> str:
-    repo_id = create_repository(repo_id, repo_type=repo_type, private=private, token=token)
-    options |= {"repo_id": repo_id, "repo_type": repo_type, "folder_path": os.fspath(folder)}
-    return HfApi(token=token).upload_folder(**options).commit_url

@@ -151,37 +151,48 @@ def check_output_file(
         )
 
 
-def check_apart(output: str | os.PathLike, *, sources: Mapping[str, object], name: str) -> None:
+def check_apart(
+    output: str | os.PathLike,
+    *,
+    sources: Mapping[str, object],
+    outputs: Mapping[str, str | os.PathLike] | None = None,
+    name: str,
+) -> None:
     """
     Refuse a path that is that of a source or of another output, lies in one or holds one.
 
     Args:
         output, sources, name: As for `check_output_folder`.
+        outputs (`dict`, *optional*): Other paths that the command writes, by argument, whether or not they exist yet.
     """
     _check_place(output, sources, False, name)
+    for argument, other in (outputs or {}).items():
+        if (relation := _relation(output, other, False)) is not None:
+            raise ValueError(f"{name} is {str(output)!r}, which {relation} {argument}, but must be another path.")
 
 
 def _check_place(output, sources: Mapping[str, object], holds_sources: bool, name: str) -> None:
     """Refuse a URL, and a place where a source would be written to."""
     if "://" in os.fspath(output):
         raise ValueError(f"{name} is {str(output)!r}, but must be a path of this machine: no URL is written to.")
-    place = Path(os.path.realpath(output))
     for argument, source in sources.items():
         if not isinstance(source, (str, os.PathLike)) or not os.path.exists(source):
             continue
-        read = Path(os.path.realpath(source))
-        relation = None
-        if place == read:
-            relation = "is that of"
-        elif place.is_relative_to(read):
-            relation = "lies inside that of"
-        elif read.is_relative_to(place) and not holds_sources:
-            relation = "holds that of"
-        if relation is not None:
+        if (relation := _relation(output, source, holds_sources)) is not None:
             raise ValueError(
                 f"{name} is {str(output)!r}, which {relation} {argument}, but must be another path: what is read must "
                 "stay as it is."
             )
+
+
+def _relation(output: str | os.PathLike, other: str | os.PathLike, may_hold: bool) -> str | None:
+    """How one path lies to another, in words; None where they are apart."""
+    place, read = Path(os.path.realpath(output)), Path(os.path.realpath(other))
+    if place == read:
+        return "is that of"
+    if place.is_relative_to(read):
+        return "lies inside that of"
+    return "holds that of" if read.is_relative_to(place) and not may_hold else None
 
 
 def _links(folder: str | os.PathLike) -> Iterator[str]:

@@ -34,7 +34,7 @@ from .images import Images, pictures_of, to_bytes, within_unit_range
 from .noise import coloured, content_id, image_keys, noise_power, normal_noise, times_covariance
 from .perceptual import LPIPSModel, load_perceptual
 from .purification_config import CONFIG_NAME, PurificationConfig
-from .repository import check_folder, check_on_hub, only_variant
+from .repository import check_folder, check_on_hub, only_variant, remove_stale_indices
 from .scheduling_guided_ddim import GuidedDDIMScheduler
 from .scheduling_guided_ddpm import GuidedDDPMScheduler, guided, settings_of
 
@@ -139,7 +139,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, "perceptual/*"], **hub_options))
         pipe.purification_config = PurificationConfig.from_pretrained(folder)
         if "perceptual" not in kwargs and (folder / "perceptual").is_dir():
-            pipe.register_modules(perceptual=load_perceptual(folder / "perceptual"))
+            perceptual = load_perceptual(folder / "perceptual").to(pipe.unet.device)  # where device_map has put that
+            pipe.register_modules(perceptual=perceptual)
         return pipe
 
     @classmethod
@@ -151,7 +152,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         from a pipeline of this class, and from any that was loaded from a folder. From one that was loaded from the
         Hub it does not: open such a purifier with `from_pretrained`.
         """
-        kwargs.setdefault("dtype", pipeline.unet.dtype)  # diffusers would turn the shared network to float32
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = pipeline.unet.dtype  # diffusers would turn the shared network to float32
         pipe = super().from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, JointConditionalPurificationPipeline):
             pipe.purification_config = pipeline.purification_config
@@ -178,7 +180,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             save_directory (`str` or `os.PathLike`): Made if needed.
             push_to_hub (`bool`): Push the folder, as it then is, in one commit.
             repo_id (`str`, *optional*): The folder's name by default.
-            commit_message, private, create_pr, token: As in `huggingface_hub`.
+            commit_message, private, create_pr, token: As for `hub.push_purifier`, which says what becomes of files of
+                an earlier push.
             kwargs: Passed to `DDPMPipeline.save_pretrained`: `safe_serialization`, `variant`, `max_shard_size`.
         """
         if push_to_hub:  # whoever may not push learns it first
@@ -194,6 +197,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             self.perceptual.save_pretrained(Path(save_directory) / "perceptual")
         elif (Path(save_directory) / "perceptual").is_dir():  # of a purifier that was saved here before
             shutil.rmtree(Path(save_directory) / "perceptual")
+        remove_stale_indices(Path(save_directory) / "unet")
         if push_to_hub:
             push_purifier(save_directory, repo_id, commit_message=commit_message, create_pr=create_pr, token=token)
 
@@ -548,6 +552,11 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         kind = GuidedDDIMScheduler if config.sampler == "ddim" else type(self.scheduler)
         scheduler = kind.from_config(settings_of(self.scheduler), **changes)
         steps, evaluations = config.diffusion_steps, config.evaluations_per_round[round_index]
+        if scheduler.alpha_bars[steps - 1] == 0:
+            raise ValueError(
+                f"diffusion_steps is {steps}, but must be fewer: this scheduler's alpha_bar is 0 there, so nothing of "
+                "the image would be left."
+            )
         scheduler.set_timesteps(timesteps=[round(steps * (1 - k / evaluations)) - 1 for k in range(evaluations)])
         return scheduler
 

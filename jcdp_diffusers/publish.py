@@ -18,10 +18,11 @@ import yaml
 from huggingface_hub import DatasetCardData, EvalResultEntry, eval_result_entries_to_yaml
 
 from .data import parquet_files
-from .hub import files_of_dataset, files_of_purifier, push_files
+from .hub import EVAL_RESULTS, files_of_dataset, files_of_purifier, push_files
 from .outputs import printable, public_name
 from .poisons.protect import read_card
 from .purify.dataset_card import SUMMARY_NAME
+from .purify.manifest import RUN_NAME
 from .repository import check_folder
 from .train.model_card import purifier_card
 from .train.provenance import TRAINED_ON_NAME, trained_on
@@ -30,7 +31,7 @@ from .train.record import RECORD_NAME, read_record
 from .trials import purifier_digest
 
 
-CARD, EVAL, EVAL_RESULTS = "README.md", "eval.yaml", ".eval_results/jcdp.yaml"
+CARD, EVAL = "README.md", "eval.yaml"
 ARXIV = "https://arxiv.org/abs/2305.09241"
 KINDS = ("purifier", "dataset")
 TEST = "test"  # folder and split of the clean test images
@@ -194,6 +195,11 @@ def dataset_files(
         return dict(files_of_dataset(folders[0]))
     files, configs = {}, {}
     for folder in folders:
+        if (folder / RUN_NAME).is_file():
+            raise ValueError(
+                f"source is {str(folder)!r}, whose purification is not finished, but must be whole: give the command "
+                "that began it again."
+            )
         facts = read_card(folder)
         name = _config_name(facts)
         if name in configs:

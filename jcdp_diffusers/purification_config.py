@@ -296,8 +296,8 @@ _FINAL_VARIANCE_FACTOR = 0.545317
 # Published ones are what their papers have with a purifier of white noise alone: see `noise_corner`.
 PRESETS = {
     # Ours: the best of eval/grids/search.yaml on validation images of CIFAR-10, protected by LSP. Many light rounds
-    # remove as much as one strong one and leave more of the image; either guide brings some of the poison back
-    # (eval/grids/guides.yaml).
+    # remove as much as one strong one and leave more of the image; both guides together bring some of the poison
+    # back (eval/grids/guides.yaml).
     "tuned": PurificationConfig(diffusion_steps=30, num_inference_steps=2, num_rounds=8, variance_type="fixed_small"),
     # Diffuse and denoise without a guide: AVATAR (Dolatabadi et al., 2024) and DiffPure (Nie et al., 2022), t* = 100,
     # with a tenth of their evaluations, whose victims learn as much (eval/grids/evaluations_3k.yaml).

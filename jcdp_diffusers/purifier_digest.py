@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub import hf_hub_download
 
 from .pipeline_jcdp import JointConditionalPurificationPipeline
@@ -53,7 +54,7 @@ def _digest_of_files(files: tuple[tuple[Path, int, int, int], ...], corner: floa
 
 def _digest_of_pipeline(pipe: JointConditionalPurificationPipeline) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for part in (pipe.unet, pipe.perceptual):
+    for part in (unwrap_module(pipe.unet), pipe.perceptual):  # weights have other names in torch.compile's wrapper
         for name, tensor in {} if part is None else sorted(part.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

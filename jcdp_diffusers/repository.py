@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
@@ -126,7 +126,10 @@ def check_on_hub(name: str, **hub_options) -> list[str]:
     check_model_index(index)
     if hub_options.get("local_files_only") or constants.HF_HUB_OFFLINE:
         return _files_in(Path(index).parent)
-    return HfApi(token=hub_options.get("token")).list_repo_files(name, revision=hub_options.get("revision"))
+    try:
+        return HfApi(token=hub_options.get("token")).list_repo_files(name, revision=hub_options.get("revision"))
+    except HTTPError:  # there was a copy of the index, so the rest of its snapshot may be here, too
+        return _files_in(Path(index).parent)
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -149,6 +152,16 @@ def check_weights(folder: Path) -> None:
             raise ValueError(f"{path} has {shards!r:.80} as weight_map, but must name the file of each weight.")
         if missing := sorted({str(name) for name in shards.values() if not (folder / str(name)).is_file()}):
             raise ValueError(f"{folder} has no {missing[0]}, but {path.name} says that weights are in it.")
+
+
+def remove_stale_indices(folder: Path) -> None:
+    """
+    Remove indices of weights that came in several files, where those files are gone: diffusers writes the weights anew
+    and leaves the index, by which they could not be loaded.
+    """
+    for path in sorted(folder.glob("diffusion_pytorch_model*.index*.json")):
+        if not all((folder / name).is_file() for name in read_json(path)["weight_map"].values()):
+            path.unlink()
 
 
 def only_variant(names: Iterable[str]) -> str | None:

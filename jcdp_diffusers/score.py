@@ -291,9 +291,16 @@ def _finished(output: Path, request: dict, trials: list[Trial]) -> dict[str, Any
     """The result in the output if it is that of the same request; None if there is none yet."""
     if not output.exists():
         return None
-    found = json.loads(output.read_text())
+    try:
+        found = json.loads(output.read_bytes())
+        held = dict(found["request"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"output is {str(output)!r}, which holds something else, but must be an earlier score or a path where "
+            "there is nothing yet."
+        ) from error
     for name, wanted in request.items():
-        if found.get("request", {}).get(name) != wanted:
+        if held.get(name) != wanted:
             raise ValueError(
                 f"output is {str(output)!r}, but that file holds a score with another {name}; give another file."
             )

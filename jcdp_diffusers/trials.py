@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -326,9 +327,18 @@ def given_seeds(seeds: int | Sequence[int]) -> list[int]:
     return chosen
 
 
-@functools.lru_cache(maxsize=64)
 def describe_images(data: LabelledImages) -> dict:
     """What tells one labelled set from another: number, shape, and a hash of pixels and labels in order."""
+    if data not in _DESCRIBED:
+        _DESCRIBED[data] = _describe(data)
+    return dict(_DESCRIBED[data])
+
+
+# As long as the sets themselves are there: trials share them, and one of CIFAR-10's size takes a second.
+_DESCRIBED: MutableMapping[LabelledImages, dict] = weakref.WeakKeyDictionary()
+
+
+def _describe(data: LabelledImages) -> dict:
     digest = hashlib.blake2b(np.ascontiguousarray(data.images), digest_size=16)
     if data.labels is not None:
         digest.update(data.labels.tobytes())

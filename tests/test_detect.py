@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -206,6 +207,45 @@ def test_the_command_writes_what_it_says(clean, collected, tmp_path, capsys):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["protected"] is True
     assert found["sentence"] in capsys.readouterr().out
+
+
+def test_columns_that_are_named_are_those_of_collected_images_too(clean, collected, tmp_path, capsys):
+    named = {"picture": datasets.Image(), "kind": datasets.Value("string")}
+    for name, data in (("suspicious", clean), ("collected", collected), ("plain", collected)):
+        kinds = [data.class_names[label] for label in data.labels]
+        table = {"picture": list(map(Image.fromarray, data.images)), "kind": kinds}
+        features = named
+        if name == "plain":
+            table, features = {"picture": table["picture"]}, {"picture": datasets.Image()}
+        (tmp_path / name).mkdir()
+        made = datasets.Dataset.from_dict(table, features=datasets.Features(features))
+        made.to_parquet(tmp_path / name / "train-0.parquet")
+    options = ["detect", "--dataset", str(tmp_path / "suspicious"), "--image_column", "picture"]
+    options += ["--label_column", "kind", "--output", str(tmp_path / "found.json"), "--collected"]
+    assert main([*options, str(tmp_path / "collected")]) == 0
+    assert "would show" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "found.json").read_text())["shortcut"]["reference"] == 600
+    assert main([*options, str(tmp_path / "plain")]) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["shortcut"]["reference"] is None
+
+
+@pytest.mark.parametrize("content", ["my thesis", "[1]", '{"protected": true}'])
+def test_a_file_of_somebody_else_is_not_replaced(content, clean, tmp_path, capsys):
+    write_dataset(tmp_path / "suspicious", clean, split="train")
+    mine = tmp_path / "mine.txt"
+    mine.write_text(content)
+    assert main(["detect", "--dataset", str(tmp_path / "suspicious"), "--output", str(mine)]) == 1
+    assert "holds something else" in capsys.readouterr().err and mine.read_text() == content
+
+
+def test_integers_are_no_ranks_of_texts(clean, collected):
+    """The first class of a column of texts is not the class 0 of a set with integers."""
+    texts, integers = replace(clean, ranked_by_text=True), replace(collected, class_names=None)
+    with pytest.raises(ValueError, match="collected has integers for labels and dataset has texts, such as 'ant'"):
+        detect(texts, integers)
+    assert detect(clean, integers, permutations=19)["protected"] is False  # as for folders and class labels
+    numbered = replace(texts, class_names=("0", "1", "2", "3"))
+    assert detect(numbered, integers, permutations=19)["protected"] is False
 
 
 def test_photographs_of_assorted_sizes_are_looked_at_in_one(tmp_path, capsys):

@@ -170,7 +170,9 @@ def test_where_the_first_to_die_was_not_seen_the_others_are_not_blamed(tmp_path)
     assert engines._end_of_a_process([told_to_end], tmp_path).startswith("All processes ended while they started.")
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.long)], ids=["torchrun", "accelerate"]
+)
 def test_ranks_of_a_launcher_take_turns_and_share_every_sentence(launcher, tmp_path):
     folder = tmp_path / "out"
     failure = "rank 0: number is 5, but must be another. (1 of 12 tasks failed, square-5 first.)"

@@ -9,9 +9,11 @@ from hub_server import HubServer
 
 SCRIPT = """
 import sys
+from unittest.mock import patch
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from jcdp_diffusers import JointConditionalPurificationPipeline as Pipeline, LPIPSModel, PurificationConfig
 sys.path.insert(0, "tests")
 from tiny import tiny_unet
@@ -32,12 +34,26 @@ for cls in (DDPMPipeline, DiffusionPipeline):
 offline = Pipeline.from_pretrained("tester/purifier", local_files_only=True)
 assert offline.purification_config == pipe.purification_config and offline.perceptual is not None
 
+# a second push replaces all that the first has put there: a setting or network that is gone, files of sharded weights
+pipe.push_to_hub("tester/again", max_shard_size="20KB")
+other = Pipeline(tiny_unet(seed=1), DDPMScheduler(variance_type="fixed_large"))
+other.push_to_hub("tester/again", commit_message="Second")
+replaced = Pipeline.from_pretrained("tester/again")
+assert replaced.purification_config is None and replaced.perceptual is None
+assert torch.equal(replaced.unet.conv_in.weight, other.unet.conv_in.weight)
+
 # a repository that has neither of the two is a purifier, too
 DDPMPipeline(tiny_unet(), DDPMScheduler()).push_to_hub("tester/plain")
 plain = Pipeline.from_pretrained("tester/plain")
 assert plain.purification_config is None and plain.perceptual is None
 assert PurificationConfig.from_pretrained("tester/plain") is None
 assert PurificationConfig.from_pretrained("tester/purifier", revision="main").diffusion_steps == 5
+
+# once in the cache it loads while the Hub cannot be reached
+def unreachable(*args, **options):
+    raise HTTPError("no network")
+with patch.object(HfApi, "list_repo_files", unreachable):
+    assert Pipeline.from_pretrained("tester/purifier").purification_config == pipe.purification_config
 print("done")
 """
 
@@ -47,6 +63,12 @@ def test_push_and_pull(tmp_path):
         environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"} | hub.environment(tmp_path)
         done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("done\n"), done.stderr[-3000:]
+    assert sorted(hub.repos["models/tester/again"]) == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
     pushed = hub.commits[0]
     assert pushed.message == "First" and sorted(pushed.files) == [
         "model_index.json",

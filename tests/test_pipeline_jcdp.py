@@ -105,6 +105,18 @@ class TestRepository:
         pipe.save_pretrained(tmp_path)  # a purifier that plain diffusers has opened is still that purifier
         assert Pipeline.from_pipe(DDPMPipeline.from_pretrained(tmp_path)).purification_config.diffusion_steps == 7
         assert Pipeline.from_pipe(plain.to(torch.bfloat16)).unet.dtype == plain.unet.dtype == torch.bfloat16
+        for name in ("dtype", "torch_dtype"):
+            assert Pipeline.from_pipe(plain, **{name: torch.float32}).unet.dtype == torch.float32
+            plain.to(torch.bfloat16)
+
+    @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+    def test_a_schedule_that_ends_in_pure_noise_is_used_before_its_end(self, sampler):
+        scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+        pipe = Pipeline(tiny_unet(size=8), scheduler)
+        options = {"num_inference_steps": 2, "sampler": sampler, "seed": 0}
+        assert pipe(torch.rand(1, 3, 8, 8), diffusion_steps=999, **options).images
+        with pytest.raises(ValueError, match="diffusion_steps is 1000, but must be fewer"):
+            pipe(torch.rand(1, 3, 8, 8), diffusion_steps=1000, **options)
 
     def test_a_schedule_given_by_position_is_kept(self, tmp_path):
         """diffusers' own from_config(scheduler.config) would turn 50 timesteps back into 1,000."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 
+import datasets
 import numpy as np
 import pytest
 import yaml
@@ -17,10 +18,10 @@ from training_runs import HELD_OUT, train
 
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import write_dataset
-from jcdp_diffusers.hub import files_of_purifier, push_purifier
+from jcdp_diffusers.hub import EVAL_RESULTS, files_of_purifier, is_replaced, push_purifier
 from jcdp_diffusers.poisons.protect import protect_dataset
 from jcdp_diffusers.publish import dataset_files, purifier_files
-from jcdp_diffusers.purify import purify_dataset
+from jcdp_diffusers.purify import purify_dataset, worker
 from jcdp_diffusers.trials import purifier_digest
 
 
@@ -183,6 +184,44 @@ def test_a_purified_set_is_published_as_it_is(tmp_path):
     assert PAPER in card and "## Intended use" in card
     with pytest.raises(ValueError, match="published alone"):
         dataset_files([tmp_path / "out"], "me/learnable", test=tmp_path)
+
+
+def test_a_purification_that_is_not_finished_is_neither_loaded_nor_published(tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def stop(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stopped
+        return purify_tiles(*arguments, **options)
+
+    purify_tiles, calls = worker.purify_tiles, []
+    monkeypatch.setattr(worker, "purify_tiles", stop)
+    options = {"output_dir": tmp_path / "out", "diffusion_steps": 2, "progress": False, "rows_per_shard": 2}
+    source, pipe = some_images(6), quick_pipe()
+    with pytest.raises(Stopped):
+        purify_dataset(source, pipe, **options)
+    assert list((tmp_path / "out").glob("train-*.parquet"))
+    with pytest.raises(FileNotFoundError, match="this-purification-is-not-finished"):
+        datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="purification is not finished"):
+        dataset_files([tmp_path / "out"], "me/x")
+    purify_dataset(source, pipe, **options)
+    assert len(datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))) == 6
+
+
+def test_what_an_earlier_push_has_left_is_replaced_and_the_rest_stays():
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    for name in ("unet/diffusion_pytorch_model.safetensors.index.json", "purification_config.json", EVAL_RESULTS):
+        assert is_replaced(name, {weights}, "model")
+    for name in (weights, "README.md", "pictures/before.png", ".gitattributes"):
+        assert not is_replaced(name, {weights}, "model")
+    new = {"train-00000-of-00001.parquet", "lsp/train-00000-of-00001.parquet"}
+    for name in ("train-00001-of-00002.parquet", "lsp/train-00001-of-00002.parquet", "eval.yaml", "summary.json"):
+        assert is_replaced(name, new, "dataset")
+    for name in (*new, "README.md", "emn/train-00000-of-00002.parquet", "more/list.json", ".gitattributes"):
+        assert not is_replaced(name, new, "dataset")
 
 
 @pytest.mark.parametrize("kind,option", [("purifier", "--test"), ("dataset", "--report")])

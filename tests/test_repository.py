@@ -27,6 +27,7 @@ from tiny import tiny_unet
 from jcdp_diffusers import GuidedDDPMScheduler, JointConditionalPurificationPipeline, LPIPSModel, PurificationConfig
 from jcdp_diffusers.countermeasures.purifiers import check_purifier
 from jcdp_diffusers.data import LabelledImages
+from jcdp_diffusers.hub import files_of_purifier
 from jcdp_diffusers.purify.dataset import purify_to_folder
 from jcdp_diffusers.repository import check_folder, only_variant, read_json
 
@@ -113,6 +114,21 @@ def test_weights_that_come_in_a_variant_alone_are_found(variant, options, tmp_pa
     DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path, variant=variant, **options)
     assert not (tmp_path / WEIGHTS).exists() and (len(list((tmp_path / "unet").iterdir())) > 2) == bool(options)
     assert torch.equal(purify(Pipeline.from_pretrained(tmp_path)), purify(Pipeline(tiny_unet(), DDPMScheduler())))
+
+
+def test_weights_saved_over_others_are_those_that_load(tmp_path):
+    """Of weights in several files diffusers leaves the index, by which it looks first."""
+    scheduler = DDPMScheduler()
+    Pipeline(tiny_unet(), scheduler).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert next((tmp_path / "unet").glob("*.index.json"), None)
+    Pipeline(tiny_unet(seed=1), scheduler).save_pretrained(tmp_path)
+    assert torch.equal(purify(Pipeline.from_pretrained(tmp_path)), purify(Pipeline(tiny_unet(seed=1), scheduler)))
+
+
+def test_all_that_loads_a_variant_in_several_files_is_pushed(tmp_path):
+    Pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files_of_purifier(tmp_path).keys() == written
 
 
 def test_a_variant_is_asked_for_only_where_there_is_nothing_else():

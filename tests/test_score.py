@@ -336,6 +336,15 @@ def test_a_score_with_other_collected_images_is_another(test, tmp_path, monkeypa
         score(digits(220, 280), test, collected=digits(400, 460), **options)
 
 
+@pytest.mark.parametrize("content", ["my thesis", "[]", "{}"])
+def test_a_file_of_somebody_else_is_not_replaced(content, train, test, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="mine.txt', which holds something else"):
+        score(train, test, protocol="smoke", output=path)
+    assert path.read_text() == content
+
+
 @pytest.mark.parametrize("as_object", [False, True])
 def test_a_purifier_trained_again_in_place_is_measured_again_or_refused(as_object, tmp_path, monkeypatch):
     """Never its old figure: neither that of a finished score nor that of a victim whose score was cut off."""

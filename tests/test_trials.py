@@ -1,6 +1,7 @@
 """Trials: named by content, measured once, by one command at a time, and taken up after a crash."""
 
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,16 @@ def trial(seed: int = 0, **changes) -> Trial:
 
 def accuracies(records) -> list[dict]:
     return [record for record in read_records(records) if record["what"] == "accuracy"]
+
+
+def test_a_set_that_was_described_is_not_kept():
+    data = images(4, 3)
+    known = trials.describe_images(data)
+    assert trials.describe_images(data) == known
+    watched = weakref.ref(data)
+    del data
+    gc.collect()
+    assert watched() is None
 
 
 def test_a_trial_is_named_by_the_content_of_all_that_decides_it():
@@ -166,6 +178,7 @@ def test_only_what_is_missing_is_measured(tmp_path):
     assert [record["value"] for record in accuracies(records)] == [record["value"] for record in found]
 
 
+@pytest.mark.long
 def test_what_is_measured_does_not_depend_on_the_number_of_processes(tmp_path):
     wanted = [trial(seed) for seed in range(3)]
     values = []

@@ -24,6 +24,7 @@ from huggingface_hub import snapshot_download
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.data import LabelledImages, find_overlap, load_images, open_dataset
 from jcdp_diffusers.hub import create_repository, push_purifier
+from jcdp_diffusers.outputs import check_apart
 from jcdp_diffusers.purification_config import CONFIG_NAME, PurificationConfig
 from jcdp_diffusers.results import read_records
 from jcdp_diffusers.train.images import ImageFiles, training_images, usable
@@ -87,6 +88,9 @@ def main(args: argparse.Namespace) -> None:
     asked = argparse.Namespace(**vars(args) | {"noise_corner": args.noise_corner or 0.0})
     config = TrainingConfig.from_arguments(asked)
     check_counts(args)
+    check_apart(
+        args.output_dir, sources={"--dataset": args.dataset, "--pretrained": args.pretrained}, name="--output_dir"
+    )
     state = PartialState(cpu=on_cpu(args.cpu))
     repo_id = args.hub_model_id or args.output_dir.resolve().name
     if args.push_to_hub and state.is_main_process:
@@ -105,6 +109,7 @@ def main(args: argparse.Namespace) -> None:
         config=config,
         validation_images=held_out,
         base_model=args.pretrained,
+        base_revision=args.revision,
         data_description=description,
     )
     if state.is_main_process:

@@ -10,6 +10,8 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UpBlock2D
 
+from .compiling import is_compiled
+
 
 class FeatureCache:
     """
@@ -68,7 +70,7 @@ class FeatureCache:
 
 def check_cacheable(unet: UNet2DModel, interval: int) -> None:
     """Refuse networks whose full resolution is more than the two blocks that `FeatureCache` runs."""
-    if unet._compiled_call_impl is not None:  # it would not see that its features are asked for
+    if is_compiled(unet):  # it would not see that its features are asked for
         raise ValueError(f"feature_reuse is {interval}, but this UNet is compiled, for which only 1 is accepted.")
     blocks = (*unet.down_blocks, *unet.up_blocks)
     plain = isinstance(blocks[0], DownBlock2D) and isinstance(blocks[-1], UpBlock2D)

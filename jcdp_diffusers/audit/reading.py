@@ -3,13 +3,14 @@
 import functools
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..data import LabelledImages
-from ..data.photographs import squares_of_photographs
+from ..data.checks import match_originals
+from ..data.photographs import sizes_in_words, squares_of_photographs
 from .division import Division, divide
 from .purifier import AuditPurifier
 from .sets import describe, read_sets, shortcut_in_words, size_to_read, where_to_read
@@ -128,10 +129,9 @@ def read(
     if reading["image_size"] is not None:
         side = None
     if side is not None:
-        small, large = min(sizes), max(sizes)
         say(
-            f"Images of assorted sizes, from {small[0]}x{small[1]} to {large[0]}x{large[1]}: compared at "
-            f"{side}x{side} pixels, the centre of each (--image_size chooses another side)."
+            f"{sizes_in_words(sizes)}: compared at {side}x{side} pixels, the centre of each (--image_size chooses "
+            "another side)."
         )
     sets, unusable = read_sets(sources, **(dict(reading) | ({} if side is None else {"image_size": side})))
     for role, images in unusable.items():
@@ -139,6 +139,11 @@ def read(
         say(
             f"{role}: {len(images)} image(s) left out, the first {first['file'] or first['id']!r} ({first['reason']})."
         )
+    if sets["protected"].labels is None and "clean" in sets and sets["clean"].labels is not None:
+        originals = match_originals(sets["clean"], sets["protected"])
+        known = {name: getattr(originals, name) for name in ("labels", "class_names", "ranked_by_text")}
+        sets["protected"] = replace(sets["protected"], **known)
+        say("protected: no labels, so each image has the label of its original in clean.")
     if sets["protected"].labels is None and sources["test"] is None:
         if asked.methods != ("supervised",):
             raise ValueError(

@@ -20,9 +20,11 @@ through any of this.
 A family of countermeasures is one file with a tuple `COUNTERMEASURES`, and each of its names is a line in `_FILES`.
 """
 
+import contextlib
 import importlib
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +34,7 @@ import torch
 
 from ..data import LabelledImages
 from ..data.checks import match_originals
+from ..engines import folder_lock
 from .draws import Draws
 
 
@@ -149,6 +152,22 @@ class Context:
     checkpoint_dir: Path | None = None
     progress: bool = False
     collected: LabelledImages | None = None
+
+    @contextlib.contextmanager
+    def place_for_work(self, name: str) -> Iterator[Path]:
+        """
+        A path in `checkpoint_dir` for costly work, or a temporary one; the folder that it is in exists.
+
+        Trials that need the same work wait for each other here: the first does it, the others find it done.
+
+        Args:
+            name (`str`): Of a file or folder.
+        """
+        with contextlib.ExitStack() as stack:
+            folder = self.checkpoint_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(folder_lock(folder / f".{name}.lock"))
+            yield folder / name
 
 
 @dataclass(frozen=True)

@@ -264,13 +264,12 @@ def pseudo_labels(data: LabelledImages, settings: AdvCLSettings, context: Contex
     recipe = get_recipe(settings.recipe, "simclr").for_images(len(context.collected))
     collected, images = (_tensor(one) for one in (context.collected, data))
     with reproducible(context.seed, torch.device(context.device)):
-        network = victims.get(settings.victim)(1, in_channels=images.shape[1], width=recipe.width)
+        options = {"in_channels": images.shape[1], "width": recipe.width, "image_size": min(collected.shape[2:])}
+        network = victims.build(settings.victim, 1, **options)
         objective = SimCLR(network, recipe, tuple(collected.shape[2:]))
-    folder = None
-    if context.checkpoint_dir is not None:
-        folder = context.checkpoint_dir / f"advcl-features-{digest(collected)[:16]}-{context.seed}"
-    options = {"recipe": recipe, "seed": context.seed, "device": context.device, "checkpoint_dir": folder}
-    train(objective, collected, None, **options)
+    with context.place_for_work(f"advcl-features-{digest(collected)[:16]}-{context.seed}") as folder:
+        options = {"recipe": recipe, "seed": context.seed, "device": context.device, "checkpoint_dir": folder}
+        train(objective, collected, None, **options)
     features = evaluation.features(network, images, bfloat16=recipe.bfloat16)
     features = F.normalize(features, dim=1).cpu().numpy()
     labels = [KMeans(count, random_state=context.seed).fit(features).labels_ for count in settings.clusters]

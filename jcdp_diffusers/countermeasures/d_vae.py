@@ -173,11 +173,18 @@ def disentangle(data: LabelledImages, context: Context, settings: DVAESettings, 
         ValueError: If there are no labels, or height or width is odd.
     """
     check_images(data, name)
+    with context.place_for_work(f"{name}-{context.seed}.pt") as path:
+        return _disentangle(data, context, settings, name, path)
+
+
+def _disentangle(
+    data: LabelledImages, context: Context, settings: DVAESettings, name: str, path: Path
+) -> LabelledImages:
+    """Both trainings that are left, with their state in a file."""
     height, width, channels = data.images.shape[1:]
     device = torch.device(context.device)
     labels = torch.from_numpy(data.labels.copy()).to(device)
     images = data.tensor()
-    path = None if context.checkpoint_dir is None else Path(context.checkpoint_dir) / f"{name}-{context.seed}.pt"
     content = hashlib.sha256(np.ascontiguousarray(data.images))
     content.update(data.labels.tobytes())
     kept = SavedState(path, f"{name}, {settings}, seed {context.seed}, data {content.hexdigest()[:16]}")

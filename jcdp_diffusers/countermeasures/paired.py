@@ -10,9 +10,7 @@ is closer to the second.
 `paired-small` is for a CPU. `paired` has the network of the paper's CIFAR-10 purifier and has not been run yet.
 """
 
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 
 from ..data import LabelledImages
 from ..train.paired import PairedSettings, check_pairs, restore, train_paired
@@ -48,8 +46,7 @@ def restore_by_pairs(data: LabelledImages, context: Context, settings: PairedSet
         shapes = ("x".join(map(str, one.images.shape[1:])) for one in (protected, data))
         raise ValueError("pairs has images of {}, but must have those of data, {}.".format(*shapes))
     check_pairs(protected, settings)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(context.checkpoint_dir or temporary) / f"{name}-{context.seed}"
+    with context.place_for_work(f"{name}-{context.seed}") as folder:
         options = {"seed": context.seed, "device": context.device, "progress": context.progress}
         train_paired(protected, originals, folder, settings, **options)
         return restore(data, folder, device=context.device, bfloat16=settings.bfloat16)

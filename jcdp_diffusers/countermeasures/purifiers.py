@@ -6,9 +6,6 @@ Both integrate the reverse SDE by Euler's method in steps of 1/1000, whose noise
 `fixed_large`. For perturbations bounded in L2 DiffPure chose t* = 0.075.
 """
 
-import tempfile
-from pathlib import Path
-
 from ..data import LabelledImages, load_images
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PRESETS, PurificationConfig
@@ -48,8 +45,7 @@ def purify(
         ValueError: If the folder holds images of other ids.
     """
     pipe = context.purifier
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(context.checkpoint_dir or temporary) / f"{name}-{context.seed}"
+    with context.place_for_work(f"{name}-{context.seed}") as folder:
         if not isinstance(pipe, JointConditionalPurificationPipeline):
             pipe = open_purifier(pipe, context.device, output_dir=folder)
         options = {"preset": config, "fit": "resize", "progress": context.progress}

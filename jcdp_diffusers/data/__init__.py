@@ -9,7 +9,7 @@ from .labelled import LabelledImages, to_uint8
 from .labels import join_labels
 from .parquet import is_url, parquet_files, parquet_shards
 from .roles import FEW, check_roles, find_likenesses, find_overlap
-from .sources import load_images, open_dataset
+from .sources import column_names, load_images, open_dataset
 from .splits import choose_split
 from .writing import write_dataset
 
@@ -21,6 +21,7 @@ __all__ = [
     "LabelledImages",
     "check_roles",
     "choose_split",
+    "column_names",
     "decode_image",
     "find_likenesses",
     "find_overlap",

@@ -174,7 +174,8 @@ def with_originals(protected: LabelledImages, clean: LabelledImages) -> Labelled
     names, wanted = _stems(clean), _stems(protected)
     if names is None or wanted is None:
         names, wanted = clean.ids, protected.ids
-    return protected.subset([name in set(names) for name in wanted])
+    there = set(names)
+    return protected.subset([name in there for name in wanted])
 
 
 def _stems(data: LabelledImages) -> tuple[str, ...] | None:

@@ -6,6 +6,7 @@ PNG by default, without loss: a protection that is saved as JPEG is weaker, and 
 
 import io
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -24,6 +25,8 @@ FORMATS = {
     "jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
 }
 LONGEST_NAME = 255  # bytes of one part of a path, on most disks
+NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are no UTF-8, ends of lines and paragraphs
+LONGEST_SIDE = {"webp": 16_383, "jpg": 65_500}  # in pixels, of what their encoders take
 
 
 def export_names(names: Sequence[str], suffix: str = "png") -> list[PurePosixPath]:
@@ -48,8 +51,8 @@ def export_names(names: Sequence[str], suffix: str = "png") -> list[PurePosixPat
         path = PurePosixPath(name)
         if path.is_absolute() or not path.name or any(part in ("..", "") or "\\" in part for part in path.parts):
             raise ValueError(f"export cannot be given to {name!r}, but needs names below its folder.")
-        if not all(letter.isprintable() for letter in name):
-            raise ValueError(f"export cannot be given to {name!r}, but needs names that can be printed.")
+        if any(unicodedata.category(letter) in NOT_IN_NAMES for letter in name):
+            raise ValueError(f"export cannot be given to {name!r}, but needs names without control characters.")
         known = path.suffix.lower() in IMAGE_SUFFIXES
         place = path.with_suffix(f".{suffix}") if known else path.with_name(f"{path.name}.{suffix}")
         for part in place.parts:
@@ -108,7 +111,10 @@ def export_picture(folder: str | os.PathLike, place: PurePosixPath, image: np.nd
         ValueError: If another file has that name.
     """
     check_export(folder, [place], fresh=False)
-    target, content = Path(folder) / place, encoded_picture(image, place.suffix.lstrip("."))
+    try:
+        target, content = Path(folder) / place, encoded_picture(image, place.suffix.lstrip("."))
+    except ValueError as error:
+        raise ValueError(f"export cannot write {place.as_posix()!r}: {error}") from error
     if target.exists():
         if target.read_bytes() == content:
             return
@@ -120,12 +126,17 @@ def export_picture(folder: str | os.PathLike, place: PurePosixPath, image: np.nd
 
 
 def encoded_picture(image: np.ndarray | bytes, suffix: str) -> bytes:
-    """A file of that format; a PNG file stays as it is where PNG is wanted."""
+    """A file of that format; a PNG file stays as it is where PNG is wanted. ValueError if the picture is too large."""
     if isinstance(image, bytes) and suffix == "png":
         return image
     kind, options = FORMATS[suffix]
     stored = isinstance(image, bytes)
     picture = Image.open(io.BytesIO(image), formats=("PNG",)) if stored else as_picture(image)
+    if max(picture.size) > LONGEST_SIDE.get(suffix, max(picture.size)):
+        raise ValueError(
+            f"it has {picture.width}x{picture.height} pixels, but {suffix} takes {LONGEST_SIDE[suffix]} a side; png "
+            "takes it."
+        )
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return file.getvalue()

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 
 
+LARGEST_LABEL = 999_999  # a network has an output for each number up to the largest
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
     """Images with their labels and ids, in memory.
@@ -20,6 +23,8 @@ class LabelledImages:
             source's name for row numbers of a source without ids, which mean something within that source only; None
             for row numbers of something without a name. Ids of two sets are compared only within one space.
         files: the file that each image lies in, for sentences; None where it has none of its own.
+        ranked_by_text: whether the labels are ranks of texts in a column, whose order nobody else knows. Bare integers
+            of another set are no such ranks.
     """
 
     images: np.ndarray
@@ -28,6 +33,7 @@ class LabelledImages:
     class_names: tuple[str, ...] | None = None
     id_space: str | None = ""
     files: tuple[str | None, ...] | None = None
+    ranked_by_text: bool = False
 
     def __post_init__(self):
         check_image_array(self.images, "images")
@@ -48,6 +54,12 @@ class LabelledImages:
             if labels.min() < 0:
                 row = int(np.argmax(labels < 0))
                 raise ValueError(f"labels has {labels[row]} at id {self.ids[row]!r}; 0 and above are accepted.")
+            if labels.max() > LARGEST_LABEL:
+                row = int(np.argmax(labels))
+                raise ValueError(
+                    f"labels has {labels[row]} at id {self.ids[row]!r}; at most {LARGEST_LABEL:,} is accepted: "
+                    "classes are numbered from 0 on."
+                )
             if self.class_names is not None and labels.max() >= len(self.class_names):
                 raise ValueError(
                     f"labels goes up to {labels.max()} but class_names has {len(self.class_names)} entries; "

@@ -3,7 +3,8 @@ Labels: which number stands for which name, and one space of names for sets that
 
 Labels of two sources are joined by the names of their classes. Names that are numbers are compared as numbers:
 folders `0` to `11` are in the order of their numbers, not of their text, and meet the integers 0 to 11 of another
-source. Where one set has words for names and the other has bare integers, the integers are positions in the words.
+source. Where one set has words for names and the other has bare integers, the integers are positions in the words, as
+for folders and for class labels of `datasets`. Texts of a column have no positions, so there they are refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -105,7 +106,8 @@ def join_labels(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]
             names cannot be compared.
     """
     named = {role: data.class_names for role, data in sets.items() if data.class_names is not None}
-    keys = {role: _keys(role, data, named) for role, data in sets.items()}
+    texts = {role for role, data in sets.items() if data.ranked_by_text}
+    keys = {role: _keys(role, data, named, texts) for role, data in sets.items()}
     used = {role: {keys[role][label] for label in np.unique(data.labels)} for role, data in sets.items()}
     everywhere = set().union(*used.values())
     spelled: dict = {}
@@ -133,8 +135,11 @@ def join_labels(sets: Mapping[str, LabelledImages]) -> dict[str, LabelledImages]
     return joined
 
 
-def _keys(role: str, data: LabelledImages, named: Mapping[str, tuple[str, ...]]) -> list:
-    """What each label of a set means, as something to compare: numbers if all names of all sets are numbers."""
+def _keys(role: str, data: LabelledImages, named: Mapping[str, tuple[str, ...]], texts: set[str]) -> list:
+    """
+    What each label of a set means, as something to compare: numbers if all names of all sets are numbers. `texts` are
+    the roles whose names were ranked by text.
+    """
     numbers = all(number_of(name) is not None for names in named.values() for name in names)
     if role in named:
         keys = [number_of(name) if numbers else name for name in named[role]]
@@ -145,6 +150,11 @@ def _keys(role: str, data: LabelledImages, named: Mapping[str, tuple[str, ...]])
     if numbers:
         return list(range(data.num_classes))
     first, words = next(iter(named.items()))
+    if first in texts:
+        raise ValueError(
+            f"{role} has integers for labels and {first} has texts, such as {words[0]!r}, but both must have the "
+            "same kind: which text an integer stands for is not known."
+        )
     if data.labels.max() >= len(words):
         raise ValueError(
             f"{role} has label {data.labels.max()}, but there are names for {len(words)} classes only (of {first})."

@@ -4,7 +4,7 @@ import glob
 import itertools
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
@@ -196,8 +196,12 @@ def parquet_shards(source: Path | str, split: str | None, image_column: str | No
         if isinstance(joint[name], datasets.Value) and joint[name].dtype in ("string", "large_string"):
             joint[name] = datasets.Image()  # texts in it are paths
             images.add(name)
+    for name in images:
+        if not isinstance(joint[name], datasets.Image):  # pandas gives a path that is never there no type
+            joint[name] = datasets.Image()
+    untyped = any(_lacks_types(columns.get(name)) for columns in features for name in images)
     # Of files from elsewhere, not even what their footers count is believed.
-    has_paths = is_url(source) or any(may_have_paths) or images != set(image_columns(features[0]))
+    has_paths = is_url(source) or any(may_have_paths) or untyped or images != set(image_columns(features[0]))
     return Shards(source, split, system, files, list(rows), joint, own, folders, tuple(sorted(images)), has_paths)
 
 
@@ -280,6 +284,11 @@ def _may_have_paths(metadata: pq.FileMetaData, features: datasets.Features) -> b
                 if not counted or column.statistics.null_count:
                     return True
     return False
+
+
+def _lacks_types(feature) -> bool:
+    """Whether an image's bytes or path are of the type of what is never there."""
+    return isinstance(feature, Mapping) and any(getattr(part, "dtype", "") == "null" for part in feature.values())
 
 
 def _has_names(feature) -> bool:

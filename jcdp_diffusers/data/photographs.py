@@ -49,6 +49,14 @@ def stored_sizes(source: Any, **options) -> list[tuple[int, int]]:
     return sizes
 
 
+def sizes_in_words(sizes: list[tuple[int, int]]) -> str:
+    """The beginning of a sentence about images that are brought to another size."""
+    small, large = min(sizes), max(sizes)
+    if small == large:
+        return f"Images of {small[0]}x{small[1]}"
+    return f"Images of assorted sizes, from {small[0]}x{small[1]} to {large[0]}x{large[1]}"
+
+
 def working_size(sizes: Mapping[str, list[tuple[int, int]]], device: str) -> int | None:
     """
     The side to which images are brought where nobody says one.
@@ -116,7 +124,7 @@ def _squares(stored: Any, size: int, count: int, channels: int, draw: np.random.
     yield decode_image(picture, channels, size)
     shorter = min(picture.size)
     for _ in range(count - 1):
-        side = np.exp(draw.uniform(np.log(min(size, shorter)), np.log(shorter)))
+        side = min(shorter, np.exp(draw.uniform(np.log(min(size, shorter)), np.log(shorter))))  # exp may round up
         left, top = draw.random(2) * (picture.width - side, picture.height - side)
         box = (left, top, left + side, top + side)
         square = picture.resize((size, size), Image.Resampling.LANCZOS, box=box)

@@ -80,13 +80,14 @@ def load_images(
         labels.append(row.get("label"))
     if not images:
         raise ValueError(f"source {name_of(source)} has no image that can be used; at least one is accepted.")
-    class_names = None
-    if "label" in dataset.features:
-        labels, class_names = label_array(labels, ids, dataset.features["label"], label_column)
+    feature, class_names = dataset.features.get("label"), None
+    if feature is not None:
+        labels, class_names = label_array(labels, ids, feature, label_column)
     else:
         labels = None
     named = tuple(files) if any(files) else None
-    return LabelledImages(_stack(images, ids), labels, tuple(ids), class_names, id_space, named)
+    by_text = class_names is not None and not isinstance(feature, datasets.ClassLabel)
+    return LabelledImages(_stack(images, ids), labels, tuple(ids), class_names, id_space, named, by_text)
 
 
 def open_dataset(
@@ -153,6 +154,49 @@ def _open(
     if arrays is not None:
         dataset = encoded(arrays)
         return (dataset.to_iterable_dataset() if streaming else dataset), arrays.id_space
+    dataset, split, id_space, on_hub = _rows_of(source, split, streaming, image_column)
+    columns = [column for column in dataset.features if column != ROW_ID]
+    names = {
+        "id": find_column(columns, id_column, ID_COLUMNS, "id_column", source),
+        "image": find_column(columns, image_column, IMAGE_COLUMNS, "image_column", source),
+        "label": find_column(columns, label_column, LABEL_COLUMNS, "label_column", source),
+    }
+    if names["image"] is None:
+        raise ValueError(
+            f"source {name_of(source)} has no image column among {', '.join(columns)}; image, img or the one "
+            "named by image_column is accepted."
+        )
+    if names["label"] is None and (like := [column for column in columns if column in LIKE_LABELS]):
+        say_once(f"source {name_of(source)} has no label column, but {like[0]!r}, which label_column can name.")
+    dataset = renamed(dataset, names)
+    dataset = with_row_ids(dataset, split) if names["id"] is None else with_string_ids(dataset, source)
+    dataset = with_images_encoded(dataset, source)
+    if on_hub:
+        dataset = fenced_dataset(dataset, partial(path_on_hub, name=id_space.partition(":")[0]))
+    first = [name for name in ("id", "image", "label") if name in dataset.features]
+    others = [name for name in dataset.features if name not in (*first, ROW_ID)]
+    dataset = dataset.select_columns(first + others)
+    if streaming and isinstance(dataset, datasets.Dataset):
+        dataset = dataset.to_iterable_dataset()
+    return dataset, id_space if names["id"] is None else ""
+
+
+def column_names(source: Any, *, split: str | None = None) -> list[str]:
+    """
+    Columns of a source under its own names.
+
+    Args:
+        source, split: As for `open_dataset`.
+    """
+    arrays = arrays_of(source, split)
+    dataset = encoded(arrays) if arrays is not None else _rows_of(source, split, True, None)[0]
+    return [column for column in dataset.features if column != ROW_ID]
+
+
+def _rows_of(
+    source: Any, split: str | None, streaming: bool, image_column: str | None
+) -> tuple[datasets.Dataset | datasets.IterableDataset, str, str | None, bool]:
+    """A source's rows as they are, its split, the space of its row numbers, and whether it lies on the Hub."""
     id_space, on_hub = None, False
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         split = choose_split(source, split, source)
@@ -181,30 +225,7 @@ def _open(
         raise no_rows(source, split)
     if dataset.features is None:
         dataset = dataset._resolve_features()  # a stream of JSON or CSV knows its columns from its first rows only
-    columns = [column for column in dataset.features if column != ROW_ID]
-    names = {
-        "id": find_column(columns, id_column, ID_COLUMNS, "id_column", source),
-        "image": find_column(columns, image_column, IMAGE_COLUMNS, "image_column", source),
-        "label": find_column(columns, label_column, LABEL_COLUMNS, "label_column", source),
-    }
-    if names["image"] is None:
-        raise ValueError(
-            f"source {name_of(source)} has no image column among {', '.join(columns)}; image, img or the one "
-            "named by image_column is accepted."
-        )
-    if names["label"] is None and (like := [column for column in columns if column in LIKE_LABELS]):
-        say_once(f"source {name_of(source)} has no label column, but {like[0]!r}, which label_column can name.")
-    dataset = renamed(dataset, names)
-    dataset = with_row_ids(dataset, split) if names["id"] is None else with_string_ids(dataset, source)
-    dataset = with_images_encoded(dataset, source)
-    if on_hub:
-        dataset = fenced_dataset(dataset, partial(path_on_hub, name=id_space.partition(":")[0]))
-    first = [name for name in ("id", "image", "label") if name in dataset.features]
-    others = [name for name in dataset.features if name not in (*first, ROW_ID)]
-    dataset = dataset.select_columns(first + others)
-    if streaming and isinstance(dataset, datasets.Dataset):
-        dataset = dataset.to_iterable_dataset()
-    return dataset, id_space if names["id"] is None else ""
+    return dataset, split, id_space, on_hub
 
 
 def _open_hub(source: str, split: str | None, streaming: bool):

@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -109,7 +108,7 @@ def perturb(
 
     with tqdm(total=settings.epochs, initial=epoch, unit="epoch", desc="aap: surrogate", disable=not progress) as bar:
         while epoch < settings.epochs:
-            train_epoch(model, optimizer, images, labels, settings, epoch, _generator(seed, 0, epoch), device)
+            train_epoch(model, optimizer, images, labels, settings, seed, epoch, device)
             epoch += 1
             bar.update()
             if kept.due() or epoch == settings.epochs:
@@ -129,7 +128,7 @@ def perturb(
 
 def _generator(seed: int, stage: int, number: int) -> torch.Generator:
     """Of one epoch or batch of the attack: each has draws of its own, so nothing random has to be kept."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, stage, number]).generate_state(1)[0]))
+    return torch.Generator().manual_seed(surrogate.seed_of(seed, stage, number))
 
 
 def learning_rate(settings: AAPSettings, epoch: int) -> float:
@@ -147,16 +146,19 @@ def train_epoch(
     images: torch.Tensor,
     labels: torch.Tensor,
     settings: AAPSettings,
+    seed: int,
     epoch: int,
-    draw: torch.Generator,
     device: torch.device,
 ) -> None:
     """One epoch of the surrogate on augmented clean images, shuffled."""
     optimizer.param_groups[0]["lr"] = learning_rate(settings, epoch)
+    draw = _generator(seed, 0, epoch)
     augment = surrogate.Contrastive(images.shape[2:], settings.strength, draw)
-    for rows in surrogate.batches(torch.randperm(len(images), generator=draw), settings.batch_size):
+    batches = surrogate.batches(torch.randperm(len(images), generator=draw), settings.batch_size)
+    for number, rows in enumerate(batches):
         seen = augment(images[rows].to(device))
-        surrogate.train_step(model, optimizer, seen, labels[rows].to(device), bfloat16=settings.bfloat16)
+        options = {"step": (seed, epoch, number), "bfloat16": settings.bfloat16}
+        surrogate.train_step(model, optimizer, seen, labels[rows].to(device), **options)
 
 
 def attack(

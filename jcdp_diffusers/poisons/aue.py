@@ -115,7 +115,8 @@ def perturb(
                 if training:
                     optimizer.param_groups[0]["lr"] = cosine(settings.learning_rate, passes // 2, settings.epochs)
                     seen = augment(clean + noise[rows].to(device))
-                    surrogate.train_step(model, optimizer, seen, targets, bfloat16=settings.bfloat16)
+                    options = {"step": (seed, done), "bfloat16": settings.bfloat16}
+                    surrogate.train_step(model, optimizer, seen, targets, **options)
                 else:
                     noise[rows] = minimise(fixed, clean, targets, noise[rows].to(device), settings, augment)
                 done += 1

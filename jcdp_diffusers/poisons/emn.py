@@ -143,7 +143,8 @@ def perturb(
             if done % len(batches) == 0:
                 for _ in range(settings.model_steps):
                     rows = batches[trained % len(batches)]
-                    train_step(model, optimizer, images[rows] + noise[rows], labels[rows], settings, device)
+                    perturbed = images[rows] + noise[rows]
+                    train_step(model, optimizer, perturbed, labels[rows], settings, (seed, trained), device)
                     trained += 1
             fixed = surrogate.frozen(model)
             for rows in batches[done % len(batches) :]:
@@ -185,13 +186,13 @@ def perturb_classes(
 
     with tqdm(total=settings.max_rounds, initial=rounds, unit="round", desc="emn-class", disable=not progress) as bar:
         while error > settings.stop_error and rounds < settings.max_rounds:
-            for _ in range(settings.model_steps):
+            for number in range(settings.model_steps):
                 # An epoch's last, incomplete batch is left out.
                 if len(order) < settings.batch_size:
                     order = torch.randperm(len(images), generator=draw)
                 rows, order = order[: settings.batch_size], order[settings.batch_size :]
                 perturbed = images[rows] + pattern[labels[rows]]
-                train_step(model, optimizer, perturbed, labels[rows], settings, device)
+                train_step(model, optimizer, perturbed, labels[rows], settings, (seed, rounds, number), device)
             fixed = surrogate.frozen(model)
             for rows in subset[torch.randperm(len(subset), generator=draw)].split(settings.batch_size):
                 noise = minimise(fixed, images[rows], labels[rows], pattern[labels[rows]], settings, device)
@@ -222,10 +223,11 @@ def train_step(
     perturbed: torch.Tensor,
     labels: torch.Tensor,
     settings: EMNSettings,
+    step: tuple[int, ...],
     device: torch.device,
 ) -> None:
     """One step of the surrogate on perturbed images, which are not clamped."""
-    options = {"bfloat16": settings.bfloat16, "clip_norm": settings.clip_norm}
+    options = {"step": step, "bfloat16": settings.bfloat16, "clip_norm": settings.clip_norm}
     surrogate.train_step(model, optimizer, perturbed.to(device), labels.to(device), **options)
 
 

@@ -8,6 +8,7 @@ small square again finds the perturbation there, smoothed a little. No value cha
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..data import LabelledImages, decode_image, load_images, open_dataset
+from ..data import LabelledImages, decode_image, open_dataset
 from ..data.export import check_export, export_names, export_picture
 from ..data.perturbations import measured_norms
-from ..data.photographs import stored_sizes, working_size
+from ..data.photographs import sizes_in_words, stored_sizes, working_size
 from ..devices import usable_device
 from ..outputs import check_apart
 
@@ -62,10 +63,9 @@ def size_to_read(args: argparse.Namespace, where: Mapping[str, str | None]) -> t
         return args.image_size, assorted
     side = working_size({"dataset": sizes}, usable_device(args.device).type)
     if side is not None:
-        small, large = min(sizes), max(sizes)
         print(
-            f"Images of assorted sizes, from {small[0]}x{small[1]} to {large[0]}x{large[1]}: the data set in --output "
-            f"has their centres at {side}x{side} pixels (--image_size chooses another side)."
+            f"{sizes_in_words(sizes)}: the data set in --output has their centres at {side}x{side} pixels "
+            "(--image_size chooses another side)."
         )
         if args.export is None:
             print("--export FOLDER protects them at their own size, too.")
@@ -76,7 +76,8 @@ def places_of_export(args: argparse.Namespace, data: LabelledImages, *, fresh: b
     """Where the pictures of `--export` go, checked before anything costly; none without it."""
     if args.export is None:
         return [None] * len(data)
-    check_apart(args.export, sources={"--dataset": args.dataset, "--output": args.output}, name="--export")
+    sources, outputs = {"--dataset": args.dataset}, {"--output": args.output}
+    check_apart(args.export, sources=sources, outputs=outputs, name="--export")
     names = [(None if data.files is None else data.files[row]) or id_ for row, id_ in enumerate(data.ids)]
     places = export_names(names, args.export_format)
     check_export(args.export, places, fresh=fresh)
@@ -103,11 +104,9 @@ def export(
     for row in tqdm(rows, desc="export", unit=" photographs", total=len(clean)):
         photograph = decode_image(row["image"], args.channels)
         export_picture(args.export, places[row["id"]], protected_photograph(photograph, change[row["id"]]))
-    found = load_images(args.export, image_size=args.image_size, channels=args.channels)
-    own = {places[id_].as_posix(): row for row, id_ in enumerate(clean.ids)}
-    kept = [(own[file], row) for row, file in enumerate(found.files) if file in own]
-    rows_here, rows_there = map(list, zip(*kept))
-    norms = measured_norms(clean.images[rows_here], found.images[rows_there])
+    files = (Path(args.export) / places[id_] for id_ in clean.ids)
+    found = [decode_image(file.read_bytes(), args.channels, args.image_size) for file in files]
+    norms = measured_norms(clean.images, np.stack(found))
     print(
         f"{len(clean)} photographs at their own size in {args.export}; brought to {args.image_size}x{args.image_size} "
         f"pixels, a value differs by up to {norms['linf']}/255, the mean L2 norm is {norms['l2_mean']:.3f}"

@@ -16,7 +16,6 @@ between two of them. Nothing of ours has been compared with the authors' publish
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -96,7 +95,7 @@ def perturb(
 
     with tqdm(total=len(batches), initial=done, unit="batch", desc="pil", disable=not progress) as bar:
         for rows in batches[done:]:
-            draw = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, done]).generate_state(1)[0]))
+            draw = torch.Generator().manual_seed(surrogate.seed_of(seed, done))
             noise[rows] = attack(model, images[rows].to(device), labels[rows].to(device), settings, draw)
             done += 1
             bar.update()

@@ -25,6 +25,7 @@ from ..data import LabelledImages, load_images, open_dataset, write_dataset
 from ..data.export import FORMATS
 from ..data.perturbations import apply_perturbation, measured_norms, visibility, visibility_in_words
 from ..devices import check_seed, default_device
+from ..engines import say
 from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
 from ..victims.checkpoints import digest
@@ -103,6 +104,11 @@ def protect_dataset(
     }
     output_dir = Path(output_dir)
     if (done := _finished(output_dir, request, data)) is not None:
+        if read_card(output_dir).get("code", poison.code) != poison.code:
+            say(
+                f"{output_dir} was made by another version of the file of {method}, and is taken as it is: remove it "
+                "to make it anew."
+            )
         return done
 
     start = time.monotonic()
@@ -116,7 +122,7 @@ def protect_dataset(
         checkpoint_dir=output_dir / _STATE,
         progress=progress,
     )
-    facts = request | {"reference": poison.source, "device": str(device)}
+    facts = request | {"reference": poison.source, "device": str(device), "code": poison.code}
     facts |= {"promised": poisons.budget(method, preset, tuple(perturbation.shape[1:]))}
     return _write(output_dir, data, rows, perturbation, split, columns, facts, start)
 
@@ -428,6 +434,8 @@ def _write(
         if _FLAG in columns:
             raise ValueError(f"dataset has a column {_FLAG!r}, but a fraction below 1 needs that name for its own.")
         columns[_FLAG] = np.isin(np.arange(len(data)), rows).tolist()
+    elif _FLAG in columns and all(type(value) is bool for value in columns[_FLAG]):  # a part was protected before
+        columns[_FLAG] = [True] * len(data)
     write_dataset(output_dir, protected, split=split, columns=columns)
     facts |= {
         "split": split,

@@ -164,7 +164,7 @@ def perturb(
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings.decay_every, gamma=0.1)
     draw = torch.Generator(device).manual_seed(seed)
     augment = surrogate.CropFlip(images.shape[2:], settings.crop_padding, draw)
-    noise = torch.zeros(images.shape, dtype=torch.int8)
+    noise = torch.zeros(images.shape, dtype=torch.int16)
     order = torch.empty(0, dtype=torch.int64)
     done = 0
     if (state := kept.load()) is not None:
@@ -191,7 +191,8 @@ def perturb(
             noise[rows] = robust_noise(fixed, batch, targets, settings, augment, draw)
             seen = augment(batch + noise[rows].to(device) / 255).clamp(0, 1)
             attacked = adversarial(fixed, seen, targets, settings, draw, steps=settings.adversary_steps)
-            loss = surrogate.train_step(model, optimizer, attacked, targets, bfloat16=settings.bfloat16)
+            options = {"step": (seed, done), "bfloat16": settings.bfloat16}
+            loss = surrogate.train_step(model, optimizer, attacked, targets, **options)
             schedule.step()
             done += 1
             bar.update()
@@ -218,7 +219,7 @@ def robust_noise(
     augment: Callable[[torch.Tensor], torch.Tensor],
     draw: torch.Generator,
 ) -> torch.Tensor:
-    """Noise that lowers the loss left by the adversary, int8 `(B, C, H, W)` in 1/255, on the CPU."""
+    """Noise that lowers the loss left by the adversary, int16 `(B, C, H, W)` in 1/255, on the CPU."""
     epsilon = settings.epsilon / 255
     delta = _uniform(images, epsilon, draw)
     for _ in range(settings.steps):
@@ -231,7 +232,7 @@ def robust_noise(
             # The adversary is taken as a constant shift of the augmented image.
             total += torch.autograd.grad(seen, moved, gradient)[0]
         delta = surrogate.sign_step(delta, total, settings.step / 255, epsilon)
-    return (255 * delta).round().to(torch.int8).cpu()
+    return (255 * delta).round().to(torch.int16).cpu()
 
 
 def adversarial(

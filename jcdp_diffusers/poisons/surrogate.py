@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
@@ -86,6 +87,7 @@ def train_step(
     images: torch.Tensor,
     labels: torch.Tensor,
     *,
+    step: tuple[int, ...],
     bfloat16: bool,
     clip_norm: float | None = None,
 ) -> float:
@@ -96,6 +98,7 @@ def train_step(
         model (`nn.Module`): From images (B, C, H, W) to logits; in training mode afterwards.
         optimizer (`torch.optim.Optimizer`): Of its parameters.
         images, labels (`torch.Tensor`): The batch, on the model's device.
+        step (`tuple[int, ...]`): The poison's seed and the number of this step, of which dropout is a function.
         bfloat16 (`bool`): Whether the network runs in bfloat16.
         clip_norm (`float`, *optional*): Largest L2 norm of the whole gradient.
 
@@ -106,7 +109,7 @@ def train_step(
         FloatingPointError: If the loss is no longer finite.
     """
     model.train()
-    with precision(bfloat16, images.device):
+    with seeded(seed_of(*step), images.device), precision(bfloat16, images.device):
         logits = model(images.contiguous(memory_format=torch.channels_last))
         loss = finite(F.cross_entropy(logits.float(), labels))
     optimizer.zero_grad()
@@ -115,6 +118,11 @@ def train_step(
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
     return loss.item()
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed for what is numbered: equal numbers give equal seeds, so nothing random has to be kept between calls."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def image_gradient(

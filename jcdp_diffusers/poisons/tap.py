@@ -13,7 +13,6 @@ The authors' augmentation shifts by fractions of a pixel; ours is the crop and m
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -135,9 +134,7 @@ def perturb(
             restart, batch = divmod(done, len(batches))
             rows = batches[batch]
             # Every batch has draws of its own, so nothing random has to be kept between two calls.
-            draw = torch.Generator().manual_seed(
-                int(np.random.SeedSequence([seed, restart, batch]).generate_state(1)[0])
-            )
+            draw = torch.Generator().manual_seed(surrogate.seed_of(seed, restart, batch))
             current[rows], losses = attack(fixed, images[rows].to(device), labels[rows].to(device), settings, draw)
             loss += float(losses.sum()) / len(images)
             done += 1

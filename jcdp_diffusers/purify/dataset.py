@@ -31,9 +31,10 @@ from ..outputs import check_output_folder
 from ..perceptual import load_perceptual
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..storage import Folder
-from .dataset_card import SUMMARY_NAME, dataset_card, summarise_shards
+from .dataset_card import SUMMARY_NAME, UNFINISHED_CARD, dataset_card, summarise_shards
 from .manifest import RUN_NAME, run_on_record, settle_run
 from .progress import Progress
+from .reader import first_repeated
 from .shards import ShardStore, explained
 from .worker import Job, Worker
 
@@ -223,6 +224,13 @@ def finish(store: ShardStore, run: dict, push_to_hub: str | None) -> dict:
             f"dataset {name!r} has {expected} rows; {summary['rows_in']} were read, {written} written, "
             f"{summary['rejected']} rejected: it must have changed meanwhile, so begin anew in another output_dir."
         )
+    if (
+        store.rows is None and (repeated := first_repeated(store.ids)) is not None
+    ):  # a stream cannot be looked at before
+        raise ValueError(
+            f"dataset {name!r} has the id {repeated!r} more than once, but must have it once: begin anew with other "
+            "ids in another output_dir."
+        )
     if written == 0:
         raise ValueError(f"dataset {name!r} has no image that can be used: see {folder.url_of('rejected')}.")
     folder.write("README.md", f"{dataset_card(run, summary, os.path.basename(folder.root))}\n")
@@ -276,7 +284,10 @@ def _make_shards(
 ) -> None:
     """Run the tasks of all shards that are not finished."""
     rank, world = engines.ranks()
-    finished = store.finished()
+    # All ranks must name the same shards; one that comes late would find more of them finished.
+    finished = engines.first_rank_decides(store.finished)
+    if rank == 0 and len(finished) != store.count:
+        store.folder.write("README.md", UNFINISHED_CARD.format(split=store.split))
     own = [index for index in range(store.count or 0) if index not in finished][rank::world]
     done = 0 if store.rows is None else store.rows - sum(stop - start for start, stop in map(store.range, own))
     with Progress(store.rows, done, show=progress and rank == 0) as bar:

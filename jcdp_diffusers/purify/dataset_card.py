@@ -14,6 +14,18 @@ SUMMARY_NAME = "summary.json"
 COUNTED = ("rows_in", "rows_out", "rejected", "resized", "seconds", "bytes")  # of a shard's record
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md")  # for Jinja, as huggingface_hub fills it
+# Stands for the card until all is there. `load_dataset` refuses the folder, because it looks for that file.
+UNFINISHED_CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: {split}
+    path: this-purification-is-not-finished.parquet
+---
+# Not finished
+
+This data set is being purified, or was stopped meanwhile: `summary.json` is missing. Give the same command again.
+"""
 _RULES = {
     "exact": "All images have {size}x{size} pixels, as they had before; others were set aside.",
     "resize": "Images of another size than {size}x{size} had their shorter side brought to {size} (Lanczos filter) "

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from ..data import open_dataset
+from ..data import is_url, open_dataset
 from ..data.export import check_export, export_names, export_picture
 from ..outputs import check_apart
 from ..storage import Folder
@@ -29,7 +29,8 @@ def check_places(
     Raises:
         ValueError: If two pictures would have one name, or the folder holds one of them and nothing was purified yet.
     """
-    check_apart(export, sources={"--dataset": dataset, "--output": output}, name="--export")
+    outputs = {} if is_url(output) else {"--output": output}
+    check_apart(export, sources={"--dataset": dataset}, outputs=outputs, name="--export")
     rows = open_dataset(dataset, streaming=True, **where)
     columns = [name for name in ("id", "file_name") if name in rows.features]
     places = export_names([_name(row) for row in rows.select_columns(columns)], suffix)

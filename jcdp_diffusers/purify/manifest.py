@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 
+from ..acceleration.compiling import is_compiled
 from ..acceleration.folded_upsampling import is_folded
 from ..acceleration.winograd import uses_winograd
 from ..devices import available_cores
@@ -58,7 +60,6 @@ def describe_run(
 ) -> dict:
     """A run as asked for: None where it is left to the record, or to `settle_run` if there is none."""
     device = pipe._execution_device
-    compiled = pipe.unet._compiled_call_impl is not None
     return {
         # First, because another type of the weights is another content, too, and the sentence should name the cause.
         "arithmetic": {
@@ -68,7 +69,7 @@ def describe_run(
             "threads": job.threads if device.type == "cpu" else None,
             "channels_last": pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last),
             "tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
-            **({"compiled": True} if compiled else {}),
+            **({"compiled": True} if is_compiled(pipe.unet) else {}),
             **({"folded_upsampling": True} if is_folded(pipe.unet) else {}),
             **({"winograd": True} if uses_winograd(pipe.unet) else {}),
         },
@@ -183,7 +184,7 @@ def default_threads(processes: int | None = None) -> int:
 def content_of(pipe: JointConditionalPurificationPipeline, config: PurificationConfig) -> str:
     """Digest of every weight and of the configurations that a purification with these settings uses."""
     state = hashlib.blake2b(digest_size=16)
-    parts = {"unet": pipe.unet, "scheduler": pipe.scheduler}
+    parts = {"unet": unwrap_module(pipe.unet), "scheduler": pipe.scheduler}
     if config.perceptual_guidance_scale > 0:
         parts["perceptual"] = pipe.perceptual
     for part, component in parts.items():

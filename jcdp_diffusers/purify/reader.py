@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..data import is_url, open_dataset, parquet_files, parquet_shards
 from ..data.decoding import MAX_FILE_BYTES
@@ -35,6 +36,8 @@ class Rows:
         length: number of rows; None for a stream.
         fingerprint: changes when the rows do, but not with the place where they lie.
         from_row: tables from a row on, to the end.
+        own_ids: the ids that the source itself has, some at a time; None where they are row numbers, or where nobody
+            can look ahead.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Rows:
     length: int | None
     fingerprint: str
     from_row: Callable[[int], Iterator[pa.Table]]
+    own_ids: Callable[[], Iterator[list[str]]] | None = None
     _at: int | None = field(default=None, init=False)
     _tables: Iterator[pa.Table] = field(default_factory=lambda: iter(()), init=False)
     _rest: pa.Table | None = field(default=None, init=False)
@@ -101,6 +105,7 @@ def _parquet_rows(source: Path | str, split: str | None, columns: dict) -> Rows:
     split, system, files = shards.split, shards.system, [file.as_posix() for file in shards.files]
     ends = list(itertools.accumulate(shards.rows))
     numbered = columns.get("id_column") is None and "id" not in shards.features
+    id_column = columns.get("id_column") or "id"
 
     def from_row(row):
         for index in range(bisect_right(ends, row), len(files)):
@@ -114,13 +119,40 @@ def _parquet_rows(source: Path | str, split: str | None, columns: dict) -> Rows:
                 yield table
                 row += len(table)
 
+    def own_ids():
+        for file in files:
+            with pq.ParquetFile(file, filesystem=system) as parquet:
+                for batch in parquet.iter_batches(columns=[id_column]):
+                    # A missing id is refused where its row is read.
+                    yield [str(id_) for id_ in batch.column(0).to_pylist() if id_ is not None]
+
     # The same files are other rows by other columns (whose names are those of the features), and in other folders.
     state = hashlib.blake2b(f"{sorted(features.items())} {shards.folder_values}".encode(), digest_size=16)
     sizes = [system.size(file) for file in files]
     of_file = digest if sum(sizes) <= HASHED_WHOLE else _footer_digest
     for file, size in zip(files, sizes):
         state.update(f"{file.rpartition('/')[2]} {size} {of_file(file, system.open)}\n".encode())
-    return Rows(os.fspath(source), split, features, ends[-1], state.hexdigest(), from_row)
+    own_ids = None if numbered or id_column in shards.folder_values[0] else own_ids
+    return Rows(os.fspath(source), split, features, ends[-1], state.hexdigest(), from_row, own_ids)
+
+
+def first_repeated(ids: Callable[[], Iterator[list[str]]]) -> str | None:
+    """
+    The first id that was there before, if there is one. Eight bytes are kept of each, and a repetition is looked up.
+
+    Args:
+        ids (`Callable`): Gives all ids, some at a time, as often as it is called.
+    """
+    hashes = np.concatenate([np.fromiter(map(hash, some), np.int64) for some in ids()] or [np.empty(0, np.int64)])
+    hashes.sort()
+    suspects, seen = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist()), set()
+    for some in ids() if suspects else ():
+        for id_ in some:
+            if id_ in seen:
+                return id_
+            if hash(id_) in suspects:
+                seen.add(id_)
+    return None
 
 
 def _footer_digest(file: str, open: Callable) -> str:

@@ -86,6 +86,13 @@ class ShardStore:
     def record(self, index: int) -> dict:
         return json.loads(self.folder.fs.read_text(self.record_name(index)))
 
+    def ids(self) -> Iterator[list[str]]:
+        """Ids of all rows, refused ones included, one file at a time; all shards are finished."""
+        for index in range(self.count):
+            for name in (self.name(index), self.rejected_name(index)):
+                if self.folder.fs.exists(name):
+                    yield pq.read_table(name, columns=["id"], filesystem=self.folder.fs)["id"].to_pylist()
+
     def is_intact(self, index: int) -> bool:
         """Whether a shard is finished, and its files are what was written, byte for byte."""
         fs, names = self.folder.fs, (self.name(index), self.rejected_name(index))

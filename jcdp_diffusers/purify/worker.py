@@ -20,7 +20,7 @@ from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PurificationConfig
 from ..storage import Folder
 from .manifest import completed, describe_run, run_on_record, settle_run
-from .reader import open_rows, with_content
+from .reader import first_repeated, open_rows, with_content
 from .shards import ShardStore, ShardWriter, explained
 from .tiling import FITS, Blending, TiledImage, encode_all, prepare_all, usual_fit
 from .worker_pool import IN_FLIGHT, in_order, open_device_thread, open_pool
@@ -151,7 +151,15 @@ class Worker(contextlib.ExitStack):
     def plan(self, processes: int | None = None) -> tuple[dict, dict, str | None]:
         """
         The run as asked for; as it would begin with so many workers on this machine; and what to say when it does.
+
+        Raises:
+            ValueError: If it would begin, and two rows have one id: they would share their noise.
         """
+        own_ids = None if run_on_record(self.folder) else self.rows.own_ids
+        if own_ids is not None and (repeated := first_repeated(own_ids)) is not None:
+            raise ValueError(
+                f"dataset {self.rows.name!r} has the id {repeated!r} more than once, but must have it once."
+            )
         return self.asked, completed(self.asked, self.rows, processes), self.note
 
     def join(self) -> "Worker":

@@ -78,8 +78,8 @@ _FEW = _Case(
     checkpoints=4,
     training={"learning_rate": 1e-3},
     purification=PurificationConfig(diffusion_steps=60, num_inference_steps=6),
-    # At 64x64, one round of six evaluations leaves most of LSP and TAP, and four rounds of two little. T_p 190 does as
-    # well, but asks more of a network that has seen few images (eval/grids/tiny_imagenet_20_search.yaml).
+    # At 64x64, one round of six evaluations leaves most of LSP and TAP, and four rounds of two little of LSP. T_p 190
+    # does as well, but asks more of a network that has seen few images (eval/grids/tiny_imagenet_20_search.yaml).
     of_larger=PurificationConfig(diffusion_steps=60, num_inference_steps=2, num_rounds=4),
 )
 # On a CPU with many: 280 TFLOP.

@@ -61,8 +61,8 @@ def denoising_target(scheduler: DDPMScheduler, clean, noise, timesteps) -> torch
 def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """Min-SNR-gamma weights of the loss in the network's own target (Hang et al., 2023, section 3.4); shape (B,)."""
     snr = compute_snr(scheduler, timesteps)
-    clipped = snr.clamp(max=gamma)
-    return {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[
+    clipped, of_noise = snr.clamp(max=gamma), 1 / (snr / gamma).clamp(min=1)  # the latter is 1 at an SNR of 0
+    return {"epsilon": of_noise, "v_prediction": clipped / (snr + 1), "sample": clipped}[
         scheduler.config.prediction_type
     ]
 
@@ -163,9 +163,9 @@ def sample_grid(
     seed: int = 0,
     noise_corner: float = 0.0,
 ) -> np.ndarray:
-    """Images of shape (N, C, H, W), drawn from noise in 50 DDIM steps: uint8, shape (H, N W, 3)."""
+    """Images of shape (N, C, H, W), drawn from noise in 50 DDIM steps at most: uint8, shape (H, N W, 3)."""
     sampler = DDIMScheduler.from_config(scheduler.config)
-    sampler.set_timesteps(50)
+    sampler.set_timesteps(min(50, scheduler.config.num_train_timesteps))
     sample = coloured(torch.randn(shape, generator=random_generator(seed, "samples")), noise_corner)
     sample = sample.to(unet.device)
     was_training = unet.training

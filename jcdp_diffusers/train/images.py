@@ -63,8 +63,9 @@ class ImageFiles(torch.utils.data.Dataset):
         try:
             pixels = decode_image(row["image"], self.channels, size, changes=changes)
         except ImageRejected as error:
+            name = row["image"]["path"] or row["id"]
             raise ValueError(
-                f"image {row['id']!r} cannot be used: {error.reason}; --skip_unusable_images leaves such images out."
+                f"image {name!r} cannot be used: {error.reason}; --skip_unusable_images leaves such images out."
             ) from error
         for change in changes:  # once for all images: which of them, only reading all would tell
             say_once(f"Among the training images: {change}.")

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from tqdm.auto import tqdm
 from ..data import LabelledImages
 from ..devices import device_in_words
 from ..noise import coloured
-from ..purification_config import default_settings
+from ..purification_config import CONFIG_NAME, default_settings
 from ..results import package_versions, plain
 from .checkpoints import (
     PROGRESS_NAME,
@@ -55,11 +56,25 @@ from .denoising import (
 )
 from .images import BatchLayout, ImageFiles, micro_batches, normalize
 from .model_card import write_card
-from .provenance import image_digests, trained_on, write_trained_on
+from .provenance import TRAINED_ON_NAME, image_digests, trained_on, write_trained_on
 from .reading import damaged, read_json
 from .record import RECORD_NAME, ema_horizon, fingerprint
 
 
+# What a training writes into its folder.
+OWN_NAMES = (
+    "README.md",
+    "model_index.json",
+    "unet",
+    "scheduler",
+    "perceptual",
+    CONFIG_NAME,
+    RECORD_NAME,
+    TRAINED_ON_NAME,
+    "checkpoint-*",
+    "grids",
+    "logs",
+)
 # Entries of a checkpoint's progress.json.
 _PROGRESS = {"step": int, "seconds": (int, float), "identity": dict, "history": list, "validation": list}
 
@@ -73,6 +88,7 @@ def train_purifier(
     config: TrainingConfig,
     validation_images: LabelledImages | None = None,
     base_model: str | None = None,
+    base_revision: str | None = None,
     data_description: dict | None = None,
     progress: bool = True,
     stop: Callable[[], bool] | None = None,
@@ -90,7 +106,9 @@ def train_purifier(
             `training_record.json`, the card `README.md` and, where all images that the network ever saw are known,
             `trained_on.json`; beside them `checkpoint-<step>` and `grids`.
         validation_images (`LabelledImages`, *optional*): Held out, for the denoising loss and the grids.
-        base_model (`str`, *optional*): Hub id or folder that the network came from, for record and card.
+        base_model (`str`, *optional*): Hub id or folder that the network came from, for record and card, and for
+            the list of images that trained it.
+        base_revision (`str`, *optional*): Of a Hub id.
         data_description (`dict`, *optional*): Where the images came from, for record and card: `source`, `split`,
             `hub_id` (if it is one), `resolution`, and whatever else decides what the network saw.
         progress (`bool`, defaults to `True`): Show a bar with loss, images per second and remaining time.
@@ -124,7 +142,7 @@ def train_purifier(
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         run = _Run(accelerator, images, unet, scheduler, output_dir, config, timesteps, validation_images)
-        run.describe(base_model, data_description)
+        run.describe(base_model, base_revision, data_description)
         run.train(checkpoint, progress, stop)
         run.finish()
     return output_dir
@@ -180,7 +198,22 @@ def _start_from(output_dir: Path, wanted: str | None) -> Path | None:
             f"output_dir is {str(output_dir)!r}, which holds a finished purifier ({RECORD_NAME}) and no checkpoint to "
             "go on from, but must be another folder: it would be replaced."
         )
+    elif foreign := [name for name in _names(output_dir) if not any(fnmatch(name, own) for own in OWN_NAMES)]:
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, which holds {foreign[0]!r}, but must be empty or a folder in which a "
+            "purifier was trained."
+        )
+    elif (output_dir / "README.md").exists() and not (output_dir / "model_index.json").exists():
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, whose README.md is no purifier's, but must be another folder: it "
+            "would be replaced."
+        )
     return checkpoint
+
+
+def _names(folder: Path) -> list[str]:
+    """Of what a folder holds, if there is one, without hidden files."""
+    return sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
 
 
 class _Run:
@@ -229,7 +262,7 @@ class _Run:
         self.history: list[dict] = []
         self.validation: list[dict] = []
 
-    def describe(self, base_model: str | None, data_description: dict | None) -> None:
+    def describe(self, base_model: str | None, base_revision: str | None, data_description: dict | None) -> None:
         """Collect what the record says about the run, and what a continuation must share with it."""
         config = dataclasses.asdict(self.config)
         config["report_to"] = getattr(self.config.report_to, "name", self.config.report_to)
@@ -247,7 +280,7 @@ class _Run:
         self.data = {"num_images": len(self.images), **(data_description or {})}
         if self.validation_images is not None:
             self.data["num_validation_images"] = len(self.validation_images)
-        before = frozenset() if base_model is None else trained_on(base_model)
+        before = frozenset() if base_model is None else trained_on(base_model, base_revision)
         # Of squares cut anew at each visit there is no list.
         known = before is not None and isinstance(self.images, LabelledImages)
         self.trained_on = before.union(image_digests(self.images.images)) if known else None

@@ -49,12 +49,13 @@ def write_trained_on(folder: str | os.PathLike, digests: Collection[str] | None)
     path.write_text(json.dumps({"weights": _weights_digest(path.parent), "images": sorted(set(digests))}) + "\n")
 
 
-def trained_on(purifier: str | os.PathLike) -> frozenset[str] | None:
+def trained_on(purifier: str | os.PathLike, revision: str | None = None) -> frozenset[str] | None:
     """
     Digests of all images that a purifier was trained on.
 
     Args:
         purifier (`str` or `os.PathLike`): Folder or Hub id.
+        revision (`str`, *optional*): Of a Hub id: branch, tag or commit.
 
     Returns:
         `frozenset[str]`: See `image_digests`; None if the repository has no list, one of other weights, or cannot be
@@ -66,7 +67,8 @@ def trained_on(purifier: str | os.PathLike) -> frozenset[str] | None:
     folder = Path(purifier)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(purifier), allow_patterns=[TRAINED_ON_NAME, WEIGHTS]))
+            wanted = [TRAINED_ON_NAME, WEIGHTS]
+            folder = Path(snapshot_download(str(purifier), revision=revision, allow_patterns=wanted))
         except (HfHubHTTPError, LocalEntryNotFoundError):
             return None
     path = folder / TRAINED_ON_NAME

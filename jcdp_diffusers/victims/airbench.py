@@ -66,15 +66,18 @@ class AlternatingFlip:
     Every image is mirrored in every second epoch, half of them in the first: none is shown the same way twice in turn.
 
     Args:
+        count (`int`): Number of training images.
         seed (`int`): Decides which half is the first.
     """
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(self, count: int, seed: int):
+        self.first = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
 
-    def epoch_images(self, epoch: int, images: torch.Tensor) -> torch.Tensor:
-        first = torch.rand(len(images), generator=torch.Generator().manual_seed(self.seed)) < 0.5
-        mirrored = (first if epoch % 2 == 0 else ~first).to(images.device)
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        self.mirrored = self.first if epoch % 2 == 0 else ~self.first
+
+    def mirror(self, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        mirrored = self.mirrored.to(rows.device)[rows]
         return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 

@@ -88,6 +88,7 @@ def fit_probe(
             head.bias.copy_(bias)
         return None
     test_features = evaluation.features(network, test_images, bfloat16=bfloat16)
+    head.requires_grad_(True)  # a network may train its last layer without a bias, a probe has one
     with torch.no_grad():
         head.weight.zero_()
         head.bias.zero_()

@@ -75,7 +75,7 @@ def supervised_objective(
     if isinstance(recipe, AirbenchRecipe):
         from .airbench import Airbench, AlternatingFlip, WhiteningBias
 
-        own = (AlternatingFlip(seed), WhiteningBias(network, recipe.whitening_epochs))
+        own = (AlternatingFlip(count, seed), WhiteningBias(network, recipe.whitening_epochs))
         return Airbench(network, recipe, Hooks((*hooks, *own), seed=seed, device=device), count)
     return Supervised(network, recipe, Hooks(hooks, seed=seed, device=device))
 

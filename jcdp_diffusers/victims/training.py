@@ -10,6 +10,7 @@ given.
     start_epoch(epoch, epochs)                               # epoch counts from 0
     epoch_images(epoch, images) -> images                    # the whole set of this epoch: uint8 (N, C, H, W)
     before_augmentation(images, generator) -> images         # (B, C, H, W) as stored: uint8, or float if so given
+    mirror(images, rows) -> images                           # what all hooks before augmentation left, and its rows
     before_forward(images, labels, generator) -> images, labels    # after augmentation: float in [0, 1]
     loss(model, images, labels, generator) -> scalar loss    # instead of the cross-entropy; one hook at most has it
     contrastive_loss(objective, images, targets, generator) -> scalar loss   # instead of a contrastive objective's
@@ -55,7 +56,15 @@ from .checkpoints import Checkpoint, digest
 from .recipes import Recipe
 
 
-HOOK_METHODS = ("start_epoch", "epoch_images", "before_augmentation", "before_forward", "loss", "contrastive_loss")
+HOOK_METHODS = (
+    "start_epoch",
+    "epoch_images",
+    "before_augmentation",
+    "mirror",
+    "before_forward",
+    "loss",
+    "contrastive_loss",
+)
 
 
 class Objective(nn.Module):
@@ -131,11 +140,18 @@ class Hooks:
                 images = hook.epoch_images(epoch, images)
         return images
 
-    def before_augmentation(self, images: torch.Tensor) -> torch.Tensor:
-        """A batch of stored images (B, C, H, W), changed by the hooks."""
+    def before_augmentation(self, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """
+        A batch of stored images (B, C, H, W), changed by the hooks; `rows` (B,) are their numbers in the set.
+
+        Mirroring comes last: what a countermeasure has fitted to the stored images fits them as they are stored.
+        """
         for hook in self.hooks:
             if hasattr(hook, "before_augmentation"):
                 images = hook.before_augmentation(images, self.generator)
+        for hook in self.hooks:
+            if hasattr(hook, "mirror"):
+                images = hook.mirror(images, rows)
         return images
 
     def before_forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,7 +269,7 @@ def _epoch(
     total_loss = torch.zeros((), device=images.device)
     batches = _batches(torch.randperm(len(images), generator=generator, device=images.device), recipe)
     for batch in batches:
-        stored = hooks.before_augmentation(images[batch])
+        stored = hooks.before_augmentation(images[batch], batch)
         loss = objective.loss(stored, None if labels is None else labels[batch], generator)
         optimizer.zero_grad()
         loss.backward()

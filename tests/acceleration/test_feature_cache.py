@@ -8,6 +8,7 @@ from tiny import tiny_unet
 
 from jcdp_diffusers import GuidedDDPMScheduler, JointConditionalPurificationPipeline, PurificationConfig
 from jcdp_diffusers.acceleration.feature_cache import FeatureCache
+from jcdp_diffusers.purifier_digest import purifier_digest
 from jcdp_diffusers.purify.dataset import purify_to_folder
 from jcdp_diffusers.train.unets import UNETS, named_unet
 
@@ -70,6 +71,18 @@ def test_a_reused_evaluation_sees_the_present_image_and_time():
         assert torch.equal(second, unet(other, at(5)).sample)
         assert torch.equal(third, unet(other, at(4)).sample)
     assert not torch.equal(second, unet(other, at(5)).sample)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_network_is_refused_and_known_by_its_own_weights(in_place, pipe):
+    before = purifier_digest(pipe)
+    if in_place:
+        pipe.unet.compile()
+    else:
+        pipe.unet = torch.compile(pipe.unet)
+    with pytest.raises(ValueError, match="feature_reuse is 2, but this UNet is compiled"):
+        pipe(photos(1), feature_reuse=2)
+    assert purifier_digest(pipe) == before
 
 
 def test_kept_numbers_are_those_of_the_docstring():

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +56,28 @@ def photographs(tmp_path_factory) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------------------ sizes
+
+
+def test_squares_of_photographs_that_are_smaller_than_the_side_stay_within_them(tmp_path):
+    """exp(log(61)) is above 61."""
+    for side in range(1, 65):
+        Image.fromarray(np.full((side, side + 7, 3), 99, np.uint8)).save(tmp_path / f"{side:02d}.png")
+    squares = squares_of_photographs(tmp_path, size=64)
+    assert (squares.images == 99).all() and len(squares) >= 2 * 64
+
+
+def test_labels_that_an_export_has_lost_are_those_of_the_originals(tmp_path):
+    clean = noise(40)
+    protected = replace(clean, labels=None, class_names=None, images=clean.images // 2 * 2)
+    asked = AuditSettings()
+    said = []
+    sources = {"protected": protected, "clean": clean, "test": None, "collected": None}
+    reading = {"image_size": None, "channels": 3, "options": {}}
+    found = read(sources, "a/purifier", asked, reading, torch.device("cpu"), said.append)
+    by_id = dict(zip(clean.ids, clean.labels))
+    sets = found.sets
+    assert [by_id[id_] for id_ in sets["protected"].ids] == sets["protected"].labels.tolist()
+    assert sets["protected"].class_names == clean.class_names and any("label of its original" in one for one in said)
 
 
 @pytest.mark.parametrize(

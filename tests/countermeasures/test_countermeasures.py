@@ -5,6 +5,8 @@ import dataclasses
 import importlib
 import pkgutil
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +14,14 @@ import torch
 from diffusers import DDPMScheduler
 from tiny import tiny_unet
 
-from jcdp_diffusers import JointConditionalPurificationPipeline, PurificationConfig, countermeasures, poisons, victims
+from jcdp_diffusers import (
+    JointConditionalPurificationPipeline,
+    PurificationConfig,
+    countermeasures,
+    engines,
+    poisons,
+    victims,
+)
 from jcdp_diffusers.countermeasures import FORMS, KINDS, LEARNING, Context
 from jcdp_diffusers.data.perturbations import apply_perturbation
 from jcdp_diffusers.victims import HOOK_METHODS, Recipe, train_victim
@@ -27,6 +36,36 @@ NAMES = countermeasures.NAMES
 @pytest.fixture(scope="module")
 def purifier():
     return JointConditionalPurificationPipeline(tiny_unet(size=16), DDPMScheduler())
+
+
+def test_who_needs_the_same_work_waits_until_it_is_done(tmp_path, monkeypatch):
+    """As the victims of several seeds do, which would otherwise write to one file at the same time."""
+    monkeypatch.setattr(engines, "_inside_task", True)
+    context, found = Context(checkpoint_dir=tmp_path / "new"), []
+    begun = threading.Event()
+
+    def work():
+        with context.place_for_work("same") as path:
+            begun.set()
+            found.append(path.exists())
+            time.sleep(0.2)
+            path.write_text("done")
+
+    first, second = threading.Thread(target=work), threading.Thread(target=work)
+    first.start()
+    begun.wait()
+    second.start()
+    with context.place_for_work("other") as path:
+        assert path == tmp_path / "new/other" and not (tmp_path / "new/same").exists()
+    first.join()
+    second.join()
+    assert found == [False, True]
+
+
+def test_without_a_folder_work_is_done_in_a_temporary_one():
+    with Context().place_for_work("one") as path:
+        path.write_text("done")
+    assert not path.parent.exists()
 
 
 @pytest.fixture

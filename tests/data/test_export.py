@@ -28,7 +28,7 @@ def test_names_keep_their_folders_and_get_the_suffix_of_the_format():
         (["/etc/a.png"], "'/etc/a.png'"),
         (["a/../../b.png"], "'a/../../b.png'"),
         (["a\\b.png"], "names below its folder"),
-        (["a\nb.png"], "names that can be printed"),
+        (["a\nb.png"], "names without control characters"),
         (["\u732b" * 84], "has 256 bytes, but must have at most 255"),
     ],
 )
@@ -52,6 +52,24 @@ def test_pictures_are_lossless(tmp_path, suffix):
     export_picture(tmp_path, place, PIXELS)
     with Image.open(tmp_path / "cat" / f"a.{suffix}") as picture:
         assert np.array_equal(np.asarray(picture), PIXELS)
+
+
+@pytest.mark.parametrize(
+    "name", ["Bildschirmfoto 10.12.00\u202fPM.png", "\U0001f468\u200d\U0001f469.png", "a\u00a0b.png"]
+)
+def test_names_that_cameras_and_phones_give(name, tmp_path):
+    (place,) = export_names([name])
+    assert str(place) == name
+    export_picture(tmp_path, place, PIXELS)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_picture_too_large_for_a_format_is_named(tmp_path):
+    wide = np.zeros((1, 16_384, 3), np.uint8)
+    (place,) = export_names(["cat/panorama.png"], "webp")
+    with pytest.raises(ValueError, match="cannot write 'cat/panorama.webp': it has 16384x1 pixels, .* png takes it"):
+        export_picture(tmp_path, place, wide)
+    export_picture(tmp_path, place, wide[:, 1:])
 
 
 def test_jpg_where_it_is_asked_for(tmp_path):

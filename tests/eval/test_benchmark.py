@@ -324,6 +324,7 @@ def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, ca
             "fast-autoaugment before orthogonal-projection",
         ),
         ({"seeds": []}, "seeds is [], but must be a list"),
+        ({"seeds": [0, 0]}, "seeds is .0, 0., but each must be there once"),
         ({"seeds": [True]}, "seeds has True, but its entries must be whole numbers"),
         ({"seeds": ["a"]}, "seeds has 'a', but its entries must be whole numbers"),
         ({"recipe": {"epoch": 1}}, "recipe has 'epoch', which is no field of Recipe"),

@@ -36,6 +36,7 @@ def values(records, what, **settings):
     return [r["value"] for r in records if r["what"] == what and settings.items() <= r["settings"].items()]
 
 
+@pytest.mark.long
 def test_every_section_leaves_records(records):
     assert {r["what"] for r in records} == set(WHAT)
     assert {r["protocol"] for r in records} == {"smoke"}
@@ -45,6 +46,7 @@ def test_every_section_leaves_records(records):
     assert all(value["images_per_second"] > 0 for value in values(records, "purifier"))
 
 
+@pytest.mark.long
 def test_ratios_stay_within_generous_bounds(records):
     """The network of this run is tiny, so what surrounds it weighs twenty times what it does beside a real one."""
     assert all(value["one_plus_rest"] < 1.5 for value in values(records, "step", kind="unguided"))

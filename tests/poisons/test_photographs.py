@@ -1,6 +1,7 @@
 """Photographs of assorted sizes are protected at their own size."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from jcdp_diffusers.cli import main
@@ -40,6 +41,8 @@ def test_the_command_writes_photographs_under_their_own_names(tmp_path, capsys):
                 tmp_path / "photos" / name / f"{place}{row}.jpg"
             )
     photos, output, export = (str(tmp_path / name) for name in ("photos", "protected", "pictures"))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/mine.png").write_bytes(b"of another program")  # stays, and is not read
     command = [
         "poison",
         "--method",
@@ -56,6 +59,7 @@ def test_the_command_writes_photographs_under_their_own_names(tmp_path, capsys):
     assert main(command) == 0
     assert "centres at 64x64 pixels" in capsys.readouterr().out
     clean, protected = load_images(photos, image_size=64), load_images(output)
+    (tmp_path / "pictures/mine.png").unlink()
     found = load_images(export, image_size=64)
     assert [file.removesuffix(".png") for file in found.files] == [file.removesuffix(".jpg") for file in clean.files]
     full, before = (Image.open(f"{folder}/cat/00{suffix}") for folder, suffix in ((export, ".png"), (photos, ".jpg")))
@@ -70,3 +74,15 @@ def test_the_command_writes_photographs_under_their_own_names(tmp_path, capsys):
     assert main(command) == 1 and "holds another 'cat/00.png'" in capsys.readouterr().err
     taken = [*command[:6], str(tmp_path / "other"), *command[7:]]
     assert main(taken) == 1 and "--export is" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("export", ["protected", "protected/pictures", "."])
+def test_an_export_is_apart_from_the_output(export, tmp_path, monkeypatch, capsys):
+    """Also before either of them exists: the same command could not go on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for row in range(4):
+        Image.fromarray(np.full((8, 8, 3), 40 * row, np.uint8)).save(tmp_path / "photos" / f"{row}.png")
+    command = ["poison", "--method", "uc", "--preset", "smoke", "--dataset", "photos", "--output", "protected"]
+    assert main([*command, "--export", export]) == 1
+    assert "--export is" in capsys.readouterr().err and not (tmp_path / "protected").exists()

@@ -367,3 +367,28 @@ def test_numbers_that_no_preset_has_are_refused(given, said, source, tmp_path):
         command(
             *("--method", "uc", "--dataset", source, "--split", "train", "--output", tmp_path / "out"), "--set", given
         )
+
+
+def test_a_set_that_was_protected_in_part_and_is_protected_again_is_protected_whole(source, data, tmp_path):
+    command(
+        "--method", "lsp", "--dataset", source, "--split", "train", "--output", tmp_path / "part", "--fraction", 0.5
+    )
+    command("--method", "ops", "--dataset", tmp_path / "part", "--split", "train", "--output", tmp_path / "whole")
+    assert set(load_images(tmp_path / "whole").ids) == set(data.ids)
+    rows = datasets.load_dataset(str(tmp_path / "whole"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert set(rows["protected"]) == {True}
+    own = {"protected": ["yes"] * 40}  # of somebody else, who means something else
+    protect.protect_dataset(data, tmp_path / "own", method="lsp", columns=own)
+    rows = datasets.load_dataset(str(tmp_path / "own"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert set(rows["protected"]) == {"yes"}
+
+
+def test_a_set_that_another_version_of_the_method_made_is_named(data, tmp_path, monkeypatch, capsys):
+    """Whoever tries a poison of their own changes its file and not its settings."""
+    made = protect.protect_dataset(data, tmp_path, method="lsp")
+    protect.protect_dataset(data, tmp_path, method="lsp")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(poisons.Poison, "code", "0" * 16)
+    again = protect.protect_dataset(data, tmp_path, method="lsp")
+    assert "another version of the file of lsp" in capsys.readouterr().err
+    assert np.array_equal(made.images, again.images)

@@ -31,6 +31,7 @@ from tiny import tiny_unet
 from jcdp_diffusers.data import load_images, open_dataset, to_uint8, write_dataset
 from jcdp_diffusers.perceptual import LPIPSModel
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
+from jcdp_diffusers.purify import reader
 from jcdp_diffusers.purify import worker as worker_module
 from jcdp_diffusers.purify.__main__ import main
 from jcdp_diffusers.purify.dataset import purify_dataset, purify_to_folder
@@ -327,6 +328,23 @@ def test_urls_that_cannot_be_opened_here(pipe, source, monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", lacking)
     with pytest.raises(ValueError, match="output_dir is 's3://a', but must be a URL .* here: Install s3fs"):
         purify_to_folder(source, pipe, output_dir="s3://a", **SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["folder", "dataset", "stream"])
+@pytest.mark.parametrize("rows", [(0, 5), (0, 39)])
+def test_two_rows_of_one_id_are_refused_however_far_apart(rows, kind, pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "ROWS_AT_ONCE", 8)
+    images = open_dataset(some_images(40))
+    ids = list(images["id"])
+    ids[rows[1]] = ids[rows[0]]
+    images = images.remove_columns("id").add_column("id", ids)
+    if kind == "folder":
+        (tmp_path / "in").mkdir()
+        images.to_parquet(tmp_path / "in/train-0.parquet")
+    given = {"folder": tmp_path / "in", "dataset": images, "stream": images.to_iterable_dataset()}[kind]
+    with pytest.raises(ValueError, match=f"{ids[0]}'.* (more than once|for two different images)"):
+        purify_to_folder(given, pipe, output_dir=tmp_path / "out", rows_per_shard=10, **SETTINGS)
+    assert not (tmp_path / "out/summary.json").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- going on
@@ -738,6 +756,7 @@ assert main([*command, "tester/learnable", "--split", "train", "--output", f"{fo
 """
 
 
+@pytest.mark.long
 def test_from_the_hub_and_back(source, tmp_path):
     with HubServer() as hub:
         done = subprocess.run(

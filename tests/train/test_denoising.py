@@ -61,6 +61,17 @@ def test_targets_and_min_snr_weights(prediction_type):
     assert torch.allclose(min_snr_weights(scheduler, t, 5.0).double(), weight, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("prediction_type", "weight"), [("epsilon", 1), ("v_prediction", 0), ("sample", 0)])
+def test_weights_where_nothing_of_the_image_is_left(prediction_type, weight):
+    scheduler = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    assert min_snr_weights(scheduler, torch.tensor([999]), 5.0).tolist() == [weight]
+
+
+def test_a_short_schedule_has_a_grid_of_samples_too():
+    shape = (2, 3, 32, 32)
+    assert sample_grid(tiny_unet(), DDPMScheduler(num_train_timesteps=4), shape).shape == (32, 64, 3)
+
+
 def test_held_out_losses_of_a_network_that_says_zero_are_the_noise():
     unet = tiny_unet(size=8)
     torch.nn.init.zeros_(unet.conv_out.weight)

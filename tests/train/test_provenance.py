@@ -13,16 +13,17 @@ from training_runs import HELD_OUT, IMAGES, make_images, train
 
 from jcdp_diffusers import JointConditionalPurificationPipeline
 from jcdp_diffusers.data import open_dataset
+from jcdp_diffusers.train import provenance
 from jcdp_diffusers.train.images import ImageFiles
 from jcdp_diffusers.train.loop import TrainingConfig, train_purifier
 from jcdp_diffusers.train.provenance import check_trained_on, image_digests, trained_on, write_trained_on
 
 
-def fine_tuned(folder, base, images):
+def fine_tuned(folder, base, images, **more):
     config = TrainingConfig(max_train_steps=1, train_batch_size=2, checkpointing_steps=None, cpu=True)
     unet, scheduler = tiny_unet(size=8), DDPMScheduler()
     options = {"unet": unet, "scheduler": scheduler, "output_dir": folder, "config": config, "base_model": str(base)}
-    return train_purifier(images, **options, progress=False)
+    return train_purifier(images, **options, **more, progress=False)
 
 
 def test_a_digest_is_of_one_image_and_of_all_its_pixels():
@@ -68,6 +69,18 @@ def test_there_is_no_list_that_is_not_whole(tmp_path, missing):
     (folder / "trained_on.json").write_text("of another purifier")
     assert trained_on(fine_tuned(folder, base, images)) is None
     assert not (folder / "trained_on.json").exists()
+
+
+def test_the_list_is_that_of_the_revision_which_is_fine_tuned(tmp_path, monkeypatch):
+    asked = []
+
+    def look_up(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        return tmp_path / "nothing"
+
+    monkeypatch.setattr(provenance, "snapshot_download", look_up)
+    fine_tuned(tmp_path / "tuned", "me/base", IMAGES, base_revision="old")
+    assert asked == [("me/base", "old")]
 
 
 def test_a_list_beside_other_weights_counts_as_none(tmp_path):

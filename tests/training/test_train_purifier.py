@@ -137,6 +137,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, photos, base):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     quick = {"max_train_steps": 40, "num_grid_images": 0}  # the long test below has grids
@@ -170,6 +171,7 @@ def test_a_run_killed_again_and_again_goes_on_to_the_same_weights(tmp_path, phot
 # ------------------------------------------------------------------------------------------------- two processes
 
 
+@pytest.mark.long
 def test_two_processes_train_the_same_total_batch_to_the_same_loss(tmp_path, photos, base):
     alone, both = tmp_path / "alone", tmp_path / "both"
     run_here(*options(photos, base, alone, train_batch_size=8))
@@ -219,6 +221,7 @@ train_purifier.main(train_purifier.parse_args([*arguments, "--output_dir", again
 """
 
 
+@pytest.mark.long
 def test_from_a_folder_of_photographs_to_a_pushed_purifier_and_on_from_there(tmp_path, photos, base):
     first, second = tmp_path / "my-purifier", tmp_path / "my-second"
     changes = {"trained_timesteps": (0, 20), "push_to_hub": True, "license": "mit", "max_train_steps": 4}
@@ -315,6 +318,12 @@ def test_from_scratch_in_grey_with_held_out_images_of_their_own(tmp_path, photos
     data = record(tmp_path / "out")["data"]
     assert (data["num_images"], data["num_validation_images"]) == (9, 5)
     assert DDPMPipeline.from_pretrained(tmp_path / "out").unet.config.in_channels == 1
+
+
+def test_a_purifier_is_not_trained_within_its_images(photos, base):
+    with pytest.raises(ValueError, match="--output_dir is .*, which lies inside that of --dataset"):
+        run_here(*options(photos, base, photos / "purifier"))
+    assert not (photos / "purifier").exists()
 
 
 def test_held_out_images_that_are_trained_on_are_refused(tmp_path):

@@ -13,6 +13,7 @@ from jcdp_diffusers.victims import RECIPES, random_crop_flip, train_model, train
 from jcdp_diffusers.victims.airbench import Airbench, AlternatingFlip
 from jcdp_diffusers.victims.networks import convnet94, resnet18
 from jcdp_diffusers.victims.recipes import AirbenchRecipe
+from jcdp_diffusers.victims.supervised import supervised_objective
 from jcdp_diffusers.victims.training import Hooks
 
 
@@ -68,14 +69,43 @@ def test_first_filters_pass_their_inputs_on():
 
 def test_images_are_mirrored_in_turn():
     images = torch.arange(400, dtype=torch.uint8).remainder(250).view(100, 1, 1, 4)
-    epochs = [AlternatingFlip(5).epoch_images(epoch, images) for epoch in range(4)]
+    epochs = [mirrored_as_in(epoch, images, seed=5) for epoch in range(4)]
     mirrored = [(shown == images.flip(-1)).all(dim=(1, 2, 3)) for shown in epochs]
     for shown, flipped in zip(epochs, mirrored):
         assert torch.equal(shown[~flipped], images[~flipped])
     assert torch.equal(mirrored[0], ~mirrored[1])
     assert torch.equal(mirrored[0], mirrored[2]) and torch.equal(mirrored[1], mirrored[3])
     assert 30 < mirrored[0].sum() < 70
-    assert not torch.equal(AlternatingFlip(6).epoch_images(0, images), epochs[0])
+    assert not torch.equal(mirrored_as_in(0, images, seed=6), epochs[0])
+    some = torch.tensor([70, 3, 41])  # an image is mirrored by its number in the set, whatever its place in the batch
+    assert torch.equal(mirrored_as_in(1, images, seed=5, rows=some), epochs[1][some])
+
+
+def mirrored_as_in(epoch: int, images: torch.Tensor, *, seed: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+    rows = torch.arange(len(images)) if rows is None else rows
+    hooks = Hooks([AlternatingFlip(len(images), seed)])
+    hooks.start_epoch(epoch, 4, images)
+    return hooks.before_augmentation(images[rows], rows)
+
+
+def test_what_is_fitted_to_stored_images_sees_them_before_they_are_mirrored():
+    """Else an orthogonal projection would leave the protection in half of the images."""
+    images = torch.arange(64, dtype=torch.uint8).view(16, 1, 1, 4)
+    seen = []
+
+    class Fitted:
+        def before_augmentation(self, images, generator):
+            seen.append(images)
+            return images + 100
+
+    recipe = dataclasses.replace(QUICK, epochs=2, batch_size=16, crop_padding=0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4))
+    hooks = supervised_objective(network, recipe, [Fitted()], 16, 0, "cpu").hooks
+    hooks.start_epoch(0, 2, images)
+    shown = hooks.before_augmentation(images, torch.arange(16))
+    assert torch.equal(seen[0], images)
+    mirrored = (shown == images.flip(-1) + 100).all(dim=(1, 2, 3))
+    assert 0 < mirrored.sum() < 16 and torch.equal(shown[~mirrored], images[~mirrored] + 100)
 
 
 def test_crops_of_reflected_images():
@@ -133,10 +163,10 @@ def test_one_step_is_that_of_the_authors():
     rate = 0.2 * 11.5 / (1024 * (1 + 1 / 0.15))  # the schedule begins at a fifth
     optimizer = torch.optim.SGD(reference.parameters(), rate, momentum=0.85, nesterov=True, weight_decay=1.362)
     optimizer.step()
-    flipped = AlternatingFlip(0).epoch_images(0, AlternatingFlip(0).epoch_images(0, images))
+    flipped = mirrored_as_in(0, mirrored_as_in(0, images, seed=0), seed=0)
     assert torch.equal(flipped, images)
     recipe = dataclasses.replace(recipe, look_ahead_steps=1, look_ahead_decay=0.0, bfloat16=False)
-    train_model(network, AlternatingFlip(0).epoch_images(0, images), labels, recipe=recipe)
+    train_model(network, mirrored_as_in(0, images, seed=0), labels, recipe=recipe)
     assert rate == pytest.approx(0.2 * 0.001465, rel=1e-3)
     torch.testing.assert_close(weights(network), weights(reference), rtol=1e-3, atol=1e-5)
 

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from jcdp_diffusers.victims import RECIPES, predict, train_victim
 from jcdp_diffusers.victims.linear_probe import CP, fit_probe, knn_accuracy, logistic_regression
-from jcdp_diffusers.victims.networks import resnet18
+from jcdp_diffusers.victims.networks import convnet94, resnet18
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,14 @@ def test_a_probe_does_not_go_on_with_that_of_another_network(learned, tmp_path):
         next(other.parameters()).mul_(-1)
     with pytest.raises(ValueError, match="it holds one with another evaluation"):
         fit_probe(other, images, labels, *test, probe="cp", checkpoint_dir=tmp_path)
+
+
+def test_a_network_whose_last_layer_has_no_bias_is_probed_with_one(train, test):
+    network = convnet94(10, in_channels=1, width=2)
+    images, labels = as_tensors(train)
+    network.whiten(images)
+    fit_probe(network, images[:64], labels[:64], *(part[:32] for part in as_tensors(test)), probe="cp")
+    assert (network.head.bias != 0).any()
 
 
 def test_bad_input():

@@ -115,6 +115,7 @@ train_victim(digits(0, 100), digits(100, 200), recipe=QUICK, seed=3, checkpoint_
 """
 
 
+@pytest.mark.long
 def test_a_process_that_was_killed_is_continued_by_another(train, test, result, tmp_path):
     threads = torch.get_num_threads()
     code = f"import torch; torch.set_num_threads({threads})" + KILLED.format(path=sys.path)
