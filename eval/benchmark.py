@@ -165,6 +165,10 @@ def grid_trials(
                         continue
                     about = facts | {"poison": poison, "column": title, **poison_facts}
                     about |= {"roles": roles} if column.needs_purifier else {}
+                    if grid.roles != "disjoint" and _learns_from_collected(
+                        column
+                    ):  # as disjoint ones were always named
+                        about |= {"roles": grid.roles}
                     about |= {} if column.collected is None else {"collected_count": column.collected}
                     trials.append(
                         Trial(
@@ -188,6 +192,11 @@ def grid_trials(
                         )
                     )
     return trials
+
+
+def _learns_from_collected(column: Column) -> bool:
+    """Whether anything but a purifier learns from collected images."""
+    return column.needs_pairs or column.needs_collected or column.init_from == COLLECTED
 
 
 def _start(grid: Grid, column: Column, collected: LabelledImages | None) -> InitFrom | None:

@@ -21,8 +21,8 @@ NOT_MEASURED = "n.m."
 METHODS_SAID = {"supervised": "supervised", "simclr": "SimCLR", "moco-v2": "MoCo v2", "byol": "BYOL"}
 OF_THE_FIGURES = "Test accuracy in % after the last epoch, mean ± standard deviation over seeds."
 ROLES_SAID = {
-    "disjoint": "Roles disjoint: the purifier has seen neither protected nor test images.",
-    "paper": "**Roles as in the paper: the purifier has been trained on the test images.**",
+    "disjoint": "Roles disjoint: what learns from collected images has seen neither protected nor test images.",
+    "paper": "**Roles as in the paper: what learns from collected images has been trained on the test images.**",
     "unknown": "**Nobody knows whether the purifier has seen protected or test images: it does not list its own.**",
 }
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))

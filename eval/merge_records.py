@@ -18,19 +18,23 @@ sys.path.append(str(Path(__file__).parents[1]))
 from eval.measured import add_selection_arguments, chosen_records
 from jcdp_diffusers.cli import ends_in_one_sentence
 from jcdp_diffusers.outputs import write_atomically
-from jcdp_diffusers.results import read_records
+from jcdp_diffusers.results import read_records, whole_records
 
 
 PARTS = ("victim", "accuracy")  # what a trial puts on record, in this order
 
 
 def finished_trials(records: Sequence[Mapping]) -> dict[str, dict[str, Mapping]]:
-    """By trial, its last record of each of `PARTS`; trials that lack one are left out."""
+    """By trial, its last accuracy and the record of the victim before it; trials that lack one are left out."""
+    victims: dict[str, Mapping] = {}
     trials: dict[str, dict[str, Mapping]] = {}
     for record in records:
-        if record["what"] in PARTS and "trial" in record["settings"]:
-            trials.setdefault(record["settings"]["trial"], {})[record["what"]] = record
-    return {trial: parts for trial, parts in trials.items() if set(parts) == set(PARTS)}
+        trial = record["settings"].get("trial")
+        if record["what"] == "victim" and trial is not None:
+            victims[trial] = record
+        elif record["what"] == "accuracy" and trial in victims:
+            trials[trial] = {"victim": victims[trial], "accuracy": record}
+    return trials
 
 
 def merge(records: Sequence[Mapping], into: Path) -> tuple[int, int]:
@@ -61,8 +65,9 @@ def merge(records: Sequence[Mapping], into: Path) -> tuple[int, int]:
         lines += [json.dumps(parts[part], ensure_ascii=False) for part in PARTS]
         added += 1
     if lines:
-        text = into.read_text(encoding="utf-8") if into.exists() else ""
-        write_atomically(into, text + "".join(line + "\n" for line in lines))
+        before = whole_records(into.read_bytes()) if into.exists() else b""
+        ended = b"" if before.endswith(b"\n") or not before else b"\n"
+        write_atomically(into, before + ended + "".join(line + "\n" for line in lines).encode())
     return added, kept
 
 

@@ -323,8 +323,9 @@ def _where(args: argparse.Namespace, role: str) -> dict[str, str | None]:
         return {"split": args.split, "image_column": args.image_column, "label_column": args.label_column}
     if role == "purified":
         return {}
-    named = {"image_column": args.image_column, "label_column": args.label_column}
-    there = column_names(args.collected, split=args.collected_split)
+    asked = {"image_column": args.image_column, "label_column": args.label_column}
+    named = {key: name for key, name in asked.items() if name is not None}
+    there = column_names(args.collected, split=args.collected_split) if named else ()
     return {"split": args.collected_split} | {key: name for key, name in named.items() if name in there}
 
 

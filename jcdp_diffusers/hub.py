@@ -1,11 +1,14 @@
 """To the Hub, one commit a folder: a purifier's repository, or a purified or protected data set."""
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+from .repository import INDEX, WEIGHTS
 
 
 # All that a purifier's repository consists of; not checkpoints (which hold optimiser states), grids and logs.
@@ -39,8 +42,9 @@ def push_purifier(
     """
     Push a purifier's repository: weights, configurations, records and card, and nothing else of the folder.
 
-    What an earlier push has put there and this one does not have is deleted in the same commit, because it belongs to
-    other weights. A card stays, and so do files that no purifier has.
+    Weights, settings and results of an earlier push that this one does not have are deleted in the same commit: they
+    belong to another purifier. Weights of another variant stay, and so do card, record and list of images, which tells
+    by a digest whether it is of these weights.
 
     Args:
         folder (`str` or `os.PathLike`): What `save_pretrained` of the pipeline or `train_purifier` wrote.
@@ -67,7 +71,8 @@ def push_dataset(
     """
     Push a purified data set: all that the folder holds but rejected images and hidden files.
 
-    Parquet files of an earlier push are deleted in the same commit, or the data set would be of both.
+    Shards of the same split that an earlier push has put there are deleted in the same commit, or the data set would
+    be of both.
 
     Args:
         folder (`str` or `os.PathLike`): What `purify_dataset` wrote, finished.
@@ -152,21 +157,36 @@ def is_replaced(name: str, files: Collection[str], repo_type: str) -> bool:
     """
     Whether a file of a repository is one of an earlier push, and would be wrong beside the files of this one.
 
-    Of a purifier that is all that [`push_purifier`] and `jcdp publish` push, but for the card, which somebody may have
-    written. Of a data set it is Parquet in a folder that gets Parquet now, and summary, manifest and benchmark.
+    Of a purifier these are weights of a variant that is pushed now, the settings, the perceptual network and the
+    results of an audit. Of a data set these are shards of a split that is pushed now, in the same folder, and summary,
+    manifest and benchmark.
 
     Args:
         name (`str`): Path in the repository.
         files (`Collection[str]`): Paths that are pushed now.
         repo_type (`str`): `"model"` or `"dataset"`.
     """
-    if name in files or name == "README.md":
+    if name in files:
         return False
+    if repo_type == "model" and (variant := _variant(name)) is not None:
+        return variant in map(_variant, files)
     if repo_type == "model":
-        return any(fnmatch(name, one) for one in (*PURIFIER_FILES, EVAL_RESULTS))
+        return fnmatch(name, "perceptual/*") or name in ("purification_config.json", EVAL_RESULTS)
     if name.endswith(".parquet"):
-        return any(one.endswith(".parquet") and os.path.dirname(one) == os.path.dirname(name) for one in files)
+        return _shards_of(name) in map(_shards_of, files)
     return name in ("summary.json", "run.json", "eval.yaml")
+
+
+def _variant(name: str) -> str | None:
+    """Of a file of the network's weights, or of their index: its variant, "" for none; None of other files."""
+    folder, _, file = name.rpartition("/")
+    found = (WEIGHTS.fullmatch(file) or INDEX.fullmatch(file)) if folder == "unet" else None
+    return None if found is None else found[1] or ""
+
+
+def _shards_of(name: str) -> str:
+    """Folder and split of a Parquet file."""
+    return re.sub(r"-\d+-of-\d+(?=\.parquet$)", "", name)
 
 
 def _files(folder: str | os.PathLike) -> list[tuple[str, Path]]:

@@ -12,6 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 
+# Names of weights and of their index, as diffusers writes them; the group is the variant.
+INDEX = re.compile(r"diffusion_pytorch_model\.(?:safetensors|bin)\.index(?:\.([^.]+))?\.json")
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.([^.\-]+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 
 

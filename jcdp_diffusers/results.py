@@ -253,6 +253,11 @@ def _append_line(path: Path, line: str) -> None:
         os.close(descriptor)  # and with it the lock
 
 
+def whole_records(content: bytes) -> bytes:
+    """A file's content without a last line that was cut short."""
+    return content[: _whole(content)]
+
+
 def _whole(content: bytes) -> int:
     """How many bytes of a file are before a last line that was cut short."""
     end = content.rfind(b"\n") + 1

@@ -306,7 +306,9 @@ def describe_difference(
         - `"other kind"`: the sets differ, but only in contrast or by less than `LEAST_EXCESS`.
     """
     spectrum = protection_spectrum(protected, collected)
-    ours, theirs = power_spectra(protected, spectrum.axes), power_spectra(collected, spectrum.axes)
+    # By colour axes of both sets together: those of one alone would make its images unlike the others by themselves.
+    axes = colour_axes(np.concatenate([protected, collected]))
+    ours, theirs = power_spectra(protected, axes), power_spectra(collected, axes)
     p_value, largest_z = permutation_p_value(ours, theirs, permutations=permutations, seed=seed)
     # Grey images have no power in two colour axes but that of rounding, which nothing is to be compared with.
     background = np.maximum(spectrum.background, ROUNDING_POWER)

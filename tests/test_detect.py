@@ -11,7 +11,7 @@ from PIL import Image
 from test_spectrum import natural
 
 from jcdp_diffusers.cli import main
-from jcdp_diffusers.data import LabelledImages, write_dataset
+from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.detect import detect
 
 
@@ -238,12 +238,14 @@ def test_a_file_of_somebody_else_is_not_replaced(content, clean, tmp_path, capsy
     assert "holds something else" in capsys.readouterr().err and mine.read_text() == content
 
 
-def test_integers_are_no_ranks_of_texts(clean, collected):
+def test_integers_are_no_ranks_of_texts(clean, collected, tmp_path):
     """The first class of a column of texts is not the class 0 of a set with integers."""
     texts, integers = replace(clean, ranked_by_text=True), replace(collected, class_names=None)
     with pytest.raises(ValueError, match="collected has integers for labels and dataset has texts, such as 'ant'"):
         detect(texts, integers)
     assert detect(clean, integers, permutations=19)["protected"] is False  # as for folders and class labels
+    written = write_dataset(tmp_path, texts)[0].parent  # texts stay texts
+    assert load_images(written).ranked_by_text and load_images(written).class_names == texts.class_names
     numbered = replace(texts, class_names=("0", "1", "2", "3"))
     assert detect(numbered, integers, permutations=19)["protected"] is False
 

@@ -213,14 +213,28 @@ def test_a_purification_that_is_not_finished_is_neither_loaded_nor_published(tmp
 
 def test_what_an_earlier_push_has_left_is_replaced_and_the_rest_stays():
     weights = "unet/diffusion_pytorch_model.safetensors"
-    for name in ("unet/diffusion_pytorch_model.safetensors.index.json", "purification_config.json", EVAL_RESULTS):
-        assert is_replaced(name, {weights}, "model")
-    for name in (weights, "README.md", "pictures/before.png", ".gitattributes"):
-        assert not is_replaced(name, {weights}, "model")
+    others = ("model.safetensors.index.json", "model.bin", "model-00001-of-00002.safetensors", "model.bin.index.json")
+    others = [f"unet/diffusion_pytorch_{name}" for name in others]
+    for name in (*others, "purification_config.json", "perceptual/config.json", EVAL_RESULTS):
+        assert is_replaced(name, {weights}, "model"), name
+    half = [f"unet/diffusion_pytorch_model.{name}" for name in ("fp16.safetensors", "safetensors.index.fp16.json")]
+    half.append("unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors")
+    for name in (
+        weights,
+        *half,
+        "README.md",
+        "training_record.json",
+        "trained_on.json",
+        "unet/more.txt",
+        ".gitattributes",
+    ):
+        assert not is_replaced(name, {weights}, "model"), name
+    assert [is_replaced(name, {half[0]}, "model") for name in (*half, weights)] == [False, True, True, False]
     new = {"train-00000-of-00001.parquet", "lsp/train-00000-of-00001.parquet"}
     for name in ("train-00001-of-00002.parquet", "lsp/train-00001-of-00002.parquet", "eval.yaml", "summary.json"):
         assert is_replaced(name, new, "dataset")
-    for name in (*new, "README.md", "emn/train-00000-of-00002.parquet", "more/list.json", ".gitattributes"):
+    kept = ("README.md", "emn/train-00000-of-00002.parquet", "test-00000-of-00002.parquet", "more/list.json")
+    for name in (*new, *kept, ".gitattributes"):
         assert not is_replaced(name, new, "dataset")
 
 

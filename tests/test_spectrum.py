@@ -142,6 +142,18 @@ def test_the_false_alarms_of_the_permutation_test_are_as_many_as_it_says():
     assert 0.3 < np.mean(values) < 0.7
 
 
+def test_few_images_of_one_kind_are_rarely_called_different():
+    """Colour axes of one set alone would tell them apart: with those, one in eight was called so at 0.05."""
+    tint = np.random.default_rng(0).normal(0, 1, (400, 1, 1, 3)) * np.array([30.0, 10.0, 3.0])
+    images = np.rint(natural(400, 60, size=16) + tint).clip(0, 255).astype(np.uint8)
+    draw, values = np.random.default_rng(1), []
+    for repetition in range(80):
+        rows = draw.permutation(len(images))[:42]
+        found = describe_difference(images[rows[:30]], images[rows[30:]], permutations=59, seed=repetition)
+        values.append(found["p_value"])
+    assert np.mean(np.array(values) <= 0.05) <= 0.125  # binomial(80, 0.05): above 10 with a chance of 0.003
+
+
 def jpeg(images: np.ndarray, quality: int) -> np.ndarray:
     saved = []
     for image in images:

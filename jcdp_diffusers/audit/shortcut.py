@@ -82,8 +82,10 @@ def effective_count(weights: np.ndarray) -> float:
 def gap_of(figures: Mapping[str, float], *counts: float) -> tuple[float, bool]:
     """Held-out minus test accuracy, of so many images each, and whether that is a shortcut rather than chance."""
     gap = figures["held_out"] - figures["test"]
-    shares = (figures["held_out"], figures["test"])
-    deviation = np.sqrt(sum(max(share * (1 - share), 1e-3) / n for share, n in zip(shares, counts)))
+    # Of few images all or none may be right, which is no certainty: one right and one wrong image more each, as in
+    # `intervals` (Agresti and Caffo, 2000).
+    shares = [(figures[name] * n + 1) / (n + 2) for name, n in zip(("held_out", "test"), counts)]
+    deviation = np.sqrt(sum(share * (1 - share) / (n + 2) for share, n in zip(shares, counts)))
     return gap, bool(gap > max(0.1, 3 * deviation))
 
 
@@ -122,8 +124,12 @@ class PixelModel:
 
     def fit(self, data: LabelledImages) -> "PixelModel":
         """Learn from labelled images; returns itself."""
+        from sklearn.dummy import DummyClassifier
+
         self._centre = data.images.mean(axis=0, dtype=np.float64)
         self._scale = data.images.std(dtype=np.float64) or 1.0
+        if len(np.unique(data.labels)) == 1:  # of a rare class all images may be held out
+            self._model = DummyClassifier()
         self._model = _fit_quietly(self._model, self._pixels(data), data.labels)
         return self
 

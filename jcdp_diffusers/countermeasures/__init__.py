@@ -34,7 +34,7 @@ import torch
 
 from ..data import LabelledImages
 from ..data.checks import match_originals
-from ..engines import folder_lock
+from ..engines import folder_lock, ranks
 from .draws import Draws
 
 
@@ -158,7 +158,8 @@ class Context:
         """
         A path in `checkpoint_dir` for costly work, or a temporary one; the folder that it is in exists.
 
-        Trials that need the same work wait for each other here: the first does it, the others find it done.
+        Trials that need the same work wait for each other here: the first does it, the others find it done. Ranks of a
+        launcher that work together outside a trial do so without a lock, as rank 0 holds it for all of them.
 
         Args:
             name (`str`): Of a file or folder.
@@ -166,7 +167,8 @@ class Context:
         with contextlib.ExitStack() as stack:
             folder = self.checkpoint_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(folder_lock(folder / f".{name}.lock"))
+            if ranks()[0] == 0:
+                stack.enter_context(folder_lock(folder / f".{name}.lock"))
             yield folder / name
 
 

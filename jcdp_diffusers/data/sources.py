@@ -188,9 +188,9 @@ def column_names(source: Any, *, split: str | None = None) -> list[str]:
     Args:
         source, split: As for `open_dataset`.
     """
-    arrays = arrays_of(source, split)
-    dataset = encoded(arrays) if arrays is not None else _rows_of(source, split, True, None)[0]
-    return [column for column in dataset.features if column != ROW_ID]
+    if (arrays := arrays_of(source, split)) is not None:
+        return ["id", "image"] + (["label"] if arrays.labels is not None else [])
+    return [column for column in _rows_of(source, split, True, None)[0].features if column != ROW_ID]
 
 
 def _rows_of(

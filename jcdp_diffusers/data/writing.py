@@ -29,7 +29,8 @@ def write_dataset(
 ) -> list[Path]:
     """Write a folder that `datasets.load_dataset(output_dir)` and :func:`load_images` open, bit for bit.
 
-    The columns are `id`, `image` (PNG, lossless), `label` (with the class names, where known), then `columns`. A shard
+    The columns are `id`, `image` (PNG, lossless), `label` (with the class names, where known; texts, where they were
+    texts), then `columns`. A shard
     appears under its name only when it is whole and on disk.
 
     Args:
@@ -83,8 +84,9 @@ def write_table(path: Path, table: pa.Table) -> None:
 def _features(data: LabelledImages) -> datasets.Features:
     features = {"id": datasets.Value("string"), "image": datasets.Image()}
     if data.labels is not None:
-        names = data.class_names
-        features["label"] = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
+        named = data.class_names is not None and not data.ranked_by_text
+        kind = datasets.Value("string" if data.ranked_by_text else "int64")
+        features["label"] = datasets.ClassLabel(names=list(data.class_names)) if named else kind
     return datasets.Features(features)
 
 
@@ -94,7 +96,8 @@ def _encoded_columns(data: LabelledImages, start: int, stop: int) -> dict[str, l
         "image": [{"bytes": png(image), "path": None} for image in data.images[start:stop]],
     }
     if data.labels is not None:
-        columns["label"] = data.labels[start:stop].tolist()
+        labels = data.labels[start:stop].tolist()
+        columns["label"] = [data.class_names[label] for label in labels] if data.ranked_by_text else labels
     return columns
 
 

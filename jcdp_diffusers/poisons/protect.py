@@ -211,13 +211,20 @@ def read_card(output_dir: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: If the folder has no such card.
     """
-    path = Path(output_dir) / CARD
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    facts = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
-    if not isinstance(facts, dict) or "poison" not in facts:
+    if (facts := _card_of(output_dir)) is None:
         raise ValueError(
             f"output_dir is {str(output_dir)!r}, but its {CARD} must be the card of a protected data set."
         )
+    return facts
+
+
+def _card_of(folder: str | Path) -> dict[str, Any] | None:
+    """As `read_card`, but None where there is no such card."""
+    path = Path(folder) / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    facts = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
+    if not isinstance(facts, dict) or "poison" not in facts:
+        return None
     # The first cards are of sets that are protected as a whole, and do not say so.
     return {"fraction": 1.0, "protected_images": facts["poison"].get("images")} | facts["poison"]
 
@@ -286,6 +293,9 @@ def run(args: argparse.Namespace) -> None:
     data = load_images(args.dataset, image_size=args.image_size, channels=args.channels, **where)
     places = places_of_export(args, data, fresh=not (Path(args.output) / CARD).exists())
     others = _other_columns(args.dataset, args.split, columns)
+    before = _card_of(args.dataset) if args.fraction == 1 else None
+    if before is not None and before["fraction"] < 1:  # its column says which part was protected, and now all are
+        others[_FLAG] = [True] * len(data)
     split = args.split or "train"
     if args.method is not None:
         protect_dataset(
@@ -434,8 +444,6 @@ def _write(
         if _FLAG in columns:
             raise ValueError(f"dataset has a column {_FLAG!r}, but a fraction below 1 needs that name for its own.")
         columns[_FLAG] = np.isin(np.arange(len(data)), rows).tolist()
-    elif _FLAG in columns and all(type(value) is bool for value in columns[_FLAG]):  # a part was protected before
-        columns[_FLAG] = [True] * len(data)
     write_dataset(output_dir, protected, split=split, columns=columns)
     facts |= {
         "split": split,

@@ -172,7 +172,7 @@ def perturb(
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         draw.set_state(state["draw"])
-        noise, order, done = state["noise"], state["order"], state["done"]
+        noise, order, done = state["noise"].to(torch.int16), state["order"], state["done"]
 
     def save() -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}

@@ -287,6 +287,7 @@ def _make_shards(
     # All ranks must name the same shards; one that comes late would find more of them finished.
     finished = engines.first_rank_decides(store.finished)
     if rank == 0 and len(finished) != store.count:
+        store.folder.remove(SUMMARY_NAME)
         store.folder.write("README.md", UNFINISHED_CARD.format(split=store.split))
     own = [index for index in range(store.count or 0) if index not in finished][rank::world]
     done = 0 if store.rows is None else store.rows - sum(stop - start for start, stop in map(store.range, own))

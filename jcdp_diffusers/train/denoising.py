@@ -61,7 +61,8 @@ def denoising_target(scheduler: DDPMScheduler, clean, noise, timesteps) -> torch
 def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """Min-SNR-gamma weights of the loss in the network's own target (Hang et al., 2023, section 3.4); shape (B,)."""
     snr = compute_snr(scheduler, timesteps)
-    clipped, of_noise = snr.clamp(max=gamma), 1 / (snr / gamma).clamp(min=1)  # the latter is 1 at an SNR of 0
+    clipped = snr.clamp(max=gamma)
+    of_noise = torch.where(snr > gamma, gamma / snr, 1.0)  # clipped / snr, which has no value at an SNR of 0
     return {"epsilon": of_noise, "v_prediction": clipped / (snr + 1), "sample": clipped}[
         scheduler.config.prediction_type
     ]

@@ -63,7 +63,7 @@ class ImageFiles(torch.utils.data.Dataset):
         try:
             pixels = decode_image(row["image"], self.channels, size, changes=changes)
         except ImageRejected as error:
-            name = row["image"]["path"] or row["id"]
+            name = (row["image"] or {}).get("path") or row["id"]
             raise ValueError(
                 f"image {name!r} cannot be used: {error.reason}; --skip_unusable_images leaves such images out."
             ) from error
@@ -77,7 +77,8 @@ class ImageFiles(torch.utils.data.Dataset):
         """Digest of every image's id, file name and size in bytes; nothing is decoded, and the folder may move."""
         digest = hashlib.blake2b(digest_size=16)
         for row in self.dataset:
-            stored, path = row["image"]["bytes"], row["image"]["path"]
+            value = row["image"] or {"bytes": b"", "path": None}
+            stored, path = value["bytes"], value["path"]
             size = os.path.getsize(path) if stored is None else len(stored)
             digest.update(json.dumps([row["id"], path and os.path.basename(path), size]).encode())
         return digest.hexdigest()
@@ -119,8 +120,10 @@ def training_images(
     return load_images(dataset, image_size=resolution, channels=channels)
 
 
-def _size(value: dict) -> tuple[int, int]:
+def _size(value: dict | None) -> tuple[int, int]:
     """Width and height from an image's header; what cannot be read counts as a square and is left to the decoder."""
+    if value is None:
+        return 0, 0
     try:
         with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]) as picture:
             return picture.size

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from tqdm.auto import tqdm
 from ..data import LabelledImages
 from ..devices import device_in_words
 from ..noise import coloured
-from ..purification_config import CONFIG_NAME, default_settings
+from ..purification_config import default_settings
 from ..results import package_versions, plain
 from .checkpoints import (
     PROGRESS_NAME,
@@ -56,25 +55,11 @@ from .denoising import (
 )
 from .images import BatchLayout, ImageFiles, micro_batches, normalize
 from .model_card import write_card
-from .provenance import TRAINED_ON_NAME, image_digests, trained_on, write_trained_on
+from .provenance import image_digests, trained_on, write_trained_on
 from .reading import damaged, read_json
 from .record import RECORD_NAME, ema_horizon, fingerprint
 
 
-# What a training writes into its folder.
-OWN_NAMES = (
-    "README.md",
-    "model_index.json",
-    "unet",
-    "scheduler",
-    "perceptual",
-    CONFIG_NAME,
-    RECORD_NAME,
-    TRAINED_ON_NAME,
-    "checkpoint-*",
-    "grids",
-    "logs",
-)
 # Entries of a checkpoint's progress.json.
 _PROGRESS = {"step": int, "seconds": (int, float), "identity": dict, "history": list, "validation": list}
 
@@ -198,22 +183,12 @@ def _start_from(output_dir: Path, wanted: str | None) -> Path | None:
             f"output_dir is {str(output_dir)!r}, which holds a finished purifier ({RECORD_NAME}) and no checkpoint to "
             "go on from, but must be another folder: it would be replaced."
         )
-    elif foreign := [name for name in _names(output_dir) if not any(fnmatch(name, own) for own in OWN_NAMES)]:
-        raise ValueError(
-            f"output_dir is {str(output_dir)!r}, which holds {foreign[0]!r}, but must be empty or a folder in which a "
-            "purifier was trained."
-        )
     elif (output_dir / "README.md").exists() and not (output_dir / "model_index.json").exists():
         raise ValueError(
             f"output_dir is {str(output_dir)!r}, whose README.md is no purifier's, but must be another folder: it "
             "would be replaced."
         )
     return checkpoint
-
-
-def _names(folder: Path) -> list[str]:
-    """Of what a folder holds, if there is one, without hidden files."""
-    return sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
 
 
 class _Run:

@@ -102,15 +102,15 @@ def test_a_guide_that_needs_a_network_is_refused_before_anything_is_trained(fold
 
 
 def test_a_purifier_trained_here_gets_the_perceptual_network(folders, tmp_path):
-    LPIPSModel("squeeze").save_pretrained(tmp_path / "squeeze")
-    config = PurificationConfig(perceptual_guidance_scale=1.0, num_rounds=2, perceptual_network="lpips-squeeze")
+    LPIPSModel("vgg").save_pretrained(tmp_path / "vgg")
+    config = PurificationConfig(perceptual_guidance_scale=1.0, num_rounds=2, perceptual_network="lpips-vgg")
     options = {"protocol": "smoke", "seeds": 1, "processes": 1, "device": "cpu", "say": lambda line: None}
     sources = {role: folders[role] for role in ("protected", "collected", "test")}
-    report = audit(**sources, output_dir=tmp_path / "out", perceptual=tmp_path / "squeeze", preset=config, **options)
+    report = audit(**sources, output_dir=tmp_path / "out", perceptual=tmp_path / "vgg", preset=config, **options)
     assert report["purification"]["perceptual_guidance_scale"] == 1.0
-    assert report["purifier"]["perceptual"] == "lpips-squeeze"
-    assert ", perceptual network lpips-squeeze" in (tmp_path / "out/report.md").read_text()
-    assert LPIPSModel.from_pretrained(tmp_path / "out/purifier/perceptual").name == "lpips-squeeze"
+    assert report["purifier"]["perceptual"] == "lpips-vgg"
+    assert ", perceptual network lpips-vgg" in (tmp_path / "out/report.md").read_text()
+    assert LPIPSModel.from_pretrained(tmp_path / "out/purifier/perceptual").name == "lpips-vgg"
     with pytest.raises(ValueError, match="where an audit with another perceptual network was begun"):
-        other = shutil.copytree(tmp_path / "squeeze", tmp_path / "other")
+        other = shutil.copytree(tmp_path / "vgg", tmp_path / "other")
         audit(**sources, output_dir=tmp_path / "out", perceptual=other, preset=config, **options)

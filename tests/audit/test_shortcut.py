@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
-from jcdp_diffusers.audit.shortcut import effective_count, shortcut_test, weights_by_class
+from jcdp_diffusers.audit.shortcut import PixelModel, effective_count, gap_of, shortcut_test, weights_by_class
 from jcdp_diffusers.data import LabelledImages
 
 
@@ -55,3 +56,23 @@ def test_many_classes_of_few_images_have_a_gap_that_is_a_number():
     ]
     for result in (shortcut_test(sets[0], sets[1].subset(range(start, start + 6))) for start in range(0, 44, 2)):
         assert np.isfinite(result["gap"]) and not result["found"]
+
+
+@pytest.mark.parametrize(("held_out", "test"), [(3, 7), (6, 15), (10, 25), (50, 100)])
+@pytest.mark.parametrize("accuracy", [0.1, 0.5, 0.9])
+def test_honest_sets_of_any_size_are_rarely_called_shortcuts(accuracy, held_out, test):
+    """Exactly, by the binomial distribution of both figures."""
+    here, there = (binom.pmf(np.arange(count + 1), count, accuracy) for count in (held_out, test))
+    found = [
+        [gap_of({"held_out": right / held_out, "test": other / test}, held_out, test)[1] for other in range(test + 1)]
+        for right in range(held_out + 1)
+    ]
+    assert here @ np.array(found) @ there < 0.016
+
+
+def test_a_class_of_which_all_images_are_held_out():
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    data = LabelledImages(pixels, (np.arange(20) == 19).astype(int), tuple(map(str, range(20))))
+    model = PixelModel("linear").fit(data.subset(range(19)))
+    assert model.is_right(data).tolist() == [True] * 19 + [False]
+    assert model.probability_of_label(data).tolist() == [1.0] * 19 + [0.0]

@@ -262,6 +262,19 @@ def test_a_column_may_have_a_purifier_of_fewer_images(source, tmp_path):
     assert everything.settings["purifier"] != sparse.settings["purifier"]
 
 
+def test_whatever_learns_from_test_images_says_so(measured):
+    def roles_of(roles, entry):
+        changes = {"roles": roles, "countermeasures": [entry], "seeds": [0], "poisons": ["none"]}
+        content = yaml.safe_load((measured / "grid.yaml").read_text()) | changes
+        (measured / "roles.yaml").write_text(yaml.safe_dump(content))
+        grid = benchmark.read_grid(measured / "roles.yaml")
+        (column,) = grid.columns().values()
+        return grid.roles if benchmark._learns_from_collected(column) else None
+
+    assert roles_of("paper", {"use": "none", "as": "pretrained", "init_from": "collected"}) == "paper"
+    assert roles_of("paper", "paired-small") == "paper" and roles_of("paper", "gray") is None
+
+
 def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, capsys):
     grid = benchmark.read_grid(measured / "grid.yaml", roles="paper", seeds=[0])
     benchmark.run_grid(grid, measured / "out", say=lambda line: None)
@@ -270,7 +283,7 @@ def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, ca
     assert roles.count("paper") == 2 and roles.count("disjoint") == 4 and len(records) == 14
     run(tables, monkeypatch, "grid", "--records", measured / "out/records.jsonl", "--smoke", "--roles", "paper")
     said = capsys.readouterr().out
-    assert "the purifier has been trained on the test images" in said
+    assert "has been trained on the test images" in said
     weak = next(line for line in said.splitlines() if line.startswith("| weak"))
     assert "±" not in weak  # one seed: those of disjoint roles are not among them
 
@@ -324,7 +337,7 @@ def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, ca
             "fast-autoaugment before orthogonal-projection",
         ),
         ({"seeds": []}, "seeds is [], but must be a list"),
-        ({"seeds": [0, 0]}, "seeds is .0, 0., but each must be there once"),
+        ({"seeds": [0, 0]}, "seeds is [0, 0], but each must be there once"),
         ({"seeds": [True]}, "seeds has True, but its entries must be whole numbers"),
         ({"seeds": ["a"]}, "seeds has 'a', but its entries must be whole numbers"),
         ({"recipe": {"epoch": 1}}, "recipe has 'epoch', which is no field of Recipe"),

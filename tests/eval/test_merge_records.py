@@ -61,3 +61,19 @@ def test_the_documented_command_takes_what_it_names(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", [*options, "tap"])
     with pytest.raises(SystemExit, match="poisons is 'tap'"):
         merge_records.main()
+
+
+@pytest.mark.parametrize("end", ["", '\n{"what": "victim", "val'])
+def test_a_last_line_that_was_cut_short_or_has_no_end(end, tmp_path):
+    into = tmp_path / "into.jsonl"
+    merge(trial("a"), into)
+    into.write_text(into.read_text().rstrip("\n") + end)
+    assert merge(trial("b"), into) == (1, 0)
+    assert read_records(into) == [*trial("a"), *trial("b")]
+
+
+def test_a_victim_that_was_begun_again_does_not_stand_beside_an_older_accuracy(tmp_path):
+    again = trial("a", parts=("victim",))
+    again[0]["value"] = {"history": [1]}
+    merge([*trial("a"), *again], tmp_path / "into.jsonl")
+    assert read_records(tmp_path / "into.jsonl") == trial("a")

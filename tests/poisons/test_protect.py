@@ -377,10 +377,10 @@ def test_a_set_that_was_protected_in_part_and_is_protected_again_is_protected_wh
     assert set(load_images(tmp_path / "whole").ids) == set(data.ids)
     rows = datasets.load_dataset(str(tmp_path / "whole"), split="train", cache_dir=str(tmp_path / "cache"))
     assert set(rows["protected"]) == {True}
-    own = {"protected": ["yes"] * 40}  # of somebody else, who means something else
+    own = {"protected": [True, False] * 20}  # of somebody else, who means something else
     protect.protect_dataset(data, tmp_path / "own", method="lsp", columns=own)
     rows = datasets.load_dataset(str(tmp_path / "own"), split="train", cache_dir=str(tmp_path / "cache"))
-    assert set(rows["protected"]) == {"yes"}
+    assert set(rows["protected"]) == {True, False}
 
 
 def test_a_set_that_another_version_of_the_method_made_is_named(data, tmp_path, monkeypatch, capsys):
