@@ -165,9 +165,8 @@ def grid_trials(
                         continue
                     about = facts | {"poison": poison, "column": title, **poison_facts}
                     about |= {"roles": roles} if column.needs_purifier else {}
-                    if grid.roles != "disjoint" and _learns_from_collected(
-                        column
-                    ):  # as disjoint ones were always named
+                    # Disjoint roles are no part of the names of those that have no purifier.
+                    if grid.roles != "disjoint" and _learns_from_collected(column):
                         about |= {"roles": grid.roles}
                     about |= {} if column.collected is None else {"collected_count": column.collected}
                     trials.append(

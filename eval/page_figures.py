@@ -69,6 +69,14 @@ def photographs() -> dict[str, str]:
     }
 
 
+def compensation() -> dict[str, str]:
+    """What victims with corruption get on validation images, alone and after the best purification, in %."""
+    records = [r for r in read_records(RESULTS / "compensation_cifar10_mini.jsonl") if r["what"] == "accuracy"]
+    by_column = {record["settings"]["column"]: record["value"] for record in records}
+    alone = by_column.pop("corruption alone")
+    return {"alone": f"{100 * alone:.1f}", "purified": f"{100 * max(by_column.values()):.1f}"}
+
+
 def made_anew() -> dict[str, str]:
     """What victims get from poisons that were made anew, by poison and countermeasure, in %."""
     found = Measured(read_records(RESULTS / "made_anew_cifar10_mini.jsonl"))
@@ -184,6 +192,7 @@ def finetune() -> dict[str, str]:
 
 GROUPS: dict[str, Callable[[], dict[str, str]]] = {
     "mini": mini,
+    "compensation": compensation,
     "made_anew": made_anew,
     "audits": audits,
     "contrastive": contrastive,

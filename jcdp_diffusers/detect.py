@@ -266,7 +266,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--collected_split")
     parser.add_argument("--purified", help="the purified copy of --dataset, where collected images have no labels")
     parser.add_argument("--image_column", help="of --dataset, and of --collected where it has that column")
-    parser.add_argument("--label_column", help="likewise")
+    parser.add_argument("--label_column", help="of --dataset, and of --collected where it has that column")
     parser.add_argument("--image_size", type=int, help="side in pixels to which all images are brought")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -280,11 +280,11 @@ def run(args: argparse.Namespace) -> None:
         check_output_file(args.output, sources=sources, name="--output")
         _check_own(Path(args.output))
     sets = {}
-    image_size = _size_to_read(args) if args.image_size is None else args.image_size
-    for role in ROLES:
-        if (source := getattr(args, role)) is not None:
-            options = {"image_size": image_size, "channels": args.channels} | _where(args, role)
-            sets[role] = load_images(source, **options)
+    where = {role: _where(args, role) for role in ROLES if getattr(args, role) is not None}
+    image_size = _size_to_read(args, where) if args.image_size is None else args.image_size
+    for role, options in where.items():
+        sizes = {"image_size": image_size, "channels": args.channels}
+        sets[role] = load_images(getattr(args, role), **options, **sizes)
     found = detect(sets["dataset"], sets.get("collected"), sets.get("purified"), seed=args.seed)
     if args.output is not None:
         path = Path(args.output)
@@ -329,12 +329,9 @@ def _where(args: argparse.Namespace, role: str) -> dict[str, str | None]:
     return {"split": args.collected_split} | {key: name for key, name in named.items() if name in there}
 
 
-def _size_to_read(args: argparse.Namespace) -> int | None:
+def _size_to_read(args: argparse.Namespace, where: dict[str, dict[str, str | None]]) -> int | None:
     """The side to which photographs of assorted sizes are brought, which is said; None where images stay."""
-    sizes = {}
-    for role in ROLES:
-        if (source := getattr(args, role)) is not None:
-            sizes[role] = stored_sizes(source, **_where(args, role))
+    sizes = {role: stored_sizes(getattr(args, role), **options) for role, options in where.items()}
     side = working_size(sizes, default_device())
     if side is not None:
         print(f"Images of assorted sizes: looked at with {side}x{side} pixels (--image_size chooses another side).")

@@ -74,15 +74,15 @@ def markdown(report: dict, caption: str, native: NativePictures) -> str:
 
 
 def _first_page(report: dict, native: NativePictures) -> list[str]:
-    shown = [[f"**{one['value']}**", _text(one["title"]), _text(one["note"])] for one in numbers(report)]
-    kinds = "From left to right: " + "; ".join(map(_text, native.pictures)) + "."
+    shown = [[f"**{one['value']}**", escaped(one["title"]), escaped(one["note"])] for one in numbers(report)]
+    kinds = "From left to right: " + "; ".join(map(escaped, native.pictures)) + "."
     return [
         "# Audit of a protected data set",
         "",
-        f"**{_text(report['verdict']['sentence'])}**",
+        f"**{escaped(report['verdict']['sentence'])}**",
         "",
         *(f"> {mark}\n" for mark in marks(report)),
-        *(f"{_text(sentence)}\n" for sentence in report["side_by_side"]),
+        *(f"{escaped(sentence)}\n" for sentence in report["side_by_side"]),
         *_table(("test accuracy", "", "victims"), shown),
         "",
         f"![{kinds}](pictures/native.png)",
@@ -91,7 +91,7 @@ def _first_page(report: dict, native: NativePictures) -> list[str]:
         "",
         "## What to do",
         "",
-        *(f"- {_text(sentence)}" for sentence in what_to_do(report)),
+        *(f"- {escaped(sentence)}" for sentence in what_to_do(report)),
         "",
     ]
 
@@ -99,25 +99,25 @@ def _first_page(report: dict, native: NativePictures) -> list[str]:
 def _results(report: dict) -> list[str]:
     head = ("victims", "test accuracy", "std", "each seed", "best epoch", "training accuracy", "before", "training")
     names = ("title", "test", "std", "values", "best", "train", "before", "seconds")
-    return _table(head, [[_text(row[name]) for name in names] for row in results_table(report)])
+    return _table(head, [[escaped(row[name]) for name in names] for row in results_table(report)])
 
 
 def _others(report: dict) -> list[str]:
     """Tables and verdicts of further ways of learning, and tables and curves of fractions."""
     lines = []
     for other in report["others"]:
-        lines += [f"## {_text(title_of(other))}", "", _text(other["verdict"]["sentence"]), ""]
+        lines += [f"## {escaped(title_of(other))}", "", escaped(other["verdict"]["sentence"]), ""]
         lines += [*_results(report_of(report, other)), ""]
     for number, one in enumerate((report, *report["others"])):
         if one["fractions"]:
             head, *rows = fractions_table(one["fractions"])
-            lines += [f"## {_text(fractions_title(one))}", "", *_table(tuple(head), rows), "", FRACTIONS_CAPTION, ""]
+            lines += [f"## {escaped(fractions_title(one))}", "", *_table(tuple(head), rows), "", FRACTIONS_CAPTION, ""]
             lines += [f"![Accuracy over the protected fraction](pictures/{fractions_name(number)})", ""]
     return lines
 
 
 def _full_report(report: dict, caption: str) -> list[str]:
-    measures = [[_text(title), _text(said)] for title, said in visible(report)]
+    measures = [[escaped(title), escaped(said)] for title, said in visible(report)]
     spectrum = report["data"]["spectrum"]
     pictured = ["![Spectrum of the protection](pictures/spectrum.png)", "", SPECTRUM_CAPTION, ""]
     return [
@@ -132,7 +132,7 @@ def _full_report(report: dict, caption: str) -> list[str]:
         *_others(report),
         "## How sure this is",
         "",
-        *(f"- {_text(sentence)}" for sentence in certainty(report)),
+        *(f"- {escaped(sentence)}" for sentence in certainty(report)),
         "",
         "## What the images look like",
         "",
@@ -144,12 +144,12 @@ def _full_report(report: dict, caption: str) -> list[str]:
         "",
         *(_table(("measure", "over images"), measures) if measures else []),
         "",
-        *(f"- {_text(sentence)}" for sentence in visible_said(report)),
+        *(f"- {escaped(sentence)}" for sentence in visible_said(report)),
         "",
         "## Where the protection is",
         "",
         *(pictured if spectrum is not None else []),
-        *(f"- {_text(sentence)}" for sentence in evidence_in_words(spectrum)),
+        *(f"- {escaped(sentence)}" for sentence in evidence_in_words(spectrum)),
         "",
         "## How they learned",
         "",
@@ -157,15 +157,15 @@ def _full_report(report: dict, caption: str) -> list[str]:
         "",
         "## The data",
         "",
-        *(f"- {'' if good else '**!** '}{_text(sentence)}" for good, sentence in checks(report)),
+        *(f"- {'' if good else '**!** '}{escaped(sentence)}" for good, sentence in checks(report)),
         "",
         "## Settings",
         "",
-        *_table(("", ""), [[_text(topic), _text(said)] for topic, said in settings_in_words(report)]),
+        *_table(("", ""), [[escaped(topic), escaped(said)] for topic, said in settings_in_words(report)]),
         "",
         "## Limits",
         "",
-        *(f"- {_text(limit)}" for limit in report["limits"]),
+        *(f"- {escaped(limit)}" for limit in report["limits"]),
         "",
         "## How to repeat this",
         "",
@@ -183,6 +183,6 @@ def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _text(text: str) -> str:
+def escaped(text: str) -> str:
     """Text in which Markdown finds no table, link, emphasis or HTML; backticks mark code."""
     return re.sub(r"([\\<|*]|\](?=\())", r"\\\1", printable(text))

@@ -124,11 +124,11 @@ class PixelModel:
 
     def fit(self, data: LabelledImages) -> "PixelModel":
         """Learn from labelled images; returns itself."""
-        from sklearn.dummy import DummyClassifier
-
         self._centre = data.images.mean(axis=0, dtype=np.float64)
         self._scale = data.images.std(dtype=np.float64) or 1.0
         if len(np.unique(data.labels)) == 1:  # of a rare class all images may be held out
+            from sklearn.dummy import DummyClassifier
+
             self._model = DummyClassifier()
         self._model = _fit_quietly(self._model, self._pixels(data), data.labels)
         return self

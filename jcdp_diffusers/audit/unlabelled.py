@@ -9,7 +9,6 @@ import base64
 import html
 import io
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -22,12 +21,13 @@ from PIL import Image
 from ..data import LabelledImages
 from ..data.checks import check_separation, describe_set, find_originals
 from ..data.perturbations import measured_norms, psnr
-from ..outputs import printable, write_atomically
+from ..outputs import write_atomically
 from ..results import as_settings, package_versions, plain
 from .division import Division, likenesses
 from .evidence import evidence_in_words, spectral_evidence
 from .pictures import Strips, picture_strips
 from .purifier import AuditPurifier, purify
+from .report import escaped
 from .settings import AuditSettings
 
 
@@ -209,7 +209,7 @@ def _write(output_dir: Path, report: dict, sets: Mapping[str, LabelledImages]) -
     write_atomically(output_dir / "pictures" / "images.png", picture)
     write_atomically(output_dir / "report.json", json.dumps(report, indent=2) + "\n")
     lines = ["# Audit of photographs without labels", "", f"**{report['verdict']['sentence']}**", ""]
-    lines += [f"- {_as_markdown(sentence)}" for sentence in report["said"]]
+    lines += [f"- {escaped(sentence)}" for sentence in report["said"]]
     lines += ["", f"![{caption}](pictures/images.png)", "", caption, "", "```", report["command"], "```", ""]
     write_atomically(output_dir / "report.md", "\n".join(lines))
     page = _PAGE.substitute(
@@ -221,11 +221,6 @@ def _write(output_dir: Path, report: dict, sets: Mapping[str, LabelledImages]) -
         time=report["time"],
     )
     write_atomically(output_dir / "report.html", page)
-
-
-def _as_markdown(sentence: str) -> str:
-    """A sentence with names from outside, of which Markdown makes nothing else."""
-    return re.sub(r"([*_<|])", r"\\\1", printable(sentence))
 
 
 def _montage(strips: Strips) -> bytes:

@@ -85,7 +85,7 @@ class Poison:
     suits_single_images: bool = False
 
     @property
-    def code(self) -> str:
+    def file_digest(self) -> str:
         """16 hexadecimal digits of the method's file, by which a set that another version of it made is told apart."""
         file = Path(__file__).with_name(f"{_FILES[self.name]}.py")
         return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()

@@ -104,7 +104,7 @@ def protect_dataset(
     }
     output_dir = Path(output_dir)
     if (done := _finished(output_dir, request, data)) is not None:
-        if read_card(output_dir).get("code", poison.code) != poison.code:
+        if read_card(output_dir).get("file_digest", poison.file_digest) != poison.file_digest:
             say(
                 f"{output_dir} was made by another version of the file of {method}, and is taken as it is: remove it "
                 "to make it anew."
@@ -122,7 +122,7 @@ def protect_dataset(
         checkpoint_dir=output_dir / _STATE,
         progress=progress,
     )
-    facts = request | {"reference": poison.source, "device": str(device), "code": poison.code}
+    facts = request | {"reference": poison.source, "device": str(device), "file_digest": poison.file_digest}
     facts |= {"promised": poisons.budget(method, preset, tuple(perturbation.shape[1:]))}
     return _write(output_dir, data, rows, perturbation, split, columns, facts, start)
 

@@ -224,9 +224,8 @@ def finish(store: ShardStore, run: dict, push_to_hub: str | None) -> dict:
             f"dataset {name!r} has {expected} rows; {summary['rows_in']} were read, {written} written, "
             f"{summary['rejected']} rejected: it must have changed meanwhile, so begin anew in another output_dir."
         )
-    if (
-        store.rows is None and (repeated := first_repeated(store.ids)) is not None
-    ):  # a stream cannot be looked at before
+    # A stream could not be looked at before.
+    if store.rows is None and (repeated := first_repeated(store.ids)) is not None:
         raise ValueError(
             f"dataset {name!r} has the id {repeated!r} more than once, but must have it once: begin anew with other "
             "ids in another output_dir."

@@ -1,6 +1,7 @@
 """What an owner of photographs gives, and what the audit makes of it: sizes, divisions, budgets, no labels."""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -382,6 +383,15 @@ def test_photographs_without_labels(photographs, tmp_path, capsys):
     assert "data:image/png;base64," in page and "No victim can be trained" not in page
     with Image.open(output / "pictures/images.png") as picture:
         assert picture.size == (6 * 128, 3 * 128)
+
+
+def test_file_names_stand_in_the_report_as_they_are(photographs, tmp_path):
+    folder = tmp_path / "photographs"
+    shutil.copytree(photographs / "cat", folder)
+    (folder / "IMG_9*9.png").write_bytes(b"no picture")
+    command = ["audit", "--protected", str(folder), "--output", str(tmp_path / "out"), "--skip_unusable_images"]
+    assert main([*command, *SMOKE]) == 0
+    assert r"IMG_9\*9.png" in (tmp_path / "out/report.md").read_text()
 
 
 def test_shots_of_one_thing_stay_together_without_labels_too():

@@ -269,10 +269,17 @@ def test_whatever_learns_from_test_images_says_so(measured):
         (measured / "roles.yaml").write_text(yaml.safe_dump(content))
         grid = benchmark.read_grid(measured / "roles.yaml")
         (column,) = grid.columns().values()
-        return grid.roles if benchmark._learns_from_collected(column) else None
+        assert benchmark._learns_from_collected(column) == (entry != "gray")
+        images = LabelledImages(np.zeros((20, 16, 16, 3), np.uint8), np.arange(20) % 10, tuple(map(str, range(20))))
+        told = grid.data["name"], {"none": (images, {})}, images, {}, "unknown", measured / "work"
+        pairs = {("none", column.collected): Pairs(images, images)}
+        (trial,) = benchmark.grid_trials(grid, *told, None, images, pairs=pairs)
+        return trial.about.get("roles")
 
-    assert roles_of("paper", {"use": "none", "as": "pretrained", "init_from": "collected"}) == "paper"
-    assert roles_of("paper", "paired-small") == "paper" and roles_of("paper", "gray") is None
+    pretrained = {"use": "none", "as": "pretrained", "init_from": "collected"}
+    assert roles_of("paper", pretrained) == roles_of("paper", "paired-small") == "paper"
+    assert roles_of("paper", "gray") is None
+    assert roles_of("disjoint", pretrained) is None  # as their names always were
 
 
 def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, capsys):

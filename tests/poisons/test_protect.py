@@ -388,7 +388,7 @@ def test_a_set_that_another_version_of_the_method_made_is_named(data, tmp_path, 
     made = protect.protect_dataset(data, tmp_path, method="lsp")
     protect.protect_dataset(data, tmp_path, method="lsp")
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(poisons.Poison, "code", "0" * 16)
+    monkeypatch.setattr(poisons.Poison, "file_digest", "0" * 16)
     again = protect.protect_dataset(data, tmp_path, method="lsp")
     assert "another version of the file of lsp" in capsys.readouterr().err
     assert np.array_equal(made.images, again.images)
