@@ -189,7 +189,7 @@ def first_rank_decides(function: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def folder_lock(path: Path) -> Iterator[None]:
+def folder_lock(path: Path, argument: str = "output_dir") -> Iterator[None]:
     """
     Keep other commands from a folder for as long as the block runs; the kernel frees the lock when this process dies.
 
@@ -198,6 +198,7 @@ def folder_lock(path: Path) -> Iterator[None]:
 
     Args:
         path (`Path`): Of the lock's file, in an existing folder. It stays, and names whoever holds the lock.
+        argument (`str`): What the folder is called where it is given.
 
     Raises:
         ValueError: Another command holds the lock; the sentence names its host, pid, command and start.
@@ -210,7 +211,7 @@ def folder_lock(path: Path) -> Iterator[None]:
             holder = json.loads(file.read() or "{}")
             known = "".join(f", {name} {value}" for name, value in holder.items())
             raise ValueError(
-                f"output_dir is {os.fspath(path.parent)!r}, but another command is at work there{known}: wait for its "
+                f"{argument} is {os.fspath(path.parent)!r}, but another command is at work there{known}: wait for its "
                 "end, or stop it."
             ) from None
         holder = {

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from .images import Images, pictures_of, to_bytes, within_unit_range
 from .noise import coloured, content_id, image_keys, noise_power, normal_noise, times_covariance
 from .perceptual import LPIPSModel, load_perceptual
 from .purification_config import CONFIG_NAME, PurificationConfig
-from .repository import check_folder, check_on_hub, only_variant, remove_stale_indices
+from .repository import check_folder, check_on_hub, only_variant, remove_weights
 from .scheduling_guided_ddim import GuidedDDIMScheduler
 from .scheduling_guided_ddpm import GuidedDDPMScheduler, guided, settings_of
 
@@ -182,10 +182,13 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             repo_id (`str`, *optional*): The folder's name by default.
             commit_message, private, create_pr, token: As for `hub.push_purifier`, which says what becomes of files of
                 an earlier push.
-            kwargs: Passed to `DDPMPipeline.save_pretrained`: `safe_serialization`, `variant`, `max_shard_size`.
+            kwargs: Passed to `DDPMPipeline.save_pretrained`: `safe_serialization`, `variant`, `max_shard_size`. Other
+                weights of the variant that is written are deleted, and those of another variant stay.
         """
         if push_to_hub:  # whoever may not push learns it first
             repo_id = create_repository(repo_id or Path(save_directory).name, private=private, token=token)
+        # Of a purifier that was saved here before.
+        remove_weights(Path(save_directory) / "unet", kwargs.get("variant"))
         DDPMPipeline(self.unet, DDPMScheduler.from_config(settings_of(self.scheduler))).save_pretrained(
             save_directory, **kwargs
         )
@@ -197,7 +200,6 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             self.perceptual.save_pretrained(Path(save_directory) / "perceptual")
         elif (Path(save_directory) / "perceptual").is_dir():  # of a purifier that was saved here before
             shutil.rmtree(Path(save_directory) / "perceptual")
-        remove_stale_indices(Path(save_directory) / "unet")
         if push_to_hub:
             push_purifier(save_directory, repo_id, commit_message=commit_message, create_pr=create_pr, token=token)
 
@@ -465,6 +467,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         config = PurificationConfig.resolve(preset, repository=self.purification_config, **arguments)
         self.check_timesteps(config)
         self.check_scheduler(config)
+        self.check_guides(config)
         if config.feature_reuse > 1:
             check_cacheable(self.unet, config.feature_reuse)
         if config.perceptual_guidance_scale > 0:
@@ -472,7 +475,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         return config
 
     def check_timesteps(self, config: PurificationConfig) -> None:
-        """Refuse timesteps that the network was not trained on, and guides that act at none of a run's timesteps."""
+        """Refuse timesteps that the network was not trained on."""
         trained = config.trained_timesteps
         if trained is not None and trained[0] > 0:
             raise ValueError(f"trained_timesteps is {trained}, but must begin at 0, where purification ends.")
@@ -483,20 +486,14 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 f"diffusion_steps is {config.diffusion_steps}, but must be at most {most}: this purifier knows only "
                 f"timesteps below {end}."
             )
-        for guide in ("pixel_guidance", "perceptual_guidance"):
-            window = getattr(config, f"{guide}_window")
-            if window is not None and getattr(config, f"{guide}_scale") > 0 and window[0] >= config.diffusion_steps:
-                raise ValueError(
-                    f"{guide}_window is {window}, but must begin below diffusion_steps ({config.diffusion_steps}), or "
-                    "the guide never acts."
-                )
 
     def check_scheduler(self, config: PurificationConfig) -> None:
-        """Refuse schedulers that cannot be guided, and guides at a step whose variance is zero."""
-        if not isinstance(self.scheduler, GuidedDDPMScheduler):
+        """Refuse schedulers that cannot be guided, or would decide what the setting `sampler` does."""
+        if not isinstance(self.scheduler, GuidedDDPMScheduler) or isinstance(self.scheduler, GuidedDDIMScheduler):
             raise ValueError(
                 f"scheduler is a {type(self.scheduler).__name__}, but must be a GuidedDDPMScheduler: "
-                "GuidedDDPMScheduler.from_config(pipe.scheduler.config) makes one."
+                "GuidedDDPMScheduler.from_config(pipe.scheduler.config) makes one, and sampler='ddim' takes DDIM's "
+                "steps."
             )
         variance_type = config.variance_type or self.scheduler.config.variance_type
         if variance_type not in ("fixed_small", "fixed_large"):
@@ -504,13 +501,28 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 f"variance_type is {variance_type!r} in the scheduler's configuration, but must be 'fixed_small' or "
                 "'fixed_large': pass one of them as variance_type."
             )
-        alone = min(config.evaluations_per_round) == 1
-        if config.is_guided and alone and config.sampler == "ddpm" and variance_type == "fixed_small":
+
+    def check_guides(self, config: PurificationConfig) -> None:
+        """Refuse guides that act at none of a round's timesteps."""
+        variance_type = config.variance_type or self.scheduler.config.variance_type
+        # The posterior's variance, by which a mean would be shifted, is zero at the last step of a round.
+        last_is_free = config.sampler == "ddpm" and variance_type == "fixed_small"
+        if config.is_guided and last_is_free and min(config.evaluations_per_round) == 1:
             raise ValueError(
                 f"num_inference_steps is {config.num_inference_steps} and diffusion_steps {config.diffusion_steps}, "
                 "but a guide needs at least 2 evaluations per round: the last step of the sampler 'ddpm' has no "
                 "variance that could be shifted by; sampler='ddim' takes 1."
             )
+        for guide in ("pixel_guidance", "perceptual_guidance"):
+            window = getattr(config, f"{guide}_window")
+            for timesteps in config.timesteps_per_round if getattr(config, f"{guide}_scale") > 0 else ():
+                acting = timesteps[:-1] if last_is_free else timesteps
+                if not any(in_window(timestep, window) for timestep in acting):
+                    raise ValueError(
+                        f"{guide}_window is {window}, but must hold a timestep at which the guide can act: with "
+                        f"diffusion_steps {config.diffusion_steps} and {len(timesteps)} evaluations these are "
+                        f"{', '.join(map(str, acting))}."
+                    )
 
     def check_perceptual(self, config: PurificationConfig) -> None:
         """Refuse to guide by another perceptual network than the one that the scale was tuned for."""
@@ -551,13 +563,13 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         changes = {} if config.variance_type is None else {"variance_type": config.variance_type}
         kind = GuidedDDIMScheduler if config.sampler == "ddim" else type(self.scheduler)
         scheduler = kind.from_config(settings_of(self.scheduler), **changes)
-        steps, evaluations = config.diffusion_steps, config.evaluations_per_round[round_index]
+        steps = config.diffusion_steps
         if scheduler.alpha_bars[steps - 1] == 0:
             raise ValueError(
                 f"diffusion_steps is {steps}, but must be fewer: this scheduler's alpha_bar is 0 there, so nothing of "
                 "the image would be left."
             )
-        scheduler.set_timesteps(timesteps=[round(steps * (1 - k / evaluations)) - 1 for k in range(evaluations)])
+        scheduler.set_timesteps(timesteps=list(config.timesteps_per_round[round_index]))
         return scheduler
 
     def prepare_noise(self, shape, count, seed, ids, generator, device, corner) -> Callable:
@@ -591,7 +603,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             raise TypeError(f"generator is {generator!r}, but must be a torch.Generator or a list, one per image.")
         if generator is not None and (seed is not None or ids is not None):
             raise ValueError("generator is given together with seed or ids, but must be given alone: it is the noise.")
-        listed = isinstance(ids, Collection) and not isinstance(ids, str)
+        listed = isinstance(ids, Sequence) and not isinstance(ids, str)  # a set has another order in each process
         if ids is not None and not (listed and all(isinstance(one, str) for one in ids)):
             raise TypeError(f"ids is {ids!r:.80}, but must be a list of strings, one per image.")
         if micro_batch_size is not None and (not isinstance(micro_batch_size, Integral) or micro_batch_size < 1):

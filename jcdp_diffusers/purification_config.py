@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .guidance import STRENGTHS
-from .noise import checked_corner
+from .noise import checked_corner, noise_power
 from .repository import read_json
 from .spectrum import ProtectionTable, radial_bins
 
@@ -178,6 +180,15 @@ class PurificationConfig:
         return given if isinstance(given, tuple) else (given,) * self.num_rounds
 
     @property
+    def timesteps_per_round(self) -> tuple[tuple[int, ...], ...]:
+        """The timesteps of these evaluations, of each round, from T_p - 1 down."""
+        steps = self.diffusion_steps
+        return tuple(
+            tuple(round(steps * (1 - k / evaluations)) - 1 for k in range(evaluations))
+            for evaluations in self.evaluations_per_round
+        )
+
+    @property
     def is_guided(self) -> bool:
         """Whether a guide has a scale."""
         return self.pixel_guidance_scale > 0 or self.perceptual_guidance_scale > 0
@@ -268,7 +279,7 @@ class PurificationConfig:
         if "num_inference_steps" not in given and _is_whole(steps):  # a smaller T_p takes the evaluations with it
             given["num_inference_steps"] = _at_most(base.num_inference_steps, steps)
         config = dataclasses.replace(base, **given)
-        asked = "variance_type" in given or isinstance(preset, cls) and preset.variance_type
+        asked = "variance_type" in given or not isinstance(preset, str) and base.variance_type
         if min(config.evaluations_per_round) < config.diffusion_steps and not asked:
             # The larger variance is that of the whole stride: it leaves noise in x_0 that no later step removes.
             config = dataclasses.replace(config, variance_type="fixed_small")
@@ -358,7 +369,12 @@ def default_settings(end: int, **facts) -> PurificationConfig:
 
 
 def adaptive_settings(
-    table: ProtectionTable, alpha_bars: Sequence[float], *, scale: float = ADAPTIVE_SCALE, evaluations: int = 10
+    table: ProtectionTable,
+    alpha_bars: Sequence[float],
+    *,
+    noise_corner: float = 0.0,
+    scale: float = ADAPTIVE_SCALE,
+    evaluations: int = 10,
 ) -> PurificationConfig:
     """
     Preset `"adaptive"`: one recipe that knows nothing of the poison but what the spectrum says.
@@ -366,11 +382,13 @@ def adaptive_settings(
     The guide is `guidance.towards_protected`. T_p is the first timestep whose noise covers at least
     `HIDDEN_BELOW_NOISE` of what the protection hides of the images: V = P S / (P + S) summed over all colour axes and
     coefficients, of which the noise (1 - alpha_bar) / alpha_bar covers the part below it. What lies below the noise is
-    drawn anew by the network, and what lies above it is Gaussian.
+    drawn anew by the network, and what lies above it is Gaussian. If no timestep covers as much, T_p is the last one,
+    and a warning says how much that is.
 
     Args:
         table (`ProtectionTable`): From `ProtectionSpectrum.table`.
         alpha_bars (`Sequence[float]`): By timestep, up to the last one that the network was trained on.
+        noise_corner (`float`): Of the purifier's noise, as in `PurificationConfig`.
         scale (`float`): Of the guide; below 1, because a victim reads less of a protection than a mean square tells.
             The default is the best of two on validation images of one poison (docs/spectrum.md).
         evaluations (`int`): Of the network, at most T_p.
@@ -379,13 +397,21 @@ def adaptive_settings(
     background[:, 0] = background[:, 1]
     hidden = power * background / (power + background)
     side = 2 * (hidden.shape[1] - 1)
-    count = np.bincount(radial_bins(side, side)[0].ravel())
-    steps = len(alpha_bars)
-    for timestep, bar in enumerate(alpha_bars):
-        below = np.minimum(hidden, (1 - bar) / bar * 127.5**2)
-        if (below * count).sum() >= HIDDEN_BELOW_NOISE * (hidden * count).sum():
-            steps = timestep + 1
+    bins = radial_bins(side, side)[0][:, : side // 2 + 1]
+    hidden, count = hidden[:, bins], np.full(bins.shape, 2.0)  # most coefficients of a real image stand for two
+    count[:, [0, -1]] = 1
+    noise = 127.5**2 * noise_power(torch.empty(side, side), noise_corner).numpy()
+    for steps, bar in enumerate(alpha_bars, start=1):
+        below = np.minimum(hidden, (1 - bar) / bar * noise)
+        covered = (below * count).sum() / (hidden * count).sum()
+        if covered >= HIDDEN_BELOW_NOISE:
             break
+    else:
+        warnings.warn(
+            f"diffusion_steps is {steps}, the last timestep that the purifier knows, whose noise covers {covered:.0%} "
+            f"of what the protection hides: {HIDDEN_BELOW_NOISE:.0%} would need a purifier of more timesteps.",
+            stacklevel=2,
+        )
     return PurificationConfig(
         diffusion_steps=steps,
         num_inference_steps=min(evaluations, steps),

@@ -156,13 +156,18 @@ def check_weights(folder: Path) -> None:
             raise ValueError(f"{folder} has no {missing[0]}, but {path.name} says that weights are in it.")
 
 
-def remove_stale_indices(folder: Path) -> None:
+def remove_weights(folder: Path, variant: str | None) -> None:
     """
-    Remove indices of weights that came in several files, where those files are gone: diffusers writes the weights anew
-    and leaves the index, by which they could not be loaded.
+    Remove one model's weights before others are written: diffusers leaves those of another format or number of files,
+    and would load them.
+
+    Args:
+        folder (`Path`): Of the model; it need not exist.
+        variant (`str`, *optional*): Of the weights, such as `"fp16"`; other variants stay.
     """
-    for path in sorted(folder.glob("diffusion_pytorch_model*.index*.json")):
-        if not all((folder / name).is_file() for name in read_json(path)["weight_map"].values()):
+    for path in folder.glob("diffusion_pytorch_model*"):
+        found = WEIGHTS.fullmatch(path.name) or INDEX.fullmatch(path.name)
+        if found is not None and found[1] == variant:
             path.unlink()
 
 

@@ -713,6 +713,48 @@ class TestCall:
         with pytest.raises(ValueError, match="scheduler is a DDIMScheduler.*GuidedDDPMScheduler"):
             plain(photos(1))
 
+    def test_a_scheduler_that_would_decide_the_sampler_is_refused(self, plain):
+        plain.scheduler = GuidedDDIMScheduler.from_config(plain.scheduler.config)
+        with pytest.raises(ValueError, match="scheduler is a GuidedDDIMScheduler.*sampler='ddim'"):
+            plain(photos(1))
+
+    @pytest.mark.parametrize(
+        ("settings", "visited"),
+        [
+            (dict(diffusion_steps=20, num_inference_steps=2, pixel_guidance_window=(11, 12)), "19"),
+            # At t = 4 the posterior's variance is zero: nothing is left of the window.
+            (dict(diffusion_steps=20, num_inference_steps=4, pixel_guidance_window=(0, 4)), "19, 14, 9"),
+            (dict(diffusion_steps=5, pixel_guidance_window=(200, 300)), "4, 3, 2, 1, 0"),
+            (dict(diffusion_steps=9, num_inference_steps=(9, 3), num_rounds=2, pixel_guidance_window=(3, 4)), "8, 5"),
+        ],
+    )
+    def test_a_guide_that_would_never_act_is_refused(self, plain, settings, visited):
+        with pytest.raises(ValueError, match=f"pixel_guidance_window is .*these are {visited}\\."):
+            plain.resolve_config(pixel_guidance_scale=1.0, **settings)
+        plain.resolve_config(**settings)  # without the guide its window does not matter
+        in_reach = {**settings, "pixel_guidance_window": (5, 19) if "num_rounds" in settings else (3, 19)}
+        plain.resolve_config(pixel_guidance_scale=1.0, **in_reach)
+
+    def test_the_last_step_counts_where_it_has_a_variance(self, plain):
+        settings = dict(diffusion_steps=20, num_inference_steps=4, pixel_guidance_window=(0, 4))
+        for last in (dict(variance_type="fixed_large"), dict(sampler="ddim")):
+            unguided, guided = (
+                plain(photos(1), seed=0, output_type="pt", pixel_guidance_scale=scale, **settings, **last).images
+                for scale in (0.0, 100.0)
+            )
+            assert not torch.equal(unguided, guided)
+
+    def test_a_variance_that_the_repository_asks_for_is_taken(self, plain):
+        plain.purification_config = PurificationConfig(num_inference_steps=10, variance_type="fixed_large")
+        assert plain.resolve_config().variance_type == "fixed_large"
+        assert plain.resolve_config("tuned").variance_type == "fixed_small"
+        plain.purification_config = PurificationConfig(num_inference_steps=10)
+        assert plain.resolve_config().variance_type == "fixed_small"
+
+    def test_ids_without_an_order_are_refused(self, plain):
+        with pytest.raises(TypeError, match="ids is .*must be a list of strings"):
+            plain(photos(2), ids={"a", "b"}, seed=0)
+
     def test_a_broken_network_is_reported(self, plain):
         with torch.no_grad():
             next(plain.unet.parameters()).fill_(float("nan"))
@@ -874,12 +916,6 @@ def test_the_way_to_a_missing_network_is_one_that_works(plain):
         config = PurificationConfig(perceptual_guidance_scale=1.0, perceptual_network=wanted)
         with pytest.raises(ValueError, match=f"perceptual is None.*'{wanted}'.*LPIPSModel.{way}"):
             plain(photos(1), preset=config)
-
-
-def test_guides_that_could_never_act_are_refused(plain):
-    with pytest.raises(ValueError, match=r"pixel_guidance_window is \(200, 300\).*diffusion_steps"):
-        config = PurificationConfig(diffusion_steps=5, pixel_guidance_scale=1.0, pixel_guidance_window=(200, 300))
-        plain(photos(1), preset=config)
 
 
 def test_the_example_of_the_docstring_runs(ddpm_folder, tmp_path, monkeypatch):

@@ -47,8 +47,25 @@ def test_adaptive_settings_cover_what_the_protection_hides():
     wanted = 0.9 * 5.0 / 0.01
     assert noise[found.diffusion_steps - 1] >= wanted > noise[found.diffusion_steps - 2]
     assert adaptive_settings(TABLE, bars, scale=1.0).diffusion_steps == 1
-    assert adaptive_settings(TABLE, bars[:4], scale=0.001).diffusion_steps == 4  # the network knows no more
-    assert adaptive_settings(TABLE, bars[:4], scale=0.001).num_inference_steps == 4
+    with pytest.warns(UserWarning, match="diffusion_steps is 4, the last timestep .* covers 1% of"):
+        found = adaptive_settings(TABLE, bars[:4], scale=0.001)
+    assert found.diffusion_steps == found.num_inference_steps == 4  # the network knows no more
+
+
+def test_adaptive_settings_know_the_colour_of_the_noise():
+    """At 4x4, a protection of 1 cycle per image alone: there, coloured noise is 1 + corner^2 times as strong."""
+    low = ProtectionTable(((1.0,),), ((0.0, 5.0, 0.0),), ((9e9, 9e9, 9e9),))
+    bars = [1 - 0.0005 * (t + 1) for t in range(400)]
+    for corner in (0.0, 2.0):
+        # The bin of 1 has the four coefficients at a distance of 1, and those at sqrt(2), where noise is weaker.
+        strength = [(1 - bar) / bar * 127.5**2 for bar in bars]
+        covered = [
+            sum(min(500.0, noise * (1 + corner**2 / square)) for square in (1, 1, 1, 1, 2, 2, 2, 2)) / 4000
+            for noise in strength
+        ]
+        wanted = 1 + next(step for step, share in enumerate(covered) if share >= 0.9)
+        found = adaptive_settings(low, bars, noise_corner=corner, scale=0.01)
+        assert found.diffusion_steps == wanted
 
 
 def test_the_adaptive_preset_cannot_be_used_without_images():

@@ -116,13 +116,17 @@ def test_weights_that_come_in_a_variant_alone_are_found(variant, options, tmp_pa
     assert torch.equal(purify(Pipeline.from_pretrained(tmp_path)), purify(Pipeline(tiny_unet(), DDPMScheduler())))
 
 
-def test_weights_saved_over_others_are_those_that_load(tmp_path):
-    """Of weights in several files diffusers leaves the index, by which it looks first."""
+@pytest.mark.parametrize("before", [{}, {"max_shard_size": "20KB"}, {"safe_serialization": False}])
+@pytest.mark.parametrize("after", [{}, {"safe_serialization": False}, {"max_shard_size": "20KB"}])
+def test_the_last_weights_that_were_saved_are_those_that_load(before, after, tmp_path):
+    """In whatever form: diffusers looks for safetensors first, and for an index before that."""
     scheduler = DDPMScheduler()
-    Pipeline(tiny_unet(), scheduler).save_pretrained(tmp_path, max_shard_size="20KB")
-    assert next((tmp_path / "unet").glob("*.index.json"), None)
-    Pipeline(tiny_unet(seed=1), scheduler).save_pretrained(tmp_path)
+    Pipeline(tiny_unet(), scheduler).save_pretrained(tmp_path, **before)
+    Pipeline(tiny_unet(), scheduler).save_pretrained(tmp_path, variant="fp16")
+    Pipeline(tiny_unet(seed=1), scheduler).save_pretrained(tmp_path, **after)
     assert torch.equal(purify(Pipeline.from_pretrained(tmp_path)), purify(Pipeline(tiny_unet(seed=1), scheduler)))
+    other = Pipeline.from_pretrained(tmp_path, variant="fp16")
+    assert torch.equal(purify(other), purify(Pipeline(tiny_unet(), scheduler)))
 
 
 def test_all_that_loads_a_variant_in_several_files_is_pushed(tmp_path):

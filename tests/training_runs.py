@@ -23,7 +23,7 @@ def make_images(count=24, channels=3, size=8, seed=0):
 IMAGES, HELD_OUT = make_images(), make_images(10, seed=1)
 
 
-def train(folder, unet=None, images=IMAGES, scheduler=None, held_out=None, **settings):
+def train(folder, unet=None, images=IMAGES, scheduler=None, held_out=None, base_model=None, **settings):
     """Train a little; returns the folder."""
     defaults = dict(
         max_train_steps=4, train_batch_size=4, lr_warmup_steps=0, logging_steps=1, checkpointing_steps=None,
@@ -36,6 +36,7 @@ def train(folder, unet=None, images=IMAGES, scheduler=None, held_out=None, **set
         output_dir=folder,
         config=TrainingConfig(**(defaults | settings)),
         validation_images=held_out,
+        base_model=base_model,
         progress=False,
     )
 

@@ -18,19 +18,19 @@ from pathlib import Path
 import datasets
 import numpy as np
 from accelerate import PartialState
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from huggingface_hub import snapshot_download
+from diffusers import DDPMScheduler, UNet2DModel
 
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.data import LabelledImages, find_overlap, load_images, open_dataset
 from jcdp_diffusers.hub import create_repository, push_purifier
 from jcdp_diffusers.outputs import check_apart
-from jcdp_diffusers.purification_config import CONFIG_NAME, PurificationConfig
+from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
 from jcdp_diffusers.results import read_records
+from jcdp_diffusers.scheduling_guided_ddpm import settings_of
 from jcdp_diffusers.train.images import ImageFiles, training_images, usable
 from jcdp_diffusers.train.loop import TrainingConfig, on_cpu, train_purifier
 from jcdp_diffusers.train.model_card import write_card
-from jcdp_diffusers.train.unets import UNETS, ddpm_scheduler, named_unet
+from jcdp_diffusers.train.unets import UNETS, ddpm_scheduler, named_unet, usual_size
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -49,9 +49,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     images.add_argument("--dataset", required=True, help="Hub id, folder of Parquet, folder of images, or .npz")
     images.add_argument("--split", help="needed where there are several")
     images.add_argument("--image_column", help="found by its usual names if not given")
-    images.add_argument(
-        "--resolution", type=int, help="side of the square in pixels; the network's own, or 32, if not given"
-    )
+    images.add_argument("--resolution", type=int, help="side of the square in pixels; the network's own if not given")
     images.add_argument(
         "--center_crop", action="store_true", help="cut the square from the middle rather than at random"
     )
@@ -98,8 +96,8 @@ def main(args: argparse.Namespace) -> None:
         repo_id = create_repository(repo_id, private=args.hub_private_repo or None)
 
     with state.main_process_first():  # the others find what the first has put into the cache
-        unet, scheduler = load_model(args)
-        config = dataclasses.replace(config, noise_corner=settle_noise_corner(args))
+        unet, scheduler, corner = load_model(args)
+        config = dataclasses.replace(config, noise_corner=corner)
         images, held_out, description = load_data(args, unet)
     train_purifier(
         images,
@@ -127,29 +125,27 @@ def check_counts(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} is {value}, but must be at least {least}.")
 
 
-def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, DDPMScheduler]:
+def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, DDPMScheduler, float]:
+    """Network, forward process and corner frequency of its noise."""
     if args.pretrained:
+        options = {"revision": args.revision, "perceptual": None}
         try:
-            pipe = DDPMPipeline.from_pretrained(args.pretrained, revision=args.revision)
-        except (OSError, TypeError, ValueError) as error:  # TypeError: JSON that is no object
+            pipe = JointConditionalPurificationPipeline.from_pretrained(args.pretrained, **options)
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"pretrained is {args.pretrained!r}, but must be a DDPM repository on the Hub or in a folder: "
                 f"{_first_line(error)}"
             ) from error
-        return pipe.unet, pipe.scheduler
-    unet = named_unet(args.unet, in_channels=args.channels, sample_size=args.resolution or 32, seed=args.seed)
-    return unet, ddpm_scheduler()
+        config = pipe.purification_config
+        corner = 0.0 if config is None else config.noise_corner
+        return pipe.unet, DDPMScheduler.from_config(settings_of(pipe.scheduler)), settle_noise_corner(args, corner)
+    size = args.resolution or usual_size(args.unet)
+    unet = named_unet(args.unet, in_channels=args.channels, sample_size=size, seed=args.seed)
+    return unet, ddpm_scheduler(), settle_noise_corner(args, 0.0)
 
 
-def settle_noise_corner(args: argparse.Namespace) -> float:
+def settle_noise_corner(args: argparse.Namespace, known: float) -> float:
     """That of the purifier to be fine-tuned, which another would undo; what is asked for if its noise was white."""
-    known = 0.0
-    if args.pretrained:
-        folder = Path(args.pretrained)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(args.pretrained, revision=args.revision, allow_patterns=[CONFIG_NAME]))
-        config = PurificationConfig.from_pretrained(folder)
-        known = 0.0 if config is None else config.noise_corner
     if known and args.noise_corner not in (None, known):
         raise ValueError(
             f"noise_corner is {args.noise_corner:g}, but {args.pretrained!r} was trained with {known:g}: only that is "
@@ -189,21 +185,23 @@ def load_data(
     }
     if len(held_out) == 0:
         return images, None, description
-    held_out = load_images(held_out, image_size=resolution, channels=channels)
+    loaded = load_images(held_out, image_size=resolution, channels=channels)
     if args.validation_dataset and isinstance(images, LabelledImages):
-        check_held_out(args, images, held_out)
-    return images, held_out, description
+        # Ids do not count: those of two sources may be mere row numbers.
+        pairs = find_overlap(dataclasses.replace(images, id_space=None), loaded)
+        check_held_out(args, [(images.ids[first], loaded.ids[second]) for first, second in pairs], len(loaded))
+    elif args.validation_dataset:
+        check_held_out(args, images.shared_with(held_out), len(loaded))
+    return images, loaded, description
 
 
-def check_held_out(args: argparse.Namespace, images: LabelledImages, held_out: LabelledImages) -> None:
-    """Refuse held-out images that are trained on. Ids do not count: those of two sources may be mere row numbers."""
-    pairs = find_overlap(dataclasses.replace(images, id_space=None), held_out)
-    if len(pairs):
-        first, second = pairs[0]
+def check_held_out(args: argparse.Namespace, shared: list[tuple[str, str]], count: int) -> None:
+    """Refuse held-out images that are trained on, given the ids of such images in both."""
+    if shared:
+        here, there = shared[0]
         raise ValueError(
-            f"validation_dataset is {args.validation_dataset!r}, which shares {len(set(pairs[:, 1]))} of "
-            f"{len(held_out)} images with dataset (the first is {held_out.ids[second]!r} there and "
-            f"{images.ids[first]!r} here), but must hold others."
+            f"validation_dataset is {args.validation_dataset!r}, which shares {len({other for _, other in shared})} "
+            f"of {count} images with dataset (the first is {there!r} there and {here!r} here), but must hold others."
         )
 
 

@@ -168,7 +168,7 @@ class Context:
             folder = self.checkpoint_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folder.mkdir(parents=True, exist_ok=True)
             if ranks()[0] == 0:
-                stack.enter_context(folder_lock(folder / f".{name}.lock"))
+                stack.enter_context(folder_lock(folder / f".{name}.lock", "checkpoint_dir"))
             yield folder / name
 
 

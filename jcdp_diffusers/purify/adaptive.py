@@ -32,4 +32,5 @@ def adaptive_config(
     table = protection_spectrum(some(protected), some(collected)).table()
     facts = pipe.purification_config
     end = None if facts is None or facts.trained_timesteps is None else facts.trained_timesteps[1]
-    return adaptive_settings(table, pipe.scheduler.alpha_bars[:end])
+    corner = 0.0 if facts is None else facts.noise_corner
+    return adaptive_settings(table, pipe.scheduler.alpha_bars[:end], noise_corner=corner)

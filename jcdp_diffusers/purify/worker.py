@@ -131,6 +131,9 @@ class Worker(contextlib.ExitStack):
         config = self.pipe.resolve_config(job.preset, **job.settings)
         if config.perceptual_guidance_scale > 0:
             config = dataclasses.replace(config, perceptual_network=self.pipe.perceptual.name)  # the one that is used
+        self.pipe.check_unet()
+        if config.perceptual_guidance_scale > 0:
+            self.pipe.perceptual.check_size(size, size)
         self.pipe.check_colour(config, size, size)
         self.pipe.check_protection(config, size, size)
         where = ("split", "image_column", "label_column", "id_column", "streaming")

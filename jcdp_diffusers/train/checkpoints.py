@@ -44,7 +44,7 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str) -> Path | None:
 
     Args:
         output_dir (`str` or `os.PathLike`): Training folder.
-        wanted (`str`): `"latest"`, or the name or path of a checkpoint.
+        wanted (`str`): `"latest"`, or the name of a checkpoint, or its path in that folder.
 
     Returns:
         `Path`: The folder, or None for `"latest"` if there is none yet, so that one command starts and resumes a run.
@@ -52,7 +52,8 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str) -> Path | None:
     if wanted == "latest":
         return (list_checkpoints(output_dir) or [None])[-1]
     path = Path(output_dir) / Path(wanted).name
-    if not (path / PROGRESS_NAME).is_file():
+    elsewhere = Path(wanted).name != wanted and Path(wanted).resolve() != path.resolve()
+    if elsewhere or not (path / PROGRESS_NAME).is_file():
         names = [checkpoint.name for checkpoint in list_checkpoints(output_dir)]
         raise ValueError(f"resume_from_checkpoint is {wanted!r}, but {output_dir} holds {names or 'no checkpoint'}.")
     return path
@@ -179,6 +180,7 @@ def load_states(folder: Path, unet: torch.nn.Module, optimizer: Any, others: Map
         expected = {
             f"{index}.{name}": torch.Size() if name == "step" else parameter.shape
             for index, parameter in enumerate(parameters)
+            if parameter.requires_grad
             for name in ("step", "exp_avg", "exp_avg_sq")
         }
         _check_shapes(folder / OPTIMIZER_NAME, moments, expected)

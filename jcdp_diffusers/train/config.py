@@ -107,6 +107,7 @@ class TrainingConfig:
             "validation_steps",
             "logging_steps",
         )
+        self._check_types()
         for name in positive + ("checkpointing_steps", "checkpoints_total_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -134,6 +135,27 @@ class TrainingConfig:
         for name, accepted in _CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {accepted}.")
+
+    def _check_types(self) -> None:
+        """Refuse values of another type, which would end a training in its midst, or at its record."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kinds = str(field.type)
+            if value is None and "None" in kinds:
+                continue
+            if "tuple" in kinds:
+                good = isinstance(value, list | tuple) and len(value) == 2 and all(type(end) is int for end in value)
+                wanted = "two whole numbers"
+            elif "int" in kinds:
+                good, wanted = type(value) is int, "a whole number"
+            elif "float" in kinds:
+                good, wanted = isinstance(value, int | float) and type(value) is not bool, "a number"
+            elif "bool" in kinds:
+                good, wanted = type(value) is bool, "True or False"
+            else:
+                continue
+            if not good:
+                raise ValueError(f"{field.name} is {value!r}, but must be {wanted}.")
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -202,7 +224,8 @@ def _setting_help(name: str) -> str:
 
 
 # What may differ between a run and its continuation without changing the weights. The learning rate's schedule adds
-# `max_train_steps` unless it is constant; the batch is compared as a total.
+# `max_train_steps` unless it is constant; the batch is compared as a total. A network with dropout is the exception:
+# what it drops depends on how the total is divided.
 FREE_SETTINGS = {
     "train_batch_size",
     "gradient_accumulation_steps",

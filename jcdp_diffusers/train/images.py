@@ -5,6 +5,7 @@ The order, and where a crop falls, are a pure function of (seed, position in the
 another number of processes changes which images a step sees. Labels are never read.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -77,11 +79,26 @@ class ImageFiles(torch.utils.data.Dataset):
         """Digest of every image's id, file name and size in bytes; nothing is decoded, and the folder may move."""
         digest = hashlib.blake2b(digest_size=16)
         for row in self.dataset:
-            value = row["image"] or {"bytes": b"", "path": None}
-            stored, path = value["bytes"], value["path"]
-            size = os.path.getsize(path) if stored is None else len(stored)
-            digest.update(json.dumps([row["id"], path and os.path.basename(path), size]).encode())
+            path = (row["image"] or {"path": None})["path"]
+            digest.update(json.dumps([row["id"], path and os.path.basename(path), _bytes(row["image"])]).encode())
         return digest.hexdigest()
+
+    def shared_with(self, others: datasets.Dataset) -> list[tuple[str, str]]:
+        """
+        Images whose file is among other ones, byte for byte; a file is read only where another one has its size.
+
+        Args:
+            others (`datasets.Dataset`): From `data.open_dataset`.
+
+        Returns:
+            `list[tuple[str, str]]`: Id here, and id there.
+        """
+        by_size = collections.defaultdict(dict)
+        for row in others:
+            by_size[_bytes(row["image"])][_content(row["image"])] = row["id"]
+        suspects = ((row, by_size[size]) for row in self.dataset if (size := _bytes(row["image"])) in by_size)
+        contents = ((row["id"], _content(row["image"]), there) for row, there in suspects)
+        return [(id_, there[content]) for id_, content, there in contents if content in there]
 
     def _random_square(self, pixels: np.ndarray, draw: int) -> np.ndarray:
         height, width, channels = pixels.shape
@@ -118,6 +135,20 @@ def training_images(
     if not center_crop and any(width != height for width, height in map(_size, dataset["image"])):
         return files
     return load_images(dataset, image_size=resolution, channels=channels)
+
+
+def _content(value: dict | None) -> bytes:
+    """An image's file; nothing for a missing one."""
+    if value is None:
+        return b""
+    return Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
+
+
+def _bytes(value: dict | None) -> int:
+    """How many bytes its file has, without reading it."""
+    if value is None:
+        return 0
+    return os.path.getsize(value["path"]) if value["bytes"] is None else len(value["bytes"])
 
 
 def _size(value: dict | None) -> tuple[int, int]:

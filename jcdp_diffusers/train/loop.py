@@ -7,11 +7,12 @@ processes of batch 8 see the same total batch as one process of batch 16. Labels
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -20,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..acceleration.folded_upsampling import is_folded
+from ..acceleration.winograd import uses_winograd
 from ..data import LabelledImages
 from ..devices import device_in_words
 from ..noise import coloured
@@ -118,7 +121,8 @@ def train_purifier(
     accelerator = Accelerator(
         cpu=on_cpu(config.cpu),
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # Given as a number, a variable of the environment would take its place.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         log_with=config.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
@@ -162,10 +166,14 @@ def _check(images, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
         )
     if unet.class_embedding is not None:
         raise ValueError("unet is conditioned on classes, but must be unconditional: labels are never read.")
-    if scheduler.config.prediction_type not in PREDICTION_TYPES:
+    if is_folded(unet) or uses_winograd(unet):
         raise ValueError(
-            f"prediction_type is {scheduler.config.prediction_type!r}, but must be one of {PREDICTION_TYPES}."
+            "unet has been placed for purification (`place`), but must be as it was loaded: its folded weights would "
+            "not be trained."
         )
+    prediction_type = scheduler.config.get("prediction_type")  # not every scheduler has one
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type is {prediction_type!r}, but must be one of {PREDICTION_TYPES}.")
 
 
 def _start_from(output_dir: Path, wanted: str | None) -> Path | None:
@@ -183,7 +191,12 @@ def _start_from(output_dir: Path, wanted: str | None) -> Path | None:
             f"output_dir is {str(output_dir)!r}, which holds a finished purifier ({RECORD_NAME}) and no checkpoint to "
             "go on from, but must be another folder: it would be replaced."
         )
-    elif (output_dir / "README.md").exists() and not (output_dir / "model_index.json").exists():
+    elif (output_dir / "model_index.json").exists():
+        raise ValueError(
+            f"output_dir is {str(output_dir)!r}, which holds a pipeline (model_index.json) that no run of this folder "
+            "has finished, but must be another folder: it would be replaced."
+        )
+    elif (output_dir / "README.md").exists():
         raise ValueError(
             f"output_dir is {str(output_dir)!r}, whose README.md is no purifier's, but must be another folder: it "
             "would be replaced."
@@ -256,6 +269,9 @@ class _Run:
         if self.validation_images is not None:
             self.data["num_validation_images"] = len(self.validation_images)
         before = frozenset() if base_model is None else trained_on(base_model, base_revision)
+        # By what the network began with, the list of its images stands or falls.
+        self.identity["base_model"], self.identity["base_revision"] = self.base_model, base_revision
+        self.identity["base_images"] = None if before is None else _digest(before)
         # Of squares cut anew at each visit there is no list.
         known = before is not None and isinstance(self.images, LabelledImages)
         self.trained_on = before.union(image_digests(self.images.images)) if known else None
@@ -487,6 +503,10 @@ class _Run:
 
     def _device(self) -> str:
         return device_in_words(self.accelerator.device)
+
+
+def _digest(names: Collection[str]) -> str:
+    return hashlib.blake2b("\n".join(sorted(names)).encode(), digest_size=16).hexdigest()
 
 
 def _public(config: dict) -> dict:

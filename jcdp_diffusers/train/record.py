@@ -95,5 +95,7 @@ def fingerprint(images: LabelledImages | ImageFiles) -> str:
     """What tells one collection from another: every pixel if they are in memory, else the files and their form."""
     if isinstance(images, ImageFiles):
         form = f"{images.channels}x{images.resolution}x{images.resolution}, {images.center_crop=}"
+        if not images.center_crop:
+            form += f", squares by seed {images.seed}"
         return f"{len(images)} images, {form}, {images.fingerprint()}"
     return hashlib.blake2b(np.ascontiguousarray(images.images), digest_size=16).hexdigest()

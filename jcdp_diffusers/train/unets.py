@@ -1,9 +1,11 @@
 """
 UNets by name: the paper's CIFAR-10 network, small ones that a CPU trains in minutes, and those of larger images.
 
-A name ends with the side of the images that it is for. There, maps with attention have 8x8 or 16x16 pixels, so
-that its cost stays that of small images. Arithmetic is counted for one evaluation of one image.
+A name ends with the side of the images that it is for, see `usual_size`. There, maps with attention have 8x8 or 16x16
+pixels, so that its cost stays that of small images. Arithmetic is counted for one evaluation of one image.
 """
+
+import re
 
 from diffusers import DDPMScheduler, UNet2DModel
 
@@ -55,6 +57,11 @@ UNETS = {
     # 27.3 million, 74 GFLOP, a seventh of google/ddpm-church-256's. Attention at 16x16.
     "small256": _DDPM | _levels((32, 64, 128, 128, 256, 256), (4,)) | {"layers_per_block": 2},
 }
+
+
+def usual_size(name: str) -> int:
+    """Side of the images that a network of `UNETS` is for."""
+    return 32 if name == "ddpm-cifar10" else int(re.search(r"\d+$", name)[0])
 
 
 def named_unet(name: str, *, in_channels: int = 3, sample_size: int = 32, seed: int = 0) -> UNet2DModel:

@@ -22,7 +22,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from hub_server import HubServer
 from PIL import Image
 from purifying import SETTINGS, quick_pipe, read_back, same, some_images, source_folder
@@ -775,3 +775,18 @@ def test_from_the_hub_and_back(source, tmp_path):
     assert (run["purifier"]["name"], run["purifier"]["revision"]) == ("tester/purifier", revision)
     assert str(tmp_path) not in pushed["run.json"].decode() + pushed["README.md"].decode()
     assert same(read_back(tmp_path / "cached"), read_back(tmp_path / "streamed"))
+
+
+def test_a_network_that_cannot_purify_leaves_no_run(tmp_path):
+    """With one on record, the right network would be refused as another one's."""
+    wrong = quick_pipe()
+    wrong.unet = UNet2DModel(**dict(tiny_unet(size=8).config) | {"num_class_embeds": 10})
+    with pytest.raises(ValueError, match="unet is conditioned on classes"):
+        purify_to_folder(some_images(3), wrong, output_dir=tmp_path / "out", **SETTINGS)
+    seeing = JointConditionalPurificationPipeline(tiny_unet(size=8), DDPMScheduler(), LPIPSModel("alex"))
+    with pytest.raises(ValueError, match="images are 8x8"):
+        purify_to_folder(
+            some_images(3), seeing, output_dir=tmp_path / "out", perceptual_guidance_scale=1.0, **SETTINGS
+        )
+    assert not (tmp_path / "out/run.json").exists()
+    assert purify_to_folder(some_images(3), quick_pipe(), output_dir=tmp_path / "out", **SETTINGS)["rows_out"] == 3

@@ -24,6 +24,15 @@ def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path):
     assert json.loads((tmp_path / "checkpoint-20" / "progress.json").read_text()) == {"step": 20}
 
 
+def test_a_checkpoint_of_another_folder_is_not_taken_for_one_of_its_name_here(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        save(tmp_path / name, 2)
+    with pytest.raises(ValueError, match="resume_from_checkpoint is .*there.*'checkpoint-2'"):
+        find_checkpoint(tmp_path / "here", str(tmp_path / "there/checkpoint-2"))
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("here", "here/checkpoint-2").resolve() == tmp_path / "here/checkpoint-2"
+
+
 def test_no_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path, "latest") is None
     assert find_checkpoint(tmp_path / "nowhere", "latest") is None

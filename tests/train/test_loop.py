@@ -2,13 +2,14 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker, on_main_process
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from tiny import tiny_unet
 from training_runs import HELD_OUT, IMAGES, make_images, record, same, train, weights
 
 from jcdp_diffusers import JointConditionalPurificationPipeline, PurificationConfig
+from jcdp_diffusers.acceleration import place
 from jcdp_diffusers.data import open_dataset
 from jcdp_diffusers.noise import coloured
 from jcdp_diffusers.train.denoising import TIMESTEP_SAMPLINGS, held_out_losses
@@ -458,6 +460,56 @@ def test_what_does_not_fit_together(tmp_path):
         train(tmp_path, UNet2DModel(**dict(tiny_unet().config) | {"out_channels": 6}))
     with pytest.raises(ValueError, match="unet is conditioned on classes,"):
         train(tmp_path, UNet2DModel(**dict(tiny_unet().config) | {"num_class_embeds": 10}))
+    with pytest.raises(ValueError, match="prediction_type is None"):
+        train(tmp_path, scheduler=FlowMatchEulerDiscreteScheduler())
+    placed = place(JointConditionalPurificationPipeline(tiny_unet(size=8), DDPMScheduler()), "cpu").unet
+    with pytest.raises(ValueError, match="unet has been placed for purification"):
+        train(tmp_path, placed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("max_train_steps", 4.0, "a whole number"),
+        ("seed", True, "a whole number"),
+        ("lr_warmup_steps", True, "a whole number"),
+        ("checkpointing_steps", 1.5, "a whole number"),
+        ("max_train_steps", "4", "a whole number"),
+        ("max_train_steps", None, "a whole number"),
+        ("trained_timesteps", 5, "two whole numbers"),
+        ("trained_timesteps", (0, 5.0), "two whole numbers"),
+        ("learning_rate", "1e-3", "a number"),
+        ("learning_rate", np.float32(1e-3), "a number"),
+        ("random_flip", 1, "True or False"),
+    ],
+)
+def test_values_of_another_type_are_refused_before_the_training(name, value, wanted):
+    """JSON, in which the record is written at the end, has none of them."""
+    with pytest.raises(ValueError, match=f"{name} is .* must be {wanted}"):
+        TrainingConfig(**{name: value})
+
+
+def test_the_number_of_micro_batches_is_that_of_the_settings(tmp_path, monkeypatch):
+    """Accelerate would take that of its variable."""
+    settings = {"gradient_accumulation_steps": 2, "train_batch_size": 2}
+    expected = weights(train(tmp_path / "plain", **settings))
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        assert same(weights(train(tmp_path / steps, **settings)), expected)
+
+
+def test_a_network_of_which_a_part_is_frozen_goes_on(tmp_path):
+    def network():
+        unet = tiny_unet(size=8)
+        unet.down_blocks.requires_grad_(False)
+        return unet
+
+    whole = weights(train(tmp_path / "whole", network()))
+    train(tmp_path / "cut", network(), checkpointing_steps=2, max_train_steps=2)
+    again = train(tmp_path / "cut", network(), resume_from_checkpoint="latest")
+    assert same(weights(again), whole)
+    start = tiny_unet(size=8).state_dict()
+    assert all(torch.equal(whole[name], start[name]) for name in start if name.startswith("down_blocks"))
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
@@ -482,6 +534,29 @@ def test_what_is_somebody_elses_is_not_written_over(tmp_path):
     with pytest.raises(ValueError, match="own', whose README.md is no purifier's"):
         train(tmp_path / "own")
     assert mine.read_text() == "mine" and len(list((tmp_path / "own").iterdir())) == 1
+
+
+def test_a_pipeline_of_somebody_else_is_not_replaced(tmp_path):
+    JointConditionalPurificationPipeline(tiny_unet(size=8), DDPMScheduler()).save_pretrained(tmp_path)
+    before = weights(tmp_path)
+    for wanted in (None, "latest"):
+        with pytest.raises(ValueError, match=r"output_dir is .*model_index\.json"):
+            train(tmp_path, seed=1, resume_from_checkpoint=wanted)
+    assert same(weights(tmp_path), before)
+
+
+def test_a_run_from_another_base_is_refused(tmp_path):
+    """Or the record would name a base that the weights do not have, and the list of images would not be whole."""
+    base = train(tmp_path / "base", images=make_images(seed=3))
+    settings = {"checkpointing_steps": 2, "max_train_steps": 2}
+    train(tmp_path / "out", base_model=str(base), **settings)
+    for other, said in ((None, "base_model is None"), ("somebody/else", "base_model is 'somebody/else'")):
+        with pytest.raises(ValueError, match=f"{said}.*checkpoint-2 was trained with 'base'"):
+            train(tmp_path / "out", base_model=other, resume_from_checkpoint="latest")
+    shutil.rmtree(base)
+    train(tmp_path / "base")
+    with pytest.raises(ValueError, match="base_images is"):
+        train(tmp_path / "out", base_model=str(base), resume_from_checkpoint="latest")
 
 
 def test_a_finished_purifier_is_not_replaced(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, ScoreSdeVePipeline, ScoreSdeVeScheduler
 from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import load_file
@@ -338,6 +338,51 @@ def test_held_out_images_that_are_trained_on_are_refused(tmp_path):
     # Of images that are left out of the training, none is trained on.
     run_here(*arguments, "--max_train_samples", "7", "--max_train_steps", "1", "--checkpointing_steps", "1")
     assert record(tmp_path / "out")["data"]["num_validation_images"] == 9
+
+
+def test_held_out_photographs_that_are_trained_on_are_refused(tmp_path, photos, base):
+    """They are not square, so that no two visits see the same pixels: the files are compared."""
+    others = tmp_path / "others"
+    others.mkdir()
+    for number, file in enumerate(sorted(photos.rglob("*.png"))[:3]):
+        shutil.copy(file, others / f"other-{number}.png")
+    Image.new("RGB", (20, 16), (number, 200, 30)).save(others / "unseen.png")
+    changes = {"validation_dataset": others, "max_train_steps": 1}
+    with pytest.raises(ValueError, match="validation_dataset is .*others', which shares 3 of 4 images with dataset"):
+        run_here(*options(photos, base, tmp_path / "out", **changes))
+    for copy in others.glob("other-*.png"):
+        copy.unlink()
+    run_here(*options(photos, base, tmp_path / "out", **changes))
+    assert record(tmp_path / "out")["data"]["num_validation_images"] == 1
+
+
+@pytest.mark.parametrize(("name", "size"), [("mini128", 128), ("small64", 64), ("tiny32", 32), ("ddpm-cifar10", 32)])
+def test_a_named_network_is_made_for_images_of_its_own_size(name, size, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_purifier, "named_unet", lambda name, **options: asked.append(options["sample_size"]))
+    arguments = ["--unet", name, "--dataset", "x", "--output_dir", "y"]
+    train_purifier.load_model(train_purifier.parse_args(arguments))
+    train_purifier.load_model(train_purifier.parse_args([*arguments, "--resolution", "96"]))
+    assert asked == [size, 96]
+
+
+def test_pipelines_of_another_kind_are_refused(tmp_path, photos, base):
+    conditioned = shutil.copytree(base, tmp_path / "conditioned")
+    index = json.loads((conditioned / "model_index.json").read_text())
+    index["unet"][1] = "UNet2DConditionModel"
+    (conditioned / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="pretrained is .*conditioned', .* UNet2DConditionModel"):
+        run_here(*options(photos, conditioned, tmp_path / "out"))
+    ScoreSdeVePipeline(tiny_unet(size=16), ScoreSdeVeScheduler()).save_pretrained(tmp_path / "scores")
+    with pytest.raises(ValueError, match="pretrained is .*scores', .*scheduler is a ScoreSdeVeScheduler"):
+        run_here(*options(photos, tmp_path / "scores", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_whose_weights_come_in_a_variant_alone(tmp_path, photos):
+    DDPMPipeline(tiny_unet(size=16), DDPMScheduler()).save_pretrained(tmp_path / "half", variant="fp16")
+    run_here(*options(photos, tmp_path / "half", tmp_path / "out", max_train_steps=1))
+    assert record(tmp_path / "out")["base_model"] == "half"
 
 
 def test_results_are_quoted_in_the_card(tmp_path, photos, base):
