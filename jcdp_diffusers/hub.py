@@ -158,8 +158,8 @@ def is_replaced(name: str, files: Collection[str], repo_type: str) -> bool:
     Whether a file of a repository is one of an earlier push, and would be wrong beside the files of this one.
 
     Of a purifier these are weights of a variant that is pushed now, the settings, the perceptual network and the
-    results of an audit. Of a data set these are shards of a split that is pushed now, in the same folder, and summary,
-    manifest and benchmark.
+    results of an audit. Of a data set these are shards of a split that is pushed now, all shards of a folder that is
+    pushed now, and summary, manifest and benchmark.
 
     Args:
         name (`str`): Path in the repository.
@@ -173,7 +173,9 @@ def is_replaced(name: str, files: Collection[str], repo_type: str) -> bool:
     if repo_type == "model":
         return fnmatch(name, "perceptual/*") or name in ("purification_config.json", EVAL_RESULTS)
     if name.endswith(".parquet"):
-        return _shards_of(name) in map(_shards_of, files)
+        # Of a folder the card takes all files as one split; beside the card each split has files of its name.
+        same = _folder_of if "/" in name else _shards_of
+        return same(name) in map(same, files)
     return name in ("summary.json", "run.json", "eval.yaml")
 
 
@@ -182,6 +184,10 @@ def _variant(name: str) -> str | None:
     folder, _, file = name.rpartition("/")
     found = (WEIGHTS.fullmatch(file) or INDEX.fullmatch(file)) if folder == "unet" else None
     return None if found is None else found[1] or ""
+
+
+def _folder_of(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def _shards_of(name: str) -> str:

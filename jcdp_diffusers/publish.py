@@ -7,17 +7,22 @@ an `eval.yaml` that declares it a benchmark. Formats: https://huggingface.co/doc
 """
 
 import argparse
+import dataclasses
+import io
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as parquet
+import numpy as np
 import yaml
 from huggingface_hub import DatasetCardData, EvalResultEntry, eval_result_entries_to_yaml
+from PIL import Image
 
-from .data import parquet_files
+from .data import LabelledImages, find_overlap, load_images, open_dataset, parquet_files, write_dataset
+from .data.checks import check_sets
 from .hub import EVAL_RESULTS, files_of_dataset, files_of_purifier, push_files
 from .outputs import printable, public_name
 from .poisons.protect import read_card
@@ -35,6 +40,7 @@ CARD, EVAL = "README.md", "eval.yaml"
 ARXIV = "https://arxiv.org/abs/2305.09241"
 KINDS = ("purifier", "dataset")
 TEST = "test"  # folder and split of the clean test images
+OVERLAP_BUDGET = 16 / 255  # L-inf within which a test image counts as a protected one, images in [0, 1]
 _REPORT = {
     "rows": list,
     "purifier.digest": str,
@@ -165,6 +171,7 @@ def dataset_files(
     repo_id: str,
     *,
     test: str | os.PathLike | None = None,
+    test_split: str | None = None,
     title: str | None = None,
     license: str | None = None,
 ) -> dict[str, Path | bytes]:
@@ -175,7 +182,9 @@ def dataset_files(
         folders (`Sequence`): What `jcdp poison` wrote, one for each poison; or one folder that `jcdp purify` wrote,
             which is published as it is.
         repo_id (`str`): Its name on the Hub.
-        test (`str` or `os.PathLike`, *optional*): Folder of clean test images, Parquet, which all configurations get.
+        test (`str` or `os.PathLike`, *optional*): Clean test images with labels, anything that `load_images` opens.
+            All configurations get them, as lossless Parquet, with the classes numbered as the protected images' are.
+        test_split (`str`, *optional*): Of `test`, where it has several.
         title (`str`, *optional*): Of the card; the name on the Hub by default.
         license (`str`, *optional*): Of the images, as the Hub spells it.
 
@@ -183,7 +192,8 @@ def dataset_files(
         `dict`: Path in the repository -> file, or its content.
 
     Raises:
-        ValueError: If a folder is none of the two, two are of one poison, or a test image is a protected one.
+        ValueError: If a folder is none of the two, two are of one poison, or a test image is a protected one or does
+            not suit them.
     """
     folders = [Path(folder) for folder in folders]
     if any((folder / SUMMARY_NAME).is_file() for folder in folders):
@@ -193,7 +203,7 @@ def dataset_files(
                 "alone, without test, license or title: it has a card of its own."
             )
         return dict(files_of_dataset(folders[0]))
-    files, configs = {}, {}
+    files, configs, sets = {}, {}, {}
     for folder in folders:
         if (folder / RUN_NAME).is_file():
             raise ValueError(
@@ -205,11 +215,17 @@ def dataset_files(
         if name in configs:
             raise ValueError(f"source is {str(folder)!r}, a second one of {name!r}, but must be of another poison.")
         configs[name] = facts
-        files |= {f"{name}/{path.name}": path for path in _parquet(folder, "source")}
+        files |= {f"{name}/{path.name}": path for path in _parquet(folder)}
+        if test is not None:
+            if TEST in (name, facts["split"]):
+                named = "poison" if name == TEST else "split"
+                raise ValueError(
+                    f"source is {str(folder)!r}, whose {named} is called {TEST!r}, but must be called something else "
+                    "where there are test images."
+                )
+            sets[name] = load_images(folder, split=facts["split"], channels=_channels(folder, facts["split"]))
     if test is not None:
-        tested = _parquet(Path(test), "test")
-        _refuse_common_ids(files, tested)
-        files |= {f"{TEST}/{path.name}": path for path in tested}
+        files |= _test_files(test, test_split, sets)
         files[EVAL] = yaml.safe_dump(_benchmark(configs, title or repo_id), sort_keys=False).encode()
     files[CARD] = _card(configs, repo_id, title or repo_id.split("/")[-1], license, test is not None).encode()
     return files
@@ -222,18 +238,48 @@ def _config_name(facts: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(facts["perturbation"]).stem)
 
 
-def _parquet(folder: Path, argument: str) -> list[Path]:
+def _parquet(folder: Path) -> list[Path]:
     if not (found := parquet_files(folder)):
-        raise ValueError(f"{argument} is {str(folder)!r}, but must hold Parquet files, as this package writes them.")
+        raise ValueError(f"source is {str(folder)!r}, but must hold Parquet files, as this package writes them.")
     return found
 
 
-def _refuse_common_ids(protected: Mapping[str, Path], test: Sequence[Path]) -> None:
-    known = {id_ for path in protected.values() for id_ in parquet.read_table(path, columns=["id"])["id"].to_pylist()}
-    for path in test:
-        for id_ in parquet.read_table(path, columns=["id"])["id"].to_pylist():
-            if id_ in known:
-                raise ValueError(f"test has the image {id_!r}, which is a protected one, but must have others.")
+def _channels(folder: Path, split: str) -> int:
+    """Of the images that `jcdp poison` has written: all alike, 1 or 3."""
+    first = next(iter(open_dataset(folder, split=split, streaming=True)))["image"]
+    with Image.open(io.BytesIO(first["bytes"])) as picture:
+        return len(picture.getbands())
+
+
+def _test_files(
+    test: str | os.PathLike, split: str | None, protected: Mapping[str, LabelledImages]
+) -> dict[str, bytes]:
+    """The clean test images as a split that all configurations share: path in the repository -> content."""
+    first = next(iter(protected))
+    tested = load_images(test, split=split, channels=protected[first].images.shape[3])
+    numbered = {name: _numbered_as(name, data, tested) for name, data in protected.items()}
+    for name, labels in numbered.items():
+        if not np.array_equal(labels, numbered[first]):
+            raise ValueError(
+                f"source has {name!r}, whose classes have other numbers than those of {first!r}, but all must have "
+                "the same: they share their test images."
+            )
+    names, texts = protected[first].class_names, protected[first].ranked_by_text
+    joined = dataclasses.replace(tested, labels=numbered[first], class_names=names, ranked_by_text=texts)
+    with tempfile.TemporaryDirectory() as folder:
+        return {f"{TEST}/{path.name}": path.read_bytes() for path in write_dataset(folder, joined, split=TEST)}
+
+
+def _numbered_as(name: str, data: LabelledImages, tested: LabelledImages) -> np.ndarray:
+    """Labels of the test images, by the numbers that a protected set gives to the same classes."""
+    ours, theirs = check_sets({name: data, "test": tested}, {}).values()
+    if len(pairs := find_overlap(data, tested, budget=OVERLAP_BUDGET)):
+        raise ValueError(
+            f"test has the image {tested.ids[pairs[0, 1]]!r}, which is the protected one {data.ids[pairs[0, 0]]!r} "
+            f"(same id, same pixels or within {255 * OVERLAP_BUDGET:.0f}/255), but must have others."
+        )
+    own = dict(zip(ours.labels.tolist(), data.labels.tolist()))
+    return np.array([own[label] for label in theirs.labels.tolist()])
 
 
 def _benchmark(configs: Mapping[str, Any], title: str) -> dict:
@@ -306,13 +352,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", help="of a purifier: report.json of an audit that used it")
     parser.add_argument("--benchmark", help="of a purifier, with --report: data set on the Hub that was audited")
     parser.add_argument("--task", help="of a purifier, with --report: task of --benchmark, the poison's name")
-    parser.add_argument("--test", help="of a data set: folder of clean test images, for a benchmark")
+    parser.add_argument("--test", help="of a data set: clean test images with labels, for a benchmark")
+    parser.add_argument("--test_split", help="of --test; may be left out if there is only one")
     parser.add_argument("--title", help="of a data set's card; the name by default")
 
 
 def run(args: argparse.Namespace) -> None:
     """`jcdp publish`: list the files, then push them unless it is a dry run."""
-    others = {"purifier": ("test", "title"), "dataset": ("report", "benchmark", "task")}[args.kind]
+    others = {"purifier": ("test", "test_split", "title"), "dataset": ("report", "benchmark", "task")}[args.kind]
     if given := [name for name in others if getattr(args, name) is not None]:
         raise ValueError(f"{given[0]} is {getattr(args, given[0])!r}, but must be left out for a {args.kind}.")
     if args.kind == "purifier":
@@ -324,7 +371,8 @@ def run(args: argparse.Namespace) -> None:
         if trained_on(folder) is None:
             print(f"There is no {TRAINED_ON_NAME} of these weights: an audit cannot tell which images trained them.")
     else:
-        files = dataset_files(args.source, args.repo_id, test=args.test, title=args.title, license=args.license)
+        options = {name: getattr(args, name) for name in ("test", "test_split", "title", "license")}
+        files = dataset_files(args.source, args.repo_id, **options)
         if EVAL not in files and CARD in files and isinstance(files[CARD], bytes):
             print(f"There are no test images, so there is no {EVAL}: --test names some.")
     repo_type = "model" if args.kind == "purifier" else "dataset"

@@ -21,6 +21,7 @@ from .audit.run import BEGUN_NAME, OWN_NAMES, carry_out
 from .audit.settings import AuditSettings
 from .data import LabelledImages, write_dataset
 from .data.examples import cifar10, digits
+from .devices import check_seed
 from .outputs import check_output_folder, public_name, write_atomically
 from .poisons.protect import protect_dataset, read_card
 from .purification_config import PurificationConfig
@@ -160,6 +161,8 @@ def run_quickstart(
         sources={"data": data},
         name="output_dir",
     )
+    for one in (seed, seed + chosen.seeds - 1):
+        check_seed(one)
     _begin(output_dir, chosen, seed)
     say(f"{chosen.title}: images to protect, collected, for the test: {', '.join(map(str, chosen.sizes))}")
     clean, collected, test = digits(chosen.sizes) if data is None else cifar10(data, chosen.sizes)

@@ -1,7 +1,9 @@
 """What `jcdp publish` would push, and what a Hub on loopback gives back."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -13,13 +15,14 @@ import yaml
 from digits import digits
 from hub_server import HubServer
 from huggingface_hub import DatasetCard, ModelCard
+from PIL import Image
 from purifying import quick_pipe, some_images
 from training_runs import HELD_OUT, train
 
 from jcdp_diffusers.cli import main
-from jcdp_diffusers.data import write_dataset
+from jcdp_diffusers.data import load_images, write_dataset
 from jcdp_diffusers.hub import EVAL_RESULTS, files_of_purifier, is_replaced, push_purifier
-from jcdp_diffusers.poisons.protect import protect_dataset
+from jcdp_diffusers.poisons.protect import protect_dataset, protect_with_file
 from jcdp_diffusers.publish import dataset_files, purifier_files
 from jcdp_diffusers.purify import purify_dataset, worker
 from jcdp_diffusers.trials import purifier_digest
@@ -170,10 +173,89 @@ def test_sets_that_do_not_go_together_are_refused(sets, tmp_path):
         dataset_files([sets / "lsp", sets / "lsp"], "me/x")
     with pytest.raises(ValueError, match="test has the image 'digits/0'"):
         dataset_files([sets / "lsp"], "me/x", test=sets / "ops")
-    with pytest.raises(ValueError, match="test is .*Parquet"):
-        dataset_files([sets / "lsp"], "me/x", test=tmp_path)
+    with pytest.raises(ValueError, match="source is .*, but must hold Parquet"):
+        dataset_files([_only_card(sets / "lsp", tmp_path / "bare")], "me/x")
     with pytest.raises(ValueError, match="card of a protected data set"):
         dataset_files([tmp_path], "me/x")
+
+
+def _only_card(folder, copy):
+    copy.mkdir()
+    shutil.copy(folder / "README.md", copy)
+    return copy
+
+
+def published_test(files, folder):
+    """The split `test` of what would be published."""
+    path = folder / "test-00000-of-00001.parquet"
+    path.write_bytes(files["test/test-00000-of-00001.parquet"])
+    return load_images(path, channels=1)
+
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@pytest.fixture(scope="module")
+def with_names(tmp_path_factory):
+    """Protected digits whose classes have names."""
+    folder = tmp_path_factory.mktemp("names") / "lsp"
+    protect_dataset(digits(0, 60, class_names=WORDS), folder, method="lsp")
+    return folder
+
+
+def test_test_images_get_the_numbers_that_the_protected_images_give_to_their_classes(with_names, tmp_path):
+    clean = digits(60, 90, class_names=WORDS)
+    order = np.argsort(np.arange(10)[::-1])
+    turned = dataclasses.replace(clean, labels=order[clean.labels], class_names=clean.class_names[::-1])
+    write_dataset(tmp_path / "turned", turned, split="train")
+    found = published_test(dataset_files([with_names], "me/x", test=tmp_path / "turned"), tmp_path)
+    assert found.class_names == clean.class_names and np.array_equal(found.labels, clean.labels)
+    assert found.ids == clean.ids and np.array_equal(found.images, clean.images)
+
+
+def test_one_split_of_the_test_images_folder_is_taken_and_no_other(sets, tmp_path):
+    write_dataset(tmp_path / "both", digits(90, 120), split="train")
+    write_dataset(tmp_path / "both", digits(60, 90), split="test")
+    with pytest.raises(ValueError, match="several splits"):
+        dataset_files([sets / "lsp"], "me/x", test=tmp_path / "both")
+    files = dataset_files([sets / "lsp"], "me/x", test=tmp_path / "both", test_split="test")
+    assert [name for name in files if name.startswith("test/")] == ["test/test-00000-of-00001.parquet"]
+    assert published_test(files, tmp_path).ids == digits(60, 90).ids
+
+
+def test_test_images_from_elsewhere_need_no_ids(with_names, tmp_path):
+    clean = digits(60, 90, class_names=WORDS)
+    pictures = [Image.fromarray(image[..., 0]) for image in clean.images]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(WORDS))})
+    (tmp_path / "hub").mkdir()
+    rows = datasets.Dataset.from_dict({"img": pictures, "label": clean.labels.tolist()}, features=features)
+    rows.to_parquet(tmp_path / "hub/test.parquet")
+    found = published_test(dataset_files([with_names], "me/x", test=tmp_path / "hub"), tmp_path)
+    assert np.array_equal(found.images, clean.images) and np.array_equal(found.labels, clean.labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: dataclasses.replace(data, labels=None, class_names=None), "test has no labels"),
+        (lambda data: data.with_images(data.images[:, ::2, ::2]), "must have one shape"),
+        (lambda data: dataclasses.replace(digits(0, 30), ids=data.ids), "test has the image .*which is the protected"),
+    ],
+)
+def test_test_images_that_do_not_suit_the_protected_ones_are_refused(change, said, sets, tmp_path):
+    write_dataset(tmp_path / "test", change(digits(60, 90)))
+    with pytest.raises(ValueError, match=said):
+        dataset_files([sets / "lsp"], "me/x", test=tmp_path / "test")
+
+
+def test_the_name_of_the_test_images_is_theirs_alone(sets, tmp_path):
+    protect_dataset(digits(0, 60), tmp_path / "other", method="lsp", split="test")
+    with pytest.raises(ValueError, match="source is .*other', whose split is called 'test'"):
+        dataset_files([tmp_path / "other"], "me/x", test=sets / "test")
+    np.save(tmp_path / "test.npy", np.zeros((60, *digits(0, 1).tensor().shape[1:]), np.float32))
+    protect_with_file(digits(0, 60), tmp_path / "file", perturbation=tmp_path / "test.npy", budget={"linf": 8})
+    with pytest.raises(ValueError, match="source is .*file', whose poison is called 'test'"):
+        dataset_files([tmp_path / "file"], "me/x", test=sets / "test")
 
 
 def test_a_purified_set_is_published_as_it_is(tmp_path):
@@ -232,6 +314,11 @@ def test_what_an_earlier_push_has_left_is_replaced_and_the_rest_stays():
     assert [is_replaced(name, {half[0]}, "model") for name in (*half, weights)] == [False, True, True, False]
     new = {"train-00000-of-00001.parquet", "lsp/train-00000-of-00001.parquet"}
     for name in ("train-00001-of-00002.parquet", "lsp/train-00001-of-00002.parquet", "eval.yaml", "summary.json"):
+        assert is_replaced(name, new, "dataset")
+    for name in (
+        "lsp/validation-00000-of-00001.parquet",
+        "lsp/other.parquet",
+    ):  # the card takes all that is in a folder
         assert is_replaced(name, new, "dataset")
     kept = ("README.md", "emn/train-00000-of-00002.parquet", "test-00000-of-00002.parquet", "more/list.json")
     for name in (*new, *kept, ".gitattributes"):

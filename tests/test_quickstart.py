@@ -178,3 +178,10 @@ def test_presets_are_what_an_audit_takes(name):
     start, end = preset.plan.training.trained_timesteps
     assert start == 0 and preset.plan.purification.diffusion_steps <= end
     assert preset.plan.training.mixed_precision in ("no", "auto")  # it runs on any machine
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1, 1.5])
+def test_a_seed_that_no_victim_could_take_is_refused_before_the_folder_is_begun(seed, tmp_path):
+    with pytest.raises(ValueError, match="seed is .*whole number"):
+        run_quickstart(tmp_path / "out", preset=SHORT, seed=seed)
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import socket
 
 from ..acceleration.placement import PRECISIONS
 
@@ -27,6 +28,12 @@ def run(args: argparse.Namespace) -> None:
     """`jcdp demo`: serve the page until Ctrl-C."""
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("jcdp demo needs gradio, which is not installed: pip install 'jcdp-diffusers[demo]'.")
+    if args.port is not None and not 0 < args.port < 2**16:
+        raise ValueError(f"--port is {args.port}, but must lie between 1 and {2**16 - 1}.")
+    try:
+        socket.getaddrinfo(args.host, None)
+    except OSError as error:
+        raise ValueError(f"--host is {args.host!r}, but must be a name or an address of this machine.") from error
     from .page import launch, page
 
     if args.purifier is None:

@@ -179,3 +179,16 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
 def test_what_is_said_without_a_purifier_names_three_ways():
     for way in ("jcdp quickstart", "training/train_purifier.py", "--purifier google/ddpm-cifar10-32"):
         assert way in HOW_TO_GET_A_PURIFIER
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--port", "70000"), "--port is 70000, but must lie between 1 and 65535"),
+        (("--port", "0"), "--port is 0, but must lie between 1 and 65535"),
+        (("--host", "nowhere.invalid"), "--host is 'nowhere.invalid', but must be a name or an address"),
+    ],
+)
+def test_a_place_where_no_page_could_be_served_is_refused(option, said, capsys):
+    assert main(["demo", *option]) == 1
+    assert said in capsys.readouterr().err
