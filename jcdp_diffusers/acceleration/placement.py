@@ -35,7 +35,7 @@ def place(
     compiled: bool = False,
 ) -> DiffusionPipeline:
     """
-    Put a pipeline on a device in the way that is fast there.
+    Put a pipeline on a device in the way that is fast there, for inference: its network can no longer be trained.
 
     Args:
         pipe (`DiffusionPipeline`): Any with a `unet` of class `UNet2DModel`; changed in place. Where it has a
