@@ -51,7 +51,7 @@ from jcdp_diffusers.train.default_purifier import Plan, plan_for, purifier_to_be
 from jcdp_diffusers.train.provenance import check_trained_on
 from jcdp_diffusers.trials import Trial, describe_images, measure
 from jcdp_diffusers.victims import RECIPE_NAMES, check_victim
-from jcdp_diffusers.victims.finetuning import COLLECTED, InitFrom, read_weights
+from jcdp_diffusers.victims.finetuning import COLLECTED, InitFrom, check_start, read_weights
 
 
 DIGITS = (900, 500, 397)
@@ -93,6 +93,7 @@ def run_grid(
     clean, test, collected = check_sets({"protected": clean, "test": test}, {"collected": collected}).values()
     check_separation(clean, collected, test, None, roles=grid.roles)
     _check_victims(grid, clean, test)
+    _check_starts(grid, clean, collected)
     _check_columns(grid, clean, collected, perceptual, device)
     roles = _roles(grid, clean, test, say)
     say(f"{grid.name}: {len(clean)} images to protect, {len(collected)} collected, {len(test)} for the test")
@@ -218,6 +219,15 @@ def _check_victims(grid: Grid, clean: LabelledImages, test: LabelledImages) -> N
         countermeasures.get(column.countermeasure).require_images(clean)
 
 
+def _check_starts(grid: Grid, clean: LabelledImages, collected: LabelledImages) -> None:
+    """Refuse weights that cannot be read, or do not suit the victims, before anything is made."""
+    width = grid.full_recipe.width if grid.width is None else grid.width
+    for column in grid.columns().values():
+        start = _start(grid, column, collected)
+        for victim in grid.victims if start is not None else ():
+            check_start(start, victim, width, clean.images.shape[1:])
+
+
 def _check_columns(
     grid: Grid, clean: LabelledImages, collected: LabelledImages, perceptual: LPIPSModel | None, device: torch.device
 ) -> None:
@@ -252,6 +262,9 @@ def load_roles(grid: Grid) -> tuple[str, LabelledImages, LabelledImages, Labelle
         name = str(grid.data.get("name", grid.name))
     if grid.roles == "paper":
         collected = test
+    for count in (column.collected for column in grid.columns().values()):
+        if count is not None and count > len(collected):
+            raise ValueError(f"countermeasures has collected {count}, but {len(collected)} images are collected.")
     if grid.full_recipe.smoke:
         clean, test = few_of_each_class(clean, SMOKE_IMAGES), few_of_each_class(test, SMOKE_IMAGES)
         collected = test if grid.roles == "paper" else collected.subset(range(min(SMOKE_IMAGES, len(collected))))
@@ -339,22 +352,22 @@ def _purifiers(
 
 
 def _collected_for(count: int | None, collected: LabelledImages) -> LabelledImages:
-    """The collected images that train a column's purifier."""
-    if count is not None and count > len(collected):
-        raise ValueError(f"countermeasures has collected {count}, but {len(collected)} images are collected.")
-    return collected if count is None else collected.subset(range(count))
+    """The collected images that train a column's purifier; a smoke run may have fewer."""
+    return collected if count is None else collected.subset(range(min(count, len(collected))))
 
 
 def _planned(collected: LabelledImages, grid: Grid, device: torch.device) -> Plan:
-    """What suits images and device, with what the grid changes of it."""
-    plan = plan_for(collected, device, grid.full_recipe.smoke)
+    """What suits images and device, with what the grid changes of it but for a smoke run."""
+    smoke = grid.full_recipe.smoke
+    plan = plan_for(collected, device, smoke)
     training = dataclasses.replace(
         plan.training,
         cpu=device.type == "cpu",
         resume_from_checkpoint="latest",
-        **typed("training", grid.training, TrainingConfig),
+        **({} if smoke else typed("training", grid.training, TrainingConfig)),
     )
-    return dataclasses.replace(plan, unet=grid.unet or plan.unet, training=training)
+    unet = plan.unet if smoke or grid.unet is None else grid.unet
+    return dataclasses.replace(plan, unet=unet, training=training)
 
 
 def _train(

@@ -16,11 +16,13 @@ import yaml
 from jcdp_diffusers import countermeasures, poisons, victims
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.data.checks import ROLES
+from jcdp_diffusers.devices import check_seed
 from jcdp_diffusers.poisons import control
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import SMOKE_PURIFICATION
 from jcdp_diffusers.train.unets import UNETS
+from jcdp_diffusers.trials import PROVENANCE, Trial
 from jcdp_diffusers.victims import ContrastiveRecipe, Recipe, recipes_of
 from jcdp_diffusers.victims.finetuning import COLLECTED, FINETUNE, pretraining_recipe
 
@@ -28,8 +30,12 @@ from jcdp_diffusers.victims.finetuning import COLLECTED, FINETUNE, pretraining_r
 DATA_ROLES = ("protected", "collected", "test")
 
 
-# Of a record's settings, what a grid gives it.
-OWN_FACTS = frozenset({"grid", "dataset", "collected", "poison", "column", "poison_preset", "poison_seed"})
+# What a record says itself: entries of a trial, and what trials and grids write beside them.
+OWN_FACTS = frozenset(
+    {field.name for field in dataclasses.fields(Trial)}
+    | {"trial", "countermeasure_settings", "noise_corner", "collected_images", "collected_count", *PROVENANCE}
+    | {"dataset", "poison", "poison_preset", "poison_seed", "poison_settings", "column", "roles"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Grid:
         purifier (`str`): Folder or Hub id; else one is trained on the collected images. If it does not list what it
             was trained on (`jcdp_diffusers.train.provenance`), its records have roles `unknown` and their own table.
         unet (`str`), training (`dict`): Of the purifier that is trained, instead of what suits images and device;
-            `training` holds fields of `TrainingConfig`.
+            `training` holds fields of `TrainingConfig`. A smoke run leaves both and `pretraining` aside.
         pretraining (`dict`): Fields that replace those of SimCLR's recipe for `init_from: collected`; the recipe is
             that of the protocol's name.
         perceptual (`str`): The perceptual network that goes with a purifier trained here; see `load_perceptual`.
@@ -130,8 +136,9 @@ class Grid:
             if not isinstance(value, list) or not value:
                 raise ValueError(f"{name} is {value!r}, but must be a list with one entry at least.")
         for seed in self.seeds:
-            if type(seed) is not int or seed < 0:
-                raise ValueError(f"seeds has {seed!r}, but its entries must be whole numbers of at least 0.")
+            if type(seed) is not int:
+                raise ValueError(f"seeds has {seed!r}, but its entries must be whole numbers.")
+            check_seed(seed)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}, but each must be there once.")
         for entry in self.poisons:
@@ -163,6 +170,8 @@ class Grid:
         if self.data != "digits":
             if not isinstance(self.data, dict) or not set(DATA_ROLES) <= self.data.keys():
                 raise ValueError(f"data is {self.data!r}, but must be 'digits' or have {', '.join(DATA_ROLES)}.")
+            if unknown := [entry for entry in self.data if entry not in ("name", *DATA_ROLES)]:
+                raise ValueError(f"data has {unknown[0]!r}, but its entries are name, {', '.join(DATA_ROLES)}.")
             for role in DATA_ROLES:
                 _check_source(role, self.data[role])
         if self.purifier is not None:
@@ -198,8 +207,10 @@ class Grid:
 
     @property
     def pretraining_recipe(self) -> ContrastiveRecipe:
-        """SimCLR's recipe with what the grid changes of it."""
+        """SimCLR's recipe with what the grid changes of it; a smoke run has its own."""
         recipe = pretraining_recipe(self.full_recipe)
+        if recipe.smoke:
+            return recipe
         return dataclasses.replace(recipe, **typed("pretraining", self.pretraining, ContrastiveRecipe))
 
     def columns(self) -> dict[str, Column]:
@@ -269,7 +280,8 @@ def typed(entry: str, fields: Mapping[str, Any], kind: Callable) -> dict[str, An
     Raises:
         ValueError: If one is unknown or has a value of another type than the field.
     """
-    types = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
+    types = {name: hint for name, hint in hints.items() if typing.get_origin(hint) is not typing.ClassVar}
     values = {}
     for name, value in fields.items():
         if name not in types:
@@ -288,6 +300,19 @@ def typed(entry: str, fields: Mapping[str, Any], kind: Callable) -> dict[str, An
     return values
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which PyYAML would take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line} has {key.value!r} again, but a key must be there once")
+            seen.add(key.value)
+        return node
+
+
 def read_grid(path: str | Path, **changes) -> Grid:
     """
     Read a grid file.
@@ -300,12 +325,13 @@ def read_grid(path: str | Path, **changes) -> Grid:
         ValueError: If it holds what no grid has, in one sentence.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"grid {str(path)!r} is no YAML: {' '.join(str(error).split())}.") from error
     known = {field.name for field in dataclasses.fields(Grid)}
-    unknown = sorted(set(values) - known) if isinstance(values, dict) else ["no entries"]
-    missing = sorted({"name", "data", "poisons", "countermeasures"} - set(values or ()))
+    entries = list(values) if isinstance(values, dict) else []
+    unknown = [entry for entry in entries if entry not in known]
+    missing = sorted({"name", "data", "poisons", "countermeasures"} - set(entries))
     if unknown or missing:
         problem = f"holds {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
         raise ValueError(f"grid {str(path)!r} {problem}, but its entries are {', '.join(sorted(known))}.")
@@ -324,5 +350,6 @@ def _check_source(role: str, entry: Any) -> None:
     first, count = entry.get("first", 0), entry.get("count")
     if not all(type(number) is int for number in (first, 0 if count is None else count)):
         raise ValueError(f"data has for {role} first {first!r} and count {count!r}, but both must be whole numbers.")
-    options = {name: value for name, value in entry.items() if name not in ("name", "first", "count")}
+    own = ("first", "count", "name") if role == "collected" else ("first", "count")
+    options = {name: value for name, value in entry.items() if name not in own}
     typed(f"data for {role}", options, load_images)

@@ -109,7 +109,7 @@ class Measured:
 
     Args:
         records (`Iterable[dict]`): Of one or more grids. Of several records of one cell and seed the last counts.
-        roles (`str`): Which records of purified images count; those of other images have no roles.
+        roles (`str`): Which records count of what learns from collected images; others have no roles.
         victim (`str`): Which victim's.
         method (`str`): Of victims that learn in which way. Their figures mean different things and are never mixed.
         smoke (`bool`): Whether records of smoke runs are wanted, and no others.
@@ -132,8 +132,8 @@ class Measured:
             for record in records
             if record["what"] in ("accuracy", "victim")
             and "column" in (settings := record.get("settings", {}))
-            and settings.get("roles", roles) == roles
-            and settings["victim"] == victim
+            and roles_of(settings) in (None, roles)
+            and settings.get("victim") == victim
             and settings.get("method", "supervised") == method
             and settings["recipe"]["smoke"] == smoke
         ]
@@ -250,7 +250,7 @@ def refuse_differences(of: str, settings: Sequence[Mapping], facts: Callable[[Ma
         facts (`Callable`): What of them must be the same.
     """
     for other in settings[1:]:
-        one, two = _flat(facts(settings[0])), _flat(facts(other))
+        one, two = flattened(facts(settings[0])), flattened(facts(other))
         if names := [name for name in one | two if one.get(name) != two.get(name)]:
             several_grids = settings[0].get("grid") != other.get("grid")
             values = [
@@ -297,10 +297,10 @@ def chosen_records(args: argparse.Namespace) -> list[dict]:
         except OSError as error:
             raise ValueError(f"records is {path!r}, but that cannot be read: {error.strerror}.") from error
     facts = {
-        "grid": lambda record: record["settings"].get("grid"),
-        "protocol": lambda record: record["protocol"],
-        "poisons": lambda record: record["settings"].get("poison"),
-        "columns": lambda record: record["settings"].get("column"),
+        "grid": lambda record: record.get("settings", {}).get("grid"),
+        "protocol": lambda record: record.get("protocol"),
+        "poisons": lambda record: record.get("settings", {}).get("poison"),
+        "columns": lambda record: record.get("settings", {}).get("column"),
     }
     for name, fact in facts.items():
         wanted = getattr(args, name)
@@ -311,6 +311,12 @@ def chosen_records(args: argparse.Namespace) -> list[dict]:
                 raise ValueError(f"{name} is {missing[0]!r}, but the records have {', '.join(known) or 'none'}.")
             records = sorted((r for r in records if fact(r) in wanted), key=lambda record: wanted.index(fact(record)))
     return records
+
+
+def roles_of(settings: Mapping) -> str | None:
+    """What a purifier, a victim's start or whatever else learned from collected images; None where nothing did."""
+    learns = {"pairs", "collected_images"} & settings.keys() or settings.get("init_from", {}).get("pretraining")
+    return settings.get("roles", "disjoint" if learns else None)  # only purifiers say that they are disjoint
 
 
 def identity(settings: Mapping) -> dict:
@@ -362,11 +368,11 @@ def _refuse_devices(records: Iterable[Mapping]) -> None:
         refuse_differences(f"{key.column!r} against {key.poison!r} on {key.dataset}", group)
 
 
-def _flat(settings: Mapping, before: str = "") -> dict:
+def flattened(settings: Mapping, before: str = "") -> dict:
     """Nested settings by dotted names."""
     flat = {}
     for name, value in settings.items():
-        flat |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
+        flat |= flattened(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
     return flat
 
 

@@ -29,7 +29,7 @@ def finished_trials(records: Sequence[Mapping]) -> dict[str, dict[str, Mapping]]
     victims: dict[str, Mapping] = {}
     trials: dict[str, dict[str, Mapping]] = {}
     for record in records:
-        trial = record["settings"].get("trial")
+        trial = record.get("settings", {}).get("trial")
         if record["what"] == "victim" and trial is not None:
             victims[trial] = record
         elif record["what"] == "accuracy" and trial in victims:

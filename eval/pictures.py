@@ -1,12 +1,13 @@
 """Images of several sets side by side, and their change, magnified; `figures.py` has the commands."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from eval.measured import POISONS
-from jcdp_diffusers.data import load_images
+from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.poisons.protect import read_card
 
 
@@ -22,21 +23,36 @@ def draw_poisons(args: argparse.Namespace) -> None:
     """One row per poison: the same images with its noise, and beside them the noise, magnified to fill the scale."""
     source = load_images(args.clean, split=args.split)
     row_of = {id_: row for row, id_ in enumerate(source.ids)}
-    shown = {}
-    for folder in args.protected:
-        card, data = read_card(folder), load_images(folder)
+    sets = {folder: load_images(folder) for folder in args.protected}
+    for folder, data in sets.items():
         if unknown := [id_ for id_ in data.ids if id_ not in row_of]:
             raise SystemExit(f"figures: protected {folder!r} has the id {unknown[0]!r}, but clean has no such image.")
-        clean = source.subset([row_of[id_] for id_ in data.ids])
-        chosen = [int(np.argmax(clean.labels == label)) for label in range(args.shown)]
-        shown.setdefault("clean", (clean.images[chosen], None))
+    first = next(iter(sets.values()))
+    ids = one_of_each_class(source.subset([row_of[id_] for id_ in first.ids]), args.shown)
+    clean = images_of("clean", source, ids)
+    shown = {"clean": (clean, None)}
+    for folder, data in sets.items():
+        card, images = read_card(folder), images_of(f"protected {folder!r}", data, ids)
         norms, name = card["measured"], POISONS.get(card["method"], card["method"])
         title = (
             f"{name} ({card['preset']})\nlargest change {norms['linf']:.0f}/255\n"
             f"L2 norm {norms['l2_mean']:.2f}\nchanged pixels {norms['l0_mean']:.0f}"
         )
-        shown[title] = (data.images[chosen], magnified(clean.images[chosen], data.images[chosen]))
+        shown[title] = (images, magnified(clean, images))
     save_rows(shown, args.output)
+
+
+def one_of_each_class(data: LabelledImages, shown: int) -> list[str]:
+    """The id of the first image of each of the first classes that are there."""
+    return [data.ids[int(np.argmax(data.labels == label))] for label in np.unique(data.labels)[:shown]]
+
+
+def images_of(title: str, data: LabelledImages, ids: Sequence[str]) -> np.ndarray:
+    """The images with these ids, in this order."""
+    rows = {id_: row for row, id_ in enumerate(data.ids)}
+    if missing := [id_ for id_ in ids if id_ not in rows]:
+        raise SystemExit(f"figures: {title} lacks the image {missing[0]!r}, but all sets must have the same ids.")
+    return data.images[[rows[id_] for id_ in ids]]
 
 
 def magnified(clean: np.ndarray, poisoned: np.ndarray) -> np.ndarray:
@@ -93,14 +109,9 @@ def draw_purified(args: argparse.Namespace) -> None:
     sets = {title: load_images(source, split=args.split) for title, source in sources.items()}
     if len(sets) < 2:
         raise SystemExit(f"figures: sets is {' '.join(args.sets)}, but two at least are accepted, clean images first.")
-    first = next(iter(sets.values()))
-    classes = np.unique(first.labels)[: args.shown]
-    ids = [first.ids[int(np.argmax(first.labels == label))] for label in classes]
+    ids = one_of_each_class(next(iter(sets.values())), args.shown)
     shown = {}
     for title, data in sets.items():
-        rows = {id_: row for row, id_ in enumerate(data.ids)}
-        if missing := [id_ for id_ in ids if id_ not in rows]:
-            raise SystemExit(f"figures: {title} lacks the image {missing[0]!r}, but all sets must have the same ids.")
-        images = data.images[[rows[id_] for id_ in ids]]
+        images = images_of(title, data, ids)
         shown[title] = (images, magnified(next(iter(shown.values()))[0], images) if shown else None)
     save_rows(shown, args.output)

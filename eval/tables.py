@@ -33,14 +33,18 @@ from eval.measured import (
     Measured,
     add_record_arguments,
     chosen_records,
+    flattened,
     identity,
     refuse_differences,
+    roles_of,
     spread,
 )
 from jcdp_diffusers.poisons import get as get_poison
 from jcdp_diffusers.poisons.control import SUFFIX as CONTROL
 
 
+# What the other assignment of roles changes: other images, and the networks that learned from them.
+OF_THE_ROLES = ("roles.", "purifier.", "init_from.pretraining.collected.", "pairs.", "collected_images.")
 # Which published row stands beside one of ours that has another name: the paper purifies with both guides.
 PRINTED_AS = {"unconditional": "jcdp"}
 
@@ -121,14 +125,16 @@ def poison_table(measured: Measured, dataset: str) -> str:
 
 def roles_table(disjoint: Measured, paper: Measured, dataset: str) -> str:
     """
-    What it is worth to a purifier to have seen the test images: the same cells under both assignments of roles, over
-    the seeds that both have, and the difference seed by seed.
+    What it is worth to have seen the test images to whatever learns from collected ones: the same cells under both
+    assignments of roles, over the seeds that both have, and the difference seed by seed.
     """
     rows = []
     for key in disjoint.keys(dataset):
-        if key.collected is None or key not in paper.keys(dataset):
+        if key not in paper.keys(dataset):
             continue
         honest, leaked = disjoint.by_seed("accuracy", key), paper.by_seed("accuracy", key)
+        if all(roles_of(record["settings"]) is None for record in honest.values()):
+            continue
         refuse_differences(
             f"{key.column!r} against {key.poison!r} on {dataset} under both roles",
             [record["settings"] for record in (*honest.values(), *leaked.values())],
@@ -148,8 +154,8 @@ def roles_table(disjoint: Measured, paper: Measured, dataset: str) -> str:
 
 
 def _identity_but_roles(settings: Mapping) -> dict:
-    # Other images train another purifier.
-    return {name: value for name, value in identity(settings).items() if name not in ("roles", "purifier")}
+    facts = flattened(identity(settings))
+    return {name: value for name, value in facts.items() if not f"{name}.".startswith(OF_THE_ROLES)}
 
 
 def beside_table(
@@ -324,8 +330,9 @@ def caption(measured: Measured) -> str:
 
 def caption_of_roles(measured: Measured) -> str:
     return (
-        f"Ours: {'; '.join(measured.scales)}. Disjoint: the purifier has seen neither protected nor test images; "
-        f"paper: it has been trained on the test images; difference: what that is worth. {OF_THE_FIGURES}"
+        f"Ours: {'; '.join(measured.scales)}. Disjoint: what learns from collected images has seen neither protected "
+        f"nor test images; paper: it has been trained on the test images; difference: what that is worth. "
+        f"{OF_THE_FIGURES}"
     )
 
 

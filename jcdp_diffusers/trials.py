@@ -435,9 +435,8 @@ def _train(trial: Trial, records: Path, device: torch.device, progress: bool) ->
         "device": device_in_words(device),
         "seconds": round(result.seconds, 2),
     }
-    prepare_seconds = _seconds_of_work(work_dir, trial.draws, prepared.seconds)
     details = _details(result) | {
-        "prepare_seconds": round(prepare_seconds, 2),
+        "prepare_seconds": round(prepared.seconds, 2),
         "purified_in": _precision_of_purification(work_dir),
     }
     append_record(records, what="victim", value=details, **common)
@@ -497,15 +496,6 @@ def _preparation(trial: Trial) -> str:
     before = [[part.name, dict(part.settings)] for part in parts if part.kind != "hook"]
     decided = [trial.settings["train"], before, *map(trial.settings.get, ("purifier", "purification"))]
     return _hash([*decided, trial.settings["pairs"]] if "pairs" in trial.settings else decided)
-
-
-def _seconds_of_work(work_dir: Path | None, draws: int, seconds: float) -> float:
-    """What purification took when it was done, which may have been long ago or in several processes."""
-    seeds = range(PREPARATION_SEED, PREPARATION_SEED + draws)
-    summaries = [path for seed in seeds if work_dir is not None for path in work_dir.glob(f"*-{seed}/summary.json")]
-    if not summaries:
-        return seconds
-    return sum(json.loads(path.read_text())["seconds_of_work"] for path in summaries)
 
 
 def _precision_of_purification(work_dir: Path | None) -> str | None:

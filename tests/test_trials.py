@@ -149,7 +149,8 @@ def test_trials_that_differ_while_training_share_what_is_purified(tmp_path):
     measure([*shared, other, drawn], tmp_path / "records.jsonl", progress=False)
     assert len(list((tmp_path / "prepared").iterdir())) == 2
     done = [record["value"] for record in read_records(tmp_path / "records.jsonl") if record["what"] == "victim"]
-    assert done[0]["prepare_seconds"] == done[1]["prepare_seconds"] > 0
+    assert done[1]["prepare_seconds"] == pytest.approx(done[0]["prepare_seconds"], abs=0.02)
+    assert done[0]["prepare_seconds"] > 0
     assert done[3]["prepare_seconds"] > done[0]["prepare_seconds"]  # two draws, one of them the others'
     again = tmp_path / "again.jsonl"
     measure(shared[:1], again, progress=False)

@@ -22,6 +22,7 @@ A family of countermeasures is one file with a tuple `COUNTERMEASURES`, and each
 
 import contextlib
 import importlib
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ import torch
 from ..data import LabelledImages
 from ..data.checks import match_originals
 from ..engines import folder_lock, ranks
+from ..purify.dataset_card import SUMMARY_NAME
 from .draws import Draws
 
 
@@ -171,6 +173,13 @@ class Context:
                 stack.enter_context(folder_lock(folder / f".{name}.lock", "checkpoint_dir"))
             yield folder / name
 
+    def kept_seconds(self, name: str) -> float | None:
+        """What the kept work of a countermeasure took, as `summary.json` in its folder says; None without one."""
+        if self.checkpoint_dir is None:
+            return None
+        summary = self.checkpoint_dir / f"{name}-{self.seed}" / SUMMARY_NAME
+        return json.loads(summary.read_text())["seconds_of_work"] if summary.exists() else None
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -180,7 +189,8 @@ class Prepared:
     Args:
         data (`LabelledImages`): The training set after everything that is done before training.
         hooks (`tuple`): For `train_victim`.
-        seconds (`float`): What it took.
+        seconds (`float`): What it took; of work that is kept, when it was done, which may have been long ago or in
+            several processes.
     """
 
     data: LabelledImages
@@ -277,16 +287,20 @@ class Countermeasure:
             num_classes = data.num_classes
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         context = Context(seed, device, num_classes, purifier, purification, pairs, folder, progress, collected)
-        start = time.perf_counter()
-        sets, hooks = [data] * draws, []
+        contexts = [replace(context, seed=seed + draw) for draw in range(draws)]
+        sets, hooks, seconds = [data] * draws, [], 0.0
         for part in self._parts:
+            start = time.perf_counter()
             if part.kind == "hook":  # fitted to the images as they are at its place in the order
                 hooks.append(part.function(sets[0], context))
             else:
-                sets = [part.before_training(one, replace(context, seed=seed + draw)) for draw, one in enumerate(sets)]
+                sets = [part.before_training(*given) for given in zip(sets, contexts, strict=True)]
+            elapsed = time.perf_counter() - start
+            kept = [took for one in contexts if (took := one.kept_seconds(part.name)) is not None]
+            seconds += sum(kept) if kept else elapsed
         if draws > 1:
             hooks.insert(0, Draws(sets[1:]))
-        return Prepared(sets[0], tuple(hooks), time.perf_counter() - start)
+        return Prepared(sets[0], tuple(hooks), seconds)
 
     def require(self, purifier: Any) -> None:
         """
@@ -408,8 +422,8 @@ def get(name: str) -> Countermeasure:
     The countermeasure called `name`, or the combination of several called `"one+other"`.
 
     Raises:
-        ValueError: If there is no countermeasure of that name, two of a combination replace the loss, or one leaves no
-            image that the next could take.
+        ValueError: If there is no countermeasure of that name, two of a combination replace the loss, one is there
+            twice that makes a data set, or one leaves no image that the next could take.
     """
     if name in _FILES:
         family = importlib.import_module(f"{__name__}.{_FILES[name]}")
@@ -428,7 +442,8 @@ def join(name: str, members: list[Countermeasure]) -> Countermeasure:
     Several countermeasures as one, called `name`, in the order given.
 
     Raises:
-        ValueError: If two replace the loss, or one leaves no image that the next could take.
+        ValueError: If two replace the loss, one is there twice that makes a data set, or one leaves no image that the
+            next could take.
     """
     parts = tuple(part for member in members for part in (member.parts if member.kind == "combination" else (member,)))
     _check_together(name, parts)
@@ -457,6 +472,11 @@ def _check_together(name: str, parts: tuple[Countermeasure, ...]) -> None:
         raise ValueError(
             f"countermeasure is {name!r}, but must have one part at most that replaces the loss: "
             f"{' and '.join(replacing)} each do."
+        )
+    kept = [part.name for part in parts if part.kind == "dataset"]
+    if twice := [part for part in kept if kept.count(part) > 1]:
+        raise ValueError(
+            f"countermeasure is {name!r}, but must have {twice[0]} once at most: what it makes is kept under its name."
         )
     # What is done before training is done to bytes, whatever its place among the hooks.
     floats = None

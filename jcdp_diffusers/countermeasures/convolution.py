@@ -146,10 +146,14 @@ def random_sharpening(data: LabelledImages, context: Context) -> RandomSharpenin
 
 def random_warp(data: LabelledImages, context: Context) -> RandomWarp:
     """The hook with the published numbers."""
+    return RandomWarp()
+
+
+def check_sides(data: LabelledImages) -> None:
+    """Refuse images of one row or column, in which no pixel has a neighbour on both axes."""
     height, width = data.images.shape[1:3]
     if min(height, width) < 2:
         raise ValueError(f"data has images of {height}x{width}, but must have sides of at least 2 pixels for coin.")
-    return RandomWarp()
 
 
 COUNTERMEASURES = (
@@ -169,5 +173,6 @@ COUNTERMEASURES = (
         "four look-ups per pixel and step",
         random_warp,
         {"reach": REACH},
+        check=check_sides,
     ),
 )

@@ -18,7 +18,9 @@ a narrower network and fewer epochs, for a CPU. Neither was compared with publis
 """
 
 import hashlib
+import json
 import math
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +32,8 @@ from tqdm import tqdm
 
 from ..data import LabelledImages, to_uint8
 from ..devices import seeded
+from ..outputs import write_atomically
+from ..purify.dataset_card import SUMMARY_NAME
 from ..saved_state import SavedState
 from ..victims.networks import BasicBlock
 from . import Context, Countermeasure
@@ -161,10 +165,10 @@ def disentangle(data: LabelledImages, context: Context, settings: DVAESettings, 
 
     Args:
         data (`LabelledImages`): Images of even height and width, with labels.
-        context ([`Context`]): Its seed decides weights, order and noise; the state of the training is kept in its
-            `checkpoint_dir`.
+        context ([`Context`]): Its seed decides weights, order and noise; the state of the training and its seconds are
+            kept in its `checkpoint_dir`.
         settings (`DVAESettings`): Of network and training.
-        name (`str`): Of the file of the state.
+        name (`str`): Of the folder within `checkpoint_dir`.
 
     Returns:
         `LabelledImages`: The same rows with other images.
@@ -173,22 +177,25 @@ def disentangle(data: LabelledImages, context: Context, settings: DVAESettings, 
         ValueError: If there are no labels, or height or width is odd.
     """
     check_images(data, name)
-    with context.place_for_work(f"{name}-{context.seed}.pt") as path:
-        return _disentangle(data, context, settings, name, path)
+    with context.place_for_work(f"{name}-{context.seed}") as folder:
+        folder.mkdir(exist_ok=True)
+        return _disentangle(data, context, settings, name, folder)
 
 
 def _disentangle(
-    data: LabelledImages, context: Context, settings: DVAESettings, name: str, path: Path
+    data: LabelledImages, context: Context, settings: DVAESettings, name: str, folder: Path
 ) -> LabelledImages:
-    """Both trainings that are left, with their state in a file."""
+    """Both trainings that are left, with their state and the seconds of all of them in a folder."""
     height, width, channels = data.images.shape[1:]
     device = torch.device(context.device)
     labels = torch.from_numpy(data.labels.copy()).to(device)
     images = data.tensor()
     content = hashlib.sha256(np.ascontiguousarray(data.images))
     content.update(data.labels.tobytes())
-    kept = SavedState(path, f"{name}, {settings}, seed {context.seed}, data {content.hexdigest()[:16]}")
-    state = kept.load() or {"round": 0}
+    run = f"{name}, {settings}, seed {context.seed}, data {content.hexdigest()[:16]}"
+    kept = SavedState(folder / "state.pt", run)
+    state = kept.load() or {"round": 0, "seconds": 0.0}
+    start = time.perf_counter() - state["seconds"]
     if state["round"] > 0:
         images = state["images"].float() / 255
 
@@ -198,16 +205,29 @@ def _disentangle(
             model = DisentanglingVAE(context.num_classes, (channels, height, width), settings)
         model.to(device)
         desc = f"{name}: training {number + 1} of 2"
-        _train(model, images.to(device), labels, settings, number, generator, kept, desc, context.progress)
+        _train(model, images.to(device), labels, settings, number, generator, kept, start, desc, context.progress)
         images = _without_perturbation(model, images.to(device), labels, generator, settings, number).cpu()
         eight_bit = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)
         images = eight_bit.float() / 255
-        kept.save({"round": number + 1, "images": eight_bit})
+        seconds = time.perf_counter() - start
+        write_atomically(folder / SUMMARY_NAME, json.dumps({"seconds_of_work": round(seconds, 3)}) + "\n")
+        kept.save({"round": number + 1, "images": eight_bit, "seconds": seconds})
     return data.with_images(to_uint8(images))
 
 
-def _train(model, images, labels, settings: DVAESettings, number: int, generator, kept: SavedState, desc, progress):
-    """One training; it continues from the state that is kept of it."""
+def _train(
+    model,
+    images,
+    labels,
+    settings: DVAESettings,
+    number: int,
+    generator,
+    kept: SavedState,
+    start: float,
+    desc: str,
+    progress: bool,
+):
+    """One training; it continues from the state that is kept of it. `start` is where the seconds of all began."""
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
     begun = 0
     state = kept.load()
@@ -235,10 +255,8 @@ def _train(model, images, labels, settings: DVAESettings, number: int, generator
             bar.update()
             if kept.due():
                 parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                begun_with = {"images": (255 * images).round().to(torch.uint8).cpu()}
-                kept.save(
-                    parts | begun_with | {"round": number, "epoch": epoch + 1, "generator": generator.get_state()}
-                )
+                parts |= {"images": (255 * images).round().to(torch.uint8).cpu(), "generator": generator.get_state()}
+                kept.save(parts | {"round": number, "epoch": epoch + 1, "seconds": time.perf_counter() - start})
 
 
 @torch.no_grad()

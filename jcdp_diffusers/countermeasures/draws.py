@@ -22,8 +22,9 @@ class Draws:
     """
 
     def __init__(self, others: Sequence[LabelledImages]):
+        self.draws = 1 + len(others)
         self.others = [torch.from_numpy(draw.images).permute(0, 3, 1, 2).contiguous() for draw in others]
 
     def epoch_images(self, epoch: int, images: torch.Tensor) -> torch.Tensor:
-        draw = epoch % (len(self.others) + 1)
+        draw = epoch % self.draws
         return images if draw == 0 else self.others[draw - 1].to(images.device)

@@ -71,11 +71,14 @@ class UEraser:
         return losses.view(self.draws_now, -1).amax(dim=0).mean()
 
 
+def check_images(data: LabelledImages, name: str) -> None:
+    """Refuse images without colour."""
+    if (count := data.images.shape[3]) != 3:
+        raise ValueError(f"data has images of {count} channel, but must have 3 for {name}, which shuffles them.")
+
+
 def _ueraser(name: str, max_share: float, cost: str) -> Countermeasure:
     def function(data: LabelledImages, context: Context) -> UEraser:
-        if data.images.shape[3] != 3:
-            count = data.images.shape[3]
-            raise ValueError(f"data has images of {count} channel, but must have 3 for {name}, which shuffles them.")
         return UEraser(max_share)
 
     settings = {
@@ -86,7 +89,7 @@ def _ueraser(name: str, max_share: float, cost: str) -> Countermeasure:
         "intensity": INTENSITY,
     }
     source = SOURCE if max_share == 0 else f"{SOURCE}; ours: one TrivialAugment operation per draw, not one for all"
-    declared = {"suits": ("supervised",), "replaces_loss": True}
+    declared = {"suits": ("supervised",), "replaces_loss": True, "check": lambda data: check_images(data, name)}
     return Countermeasure(name, "hook", source, cost, function, settings, **declared)
 
 

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from ..data import LabelledImages, to_uint8
 from ..devices import has_bfloat16, seeded
 from ..outputs import write_atomically
+from ..purify.dataset_card import SUMMARY_NAME
 from ..saved_state import SavedState
 from .denoising import random_generator
 from .images import channels_first, epoch_order, normalize
@@ -216,7 +217,7 @@ def _write(unet: UNet2DModel, folder: Path, facts: dict) -> None:
     try:
         unet.save_pretrained(temporary)
         write_atomically(temporary / "README.md", _CARD.format(pairs=facts["about"]["pairs"]))
-        write_atomically(temporary / "summary.json", json.dumps({"seconds_of_work": facts["seconds"]}) + "\n")
+        write_atomically(temporary / SUMMARY_NAME, json.dumps({"seconds_of_work": facts["seconds"]}) + "\n")
         write_atomically(temporary / FACTS_NAME, json.dumps(facts, indent=2) + "\n")
         try:
             os.rename(temporary, folder)

@@ -65,16 +65,21 @@ class AlternatingFlip:
     """
     Every image is mirrored in every second epoch, half of them in the first: none is shown the same way twice in turn.
 
+    Where epochs show several draws of an image in turn, that holds for each draw.
+
     Args:
         count (`int`): Number of training images.
         seed (`int`): Decides which half is the first.
+        draws (`int`, defaults to 1): Draws of each image.
     """
 
-    def __init__(self, count: int, seed: int):
+    def __init__(self, count: int, seed: int, draws: int = 1):
         self.first = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
+        self.draws = draws
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        self.mirrored = self.first if epoch % 2 == 0 else ~self.first
+        before, draw = divmod(epoch, self.draws)  # whole passes over the draws, and the draw of this epoch
+        self.mirrored = self.first if (before + draw) % 2 == 0 else ~self.first
 
     def mirror(self, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         mirrored = self.mirrored.to(rows.device)[rows]

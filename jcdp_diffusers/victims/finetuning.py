@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -416,10 +416,12 @@ def _find(source: str | os.PathLike) -> tuple[Path, Path | None]:
         return path, config if config.is_file() else None
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
+    elif path.suffix == SUFFIX:  # a Hub id may end so, too, but only a mistyped path does
+        raise ValueError(f"{given}, which is no file, but {accepted}.")
     else:
         try:
             names = HfApi().list_repo_files(str(source))
-        except (HFValidationError, OSError) as error:
+        except (HFValidationError, HTTPError, OSError) as error:
             raise ValueError(f"{given}, which is no path and no Hub id in reach, but {accepted}.") from error
     found = [name for name in names if name.endswith(SUFFIX)]
     if len(found) != 1:

@@ -48,7 +48,7 @@ class Recipe:
         smoke (`bool`, defaults to `False`): Whether this is a first try in seconds, whose figures mean nothing.
 
     Raises:
-        ValueError: If there is no such schedule, or a number is too small.
+        ValueError: If there is no such schedule, or a number is too small or too large.
     """
 
     name: str
@@ -85,6 +85,18 @@ class Recipe:
             raise ValueError(
                 f"batch_size is {self.batch_size}, but must be at least 2: batch normalisation needs two images."
             )
+        for name in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must lie within 0 and 1.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}, but must be at least 0 and below 1.")
+        for name in ("weight_decay", "crop_padding"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 0 and finite.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}, but must be above 0.")
+        if self.max_steps_per_epoch is not None and self.max_steps_per_epoch < 1:
+            raise ValueError(f"max_steps_per_epoch is {self.max_steps_per_epoch}, but must be at least 1.")
 
     def for_images(self, count: int) -> "Recipe":
         """

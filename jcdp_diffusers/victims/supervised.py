@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .networks import last_layer
 from .recipes import AirbenchRecipe, Recipe, get_recipe
 from .training import Hooks, Objective, autocast, network_input, train
 
@@ -50,8 +51,17 @@ class Supervised(Objective):
         images, labels = hooks.before_forward(network_input(images), labels)
         with autocast(recipe.bfloat16, images.device):
             if hooks.replacing_loss is not None:
-                return hooks.replacing_loss.loss(self.network, images, labels, hooks.generator)
+                return hooks.replacing_loss.loss(self.network, images, self._smoothed(labels), hooks.generator)
             return F.cross_entropy(self.network(images), labels, label_smoothing=recipe.label_smoothing)
+
+    def _smoothed(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels for a hook's own cross-entropy, which knows nothing of the recipe."""
+        share = self.recipe.label_smoothing
+        if share == 0:
+            return labels
+        classes = last_layer(self.network).out_features
+        labels = F.one_hot(labels, classes).float() if labels.ndim == 1 else labels
+        return (1 - share) * labels + share / classes
 
 
 def supervised_objective(
@@ -75,7 +85,8 @@ def supervised_objective(
     if isinstance(recipe, AirbenchRecipe):
         from .airbench import Airbench, AlternatingFlip, WhiteningBias
 
-        own = (AlternatingFlip(count, seed), WhiteningBias(network, recipe.whitening_epochs))
+        draws = max((getattr(hook, "draws", 1) for hook in hooks), default=1)
+        own = (AlternatingFlip(count, seed, draws), WhiteningBias(network, recipe.whitening_epochs))
         return Airbench(network, recipe, Hooks((*hooks, *own), seed=seed, device=device), count)
     return Supervised(network, recipe, Hooks(hooks, seed=seed, device=device))
 

@@ -20,11 +20,12 @@ A contrastive objective calls `before_forward` for each view, with labels None, 
 (B, C, H, W) before any view is made, float in [0, 1], and its own generator of views; see [`contrastive`]. `targets`
 are the rows of these images in the hook's attribute of that name, (N, ...) for all training images, or None. Labels
 are class indices (B,) int64, or, once a hook has mixed them, probabilities (B, num_classes); a `loss` receives what
-the hooks before it left. Randomness comes from `generator`, which lives on the images' device and belongs to the hooks
-alone, so that a victim with hooks sees the same batches, crops and flips as one without. A hook keeps nothing from one
-epoch to the next, so that a training may go on from a checkpoint. What is done to each image once, before training
-(grey, JPEG, bit depth), is no hook: do it to the data set. For example, Mixup (Zhang et al., ICLR 2018) within the
-batch:
+the hooks before it left, and probabilities where the recipe smooths labels. A hook with `epoch_images` may have
+`draws`, the number of epochs after which it shows the same images again. Randomness comes from `generator`, which
+lives on the images' device and belongs to the hooks alone, so that a victim with hooks sees the same batches, crops
+and flips as one without. A hook keeps nothing from one epoch to the next, so that a training may go on from a
+checkpoint. What is done to each image once, before training (grey, JPEG, bit depth), is no hook: do it to the data
+set. For example, Mixup (Zhang et al., ICLR 2018) within the batch:
 
     class Mixup:
         def __init__(self, num_classes):

@@ -6,11 +6,11 @@ import torch
 from scipy.fft import dctn, idctn
 from scipy.ndimage import correlate, map_coordinates
 
+from jcdp_diffusers import countermeasures
 from jcdp_diffusers.countermeasures.convolution import (
     RandomSharpening,
     RandomWarp,
     keep_low_frequencies,
-    random_warp,
     sharpen,
     warp,
 )
@@ -89,4 +89,4 @@ def test_warped_images_are_eight_bit(images, generator):
 def test_one_pixel_has_no_place_nearby():
     one = LabelledImages(np.zeros((2, 1, 1, 3), np.uint8), np.zeros(2, np.int64), ("a", "b"))
     with pytest.raises(ValueError, match="data has images of 1x1, but must have sides of at least 2 pixels for coin"):
-        random_warp(one, None)
+        countermeasures.get("coin").prepare(one)

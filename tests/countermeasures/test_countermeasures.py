@@ -177,11 +177,20 @@ def test_combinations_declare_what_their_parts_do():
         ("orthogonal-projection+cutout+fast-autoaugment", "fast-autoaugment before orthogonal-projection"),
         ("at-4+ueraser", "at-4 and ueraser"),
         ("gray+at-4+at-8", "at-4 and at-8"),
+        ("unconditional+gray+unconditional", "unconditional once at most"),
     ],
 )
 def test_parts_that_cannot_stand_together_are_refused(name, said):
     with pytest.raises(ValueError, match=f"countermeasure is '{re.escape(name)}'.*{said}"):
         countermeasures.get(name)
+
+
+def test_images_that_a_part_cannot_take_are_refused_before_any_work(few):
+    grey, line = few.with_images(few.images[..., :1]), few.with_images(few.images[:, :1])
+    with pytest.raises(ValueError, match="data has images of 1 channel, but must have 3 for ueraser-lite"):
+        countermeasures.get("unconditional+ueraser-lite").require_images(grey)
+    with pytest.raises(ValueError, match="data has images of 1x16, but must have sides of at least 2 pixels for coin"):
+        countermeasures.get("unconditional+coin").require_images(line)
 
 
 @pytest.mark.parametrize("name", NAMES)

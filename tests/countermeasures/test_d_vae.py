@@ -1,6 +1,7 @@
 """D-VAE: its loss written out, what it takes out of images, and interruptions."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from interrupts import cut_off_at_save
 
 from jcdp_diffusers import countermeasures, saved_state
-from jcdp_diffusers.countermeasures import Context
+from jcdp_diffusers.countermeasures import Context, Countermeasure
 from jcdp_diffusers.countermeasures.d_vae import SETTINGS, DisentanglingVAE, DVAESettings, disentangle, loss_of
 
 
@@ -97,6 +98,31 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(saves, train, tmp_pat
     assert np.array_equal(disentangle(data, context, TINY, "d-vae").images, whole)
     with pytest.raises(ValueError, match="checkpoint_dir is .*another run"):
         disentangle(data.subset(range(32)), context, TINY, "d-vae")
+
+
+def test_its_seconds_are_those_of_all_its_parts(train, tmp_path):
+    data, path = train.subset(range(64)), tmp_path / "d-vae-0/state.pt"
+    context = Context(num_classes=10, checkpoint_dir=tmp_path)
+    assert context.kept_seconds("d-vae") is None
+    with cut_off_at_save(saved_state.SavedState, 3):
+        disentangle(data, context, TINY, "d-vae")
+    state = torch.load(path, weights_only=True)
+    assert state["seconds"] > 0
+    torch.save(state | {"seconds": 1000.0}, path)
+    disentangle(data, context, TINY, "d-vae")
+    seconds = context.kept_seconds("d-vae")
+    assert 1000 < seconds < 1100
+    disentangle(data, context, TINY, "d-vae")  # nothing is left to do
+    assert context.kept_seconds("d-vae") == seconds
+
+
+def test_every_seed_and_combination_counts_the_work_that_is_kept(train, tmp_path):
+    data = train.subset(range(64))
+    slow = Countermeasure("slow", "hook", "", "", lambda data, context: time.sleep(0.1))
+    together = countermeasures.join("d-vae-small+slow", [countermeasures.get("d-vae-small"), slow])
+    alone = [countermeasures.get("d-vae-small").prepare(data, checkpoint_dir=tmp_path).seconds for _ in range(2)]
+    assert alone[0] == alone[1] == Context(checkpoint_dir=tmp_path).kept_seconds("d-vae-small") > 0
+    assert together.prepare(data, checkpoint_dir=tmp_path).seconds >= alone[0] + 0.1
 
 
 def test_what_it_cannot_use_is_refused(train):

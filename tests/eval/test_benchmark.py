@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from purifying import quick_pipe
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from eval import benchmark, figures, tables
+from eval.grid_file import OWN_FACTS
 from jcdp_diffusers import trials
 from jcdp_diffusers.countermeasures import Pairs
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
@@ -295,6 +298,9 @@ def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, ca
     assert "±" not in weak  # one seed: those of disjoint roles are not among them
 
 
+ROLES = dict.fromkeys(("protected", "collected", "test"), {"source": "DIR"})
+
+
 @pytest.mark.parametrize(
     "changes, sentence",
     [
@@ -345,9 +351,17 @@ def test_roles_of_the_paper_are_another_column(measured, source, monkeypatch, ca
         ),
         ({"seeds": []}, "seeds is [], but must be a list"),
         ({"seeds": [0, 0]}, "seeds is [0, 0], but each must be there once"),
+        ({"seeds": [2**70]}, "seed is 1180591620717411303424, but must be a whole number in [0, 2**32)"),
         ({"seeds": [True]}, "seeds has True, but its entries must be whole numbers"),
         ({"seeds": ["a"]}, "seeds has 'a', but its entries must be whole numbers"),
         ({"recipe": {"epoch": 1}}, "recipe has 'epoch', which is no field of Recipe"),
+        ({"recipe": {"label_smoothing": 0.1}}, "recipe has 'label_smoothing', which is no field of Recipe"),
+        ({"recipe": {"max_steps_per_epoch": 0}}, "max_steps_per_epoch is 0, but must be at least 1"),
+        ({"countermeasures": ["unconditional+unconditional"]}, "must have unconditional once at most"),
+        ({"data": ROLES | {"channels": 1}}, "data has 'channels', but its entries are name, protected, collected"),
+        ({"data": ROLES | {"test": {"source": "DIR", "name": "x"}}}, "data for test has 'name', which is no field of"),
+        ({"about": {"draws": 4}}, "about has 'draws', but must not have what records say themselves"),
+        ({"about": {"noise_corner": 0.1}}, "about has 'noise_corner', but must not have"),
         ({"roles": "mine"}, "roles is 'mine', but must be one of disjoint, paper"),
         ({"unet": "huge"}, "unet is 'huge', but must be one of"),
         ({"purifier": "here", "unet": "mini64"}, "unet is 'mini64', but must not be given with a purifier"),
@@ -370,6 +384,59 @@ def test_a_grid_that_cannot_be_measured_ends_in_one_sentence(source, tmp_path, m
     with pytest.raises(SystemExit) as stop:
         run(benchmark, monkeypatch, path, "--output", tmp_path / "out", "--processes", 1, "--device", "cpu")
     assert str(stop.value).startswith("benchmark: ") and sentence in str(stop.value)
+
+
+def test_a_grid_is_one_mapping_whose_keys_are_there_once(source, tmp_path):
+    path = grid_file(tmp_path, source)
+    whole = path.read_text()
+    path.write_text(whole + "seeds: [3]\n")
+    line = len(whole.splitlines()) + 1
+    with pytest.raises(ValueError, match=f"grid '.*' is no YAML: line {line} has 'seeds' again, but .* once"):
+        benchmark.read_grid(path)
+    path.write_text("- name: tiny\n")
+    with pytest.raises(ValueError, match="grid '.*' lacks 'countermeasures', but its entries are about,"):
+        benchmark.read_grid(path)
+    path.write_text(whole + "1: 2\n")
+    with pytest.raises(ValueError, match="grid '.*' holds 1, but its entries are about,"):
+        benchmark.read_grid(path)
+
+
+def test_weights_that_victims_cannot_start_from_are_refused_before_anything_is_made(source, tmp_path):
+    def refused(sentence, start):
+        columns = ["none", {"use": "none", "as": "started", "init_from": str(start)}]
+        grid = benchmark.read_grid(grid_file(tmp_path, source, countermeasures=columns))
+        with pytest.raises(ValueError, match=sentence):
+            benchmark.run_grid(grid, tmp_path / "out", say=lambda line: None)
+        assert not (tmp_path / "out/poisons").exists()
+
+    refused("init_from is '.*weights.safetensors', which is no file", tmp_path / "weights.safetensors")
+    save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    refused("init_from is '.*', which has no bn1.bias, but must have", tmp_path / "weights.safetensors")
+
+
+def test_a_smoke_run_leaves_aside_what_takes_long(source, tmp_path, monkeypatch):
+    """The grids that ship name networks, steps and numbers of images, and are tried with --protocol smoke."""
+    monkeypatch.setattr(benchmark, "SMOKE_IMAGES", 40)
+    changes = {
+        "countermeasures": [
+            {"use": "unconditional", "as": "few", "collected": 50},
+            {"use": "none", "as": "pretrained", "init_from": "collected"},
+        ],
+        "unet": "mini32",
+        "training": {"max_train_steps": 5000},
+        "pretraining": {"epochs": 700},
+        "seeds": [0],
+        "poisons": ["none"],
+    }
+    grid = benchmark.read_grid(grid_file(tmp_path, source, **changes))
+    lines = []
+    few, pretrained = benchmark.run_grid(grid, tmp_path / "out", say=lines.append)
+    assert any(line == "Training a purifier on 40 images: tiny32, 5 steps" for line in lines)
+    assert pretrained.pretraining["recipe"]["epochs"] == 2
+    whole = benchmark.read_grid(grid_file(tmp_path, source, **changes), protocol="mini")
+    plan = benchmark._planned(few.train, whole, torch.device("cpu"))
+    assert (plan.unet, plan.training.max_train_steps) == ("mini32", 5000)
+    assert whole.pretraining_recipe.epochs == 700
 
 
 def test_roles_of_a_grid_are_checked(source, tmp_path):
@@ -502,6 +569,7 @@ def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
     assert len(found) > 300
     for record in found:
         settings = record["settings"]
+        assert settings.keys() <= OWN_FACTS  # these grids say nothing more about themselves
         given, test = (
             LabelledImages(np.zeros((count, 1, 1, 3), np.uint8), np.zeros(count, int), tuple(map(str, range(count))))
             for count in (settings["train"]["images"], settings["test"]["images"])

@@ -32,6 +32,7 @@ def test_a_trial_that_is_not_finished_and_other_measurements_stay_out(tmp_path):
     others = [
         {"what": "peak", "value": 1.0, "settings": {"trial": "b"}},
         {"what": "accuracy", "value": 1, "settings": {}},
+        {"what": "accuracy", "value": 1},
     ]
     assert merge([*trial("a", parts=("victim",)), *others], into) == (0, 0)
     assert not into.exists()

@@ -50,6 +50,26 @@ def test_picture_shows_every_poison(source, tmp_path, monkeypatch):
         run(figures, monkeypatch, *options, other)
 
 
+def test_all_rows_show_the_same_images(source, tmp_path, monkeypatch):
+    clean = load_images(source, split="train")
+    later = clean.subset(clean.labels > 0)  # no image of the first class
+    folders = [tmp_path / name for name in ("lsp", "ops", "other")]
+    for folder, name, data in zip(folders, ("lsp", "ops", "lsp"), (later, clean, later.subset(range(20, len(later))))):
+        protect_dataset(data, folder, method=name, preset="smoke")
+    drawn = []
+    monkeypatch.setattr(pictures, "save_rows", lambda shown, output: drawn.append(shown))
+    options = ("poisons", "--clean", source, "--shown", 3, "--protected")
+    run(figures, monkeypatch, *options, *folders[:2])
+    expected = [clean.images[np.argmax(clean.labels == label)] for label in (1, 2, 3)]
+    first, *poisoned = (images for images, _ in drawn[0].values())
+    assert np.array_equal(first, expected) and len(poisoned) == 2
+    data = load_images(folders[1])
+    ids = [clean.ids[np.argmax(clean.labels == label)] for label in (1, 2, 3)]
+    assert np.array_equal(poisoned[1], [data.images[data.ids.index(id_)] for id_ in ids])
+    with pytest.raises(SystemExit, match="protected '.*other' lacks the image 'digit-1', but all sets"):
+        run(figures, monkeypatch, *options, folders[0], folders[2])
+
+
 def test_magnified_noise_fills_the_scale():
     clean = np.full((2, 2, 2, 3), 100, dtype=np.uint8)
     poisoned = clean.copy()

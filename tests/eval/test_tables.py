@@ -358,6 +358,37 @@ def test_what_the_leak_is_worth():
         roles_table(Measured(changed), Measured(changed, roles="paper"), "cifar10")
 
 
+@pytest.mark.parametrize(
+    "column, facts",
+    [
+        ("pretrained", lambda content: {"init_from": {"finetune": "all", "pretraining": {"collected": content}}}),
+        ("paired", lambda content: {"pairs": {"originals": content}}),
+        ("advcl", lambda content: {"collected_images": content}),
+    ],
+)
+def test_whatever_learned_from_collected_images_has_roles(column, facts):
+    honest, leaked = facts({"content": "collected"}), facts({"content": "test"}) | {"roles": "paper"}
+    both = [
+        *records("lsp", "none", [0.2]),
+        *records("lsp", column, [0.5, 0.6], **honest),
+        *records("lsp", column, [0.8], **leaked),
+    ]
+    disjoint, paper = Measured(both), Measured(both, roles="paper")
+    assert disjoint.accuracies("cifar10", "lsp", column) == [50.0, 60.0]
+    assert paper.accuracies("cifar10", "lsp", column) == [80.0]
+    assert Measured(both[:-2], roles="paper").accuracies("cifar10", "lsp", column) == []
+    (row,) = roles_table(disjoint, paper, "cifar10").splitlines()[2:]
+    assert row.endswith("| 50.0 | 80.0 | 30.0 |")
+
+
+def test_a_start_that_was_fine_tuned_otherwise_is_another_cell():
+    start = {"init_from": {"finetune": "all", "pretraining": {"collected": 1}}}
+    other = {"init_from": {"finetune": "upper", "pretraining": {"collected": 2}}, "roles": "paper"}
+    both = [*records("lsp", "pretrained", [0.5], **start), *records("lsp", "pretrained", [0.8], **other)]
+    with pytest.raises(ValueError, match="under both roles with init_from.finetune 'all' and 'upper'"):
+        roles_table(Measured(both), Measured(both, roles="paper"), "cifar10")
+
+
 def run(monkeypatch, tmp_path, found, *options) -> str:
     """What the command writes."""
     path, output = tmp_path / "records.jsonl", tmp_path / "table.md"
@@ -418,6 +449,11 @@ def test_the_command_refuses_in_a_sentence(monkeypatch, tmp_path):
         tables.main()
     with pytest.raises(SystemExit, match="no accuracy of a grid there has the victim 'vgg16'"):
         run(monkeypatch, tmp_path, records("lsp", "none", [0.2]), "grid", "--victim", "vgg16")
+    others = [{"what": "accuracy", "value": 1}, {"what": "accuracy", "value": 1, "settings": {"column": "none"}}]
+    with pytest.raises(SystemExit, match="no accuracy of a grid there has the victim 'resnet18'"):
+        run(monkeypatch, tmp_path, others, "grid")
+    with pytest.raises(SystemExit, match="grid is 'g', but the records have none"):
+        run(monkeypatch, tmp_path, others, "grid", "--grid", "g")
     with pytest.raises(SystemExit, match="tables: records hold cifar10 with train.images"):
         both = [*records("lsp", "none", [0.2]), *records("lsp", "none", [0.2], images=5)]
         run(monkeypatch, tmp_path, both, "poisons")

@@ -88,6 +88,49 @@ def mirrored_as_in(epoch: int, images: torch.Tensor, *, seed: int, rows: torch.T
     return hooks.before_augmentation(images[rows], rows)
 
 
+@pytest.mark.parametrize("draws", [1, 2, 3, 4])
+def test_each_of_several_draws_is_mirrored_in_turn(draws):
+    class Shown:
+        def __init__(self):
+            self.draws = draws
+
+        def epoch_images(self, epoch, images):
+            return images
+
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4))
+    hooks = supervised_objective(network, QUICK, [Shown()], 6, 0, "cpu").hooks
+    images, seen = torch.arange(24).view(6, 1, 1, 4), []
+    for epoch in range(3 * draws):
+        hooks.start_epoch(epoch, 3 * draws, images)
+        seen.append(hooks.before_augmentation(images, torch.arange(6)))
+    for before, after in zip(seen, seen[draws:]):
+        assert torch.equal(before, after.flip(-1))
+    if draws > 1:  # and the draws of one pass are mirrored in turn as well
+        assert torch.equal(seen[0], seen[1].flip(-1))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_hook_that_replaces_the_loss_gets_smoothed_labels(mixed):
+    class Loss:
+        def loss(self, model, images, labels, generator):
+            return F.cross_entropy(model(images), labels)
+
+    class Mixed:
+        def before_forward(self, images, labels, generator):
+            return images, F.one_hot(labels, 4).float().roll(1, 0) / 2 + F.one_hot(labels, 4) / 2
+
+    images, labels = torch.rand(8, 1, 4, 4), torch.arange(8) % 4
+    losses = []
+    for hooks in ([], [Loss()]):
+        with seeded(0):
+            network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4))
+        objective = supervised_objective(network, QUICK, [Mixed(), *hooks] if mixed else hooks, 8, 0, "cpu")
+        losses.append(objective.loss(images, labels, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(*losses)
+    plain = dataclasses.replace(QUICK, label_smoothing=0.0)
+    assert supervised_objective(network, plain, hooks, 8, 0, "cpu")._smoothed(labels) is labels
+
+
 def test_what_is_fitted_to_stored_images_sees_them_before_they_are_mirrored():
     """Else an orthogonal projection would leave the protection in half of the images."""
     images = torch.arange(64, dtype=torch.uint8).view(16, 1, 1, 4)

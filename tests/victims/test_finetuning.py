@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from digits import QUICK, digits
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import save_file
 from torchvision.models import vgg16_bn
 
@@ -380,4 +382,15 @@ def test_sources_without_one_readable_file(tmp_path, saved):
     with pytest.raises(ValueError, match=f"holds no .safetensors file, {accepted}"):
         read_weights(tmp_path / "empty")
     with pytest.raises(ValueError, match=f"init_from is 'no/such-thing', which is no path .*{accepted}"):
+        read_weights("no/such-thing")
+    with pytest.raises(ValueError, match=f"init_from is 'no/such.safetensors', which is no file, {accepted}"):
+        read_weights("no/such.safetensors")
+
+
+def test_a_hub_that_cannot_be_reached_ends_in_one_sentence(monkeypatch):
+    def unreachable(hub, name):
+        raise HTTPError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(HfApi, "list_repo_files", unreachable)
+    with pytest.raises(ValueError, match="init_from is 'no/such-thing', which is no path and no Hub id in reach"):
         read_weights("no/such-thing")

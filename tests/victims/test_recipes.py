@@ -120,8 +120,19 @@ def test_digits_are_neither_shifted_nor_mirrored():
         ({"schedule": "linear"}, "schedule is 'linear', but .* steps, cosine, one_cycle"),
         ({"epochs": 0}, "epochs is 0, but .* 1"),
         ({"batch_size": 1}, "batch_size is 1, but .* 2"),
+        ({"warmup": 2.0}, "warmup is 2.0, but must lie within 0 and 1"),
+        ({"momentum": -1.0}, "momentum is -1.0, but must be at least 0 and below 1"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0, but must be at least 0"),
+        ({"crop_padding": -1}, "crop_padding is -1, but must be at least 0"),
+        ({"clip_norm": -1.0}, "clip_norm is -1.0, but must be above 0"),
+        ({"max_steps_per_epoch": 0}, "max_steps_per_epoch is 0, but must be at least 1"),
     ],
 )
 def test_recipes_that_cannot_be_followed(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(QUICK, **change)
+
+
+def test_a_smoothing_that_cannot_be():
+    with pytest.raises(ValueError, match="label_smoothing is 1.5, but must lie within 0 and 1"):
+        dataclasses.replace(RECIPES["airbench"], label_smoothing=1.5)
