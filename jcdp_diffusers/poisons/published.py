@@ -138,13 +138,7 @@ def read_perturbation(
         values, how = _by_row(rows, data, path)
         matched = _IN_ORDER.get(how, how)
     else:
-        if set(rows.ids or ()) != set(in_order_of.ids):
-            rows.ids = None  # of another source than in_order_of, in which they mean nothing
-        values, how = _by_row(rows, in_order_of, path)
-        values, matched = (
-            _by_content(values, data, in_order_of),
-            f"{how}, by the pixels of in_order_of".removeprefix(", "),
-        )
+        values, matched = _by_order_of(in_order_of, rows, data, path)
     perturbation, holds = _recognise(values, data, kind, budget, path)
     if kind == "sample-wise" and order == "checked" and "perturbations" in holds:
         _check_order(perturbation, data, path)
@@ -434,6 +428,14 @@ def _ungrouped(values: np.ndarray, labels: np.ndarray | None, data: LabelledImag
         likenesses = [likeness(found, clean[rows]) for rows in (part, torch.from_numpy(by_class)[part])]
         grouped = likenesses[0] <= RESEMBLANCE < likenesses[1]
     return values[np.argsort(by_class)] if grouped else None
+
+
+def _by_order_of(ordered: LabelledImages, rows: _Rows, data: LabelledImages, path: Path) -> tuple[np.ndarray, str]:
+    """The row of each image: that of the same image in `ordered`, to which rows belong as `_by_row` has it."""
+    if set(rows.ids or ()) != set(ordered.ids):
+        rows.ids = None  # of another source, in which they mean nothing
+    values, how = _by_row(rows, ordered, path)
+    return _by_content(values, data, ordered), f"{how}, by the pixels of in_order_of".removeprefix(", ")
 
 
 def _by_content(values: np.ndarray, data: LabelledImages, ordered: LabelledImages) -> np.ndarray:
