@@ -117,3 +117,8 @@ def stored_images(values: dict, images: tuple[str, ...]) -> dict:
 def undecoded(feature):
     """The feature, or for images the one that leaves them encoded."""
     return datasets.Image(decode=False) if isinstance(feature, datasets.Image) else feature
+
+
+def decoded(feature):
+    """The feature, or for images the one that decodes them, as readers expect it."""
+    return datasets.Image() if isinstance(feature, datasets.Image) else feature

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ..outputs import replacing
-from .columns import undecoded
+from .columns import decoded, undecoded
 from .labelled import LabelledImages
 
 
@@ -26,6 +26,7 @@ def write_dataset(
     split: str = "train",
     shards: int = 1,
     columns: Mapping[str, Sequence] | None = None,
+    features: Mapping | None = None,
 ) -> list[Path]:
     """Write a folder that `datasets.load_dataset(output_dir)` and :func:`load_images` open, bit for bit.
 
@@ -38,6 +39,8 @@ def write_dataset(
         split: first part of the files' names, `<split>-00000-of-0000K.parquet`.
         shards: K, the number of files, of equal length up to one row.
         columns: further columns by name, one value per image.
+        features: types of `datasets` for some of these, such as class labels and images; found from the values
+            elsewhere.
 
     Returns:
         the paths of the files, in order.
@@ -63,15 +66,18 @@ def write_dataset(
             f"output_dir {str(output_dir)!r} holds {others[0].name}, not one of {shards} shards; a folder without "
             "it is accepted."
         )
-    features = _features(data)
+    written = _features(data)
     if columns:
-        features.update(datasets.Dataset.from_dict(columns).features)
+        given = {name: decoded(feature) for name, feature in (features or {}).items()}
+        untold = {name: values for name, values in columns.items() if name not in given}
+        told = given | dict(datasets.Dataset.from_dict(untold).features)
+        written.update({name: told[name] for name in columns})
     for path, rows in zip(paths, np.array_split(np.arange(len(data)), shards)):
         start, stop = int(rows[0]), int(rows[-1]) + 1
         extra = {name: values[start:stop] for name, values in columns.items()}
-        dataset = datasets.Dataset.from_dict({**_encoded_columns(data, start, stop), **extra}, features=features)
+        dataset = datasets.Dataset.from_dict({**_encoded_columns(data, start, stop), **extra}, features=written)
         table = dataset.with_format("arrow")[:]
-        write_table(path, table.replace_schema_metadata(features.arrow_schema.metadata))
+        write_table(path, table.replace_schema_metadata(written.arrow_schema.metadata))
     return paths
 
 

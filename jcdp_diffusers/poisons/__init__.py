@@ -68,8 +68,9 @@ class Poison:
         uses_seed (`bool`, *optional*, defaults to `True`): Whether the seed changes anything.
         least_classes (`int`, *optional*, defaults to 1): Classes that the labels must hold. A network that learns from
             labels, and whatever compares classes, needs two.
-        suits_single_images (`bool`, *optional*, defaults to `False`): Whether the noise of an image follows from its
-            class, the seed and the image alone, so that one picture can be protected without a data set.
+        suits_single_images (`bool`, *optional*, defaults to `False`): Whether one picture can be protected without a
+            data set: its noise depends on no other image's pixels. It may depend on the number of classes and images,
+            as LSP's does, and is then another one than the same picture has in a data set.
     """
 
     name: str

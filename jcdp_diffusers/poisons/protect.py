@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 import yaml
@@ -31,7 +32,7 @@ from ..results import package_versions
 from ..victims.checkpoints import digest
 from .photographs import export, places_of_export, size_to_read
 from .pretrained import public_weights
-from .published import ORDERS, read_perturbation
+from .published import NORMS, ORDERS, check_budget, read_perturbation
 
 
 CARD = "README.md"
@@ -45,6 +46,9 @@ _GIVEN = {
     "in_order_of": "another set for in_order_of",
 }
 _FLAG = "protected"  # column that says which images are protected, where not all are
+_OWN_COLUMNS = ("id", "image", "label")
+# Options of the command that go with --method, and those that go with --perturbation.
+_OF_METHODS, _OF_FILES = ("preset", "set"), ("kind", "order", "in_order_of", *NORMS)
 
 
 def protect_dataset(
@@ -58,6 +62,7 @@ def protect_dataset(
     split: str = "train",
     device: str | torch.device = "cpu",
     columns: Mapping[str, Any] | None = None,
+    features: datasets.Features | None = None,
     source: str | None = None,
     progress: bool = False,
 ) -> LabelledImages:
@@ -78,6 +83,7 @@ def protect_dataset(
         split (`str`, *optional*, defaults to `"train"`): Name of the split that is written.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where surrogates run.
         columns (`dict`, *optional*): Further columns to write, one value per image.
+        features (`datasets.Features`, *optional*): Types of these, where the values do not tell them.
         source (`str`, *optional*): What the card calls the data set.
         progress (`bool`, *optional*, defaults to `False`): Show a bar.
 
@@ -90,7 +96,7 @@ def protect_dataset(
     poison = poisons.get(method)
     if poison.uses_labels and data.labels is None:
         raise ValueError(f"dataset has no labels, but {method} needs one for every image.")
-    rows = protected_rows(len(data), fraction, seed)
+    rows = _rows_to_protect(data, fraction, seed, columns)
     request = {
         "method": method,
         "preset": preset if isinstance(preset, str) else "custom",
@@ -124,7 +130,7 @@ def protect_dataset(
     )
     facts = request | {"reference": poison.source, "device": str(device), "file_digest": poison.file_digest}
     facts |= {"promised": poisons.budget(method, preset, tuple(perturbation.shape[1:]))}
-    return _write(output_dir, data, rows, perturbation, split, columns, facts, start)
+    return _write(output_dir, data, rows, perturbation, split, columns, features, facts, start)
 
 
 def protect_with_file(
@@ -140,6 +146,7 @@ def protect_with_file(
     fraction: float = 1.0,
     split: str = "train",
     columns: Mapping[str, Any] | None = None,
+    features: datasets.Features | None = None,
     source: str | None = None,
 ) -> LabelledImages:
     """
@@ -150,12 +157,13 @@ def protect_with_file(
         output_dir (`str` or `Path`): See [`protect_dataset`]; the content of the perturbation is compared too.
         perturbation, kind, budget, order, in_order_of: See [`read_perturbation`].
         seed (`int`, *optional*, defaults to 0): Of the choice of images.
-        fraction, split, columns, source: See [`protect_dataset`].
+        fraction, split, columns, features, source: See [`protect_dataset`].
 
     Returns:
         `LabelledImages`: All images, as written.
     """
-    rows = protected_rows(len(data), fraction, seed)
+    check_budget(budget or {})
+    rows = _rows_to_protect(data, fraction, seed, columns)
     request = {
         "perturbation": Path(perturbation).name,
         "promised": dict(budget or {}),
@@ -166,12 +174,11 @@ def protect_with_file(
         "content": _content(data),
         "perturbation_content": _content_of_files(Path(perturbation)),
         "kind": kind,
+        "order": order,
         "in_order_of": None if in_order_of is None else _content(in_order_of),
     }
     if fraction < 1:
         request["seed"] = seed
-    if order != "checked" or in_order_of is not None:
-        request["order"] = order if in_order_of is None else "of another set"
     output_dir = Path(output_dir)
     if (done := _finished(output_dir, request, data)) is not None:
         return done
@@ -179,7 +186,8 @@ def protect_with_file(
     delta, recognised = read_perturbation(
         perturbation, data, kind=kind, budget=budget, order=order, in_order_of=in_order_of
     )
-    return _write(output_dir, data, rows, delta[rows], split, columns, request | {"recognised": recognised}, start)
+    facts = request | {"recognised": recognised}
+    return _write(output_dir, data, rows, delta[rows], split, columns, features, facts, start)
 
 
 def protected_rows(count: int, fraction: float, seed: int) -> np.ndarray:
@@ -204,6 +212,16 @@ def protected_rows(count: int, fraction: float, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng([seed, count]).permutation(count)[:chosen])
 
 
+def _rows_to_protect(
+    data: LabelledImages, fraction: float, seed: int, columns: Mapping[str, Any] | None
+) -> np.ndarray:
+    """As `protected_rows`; a column in which these could not be told is refused."""
+    rows = protected_rows(len(data), fraction, seed)
+    if len(rows) < len(data) and _FLAG in (columns or {}):
+        raise ValueError(f"dataset has a column {_FLAG!r}, but a fraction below 1 needs that name for its own.")
+    return rows
+
+
 def read_card(output_dir: str | Path) -> dict[str, Any]:
     """
     What the card of a protected data set says of its poison.
@@ -221,12 +239,16 @@ def read_card(output_dir: str | Path) -> dict[str, Any]:
 def _card_of(folder: str | Path) -> dict[str, Any] | None:
     """As `read_card`, but None where there is no such card."""
     path = Path(folder) / CARD
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    facts = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
-    if not isinstance(facts, dict) or "poison" not in facts:
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        facts = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
+    except (ValueError, yaml.YAMLError):  # somebody else's
+        return None
+    poison = facts.get("poison") if isinstance(facts, dict) else None
+    if not isinstance(poison, dict) or not isinstance(poison.get("measured"), dict) or "images" not in poison:
         return None
     # The first cards are of sets that are protected as a whole, and do not say so.
-    return {"fraction": 1.0, "protected_images": facts["poison"].get("images")} | facts["poison"]
+    return {"fraction": 1.0, "protected_images": poison["images"]} | poison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -256,11 +278,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fraction", type=float, default=1.0, help="of the images, drawn by --seed")
-    parser.add_argument("--preset", default="published", help="published, cpu, smoke or one of the method's own")
+    parser.add_argument("--preset", help="published (the default), cpu, smoke or one of the method's own")
     parser.add_argument(
         "--set",
         action="append",
-        default=[],
         metavar="FIELD=VALUE",
         help="one of the preset's numbers, to be replaced; may be given several times: --set surrogate=squeezenet1_0",
     )
@@ -271,8 +292,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--order",
         choices=ORDERS,
-        default="checked",
-        help="of --perturbation's rows: given takes noise that was never clipped, whose order cannot be checked",
+        help="of --perturbation's rows, checked by default: given takes noise that was never clipped, whose order "
+        "cannot be checked",
     )
     parser.add_argument(
         "--in_order_of",
@@ -285,6 +306,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`jcdp poison`, from parsed options to a line that says what was written."""
+    what, others = ("method", _OF_FILES) if args.method is not None else ("perturbation", _OF_METHODS)
+    if given := [name for name in others if getattr(args, name) is not None]:
+        raise ValueError(f"--{given[0]} is {getattr(args, given[0])!r}, but must be left out with --{what}.")
     sources = {"--dataset": args.dataset, "--perturbation": args.perturbation}
     check_output_folder(args.output, marks=MARKS, own=OWN_NAMES, sources=sources, name="--output")
     columns = {"image_column": args.image_column, "label_column": args.label_column}
@@ -292,7 +316,7 @@ def run(args: argparse.Namespace) -> None:
     args.image_size, assorted = size_to_read(args, where)
     data = load_images(args.dataset, image_size=args.image_size, channels=args.channels, **where)
     places = places_of_export(args, data, fresh=not (Path(args.output) / CARD).exists())
-    others = _other_columns(args.dataset, args.split, columns)
+    others, features = _other_columns(args.dataset, args.split, columns)
     before = _card_of(args.dataset) if args.fraction == 1 else None
     if before is not None and before["fraction"] < 1:  # its column says which part was protected, and now all are
         others[_FLAG] = [True] * len(data)
@@ -302,17 +326,20 @@ def run(args: argparse.Namespace) -> None:
             data,
             args.output,
             method=args.method,
-            preset=poisons.get(args.method).changed(args.preset, _changes(args.set), name="--set"),
+            preset=poisons.get(args.method).changed(
+                args.preset or "published", _changes(args.set or []), name="--set"
+            ),
             seed=args.seed,
             fraction=args.fraction,
             split=split,
             device=args.device,
             columns=others,
+            features=features,
             source=public_name(args.dataset),
             progress=True,
         )
     else:
-        declared = {norm: getattr(args, norm) for norm in ("linf", "l2", "l0") if getattr(args, norm) is not None}
+        declared = {norm: getattr(args, norm) for norm in NORMS if getattr(args, norm) is not None}
         sizes = {"image_size": args.image_size, "channels": args.channels}
         ordered = None if args.in_order_of is None else load_images(args.in_order_of, split=args.split, **sizes)
         protect_with_file(
@@ -321,12 +348,13 @@ def run(args: argparse.Namespace) -> None:
             perturbation=args.perturbation,
             kind=args.kind,
             budget=declared,
-            order=args.order,
+            order=args.order or "checked",
             in_order_of=ordered,
             seed=args.seed,
             fraction=args.fraction,
             split=split,
             columns=others,
+            features=features,
             source=public_name(args.dataset),
         )
     if args.export is not None:
@@ -392,6 +420,8 @@ def _finished(output_dir: Path, request: Mapping[str, Any], data: LabelledImages
         return None
     facts = read_card(output_dir)
     known = "content" in facts  # cards of earlier versions have none of the digests
+    if facts.get("order") not in ORDERS:  # and tell the order only where it is given
+        facts["order"] = "checked"
     for name, wanted in yaml.safe_load(yaml.safe_dump(_plain(request))).items():
         if facts.get(name) == wanted or (not known and name in (*_GIVEN, "kind")):
             continue
@@ -430,6 +460,7 @@ def _write(
     perturbation: torch.Tensor,
     split: str,
     columns: Mapping[str, Any] | None,
+    features: datasets.Features | None,
     facts: dict[str, Any],
     start: float,
 ) -> LabelledImages:
@@ -441,10 +472,8 @@ def _write(
     images[rows] = apply_perturbation(data.images[rows], perturbation)
     protected = data.with_images(images)
     if len(rows) < len(data):
-        if _FLAG in columns:
-            raise ValueError(f"dataset has a column {_FLAG!r}, but a fraction below 1 needs that name for its own.")
         columns[_FLAG] = np.isin(np.arange(len(data)), rows).tolist()
-    write_dataset(output_dir, protected, split=split, columns=columns)
+    write_dataset(output_dir, protected, split=split, columns=columns, features=features)
     facts |= {
         "split": split,
         "protected_images": len(rows),
@@ -512,17 +541,17 @@ def _cell(value: Any) -> str:
     return printable(str(value)).replace("|", r"\|").replace("<", r"\<")
 
 
-def _other_columns(source: str, split: str | None, columns: Mapping[str, str | None]) -> dict[str, list]:
-    """Whatever the source has beside id, image and label."""
+def _other_columns(
+    source: str, split: str | None, columns: Mapping[str, str | None]
+) -> tuple[dict[str, list], datasets.Features]:
+    """Whatever the source has beside id, image and label, and its types."""
     rows = open_dataset(source, split=split, streaming=True, **columns)
-    names = [name for name in rows.features if name not in ("id", "image", "label")]
-    if not names:
-        return {}
-    found = {name: [] for name in names}
-    for row in rows.select_columns(names):
-        for name in names:
+    features = datasets.Features({name: one for name, one in rows.features.items() if name not in _OWN_COLUMNS})
+    found = {name: [] for name in features}
+    for row in rows.select_columns(list(features)) if features else ():
+        for name in features:
             found[name].append(row[name])
-    return found
+    return found, features
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,7 @@ What programs write, as their sources show it:
 
 import argparse
 import codecs
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ import torch
 from safetensors import SafetensorError
 from torch.nn import functional as F
 
-from ..data import LabelledImages, load_images, open_dataset
+from ..data import LabelledImages, column_names, load_images
 from ..data.arrays import LABEL_ARRAYS, read_npy, read_npz
 from ..data.decoding import is_lfs_pointer
 from ..data.labels import number_of
@@ -46,12 +47,12 @@ from .readings import (
     likeness,
     points_outwards,
     row_in_another_place,
-    row_unlike_its_image,
 )
 
 
 SUFFIXES = (".pt", ".pth", ".npy", ".npz", ".safetensors")
 ORDERS = ("checked", "given")
+NORMS = ("linf", "l2", "l0")
 # What programs call the rows' numbers in the clean set: "packed" files of TAP's.
 _NUMBERS = ("poison_ids", "indices", "index")
 _PREFERRED = ("poison_delta", "perturbation", "noise")
@@ -66,6 +67,11 @@ _HARMLESS = [
 # Noise at black and white pixels, from which the order of rows can be told, and which share of it may point outwards
 # by rounding; in a wrong order it is about a half.
 _ENOUGH_SATURATED, _OUTWARDS = 50, 0.02
+# How rows were found to belong to images that stand in their order, in more words.
+_IN_ORDER = {
+    "": "in the order of the clean images",
+    "grouped by class": "grouped by class, in the order of the clean images within a class",
+}
 _CONVERT = (
     "plain tensors and arrays are accepted, so convert it with a program that you trust: load it there and save its "
     "array alone with numpy.save"
@@ -103,7 +109,8 @@ def read_perturbation(
         order: "checked" refuses sample-wise noise that makes black and white pixels darker and lighter still, which
             noise in the right order never does; "given" takes the order as it is, for noise that was never clipped.
         in_order_of: the clean images in the order of the file (torchvision's, say), where `data` has another: rows
-            are then matched by the pixels of the images.
+            are brought into that order by what the file says of them (numbers, ids, classes), and then matched by the
+            pixels of the images.
 
     Returns:
         The perturbation, float32 `(N, C, H, W)` for images in [0, 1], one row per image of `data`, and what was
@@ -112,54 +119,60 @@ def read_perturbation(
     Raises:
         ValueError: if the file cannot be read without unpickling, or does not fit `data` or the budget.
     """
-    path = Path(path)
+    path, budget = Path(path), budget or {}
+    check_budget(budget)
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}, but must be one of {', '.join(ORDERS)}.")
     if kind not in (None, "sample-wise", "class-wise"):
         raise ValueError(f"kind is {kind!r}, but sample-wise and class-wise are accepted.")
+    ordered = data if in_order_of is None else in_order_of
     if path.is_dir() and (patterns := sorted(path.glob("perturbation_*.pth"))):
-        rows = _read_clusters(path, patterns, data, budget or {}, order)
+        rows = _read_clusters(path, patterns, ordered, budget, order)
     else:
-        rows = _read_folder(path, data) if path.is_dir() else _read_file(path)
+        rows = _read_folder(path, ordered) if path.is_dir() else _read_file(path)
     rows.values = _channels_first(rows.values, data.images.shape[1:], path)
-    kind = kind or _kind(len(rows.values), data if in_order_of is None else in_order_of, path)
+    kind = kind or _kind(len(rows.values), ordered, path)
     if kind == "class-wise":
-        values, matched = _by_label(rows.values, data, path)
-    elif in_order_of is not None:
-        values, grouped = _ungrouped(rows.values, rows.labels, in_order_of)
-        values, matched = _by_content(values, data, in_order_of, path), f"{grouped}by the pixels of in_order_of"
+        values, matched = _by_label(rows, data, path)
+    elif in_order_of is None:
+        values, how = _by_row(rows, data, path)
+        matched = _IN_ORDER.get(how, how)
     else:
-        values, matched = _by_row(rows, data, path)
-    perturbation, holds = _recognise(values, data, kind, budget or {}, path)
+        values, matched = _by_order_of(in_order_of, rows, data, path)
+    perturbation, holds = _recognise(values, data, kind, budget, path)
     if kind == "sample-wise" and order == "checked" and "perturbations" in holds:
         _check_order(perturbation, data, path)
-    if "grouped" in matched and "poisoned images" in holds:
-        clean = data.tensor()
-        if (row := row_unlike_its_image(clean + perturbation, clean)) is not None:
-            raise ValueError(
-                f"perturbation is {path.name!r}, whose labels are those of the clean images, grouped by class, but "
-                f"whose image for row {row} is not like the clean one."
-            )
     norms = measured_norms(data.images, apply_perturbation(data.images, perturbation))
-    _check_budget(norms, budget or {}, data.images.shape[1:], path)
+    _check_norms(norms, budget, data.images.shape[1:], path)
     stated = (
         f"linf {norms['linf']}/255, l2 {norms['l2_mean']:.3f} (at most {norms['l2_max']:.3f}), l0 {norms['l0_max']}"
     )
     return perturbation, {"kind": kind, "rows": matched, "holds": holds, "norms": stated}
 
 
+def check_budget(budget: Mapping[str, float]) -> None:
+    """Refuse a declared budget with an unknown norm or a bound that bounds nothing."""
+    for norm, bound in budget.items():
+        if norm not in NORMS:
+            raise ValueError(f"budget has {norm!r}, but {', '.join(NORMS)} are accepted.")
+        if not 0 <= bound < math.inf:
+            raise ValueError(f"budget has {norm} {bound}, but for {', '.join(NORMS)} numbers from 0 on are accepted.")
+
+
 def _read_folder(path: Path, data: LabelledImages) -> _Rows:
-    dataset = open_dataset(path)
-    poisoned = load_images(dataset, channels=data.images.shape[3])
-    names = dataset["file_name"][:] if "file_name" in dataset.column_names else []
+    poisoned = load_images(path, channels=data.images.shape[3])
+    names = poisoned.files if "file_name" in column_names(path) else ()
     numbers = [number_of(Path(name).stem) for name in names]
     complete = sorted(number for number in numbers if number is not None) == list(range(len(poisoned)))
     labels = None if poisoned.labels is None else _label_numbers(poisoned)
-    given = "file_name" not in dataset.column_names and not _numbered_rows(poisoned)
+    # Row numbers mean nothing in another source, even where they are the same text.
+    own = not _numbered_rows(poisoned)
+    same = set(poisoned.ids) == set(data.ids)
+    by_id = own and (same and not complete if names else same or not _numbered_rows(data))
     return _Rows(
         poisoned.images,
         labels if labels is not None and _comparable(poisoned, data) else None,
-        poisoned.ids if given or set(poisoned.ids) == set(data.ids) and not complete else None,
+        poisoned.ids if by_id else None,
         np.array(numbers) if complete else None,
     )
 
@@ -186,21 +199,31 @@ def _read_clusters(
         raise ValueError(
             f"perturbation is {path.name!r}, but its noises must be {names[0]} to {names[-1]}, all of them."
         )
-    noise = torch.cat([torch.from_numpy(_read_file(path / name).values).float() for name in names])
+    noises = [_read_file(path / name).values for name in names]
+    if (shapes := {noise.shape for noise in noises}) != {(1, *noises[0].shape[-3:])}:
+        raise ValueError(
+            f"perturbation is {path.name!r}, whose noises have the shapes {', '.join(map(str, sorted(shapes)))}, but "
+            "one shape (1, channels, height, width) is accepted."
+        )
     members = [
         np.asarray(_as_array(found[_CLUSTERS], file))
         for file in sorted(path.iterdir())
         if file.suffix in SUFFIXES and file not in patterns
         if isinstance(found := _load(file), Mapping) and _CLUSTERS in found
     ]
-    if len(members) != 1 or members[0].shape != (len(data),) or members[0].max() >= len(noise):
+    if len(members) != 1 or members[0].shape != (len(data),) or not _counts(members[0], len(noises)):
         raise ValueError(
             f"perturbation is {path.name!r}, but must hold one file with {_CLUSTERS}, the cluster of each of "
-            f"{len(data)} images, below {len(noise)}."
+            f"{len(data)} images, below {len(noises)}: whole numbers from 0 on."
         )
     bound = budget["linf"] / 255
-    noise = F.interpolate(noise.clamp(-bound, bound), data.images.shape[1:3])
-    return _Rows(noise.numpy()[members[0]])
+    noise = torch.from_numpy(np.concatenate(noises)).float().clamp(-bound, bound)
+    return _Rows(F.interpolate(noise, data.images.shape[1:3]).numpy()[members[0]])
+
+
+def _counts(numbers: np.ndarray, end: int) -> bool:
+    """Whether they are whole numbers from 0 to below `end`."""
+    return numbers.dtype.kind in "iu" and numbers.min() >= 0 and numbers.max() < end
 
 
 def _read_file(path: Path) -> _Rows:
@@ -223,10 +246,18 @@ def _read_file(path: Path) -> _Rows:
             f"perturbation is {path.name!r} with {sorted(map(str, found))}, but one array of four dimensions is "
             "needed."
         )
-    labels = next((arrays[name] for name in LABEL_ARRAYS if name in arrays), None)
-    ids = tuple(map(str, arrays["ids"].tolist())) if "ids" in arrays else None
-    numbers = next((arrays[name] for name in _NUMBERS if name in arrays), None)
-    return _Rows(arrays[images[0]], labels, ids, numbers)
+    labels, ids, numbers = (
+        next((arrays[name].ravel() for name in names if name in arrays), None)
+        for names in (LABEL_ARRAYS, ("ids",), _NUMBERS)
+    )
+    values = arrays[images[0]]
+    for what, found in (("labels", labels), ("ids", ids), ("row numbers", numbers)):
+        if found is not None and len(found) != len(values):
+            raise ValueError(
+                f"perturbation is {path.name!r} with {len(values)} rows and {len(found)} {what}, but one for each row "
+                "is accepted."
+            )
+    return _Rows(values, labels, None if ids is None else tuple(map(str, ids.tolist())), numbers)
 
 
 def _load(path: Path):
@@ -266,18 +297,19 @@ def _is_array(value) -> bool:
 
 
 def _as_array(value, path: Path) -> np.ndarray:
-    if isinstance(value, torch.Tensor):
-        return (
-            value.detach().float().numpy()
-            if value.dtype in (torch.bfloat16, torch.float16)
-            else value.detach().numpy()
-        )
-    if isinstance(value, (list, tuple)) and value and all(isinstance(row, torch.Tensor) for row in value):
-        return torch.stack(list(value)).detach().numpy()
-    if isinstance(value, (np.ndarray, list)):
-        return np.asarray(value)
+    try:
+        if isinstance(value, (list, tuple)) and value and all(isinstance(row, torch.Tensor) for row in value):
+            value = torch.stack(list(value))
+        if isinstance(value, torch.Tensor):
+            narrow = value.is_floating_point() and value.dtype != torch.float64  # NumPy lacks some of these
+            return (value.detach().float() if narrow else value.detach()).numpy()
+        if isinstance(value, (np.ndarray, list)):
+            return np.asarray(value)
+    except (RuntimeError, TypeError, ValueError):
+        pass  # sparse, of several shapes, or of tensors and numbers
     raise ValueError(
-        f"perturbation is {path.name!r} with a {type(value).__name__}, but tensors and arrays are accepted."
+        f"perturbation is {path.name!r} with a {type(value).__name__}, but dense tensors and arrays of one shape are "
+        "accepted."
     )
 
 
@@ -305,97 +337,109 @@ def _kind(rows: int, data: LabelledImages, path: Path) -> str:
     raise ValueError(f"perturbation is {path.name!r} with {rows} rows, but {accepted} are accepted.")
 
 
-def _by_label(values: np.ndarray, data: LabelledImages, path: Path) -> tuple[np.ndarray, str]:
+def _by_label(rows: _Rows, data: LabelledImages, path: Path) -> tuple[np.ndarray, str]:
     """The row of each image's class: its number where classes are named by numbers, else its place among the names."""
     if data.labels is None:
         raise ValueError(f"perturbation is {path.name!r}, which is class-wise, but the clean images have no labels.")
-    names = data.class_names
-    in_names_order = names is None or len(names) == len(values)
-    numbers = data.labels if in_names_order else _label_numbers(data)
-    if numbers.max() >= len(values):
-        raise ValueError(
-            f"perturbation is {path.name!r} with {len(values)} rows, but labels go up to {numbers.max()}."
-        )
-    if not in_names_order and any(number_of(name) is None for name in names):
+    values, names = _in_order_of_classes(rows, data, path), data.class_names
+    row_of = _class_numbers(data)
+    if len(row_of) == len(values):  # classes 1 to 10, say, have rows 0 to 9
+        row_of = np.argsort(np.argsort(row_of))
+    row = row_of[data.labels]
+    if row.max() >= len(values):
+        raise ValueError(f"perturbation is {path.name!r} with {len(values)} rows, but labels go up to {row.max()}.")
+    if len(row_of) != len(values) and any(number_of(name) is None for name in names or ()):
         raise ValueError(
             f"perturbation is {path.name!r} with {len(values)} rows, but the clean images name {len(names)} classes."
         )
-    pairs = sorted(set(zip(numbers.tolist(), data.labels.tolist())))
+    pairs = sorted(set(zip(row.tolist(), data.labels.tolist())))
     shown = ", ".join(f"{row} for {label if names is None else names[label]}" for row, label in pairs[:12])
-    return values[numbers], shown + (f" and {len(pairs) - 12} more" if len(pairs) > 12 else "")
+    return values[row], shown + (f" and {len(pairs) - 12} more" if len(pairs) > 12 else "")
+
+
+def _in_order_of_classes(rows: _Rows, data: LabelledImages, path: Path) -> np.ndarray:
+    """Class-wise rows by class, where the file says of each row which class it is of."""
+    given = next((one for one in (rows.labels, rows.numbers, rows.ids) if one is not None), None)
+    if given is None:
+        return rows.values
+    count, classes = len(rows.values), _as_class_numbers(given, data, path)
+    if sorted(classes.tolist()) not in (list(range(count)), sorted(_class_numbers(data).tolist())):
+        raise ValueError(
+            f"perturbation is {path.name!r}, whose {count} class-wise rows are of the classes "
+            f"{', '.join(map(str, classes[:12]))}, but each class once is accepted."
+        )
+    return rows.values[np.argsort(classes)]
 
 
 def _by_row(rows: _Rows, data: LabelledImages, path: Path) -> tuple[np.ndarray, str]:
     """The row of each image, by id, by number or in their order; and in words which."""
-    values, labels = rows.values, rows.labels
+    values, labels = rows.values, None
     if len(values) != len(data):
         raise ValueError(
             f"perturbation is {path.name!r} with {len(values)} rows, but there are {len(data)} clean images."
         )
-    matched = "in the order of the clean images"
+    if rows.labels is not None and data.labels is not None:
+        labels = _as_class_numbers(rows.labels, data, path)
+    how = ""
     if rows.ids is not None:
         row_of = {row_id: row for row, row_id in enumerate(rows.ids)}
         missing = [row_id for row_id in data.ids if row_id not in row_of]
         if missing:
             raise ValueError(f"perturbation is {path.name!r}, but its ids lack {missing[0]!r} of the clean images.")
-        order, matched = np.array([row_of[row_id] for row_id in data.ids]), "by id"
+        order, how = np.array([row_of[row_id] for row_id in data.ids]), "by id"
     elif rows.numbers is not None:
-        numbers = np.asarray(rows.numbers)
+        numbers = rows.numbers
         if numbers.dtype.kind not in "iu" or sorted(numbers.tolist()) != list(range(len(data))):
             raise ValueError(
                 f"perturbation is {path.name!r}, whose row numbers are not 0 to {len(data) - 1}, each of them once."
             )
-        order, matched = np.argsort(numbers), "by the numbers that the file has of them"
+        order, how = np.argsort(numbers), "by the numbers that the file has of them"
     else:
         order = np.arange(len(data))
-    values, labels = values[order], None if labels is None else np.asarray(labels).ravel()[order]
-    if rows.ids is None and rows.numbers is None:
-        values, grouped = _ungrouped(values, labels, data)
-        if grouped:
-            return values, f"{grouped}{matched} within a class"
-    if labels is not None and data.labels is not None and not np.array_equal(labels, _label_numbers(data)):
+    values, labels = values[order], None if labels is None else labels[order]
+    if not how and (ungrouped := _ungrouped(values, labels, data)) is not None:
+        return ungrouped, "grouped by class"
+    if labels is not None and not np.array_equal(labels, _label_numbers(data)):
         row = int(np.argmax(labels != _label_numbers(data)))
         raise ValueError(
             f"perturbation is {path.name!r}, whose labels are not in the clean images' order, from row {row} on."
         )
-    return values, matched
+    return values, how
 
 
-def _ungrouped(values: np.ndarray, labels: np.ndarray | None, data: LabelledImages) -> tuple[np.ndarray, str]:
+def _ungrouped(values: np.ndarray, labels: np.ndarray | None, data: LabelledImages) -> np.ndarray | None:
     """
-    Rows that are grouped by class, each in the place of its image; others as they are.
+    Rows that are grouped by class, each in the place of its image; None for others.
 
     Labels tell, where there are some: they are those of the images, sorted. Without labels, poisoned images tell: they
     resemble the clean ones in that order and not in theirs.
-
-    Returns:
-        `tuple`: The rows, and "grouped by class, " or nothing.
     """
-    if data.labels is None or len(values) != len(data):
-        return values, ""
+    if data.labels is None:
+        return None
     own = _label_numbers(data)
     by_class = np.argsort(own, kind="stable")
     if np.array_equal(by_class, np.arange(len(data))):
-        return values, ""
+        return None
     if labels is not None:
-        grouped = np.array_equal(np.asarray(labels).ravel(), own[by_class])
+        grouped = np.array_equal(labels, own[by_class])
     else:
         clean, part = data.tensor(), torch.linspace(0, len(values) - 1, min(512, len(values))).long()
         found = torch.from_numpy(np.ascontiguousarray(values[part.numpy()]).astype(np.float32))
         likenesses = [likeness(found, clean[rows]) for rows in (part, torch.from_numpy(by_class)[part])]
         grouped = likenesses[0] <= RESEMBLANCE < likenesses[1]
-    if not grouped:
-        return values, ""
-    return values[np.argsort(by_class)], "grouped by class, "
+    return values[np.argsort(by_class)] if grouped else None
 
 
-def _by_content(values: np.ndarray, data: LabelledImages, ordered: LabelledImages, path: Path) -> np.ndarray:
-    """The row of each image, as the same image has in a set that is in the file's order."""
-    if len(values) != len(ordered):
-        raise ValueError(
-            f"in_order_of has {len(ordered)} images, but {path.name!r} has {len(values)} rows; one image per row is "
-            "accepted."
-        )
+def _by_order_of(ordered: LabelledImages, rows: _Rows, data: LabelledImages, path: Path) -> tuple[np.ndarray, str]:
+    """The row of each image: that of the same image in `ordered`, to which rows belong as `_by_row` has it."""
+    if set(rows.ids or ()) != set(ordered.ids):
+        rows.ids = None  # of another source, in which they mean nothing
+    values, how = _by_row(rows, ordered, path)
+    return _by_content(values, data, ordered), f"{how}, by the pixels of in_order_of".removeprefix(", ")
+
+
+def _by_content(values: np.ndarray, data: LabelledImages, ordered: LabelledImages) -> np.ndarray:
+    """The row of each image, as the same image has in a set whose rows these are."""
     rows: dict[bytes, list[int]] = {}
     for row, image in enumerate(ordered.images):
         rows.setdefault(image.tobytes(), []).append(row)
@@ -420,12 +464,29 @@ def _check_order(perturbation: torch.Tensor, data: LabelledImages, path: Path) -
         )
 
 
-def _label_numbers(data: LabelledImages) -> np.ndarray:
-    """The labels, as numbers of another source: what the classes are called, where that is a number."""
+def _class_numbers(data: LabelledImages) -> np.ndarray:
+    """The classes, as numbers of another source: what they are called, where that is a number, else their places."""
     numbers = [number_of(name) for name in data.class_names or ()]
-    if not numbers or None in numbers:
-        return data.labels
-    return np.array(numbers)[data.labels]
+    return np.arange(data.num_classes) if not numbers or None in numbers else np.array(numbers)
+
+
+def _label_numbers(data: LabelledImages) -> np.ndarray:
+    """The labels, as numbers of another source."""
+    return _class_numbers(data)[data.labels]
+
+
+def _as_class_numbers(labels, data: LabelledImages, path: Path) -> np.ndarray:
+    """Labels of a file as such numbers: texts are names of classes, or numbers themselves."""
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "US":
+        return labels
+    number = dict(zip(data.class_names or (), _class_numbers(data).tolist()))
+    numbers = {text: number.get(text, number_of(text)) for text in labels.astype(str).tolist()}
+    if unknown := [text for text, found in numbers.items() if found is None]:
+        raise ValueError(
+            f"perturbation is {path.name!r} with the label {unknown[0]!r}, but the clean images have no such class."
+        )
+    return np.array([numbers[text] for text in labels.astype(str).tolist()])
 
 
 def _comparable(one: LabelledImages, other: LabelledImages) -> bool:
@@ -452,8 +513,9 @@ def _recognise(
     values = torch.from_numpy(values.astype(np.float32))
     clean = data.tensor()
     if kind == "sample-wise":
-        if (reading := as_poisoned_images(values, clean, path.name)) is not None:
-            return reading.images - clean, f"poisoned images {reading.words}, {range_text}"
+        if (found := as_poisoned_images(values, clean, path.name)) is not None:
+            images, words = found
+            return images - clean, f"poisoned images {words}, {range_text}"
         unit = 255 if highest > 1 else 1
         elsewhere = row_in_another_place(values, clean)
         if elsewhere is not None or (lowest >= 0 and highest > 0.5 * unit and values.mean() > 0.1 * unit):
@@ -485,13 +547,11 @@ def _is_fraction(values: torch.Tensor, clean: torch.Tensor, budget: Mapping[str,
     return "linf" in budget and largest > 2 * budget["linf"] / 255 and largest > 0.99 and size > 0.5 * clean.std()
 
 
-def _check_budget(norms: Mapping[str, float], budget: Mapping[str, float], shape: tuple[int, ...], path: Path) -> None:
+def _check_norms(norms: Mapping[str, float], budget: Mapping[str, float], shape: tuple[int, ...], path: Path) -> None:
     # What rounding or truncation to 8 bits may add: one level, or the norm of one level at half the values' spread.
     measured = {"linf": norms["linf"], "l2": norms["l2_max"], "l0": norms["l0_max"]}
     slack = {"linf": 1.0, "l2": 0.5 / 255 * float(np.sqrt(np.prod(shape))), "l0": 0.0}
     for norm, bound in budget.items():
-        if norm not in measured:
-            raise ValueError(f"budget has {norm!r}, but {', '.join(measured)} are accepted.")
         if measured[norm] > bound + slack[norm]:
             raise ValueError(
                 f"perturbation is {path.name!r} with {norm} {measured[norm]:.4g}, but {bound:g} was declared."

@@ -14,6 +14,7 @@ from jcdp_diffusers import poisons
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import load_images, write_dataset
 from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms, visibility
+from jcdp_diffusers.data.writing import png
 from jcdp_diffusers.perceptual import lpips_at_hand
 from jcdp_diffusers.poisons import protect
 from jcdp_diffusers.poisons.checkpoint import Checkpoint
@@ -294,11 +295,6 @@ def test_a_fraction_of_a_published_file_keeps_its_rows(source, data, tmp_path):
     np.testing.assert_array_equal(load_images(output).images, expected)
 
 
-def test_a_column_called_protected_is_not_overwritten(data, tmp_path):
-    with pytest.raises(ValueError, match="dataset has a column 'protected'"):
-        protect.protect_dataset(data, tmp_path, method="lsp", fraction=0.5, columns={"protected": [1] * 40})
-
-
 def test_the_source_and_files_of_others_stay_as_they_are(tmp_path, data, capsys):
     """The clean originals, a folder with somebody's own data set, and files behind a link."""
     for folder in ("clean", "others"):
@@ -392,3 +388,85 @@ def test_a_set_that_another_version_of_the_method_made_is_named(data, tmp_path, 
     again = protect.protect_dataset(data, tmp_path, method="lsp")
     assert "another version of the file of lsp" in capsys.readouterr().err
     assert np.array_equal(made.images, again.images)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (("--method", "lsp", "--linf", 4), "--linf is 4.0, but must be left out with --method"),
+        (("--method", "lsp", "--order", "given"), "--order is 'given', but must be left out with --method"),
+        (("--method", "lsp", "--in_order_of", "nowhere"), "--in_order_of is 'nowhere', but"),
+        (("--method", "lsp", "--kind", "class-wise"), "--kind is 'class-wise', but"),
+        (("--perturbation", "f.npy", "--preset", "nonsense"), "--preset is 'nonsense'.* with --perturbation"),
+        (("--perturbation", "f.npy", "--set", "a=b"), r"--set is \['a=b'\], but must be left out with --perturbation"),
+    ],
+)
+def test_options_of_the_other_mode_are_refused(given, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        command(*given, "--dataset", "nowhere", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_bounds_nothing_is_refused_before_anything(data, tmp_path):
+    with pytest.raises(ValueError, match="budget has linf nan, but for linf, l2, l0 numbers from 0 on are accepted"):
+        protect.protect_with_file(data, tmp_path, perturbation="noise.npy", budget={"linf": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_order_is_another_data_set(data, tmp_path):
+    noise = np.random.default_rng(0).integers(-8, 9, (40, 3, 16, 16)).astype(np.int8)
+    np.save(tmp_path / "noise.npy", noise)
+    options = {"output_dir": tmp_path / "out", "perturbation": tmp_path / "noise.npy"}
+    protect.protect_with_file(data, **options, order="given")
+    with pytest.raises(ValueError, match="output is .* of order 'given' instead of 'checked'"):
+        protect.protect_with_file(data, **options)
+    # Cards of earlier versions tell the order only where it is given.
+    card = tmp_path / "out" / "README.md"
+    card.write_text("".join(line for line in card.open() if not line.startswith("  order: ")))
+    protect.protect_with_file(data, **options)
+
+
+def test_a_column_called_protected_is_refused_before_the_poison_is_made(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(poisons.Poison, "__call__", lambda *_, **__: pytest.fail("made"))
+    options = {"fraction": 0.5, "columns": {"protected": [1] * 40}}
+    with pytest.raises(ValueError, match="dataset has a column 'protected'"):
+        protect.protect_dataset(data, tmp_path, method="lsp", **options)
+    with pytest.raises(ValueError, match="dataset has a column 'protected'"):
+        protect.protect_with_file(data, tmp_path, perturbation="nowhere.npy", **options)
+    assert not list(tmp_path.iterdir())
+
+
+FOREIGN = {
+    "no YAML": b"---\ntitle: My set: a\n---\n",
+    "no UTF-8": b"---\ntitle: caf\xe9\n---\n",
+    "a word": b"---\npoison: lsp\n---\n",
+    "no images": b"---\npoison:\n  measured: {linf: 8}\n---\n",
+    "nothing measured": b"---\npoison:\n  images: 40\n---\n",
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_readme_of_somebody_else_is_no_card(what, data, tmp_path):
+    write_dataset(tmp_path / "clean", data)
+    (tmp_path / "clean" / "README.md").write_bytes(FOREIGN[what])
+    with pytest.raises(ValueError, match="output_dir is .*'.*clean', but its README.md must be the card of"):
+        protect.read_card(tmp_path / "clean")
+    command("--method", "lsp", "--dataset", tmp_path / "clean", "--output", tmp_path / "out")
+    assert protect.read_card(tmp_path / "out")["images"] == 40
+
+
+def test_further_columns_keep_their_types(data, tmp_path):
+    """Masks stay images, and classes keep their names."""
+    masks = [{"bytes": png(image), "path": None} for image in data.images]
+    types = {
+        "mask": datasets.Image(),
+        "coarse_label": datasets.ClassLabel(names=["x", "y"]),
+        "size": datasets.Value("int8"),
+    }
+    columns = {"mask": masks, "coarse_label": [0, 1] * 20, "size": [3] * 40, "note": ["n"] * 40}
+    write_dataset(tmp_path / "clean", data, columns=columns, features=types)
+    command("--method", "lsp", "--dataset", tmp_path / "clean", "--output", tmp_path / "out", "--fraction", 0.5)
+    rows = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert {name: rows.features[name] for name in types} == types and rows.features["note"].dtype == "string"
+    assert rows.column_names[3:] == [*columns, "protected"] and rows["coarse_label"][:3] == [0, 1, 0]
+    assert np.array_equal(np.asarray(rows[5]["mask"]), data.images[5])

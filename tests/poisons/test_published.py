@@ -132,6 +132,17 @@ def test_poisoned_images_in_another_order_are_refused(shift, tmp_path, data, poi
         read_perturbation(path, data, budget={"linf": 8})
 
 
+@pytest.mark.parametrize("wrong", [4, 12])
+def test_images_of_which_a_part_is_in_another_order_are_refused(wrong, tmp_path, data, poisoned):
+    rows = np.arange(40)
+    rows[-wrong:] = np.roll(rows[-wrong:], 1)
+    path = write(tmp_path / "images.npy", poisoned[rows])
+    with pytest.raises(
+        ValueError, match="holds images like the clean ones, but whose image for row [23]. is not like"
+    ):
+        read_perturbation(path, data)
+
+
 @pytest.mark.parametrize("budget", [{"linf": 4}, {"l2": 0.3}, {"l0": 1}])
 def test_norm_beyond_the_declared_budget_is_refused(budget, tmp_path, data, delta):
     (norm, bound) = next(iter(budget.items()))
@@ -219,3 +230,78 @@ def test_strongly_changed_images_are_recognised(tmp_path, data):
     poisoned = data.tensor() + poisons.get("cuda")(data.tensor(), torch.from_numpy(data.labels))
     path = write(tmp_path / "cuda.npy", poisoned.numpy())
     assert "poisoned images in [0, 1]" in read_perturbation(path, data)[1]["holds"]
+
+
+def one_for_each(noise, **marks):
+    return {"noise": torch.from_numpy(noise), **marks}
+
+
+@pytest.mark.parametrize("marks", [{"labels": np.array([2, 0, 3, 1])}, {"index": np.array([2, 0, 3, 1])}])
+def test_class_wise_rows_stand_where_the_file_says(marks, tmp_path, data):
+    pattern = np.random.default_rng(0).integers(-8, 9, (4, 3, 16, 16)).astype(np.int8)
+    order = np.array([2, 0, 3, 1])
+    named = {"ids": [f"class {label}" for label in order]}
+    for given in (marks, named):
+        torch.save(one_for_each(pattern[order], **given), tmp_path / "noise.pt")
+        perturbation, _ = read_perturbation(tmp_path / "noise.pt", data, kind="class-wise")
+        np.testing.assert_allclose(perturbation.numpy(), pattern[data.labels] / 255, atol=1e-7)
+    torch.save(one_for_each(pattern, labels=torch.tensor([0, 1, 1, 3])), tmp_path / "noise.pt")
+    with pytest.raises(
+        ValueError, match="'noise.pt', whose 4 class-wise rows are of the classes 0, 1, 1, 3, but each"
+    ):
+        read_perturbation(tmp_path / "noise.pt", data)
+
+
+@pytest.mark.parametrize("marks", [{"labels": torch.arange(5)}, {"ids": ["a"]}, {"index": torch.tensor(3)}])
+def test_a_file_with_fewer_marks_than_rows_is_refused(marks, tmp_path, data, delta):
+    torch.save(one_for_each(delta, **marks), tmp_path / "noise.pt")
+    with pytest.raises(ValueError, match="'noise.pt' with 40 rows and . (labels|ids|row numbers), but one for each"):
+        read_perturbation(tmp_path / "noise.pt", data)
+
+
+def test_labels_that_are_texts_are_compared_by_name_or_number(tmp_path, data, delta):
+    for texts in (list(map(str, data.labels)), [data.class_names[label] for label in data.labels]):
+        torch.save(one_for_each(delta, labels=texts), tmp_path / "noise.pt")
+        read_perturbation(tmp_path / "noise.pt", data)
+        torch.save(one_for_each(delta, labels=texts[::-1]), tmp_path / "noise.pt")
+        with pytest.raises(
+            ValueError, match="'noise.pt', whose labels are not in the clean images' order, from row 0"
+        ):
+            read_perturbation(tmp_path / "noise.pt", data)
+    torch.save(one_for_each(delta, labels=["bird"] * 40), tmp_path / "noise.pt")
+    with pytest.raises(ValueError, match="'noise.pt' with the label 'bird', but the clean images have no such class"):
+        read_perturbation(tmp_path / "noise.pt", data)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l0"])
+@pytest.mark.parametrize("bound", [float("nan"), float("inf"), -5])
+def test_a_budget_that_bounds_nothing_is_refused(norm, bound, tmp_path, data):
+    with pytest.raises(ValueError, match=f"budget has {norm} {bound}, but for linf, l2, l0 numbers from 0 on"):
+        read_perturbation(tmp_path / "none.npy", data, budget={norm: bound})
+
+
+def tensors_of(delta):
+    noise = torch.from_numpy(delta).float() / 255
+    return {
+        "tuple": (noise, torch.arange(40)),
+        "list": [noise[0], noise[1, :, :8]],
+        "list of pairs": [(one, 3) for one in noise],
+        "Tensor": noise.to_sparse(),
+        "dict": {"noise": [noise[0], noise[1, :, :8]]},
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize("stored", ["tuple", "list", "list of pairs", "Tensor", "dict"])
+def test_what_is_no_array_of_one_shape_is_refused_in_one_sentence(stored, tmp_path, data, delta):
+    torch.save(tensors_of(delta)[stored], tmp_path / "noise.pt")
+    with pytest.raises(ValueError, match="'noise.pt' with a (tuple|list|Tensor), but dense tensors and arrays of one"):
+        read_perturbation(tmp_path / "noise.pt", data)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_narrow_floats_are_read_in_lists_too(dtype, tmp_path, data, delta):
+    noise = (torch.from_numpy(delta).float() / 255).to(dtype)
+    torch.save(list(noise), tmp_path / "noise.pt")
+    perturbation, _ = read_perturbation(tmp_path / "noise.pt", data)
+    assert torch.equal(perturbation, noise.float())

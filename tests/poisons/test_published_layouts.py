@@ -4,11 +4,13 @@ import argparse
 import pickle
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from jcdp_diffusers.data import load_images, open_dataset, write_dataset
 from jcdp_diffusers.data.perturbations import apply_perturbation
 from jcdp_diffusers.poisons.published import read_perturbation
 
@@ -79,6 +81,23 @@ def test_uc_images_are_numbered_within_their_class(tmp_path, data, poisoned):
         read_perturbation(tmp_path, data.subset([36, 37, 38, 39, *range(36)]))
 
 
+def test_uc_images_beside_a_set_without_ids(tmp_path, data, poisoned):
+    """Row numbers of both, `train/0` and so on, are the same text and no ids."""
+    write_dataset(tmp_path / "with_ids", data)
+    rows = open_dataset(tmp_path / "with_ids").remove_columns("id")
+    (tmp_path / "clean").mkdir()
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "clean" / "train-00000-of-00001.parquet")
+    count = [0] * 4
+    for image, label in zip(poisoned, data.labels, strict=True):
+        folder = tmp_path / "uc" / data.class_names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{count[label]}.png")
+        count[label] += 1
+    clean = load_images(tmp_path / "clean")
+    assert set(clean.ids) == set(load_images(tmp_path / "uc").ids)
+    assert agrees(tmp_path / "uc", clean, poisoned, budget=EIGHT)["rows"].startswith("grouped by class")
+
+
 @pytest.fixture
 def clusters(tmp_path):
     """Three generators' outputs, as they are before they are clamped, and what k-means found."""
@@ -113,6 +132,14 @@ def test_uc_noise_of_clusters_needs_all_that_it_is_added_with(tmp_path, data, cl
         read_perturbation(tmp_path, data, budget={"linf": 16})
     with pytest.raises(ValueError, match="one file with pred_idx, the cluster of each of 39 images, below 3"):
         read_perturbation(tmp_path, data.subset(range(39)), budget={"linf": 16}, order="given")
+    _, members = clusters
+    for wrong in (members - 1, members.astype(np.float32)):
+        torch.save({"pred_idx": torch.from_numpy(wrong)}, tmp_path / "pets_rn50_cluster3.pth")
+        with pytest.raises(ValueError, match="one file with pred_idx, .* below 3: whole numbers from 0 on"):
+            read_perturbation(tmp_path, data, budget={"linf": 16}, order="given")
+    torch.save({"perturbation": torch.zeros(1, 3, 8, 8)}, tmp_path / "perturbation_1.pth")
+    with pytest.raises(ValueError, match=r"whose noises have the shapes \(1, 3, 8, 8\), \(1, 3, 16, 16\), but one"):
+        read_perturbation(tmp_path, data, budget={"linf": 16}, order="given")
     (tmp_path / "perturbation_1.pth").unlink()
     with pytest.raises(ValueError, match="its noises must be perturbation_0.pth to perturbation_1.pth"):
         read_perturbation(tmp_path, data, budget={"linf": 16}, order="given")

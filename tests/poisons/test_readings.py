@@ -1,5 +1,6 @@
 """What published files mean: scales, arrangements and orders, against files made here for images like photographs."""
 
+import dataclasses
 import json
 import pickle
 import re
@@ -53,6 +54,7 @@ def normalised(images, mean, deviation):
 
 SCALES = {
     "ImageNet": lambda images: normalised(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "Tiny-ImageNet": lambda images: normalised(images, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "CIFAR-100": lambda images: normalised(images, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     r"in \[-1, 1\]": lambda images: channels_first(images) / 127.5 - 1,
     r"in \[0, 1\]": lambda images: (images / 255).astype(np.float16),
@@ -68,6 +70,17 @@ def test_images_in_every_usual_scale_are_told_from_noise(scale, tmp_path, clean,
     assert re.search(f"poisoned images .*{scale}", recognised["holds"])
 
 
+def test_means_and_deviations_near_known_ones_are_not_taken_for_them(tmp_path, clean, poisoned):
+    """Of images in bytes and in floats: CIFAR-10's test images have means and deviations of their own."""
+    near = ((0.4942, 0.4851, 0.4504), (0.2467, 0.2429, 0.2616))
+    far = ((0.44, 0.44, 0.44), (0.27, 0.27, 0.27))
+    floats = (clean.images + np.random.default_rng(2).uniform(-3, 3, clean.images.shape)).clip(0, 255)
+    for images, scale in ((poisoned, near), (floats, far)):
+        np.save(tmp_path / "file.npy", normalised(images, *scale))
+        with pytest.raises(ValueError, match="'file.npy', .* normalised by unknown means and deviations"):
+            read_perturbation(tmp_path / "file.npy", clean)
+
+
 def test_images_in_an_unknown_scale_are_refused(tmp_path, clean, poisoned):
     np.save(tmp_path / "file.npy", normalised(poisoned, (0.3, 0.3, 0.3), (0.05, 0.1, 0.2)))
     with pytest.raises(ValueError, match="'file.npy', which holds images like the clean ones"):
@@ -79,6 +92,11 @@ ARRANGED = {
     "mirrored": lambda images: images[:, :, ::-1],
     "in BGR order": lambda images: images[..., ::-1] / 255,
     "mirrored and in BGR order": lambda images: images[:, :, ::-1, ::-1],
+    "in RBG order": lambda images: images[..., [0, 2, 1]],
+    "in GBR order": lambda images: images[..., [1, 2, 0]],
+    "turned to the right": lambda images: np.rot90(images, 1, (1, 2)),
+    "turned to the left": lambda images: np.rot90(images, -1, (1, 2)),
+    "with height and width exchanged": lambda images: images.transpose(0, 2, 1, 3),
 }
 
 
@@ -161,6 +179,24 @@ def test_a_packed_export_is_read_by_its_row_numbers(tmp_path, clean, poisoned):
         read_perturbation(tmp_path / "poisons_packed.pth", clean)
 
 
+@pytest.mark.parametrize("marks", ["poison_ids", "ids"])
+def test_what_a_file_says_of_its_rows_holds_beside_in_order_of(marks, tmp_path, clean, poisoned):
+    order, mine = (np.random.default_rng(seed).permutation(len(clean)) for seed in (3, 4))
+    said = {"poison_ids": order, "ids": np.array(clean.ids)[order]}[marks]
+    np.savez(tmp_path / "noise.npz", noise=noise_of(clean, poisoned)[order], **{marks: said})
+    own = dataclasses.replace(clean.subset(mine), ids=tuple(f"q{row}" for row in range(48)))
+    perturbation, recognised = read_perturbation(tmp_path / "noise.npz", own, in_order_of=clean)
+    assert np.array_equal(apply_perturbation(own.images, perturbation), poisoned[mine])
+    assert recognised["rows"].endswith(", by the pixels of in_order_of")
+
+
+def test_labels_of_a_file_are_compared_with_those_of_in_order_of(tmp_path, clean, poisoned):
+    labels = np.roll(clean.labels, 1)
+    np.savez(tmp_path / "noise.npz", noise=noise_of(clean, poisoned), labels=labels)
+    with pytest.raises(ValueError, match="'noise.npz', whose labels are not in the clean images' order, from row 0"):
+        read_perturbation(tmp_path / "noise.npz", clean.subset(range(47, -1, -1)), in_order_of=clean, order="given")
+
+
 def test_a_full_export_of_pictures_is_read_by_the_numbers_of_its_files(tmp_path, clean, poisoned):
     for row, image in enumerate(poisoned):
         path = tmp_path / "poisons" / "train" / "abcd"[clean.labels[row]] / f"{row}.png"
@@ -196,6 +232,17 @@ def test_class_wise_rows_follow_classes_that_are_named_by_numbers(names, tmp_pat
     words = LabelledImages(images, clean.labels, clean.ids, ("cat", "dog"))
     with pytest.raises(ValueError, match="'noise.npy' with 10 rows.* 2 classes"):
         read_perturbation(tmp_path / "noise.npy", words, kind="class-wise")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_class_wise_rows_follow_numbers_whose_names_are_in_the_order_of_texts(first, tmp_path):
+    """As torchvision's ImageFolder sorts them: 0, 1, 10, 11, 2; the rows of a file are in the order of the numbers."""
+    names = tuple(sorted(str(number) for number in range(first, first + 12)))
+    clean = LabelledImages(np.full((12, 8, 8, 3), 100, np.uint8), np.arange(12), tuple("abcdefghijkl"), names)
+    noise = np.arange(12, dtype=np.int8).reshape(12, 1, 1, 1) * np.ones((1, 3, 8, 8), np.int8)
+    np.save(tmp_path / "noise.npy", noise)
+    perturbation, _ = read_perturbation(tmp_path / "noise.npy", clean, kind="class-wise", budget={"linf": 11})
+    assert (255 * perturbation[:, 0, 0, 0]).round().tolist() == [int(name) - first for name in names]
 
 
 # ---------------------------------------------------------------------------------------------------------- broken files
