@@ -210,7 +210,7 @@ def dataset_files(
                 f"source is {str(folder)!r}, whose purification is not finished, but must be whole: give the command "
                 "that began it again."
             )
-        facts = read_card(folder)
+        facts = read_card(folder, argument="source")
         name = _config_name(facts)
         if name in configs:
             raise ValueError(f"source is {str(folder)!r}, a second one of {name!r}, but must be of another poison.")

@@ -222,17 +222,19 @@ def _rows_to_protect(
     return rows
 
 
-def read_card(output_dir: str | Path) -> dict[str, Any]:
+def read_card(folder: str | Path, *, argument: str = "output_dir") -> dict[str, Any]:
     """
     What the card of a protected data set says of its poison.
+
+    Args:
+        folder (`str` or `Path`): What `jcdp poison` wrote.
+        argument (`str`, *optional*, defaults to `"output_dir"`): What the folder is called where it is given.
 
     Raises:
         ValueError: If the folder has no such card.
     """
-    if (facts := _card_of(output_dir)) is None:
-        raise ValueError(
-            f"output_dir is {str(output_dir)!r}, but its {CARD} must be the card of a protected data set."
-        )
+    if (facts := _card_of(folder)) is None:
+        raise ValueError(f"{argument} is {str(folder)!r}, but its {CARD} must be the card of a protected data set.")
     return facts
 
 
