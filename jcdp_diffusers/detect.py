@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from .audit.division import likenesses
 from .audit.evidence import rise_in_words
 from .audit.shortcut import (
+    LIKENESS_BUDGET,
     PIXEL_MODELS,
     SHORTCUT_IMAGES,
     SHORTCUT_VALUES,
@@ -28,7 +30,8 @@ from .audit.shortcut import (
     weights_by_class,
 )
 from .data import LabelledImages, column_names, find_overlap, join_labels, load_images
-from .data.photographs import stored_sizes, working_size
+from .data.checks import unlike_images
+from .data.photographs import sizes_in_words, stored_sizes, working_size
 from .devices import check_seed, default_device
 from .outputs import check_output_file, write_atomically
 from .results import package_versions
@@ -120,8 +123,15 @@ def _check(dataset: LabelledImages, collected: LabelledImages | None, purified: 
             f"purified has {len(purified)} images, but must be None where {reason}: it is a reference for labels that "
             "collected images lack."
         )
-    if purified is not None and set(purified.ids) != set(dataset.ids):
-        raise ValueError("purified has other ids than dataset, but it must be its purified copy.")
+    if purified is not None:
+        if set(purified.ids) != set(dataset.ids):
+            raise ValueError("purified has other ids than dataset, but it must be its purified copy.")
+        place = {id_: row for row, id_ in enumerate(purified.ids)}
+        if len(unlike := unlike_images(dataset.images, purified.images[[place[id_] for id_ in dataset.ids]])):
+            raise ValueError(
+                f"purified has {len(unlike)} images that do not resemble those of dataset under their ids, the first "
+                f"{dataset.called(unlike[0])}, but it must be its purified copy."
+            )
     if collected is not None:
         if len(pairs := find_overlap(dataset, collected)):
             first, second = pairs[0]
@@ -138,7 +148,8 @@ def _shortcut(
     limit = max(LEAST_IMAGES, min(SHORTCUT_IMAGES, SHORTCUT_VALUES // dataset.images[0].size))
     rows = np.random.default_rng(seed).permutation(len(dataset))[:limit]
     data = dataset.subset(rows)
-    folds = np.arange(len(data)) % FOLDS
+    # The copy of an image that a model was fitted to is right without a shortcut.
+    folds = likenesses(data, LIKENESS_BUDGET) % FOLDS
     if reference is not None and is_copy:
         place = {id_: row for row, id_ in enumerate(reference.ids)}
         reference = replace(reference.subset([place[id_] for id_ in data.ids]), labels=data.labels)
@@ -334,5 +345,6 @@ def _size_to_read(args: argparse.Namespace, where: dict[str, dict[str, str | Non
     sizes = {role: stored_sizes(getattr(args, role), **options) for role, options in where.items()}
     side = working_size(sizes, default_device())
     if side is not None:
-        print(f"Images of assorted sizes: looked at with {side}x{side} pixels (--image_size chooses another side).")
+        words = sizes_in_words([size for of_role in sizes.values() for size in of_role])
+        print(f"{words}: looked at with {side}x{side} pixels (--image_size chooses another side).")
     return side

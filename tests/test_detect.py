@@ -128,6 +128,24 @@ def test_its_own_purified_copy_is_a_reference(clean):
     assert detect(clean, purified=clean)["protected"] is False
 
 
+def test_copies_of_images_are_no_shortcut(clean, collected):
+    """Bursts and files that were saved again: what a model was fitted to, it knows."""
+    few, draw = clean.subset(np.arange(300)), np.random.default_rng(0)
+    again = (few.images.astype(int) + draw.integers(-2, 3, few.images.shape)).clip(0, 255).astype(np.uint8)
+    ids = (*few.ids, *(f"again {id_}" for id_ in few.ids))
+    doubled = LabelledImages(np.concatenate([few.images, again]), np.tile(few.labels, 2), ids, few.class_names)
+    found = detect(doubled, collected, permutations=99)
+    assert found["protected"] is False and found["shortcut"]["linear"]["gap"] < 0.1
+    assert detect(protect(doubled, slice(None)), collected, permutations=99)["protected"] is True
+
+
+def test_other_images_under_the_ids_of_the_set_are_no_purified_copy(clean, collected):
+    with pytest.raises(
+        ValueError, match="purified has 6.. images that do not resemble|purified has 5.. images that do"
+    ):
+        detect(clean, purified=replace(collected, ids=clean.ids))
+
+
 def test_classes_are_joined_by_name(clean, collected):
     """A folder of classes beside a file whose labels are the same names, in another order and without a list."""
     order = np.array([2, 0, 3, 1])

@@ -146,7 +146,8 @@ def _narrower(asked: set[int]) -> list[int]:
 
 def within_budget(costs: Costs, wanted: Extent, minutes: float) -> Extent:
     """
-    The largest extent that a budget allows: narrower victims first, then fewer seeds; the purifier gets what is left.
+    The largest extent that a budget allows. The purifier gets fewer steps first, down to `LEAST_STEPS` of them; where
+    that is not enough, victims get narrower, and then there are fewer of them.
 
     Args:
         costs (`Costs`): Measured.

@@ -15,6 +15,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ..data import LabelledImages, find_likenesses
 from ..data.checks import find_originals
+from ..data.labels import join_labels
 
 
 # Of each class, in an undivided set: 2 that train victims, 1 to collect and 1 to test.
@@ -35,12 +36,14 @@ class Division:
         missing (`tuple[str, ...]`): Roles that were not given and have images of `of`.
         stand_in (`bool`): Whether the test images are protected ones, to be purified before they score anything.
         together (`int`): Images that resemble another one, two shots of one thing for example, and have its role.
+        refused (`tuple[str, ...]`): Why sets with labels were not divided instead.
     """
 
     of: str = ""
     missing: tuple[str, ...] = ()
     stand_in: bool = False
     together: int = 0
+    refused: tuple[str, ...] = ()
 
     def sentences(self, sets: Mapping[str, LabelledImages]) -> list[str]:
         """What was done, what cannot be known for that reason, and what would tell."""
@@ -52,6 +55,7 @@ class Division:
         counts = ", ".join(f"{len(sets[role])} {what}" for role, what in tasks.items())
         how = "by class and at random" if labelled else "at random"
         said = [f"{options} not given: --{self.of} was divided {how}; {counts}."]
+        said += self.refused
         if self.together:
             said.append(f"{self.together} images that resemble others stayed together.")
         if self.stand_in:
@@ -95,28 +99,37 @@ def divide(
     if not missing:
         return sets, Division()
     if "clean" in sets and (sets["protected"].labels is not None or sets["clean"].labels is not None):
+        if sets["protected"].labels is not None and sets["clean"].labels is not None:
+            sets |= join_labels({role: sets[role] for role in ("protected", "clean")})
         sets["clean"] = find_originals(sets["clean"], sets["protected"])
         if sets["protected"].labels is not None:
             names = {"labels": sets["protected"].labels, "class_names": sets["protected"].class_names}
             sets["clean"] = replace(sets["clean"], **names)
         return _divide(sets, "clean", missing, seed, budget)
+    refused = []
     for other in ("collected", "test"):
-        if other in sets and _same_classes(sets[other], sets["protected"]):
-            return _divide(sets, other, missing, seed, budget)
+        if other in sets and sets[other].labels is not None:
+            if (reason := _other_classes(other, sets)) is None:
+                return _divide(sets, other, missing, seed, budget)
+            refused.append(reason)
     if sets["protected"].labels is None:
         raise ValueError(
             "protected has no labels, and no set that can be divided has any, but test images need labels: give "
             "--clean or --collected with them."
         )
-    return _divide(sets, "protected", missing, seed, budget)
+    sets, division = _divide(sets, "protected", missing, seed, budget)
+    return sets, replace(division, refused=tuple(refused))
 
 
-def _same_classes(other: LabelledImages, protected: LabelledImages) -> bool:
-    """Whether a set can stand for test images: those with other classes are no more than images."""
-    if other.labels is None or protected.labels is None:
-        return other.labels is not None
-    names = [one.class_names or sorted(set(one.labels.tolist())) for one in (other, protected)]
-    return set(names[0]) == set(names[1])
+def _other_classes(role: str, sets: Mapping[str, LabelledImages]) -> str | None:
+    """Why a set cannot stand for test images: those with other classes are no more than images."""
+    if sets["protected"].labels is None:
+        return None
+    try:
+        join_labels({name: sets[name] for name in ("protected", role)})
+    except ValueError as error:
+        return f"--{role} was not divided: {error}"
+    return None
 
 
 def _divide(sets: dict, of: str, missing: tuple[str, ...], seed: int, budget: float):
@@ -138,7 +151,7 @@ def likenesses(source: LabelledImages, budget: float) -> np.ndarray:
     """int (N,), one number for images that are one by `data.find_likenesses`, directly or by way of others."""
     pairs = find_likenesses(source, budget=budget)
     links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(source), len(source)))
-    return connected_components(links, directed=False)[1]
+    return connected_components(links, directed=False)[1]  # numbered by their first images
 
 
 def stratified(

@@ -91,8 +91,8 @@ class Found:
             said.append(f"{len(images)} {role} image(s) could not be used and were left out: {named}{more}.")
         if self.side is not None:
             said.append(
-                f"Images of assorted sizes were compared at {self.side}x{self.side} pixels, the centre of each. What "
-                "holds at this size need not hold at full size."
+                f"Images were compared at {self.side}x{self.side} pixels, the centre of each. What holds at this size "
+                "need not hold at full size."
             )
         return {
             "division": {

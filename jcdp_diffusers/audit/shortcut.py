@@ -11,12 +11,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..data import LabelledImages
+from .division import likenesses
 
 
 # A linear model on more pixels than this takes long and tells no more.
 SHORTCUT_IMAGES = 5000
 SHORTCUT_VALUES = 2**25
+LIKENESS_BUDGET = 16 / 255  # of images in [0, 1]; see `data.find_likenesses`
 PIXEL_MODELS = ("linear", "two-layer")
+BATCH = 64
 
 
 def shortcut_test(
@@ -27,8 +30,9 @@ def shortcut_test(
 
     The model is fitted to 4/5 of the protected images. It is tested on the other 1/5, which it has not seen but which
     carry the same protection, and on the test images, which carry none. Honest images give about the same figure
-    twice. The classes of the test images are weighted to the proportions of the protected ones, because a frequent
-    class is easy to guess.
+    twice. Images that are nearly the same stay on one side (`division.likenesses`): the copy of an image that the
+    model was fitted to is right without a shortcut. The classes of the test images are weighted to the proportions of
+    the protected ones, because a frequent class is easy to guess.
 
     Args:
         protected, test, clean (`LabelledImages`): Labelled; the same is done with the clean originals where there are
@@ -44,7 +48,10 @@ def shortcut_test(
     """
     count = min(len(protected), SHORTCUT_IMAGES, max(50, SHORTCUT_VALUES // protected.images[0].size))
     rows = np.random.default_rng(seed).permutation(len(protected))[:count]
-    fitted, held_out = rows[: len(rows) * 4 // 5], rows[len(rows) * 4 // 5 :]
+    groups = likenesses(protected.subset(rows), LIKENESS_BUDGET)
+    ends = np.cumsum(np.bincount(groups))
+    is_fitted = ends[groups] <= max(count * 4 // 5, ends[0])
+    fitted, held_out = rows[is_fitted], rows[~is_fitted]
     test = test.subset(np.random.default_rng(seed).permutation(len(test))[:count])
     weights = weights_by_class(test.labels, protected.labels)
     counts = len(held_out), effective_count(weights)
@@ -114,11 +121,12 @@ class PixelModel:
         from sklearn.linear_model import LogisticRegression
         from sklearn.neural_network import MLPClassifier
 
+        self.kind = kind
         # Stopped early rather than converged: a shortcut is what is learned first.
         if kind == "linear":
             self._model = LogisticRegression(C=0.01, max_iter=50, tol=1e-3)
         elif kind == "two-layer":
-            self._model = MLPClassifier((64,), batch_size=64, max_iter=20, random_state=seed)
+            self._model = MLPClassifier((64,), batch_size=BATCH, max_iter=20, random_state=seed)
         else:
             raise ValueError(f"kind is {kind!r}, but must be one of {PIXEL_MODELS}.")
 
@@ -130,6 +138,8 @@ class PixelModel:
             from sklearn.dummy import DummyClassifier
 
             self._model = DummyClassifier()
+        elif self.kind == "two-layer":  # of fewer images than fill a batch
+            self._model.set_params(batch_size=min(BATCH, len(data)))
         self._model = _fit_quietly(self._model, self._pixels(data), data.labels)
         return self
 

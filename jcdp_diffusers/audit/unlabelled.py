@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..data import LabelledImages
 from ..data.checks import check_separation, describe_set, find_originals
-from ..data.perturbations import measured_norms, psnr
+from ..data.perturbations import changed_images, measured_norms, psnr
 from ..outputs import write_atomically
 from ..results import as_settings, package_versions, plain
 from .division import Division, likenesses
@@ -119,10 +119,15 @@ def evidence(sets: Mapping[str, LabelledImages], division: Division, seed: int) 
     spectrum = None
     if collected is not None and min(len(protected), len(collected)) >= LEAST_FOR_A_SPECTRUM:
         spectrum = spectral_evidence(protected, collected, clean, seed=seed)
+    everything = changed = np.arange(len(protected))
+    if clean is not None:
+        changed = np.flatnonzero(changed_images(clean.images, protected.images))
+    rows = changed if len(changed) else everything
     return {
-        "added": None if clean is None else _change(clean, protected),
-        "removed": _change(protected, purified),
-        "left": None if clean is None else _change(clean, purified),
+        "changed": None if clean is None else len(changed),
+        "added": None if clean is None else _change(clean, protected, rows),
+        "removed": _change(protected, purified, everything),
+        "left": None if clean is None else _change(clean, purified, rows),
         "spectrum": spectrum,
     }
 
@@ -132,8 +137,9 @@ def sentences(found: Mapping, sets: Mapping[str, LabelledImages], division: Divi
     said = [HOW_TO_LABEL]
     if (added := found["added"]) is not None:
         said.append(
-            f"The protection changes a value by {added['linf']}/255 at most; PSNR {added['psnr']:.1f} dB to the "
-            f"originals. After purification it is {found['left']['psnr']:.1f} dB."
+            f"The protection changes {found['changed']} of {len(sets['protected'])} images, a value by "
+            f"{added['linf']}/255 at most. The PSNR of these images to their originals is {added['psnr']:.1f} dB, and "
+            f"{found['left']['psnr']:.1f} dB after purification."
         )
     else:
         said.append("Without the originals (--clean) nobody knows how large the protection is.")
@@ -234,7 +240,8 @@ def _montage(strips: Strips) -> bytes:
     return file.getvalue()
 
 
-def _change(before: LabelledImages, after: LabelledImages) -> dict[str, float]:
-    """How large a change is: norms, and the mean peak signal-to-noise ratio in dB; 99 for equal images."""
+def _change(before: LabelledImages, after: LabelledImages, rows: np.ndarray) -> dict[str, float]:
+    """How large a change is, of these rows: norms, and the mean peak signal-to-noise ratio in dB; 99 where equal."""
+    before, after = before.subset(rows), after.subset(rows)
     decibels = psnr(before.tensor(), after.tensor(), least_error=10**-9.9).mean()
     return measured_norms(before.images, after.images) | {"psnr": float(decibels)}

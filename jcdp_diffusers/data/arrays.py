@@ -46,9 +46,15 @@ def arrays_of(source: Any, split: str | None) -> LabelledImages | None:
     images = _levels(images)
     check_image_array(images, "images")
     if ids is not None:
-        return LabelledImages(images, labels, tuple(str(value) for value in ids))
+        return LabelledImages(images, labels, _texts(ids))
     ids = tuple(f"{split or 'train'}/{row}" for row in range(len(images)))
     return LabelledImages(images, labels, ids, id_space=id_space)
+
+
+def _texts(ids: np.ndarray) -> tuple[str, ...]:
+    if ids.ndim != 1:
+        raise ValueError(f"ids has shape {ids.shape}; one per image is accepted.")
+    return tuple(value.decode() if isinstance(value, bytes) else str(value) for value in ids.tolist())
 
 
 def _read_numpy_file(path: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:

@@ -26,13 +26,19 @@ def find_column(
 
 
 def renamed(dataset, names: dict[str, str | None]):
-    """`names` maps the name wanted to the present one; a column in the way becomes `other_<name>`."""
+    """`names` maps the name wanted to the present one; a column in the way gets the first free name `other_<name>`."""
     renames = {present: wanted for wanted, present in names.items() if present not in (None, wanted)}
-    in_the_way = {wanted: f"other_{wanted}" for wanted in renames.values() if wanted in dataset.features}
+    in_the_way = {wanted: _free(wanted, dataset) for wanted in renames.values() if wanted in dataset.features}
     for step in (in_the_way, renames):
         if step:
             dataset = dataset.rename_columns(step)
     return dataset
+
+
+def _free(name: str, dataset) -> str:
+    while name in dataset.features:
+        name = f"other_{name}"
+    return name
 
 
 def with_images_encoded(dataset, source: Any):

@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import stat
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +27,8 @@ OUTSIDE = "outside:"
 OVER_WHITE, TO_SRGB = "transparency laid over white", "colours converted to sRGB by the file's profile"
 CHANGES = (OVER_WHITE, TO_SRGB)
 _LFS_POINTER = b"version https://git-lfs"
-# What the orientation tag (0x0112) asks for. `ImageOps.exif_transpose` does the same, but writes all other tags anew
+_ORIENTATION = 0x0112  # the tag
+# What it asks for. `ImageOps.exif_transpose` does the same, but writes all other tags anew
 # and fails where one of them is damaged.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -173,7 +175,8 @@ def picture_size(value: Any) -> tuple[int, int]:
             else:
                 picture = _open_picture(_stored(value), verify=False)
             width, height = picture.size
-            return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
+            turned = _orientation(picture) in (5, 6, 7, 8) and picture.format != "TIFF"  # which Pillow has turned
+            return (height, width) if turned else (width, height)
     except ImageRejected:
         raise
     except Exception as error:  # as in `decode_image`
@@ -202,7 +205,12 @@ def _read_file(path: str) -> bytes:
 
 def _orientation(picture: Image.Image) -> int:
     try:
-        return picture.getexif().get(0x0112, 1)
+        found = picture.getexif()
+        if _ORIENTATION not in found and (stored := picture.info.get("exif")):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # Pillow only warns of a directory that is cut off, or not even that
+                Image.Exif().load(stored)
+        return found.get(_ORIENTATION, 1)
     except Exception as error:
         raise ImageRejected(f"damaged EXIF data, so that its orientation is unknown ({one_line(error)})") from error
 
@@ -220,7 +228,7 @@ def _refuse_before_decoding(picture: Image.Image) -> None:
     for tile in getattr(picture, "tile", ()):
         # 16-bit colour opens as mode RGB; only the decoder's raw mode ("RGB;16B") tells.
         raw_mode = tile[3] if isinstance(tile[3], str) else tile[3][0] if isinstance(tile[3], tuple) else ""
-        if ";16" in str(raw_mode):
+        if ";16" in str(raw_mode) and picture.format != "BMP":  # which has so many bits for a pixel, not a channel
             raise ImageRejected("16 bits per channel")
 
 

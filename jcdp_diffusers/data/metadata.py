@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
@@ -77,8 +78,12 @@ def _read(file: Path) -> pa.Table:
         table = _READERS[file.suffix](file)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise ValueError(f"source {name_of(file)} is no readable metadata file: {one_line(error)}") from error
-    # Spreadsheets and people write "file_name, label".
+    # Spreadsheets and people write "file_name, label", and so the rows.
     table = table.rename_columns([name.strip() for name in table.column_names])
+    if file.suffix == ".csv":
+        for place, column in enumerate(table.columns):
+            if pa.types.is_string(column.type):
+                table = table.set_column(place, table.column_names[place], pc.utf8_trim_whitespace(column))
     if len(set(table.column_names)) < len(table.column_names):
         raise ValueError(f"source {name_of(file)} has two columns of one name: {', '.join(table.column_names)}.")
     if "file_name" not in table.column_names:

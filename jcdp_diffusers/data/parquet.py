@@ -112,7 +112,7 @@ class Shards:
         for name, names in self.own_names[index].items():
             if names != joint[name]:
                 labels = [
-                    None if value in (None, -1) else joint[name].index(names[value])
+                    None if value in (None, -1) else joint[name].index(_name_of(value, names, name, self.files[index]))
                     for value in table[name].to_pylist()
                 ]
                 table = table.set_column(table.column_names.index(name), name, pa.array(labels, pa.int64()))
@@ -311,12 +311,26 @@ def _joint_features(files: Sequence[PurePath], features: Sequence[datasets.Featu
     return joint
 
 
+def _name_of(label: int, names: Sequence[str], column: str, file: PurePath) -> str:
+    if not 0 <= label < len(names):
+        raise ValueError(
+            f"source {name_of(file)} has the label {label} in column {column!r}; 0 to {len(names) - 1}, and -1 for no "
+            "label, are accepted."
+        )
+    return names[label]
+
+
 def _check_shards_complete(source: str | Path, files: Sequence[PurePath]) -> None:
     found: dict[tuple[int, int], PurePath] = {}
     for file in files:
         if (shard := re.search(r"-(\d+)-of-(\d+)", file.stem)) is None:
             continue
         place = int(shard[1]), int(shard[2])
+        if place[0] >= place[1]:
+            raise ValueError(
+                f"source {name_of(source)} has {file.name}, but parts are numbered from 0: {place[1] - 1:05d} is the "
+                "last that is accepted."
+            )
         if place in found:
             raise ValueError(
                 f"source {name_of(source)} has {found[place].name} and {file.name}, which are the same part of a set; "

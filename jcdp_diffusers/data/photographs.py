@@ -19,21 +19,20 @@ WORKING_SIZES = (32, 64, 128, 256)
 LARGEST = {"cpu": 64, "cuda": 256}
 # Sets whose images have one size stay as they are up to this side.
 LARGEST_AS_IT_IS = {"cpu": 128, "cuda": 256}
-SAMPLED = 64  # images whose headers are read
 SQUARES_IN_ALL = 2048  # to train a purifier on
 SQUARES_EACH = (2, 64)  # of a photograph, at least and at most
 
 
 def stored_sizes(source: Any, **options) -> list[tuple[int, int]]:
     """
-    Width and height of the first images of a source, by their headers.
+    Width and height of the images of a source, by their headers.
 
     Args:
         source: What `data.open_dataset` takes.
         options: Of `data.open_dataset`.
 
     Returns:
-        `list`: At most `SAMPLED` sizes; images whose header cannot be read are passed over, and so is the Hub.
+        `list`: Sizes; images whose header cannot be read are passed over, and so is the Hub.
     """
     if (arrays := arrays_of(source, options.get("split"))) is not None:
         height, width = arrays.images.shape[1:3]
@@ -41,7 +40,7 @@ def stored_sizes(source: Any, **options) -> list[tuple[int, int]]:
     if isinstance(source, str) and not os.path.exists(source):
         return []  # of the Hub, where every look is a download
     sizes = []
-    for row in open_dataset(source, streaming=True, **options).take(SAMPLED):
+    for row in open_dataset(source, streaming=True, **options).select_columns(["image"]):
         try:
             sizes.append(picture_size(row["image"]))
         except ImageRejected:

@@ -164,6 +164,51 @@ def test_roles_that_are_missing_are_divided_off(given, needs_collected, of, miss
     assert all(again[role].ids == divided[role].ids for role in divided)
 
 
+def test_classes_are_joined_before_originals_are_compared():
+    protected = noise(40)
+    order = np.array([1, 0])
+    turned = replace(protected, labels=order[protected.labels], class_names=protected.class_names[::-1])
+    divided, division = divide({"protected": protected, "clean": turned}, needs_collected=True, seed=0, budget=BUDGET)
+    assert division.of == "clean" and np.array_equal(divided["clean"].labels, divided["protected"].labels)
+    by_id = dict(zip(protected.ids, protected.labels))
+    test = divided["test"]
+    assert [test.class_names[label] for label in test.labels] == [f"class-{by_id[id_]}" for id_ in test.ids]
+
+
+def test_numbers_are_the_same_classes_as_names():
+    sets = {"protected": noise(40), "collected": replace(noise(40, prefix="c", seed=1), class_names=None)}
+    divided, division = divide(sets, needs_collected=True, seed=0, budget=BUDGET)
+    assert division.of == "collected" and not division.stand_in
+    sets["collected"] = noise(40, classes=4, prefix="c", seed=1)
+    divided, division = divide(sets, needs_collected=True, seed=0, budget=BUDGET)
+    assert division.of == "protected"
+    said = division.sentences(divided)
+    assert any(
+        "--collected was not divided: protected has no image of class 'class-2'" in sentence for sentence in said
+    )
+
+
+def test_all_sizes_are_looked_at(tmp_path):
+    for row in range(70):
+        Image.new("RGB", (32, 32) if row < 69 else (48, 40)).save(tmp_path / f"{row:02d}.png")
+    assert set(stored_sizes(tmp_path)) == {(32, 32), (48, 40)}
+
+
+def test_the_size_of_a_protection_is_that_of_the_images_that_it_changes():
+    clean = noise(40, classes=None)
+    half = clean.images.astype(int)
+    half[::2] += np.where(half[::2] > 127, -8, 8)
+    protected = clean.with_images(half.astype(np.uint8))
+    sets = {"clean": clean, "protected": protected, "purified": protected}
+    found = evidence(sets, Division(), 0)
+    assert found["changed"] == 20 and found["added"]["psnr"] == pytest.approx(20 * np.log10(255 / 8), abs=1e-3)
+    assert any(
+        "changes 20 of 40 images, a value by 8/255" in sentence for sentence in sentences(found, sets, Division())
+    )
+    untouched = evidence(sets | {"protected": clean, "purified": clean}, Division(), 0)
+    assert untouched["changed"] == 0 and untouched["added"]["linf"] == 0
+
+
 def test_originals_keep_their_labels_where_the_protected_images_have_none():
     protected = noise(40, classes=None)
     clean = noise(40, classes=2)
@@ -231,7 +276,7 @@ COSTS = Costs(training=0.5, purification=30.0, victim={64: 200.0, 32: 60.0, 16: 
         (6, Extent(432, 16, 3)),  # 306 - 30 - 60 = 216 s
     ],
 )
-def test_a_budget_is_kept_by_narrower_victims_then_fewer_then_fewer_steps(minutes, extent):
+def test_a_budget_is_kept_by_fewer_steps_then_narrower_victims(minutes, extent):
     found = within_budget(COSTS, Extent(1200, 64, 3), minutes)
     assert found.steps == pytest.approx(extent.steps, abs=30) and (found.width, found.seeds) == (extent.width, 3)
     assert COSTS.total(found.steps, found.width, found.seeds) <= 60 * minutes

@@ -29,6 +29,14 @@ def test_the_shortcut_test_tells_a_shortcut_from_a_lesson():
     assert not result["exchanged"] and shortcut_test(clean, test, poisoned)["exchanged"]
 
 
+def test_copies_of_images_are_no_shortcut():
+    images, labels = np.random.default_rng(0).integers(0, 256, (400, 8, 8, 3), dtype=np.uint8), np.arange(400) % 3
+    ids = tuple(map(str, range(800)))
+    doubled = LabelledImages(np.concatenate([images[:200]] * 2), np.tile(labels[:200], 2), ids[:400])
+    result = shortcut_test(doubled, LabelledImages(images[200:], labels[200:], ids[600:]))
+    assert result["protected"]["fitted"] > 0.9 and not result["found"] and abs(result["gap"]) < 0.2
+
+
 def test_a_set_in_which_one_class_prevails_has_no_shortcut():
     labels = np.where(np.arange(300) % 10 < 8, 0, 1 + np.arange(300) % 2)
     images = np.random.default_rng(0).integers(0, 256, (2, 300, 8, 8, 3), dtype=np.uint8)

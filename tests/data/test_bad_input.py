@@ -5,6 +5,7 @@ import logging
 import os
 import struct
 import zipfile
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from jcdp_diffusers.data import ImageRejected, LabelledImages, decode_image, join_labels, load_images, open_dataset
-from jcdp_diffusers.data.checks import check_sets, match_originals
+from jcdp_diffusers.data.checks import check_sets, match_originals, with_originals
+from jcdp_diffusers.data.decoding import picture_size
 from jcdp_diffusers.data.found import say_once
 from jcdp_diffusers.purify.reader import open_rows
 
@@ -159,6 +161,45 @@ def test_labels_that_cannot_be_joined(one, other, words):
         check_sets({"train": one, "test": other}, {})
 
 
+@pytest.mark.parametrize("label", [5, -2])
+def test_a_label_without_a_name_is_refused_in_shards_whose_names_differ(label, tmp_path):
+    for part, (names, labels) in enumerate(((["a", "b"], [0, 1, 0]), (["b", "a"], [1, 0, label]))):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = pa.table({"image": [stored(picture(row)) for row in range(3)], "label": pa.array(labels, pa.int64())})
+        rows = rows.replace_schema_metadata(features.arrow_schema.metadata)
+        pq.write_table(rows, tmp_path / f"train-0000{part}-of-00002.parquet")
+    refused(tmp_path, f"00001-of-00002.*has the label {label} in column 'label'; 0 to 1, and -1")
+
+
+def test_parts_are_numbered_from_0(tmp_path):
+    for part in (1, 2):
+        rows = pa.table({"image": [stored(picture(part))], "label": [part]})
+        rows_to = tmp_path / f"train-0000{part}-of-00002.parquet"
+        pq.write_table(rows, rows_to)
+    refused(tmp_path, "train-00002-of-00002.parquet, but parts are numbered from 0: 00001 is the last")
+
+
+def test_ids_of_arrays_are_texts(tmp_path):
+    images = np.stack([picture(row) for row in range(2)])
+    np.savez(tmp_path / "a.npz", images=images, ids=np.array([b"one", b"two"]))
+    assert load_images(tmp_path / "a.npz").ids == ("one", "two")
+    np.savez(tmp_path / "b.npz", images=images, ids=np.array([["one"], ["two"]]))
+    refused(tmp_path / "b.npz", r"ids has shape \(2, 1\)")
+
+
+def test_a_column_with_the_name_that_another_one_would_get(tmp_path):
+    rows = pa.table({"image": [stored(picture(0)), stored(picture(1))], "label": [0, 1], "other_label": [1, 0]})
+    pq.write_table(rows, tmp_path / "x.parquet")
+    assert load_images(tmp_path / "x.parquet", label_column="other_label").labels.tolist() == [1, 0]
+
+
+def test_spaces_behind_commas_make_no_classes(tmp_path):
+    plant(tmp_path, "0.png", "1.png", "2.png")
+    (tmp_path / "metadata.csv").write_text("file_name, label\n0.png, cat\n1.png,cat\n2.png, dog\n")
+    data = load_images(tmp_path)
+    assert data.class_names == ("cat", "dog") and data.labels.tolist() == [0, 0, 1]
+
+
 @pytest.mark.parametrize("labels", [["a", "  ", "b"], ["a", None, "b"], [1.0, float("nan"), 2.0]])
 def test_missing_labels_are_no_class(tmp_path, labels):
     pq.write_table(
@@ -172,8 +213,23 @@ def test_originals_in_another_order_are_refused():
     noisy = clean.with_images((clean.images.astype(int) + 5).clip(0, 255).astype(np.uint8))
     assert np.array_equal(match_originals(clean, noisy).images, clean.images)
     for rows in (np.arange(20)[::-1], np.roll(np.arange(20), 2), np.arange(20) ^ 1):
-        with pytest.raises(ValueError, match="same ids, such as 'train/0'"):
+        with pytest.raises(ValueError, match="clean has .* they do not resemble, the first 'train/"):
             match_originals(clean, noisy.with_images(noisy.images[rows]))
+    # A part of the rows is enough: whoever adds a picture moves those that follow.
+    part = np.r_[np.arange(14), np.roll(np.arange(14, 20), 1)]
+    with pytest.raises(ValueError, match="clean has 6 images .* the first 'train/14'"):
+        match_originals(clean, noisy.with_images(noisy.images[part]))
+
+
+def test_originals_are_found_by_the_names_of_their_files_where_ids_are_row_numbers():
+    """Those of the protected set were given, by the tool that wrote it; a picture was added to the originals since."""
+    clean = replace(a_set(None, [0, 1] * 10, "train/"), id_space="folder")
+    clean = replace(clean, files=tuple(f"{row:02d}.png" for row in range(20)))
+    before = clean.subset(np.delete(np.arange(20), 3))
+    ids = tuple(f"train/{row}" for row in range(19))
+    protected = replace(before, ids=ids, id_space="", files=tuple(f"{name[:2]}.webp" for name in before.files))
+    assert np.array_equal(match_originals(clean, protected).images, before.images)
+    assert len(with_originals(protected, clean.subset(np.arange(10)))) == 9
 
 
 # ------------------------------------------------------------------------------------------------------- passed over
@@ -351,6 +407,37 @@ def test_damaged_exif_concerns_one_image(tmp_path, kind):
     if kind != "orientation of text":  # the orientation itself is sound
         plain = decode_image(stored(picture(1), "JPEG"))
         assert np.array_equal(data.images[1], np.rot90(plain))
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("content", [b"Exif\0\0garbage", b"Exif\0\0II*\0", "cut"])
+def test_an_image_whose_orientation_cannot_be_known_is_set_aside(content, image_format):
+    if content == "cut":  # within the entry of the orientation
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        content = exif.tobytes()[:-10]
+    with pytest.raises(ImageRejected, match="damaged"):
+        decode_image(stored(picture(1), image_format, exif=content))
+
+
+@pytest.mark.parametrize("orientation", (1, 3, 6, 8))
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF"])
+def test_the_size_in_the_header_is_that_of_the_decoded_image(orientation, image_format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    value = {"bytes": stored(np.zeros((5, 7, 3), np.uint8), image_format, exif=exif), "path": None}
+    height, width = decode_image(value).shape[:2]
+    assert picture_size(value) == (width, height)
+
+
+def test_sixteen_bits_of_a_pixel_are_no_sixteen_bits_of_a_channel():
+    """A bitmap of 2x1 pixels with five bits of red, six of green and five of blue."""
+    pixels = struct.pack("<HH", 0b11111_000000_00000, 0b00000_111111_00000)
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 3, len(pixels), 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    start = 14 + len(header) + len(masks)
+    content = b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + header + masks + pixels
+    assert decode_image(content).tolist() == [[[255, 0, 0], [0, 255, 0]]]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
