@@ -20,7 +20,6 @@ import numpy as np
 from .audit.division import likenesses
 from .audit.evidence import rise_in_words
 from .audit.shortcut import (
-    LIKENESS_BUDGET,
     PIXEL_MODELS,
     SHORTCUT_IMAGES,
     SHORTCUT_VALUES,
@@ -29,7 +28,7 @@ from .audit.shortcut import (
     gap_of,
     weights_by_class,
 )
-from .data import LabelledImages, column_names, find_overlap, join_labels, load_images
+from .data import USUAL_BUDGET, LabelledImages, column_names, find_overlap, join_labels, load_images
 from .data.checks import unlike_images
 from .data.photographs import sizes_in_words, stored_sizes, working_size
 from .devices import check_seed, default_device
@@ -149,7 +148,7 @@ def _shortcut(
     rows = np.random.default_rng(seed).permutation(len(dataset))[:limit]
     data = dataset.subset(rows)
     # The copy of an image that a model was fitted to is right without a shortcut.
-    folds = likenesses(data, LIKENESS_BUDGET) % FOLDS
+    folds = likenesses(data, USUAL_BUDGET) % FOLDS
     if reference is not None and is_copy:
         place = {id_: row for row, id_ in enumerate(reference.ids)}
         reference = replace(reference.subset([place[id_] for id_ in data.ids]), labels=data.labels)

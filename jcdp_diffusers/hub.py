@@ -174,7 +174,7 @@ def is_replaced(name: str, files: Collection[str], repo_type: str) -> bool:
         return fnmatch(name, "perceptual/*") or name in ("purification_config.json", EVAL_RESULTS)
     if name.endswith(".parquet"):
         # Of a folder the card takes all files as one split; beside the card each split has files of its name.
-        same = _folder_of if "/" in name else _shards_of
+        same = os.path.dirname if "/" in name else _shards_of
         return same(name) in map(same, files)
     return name in ("summary.json", "run.json", "eval.yaml")
 
@@ -184,10 +184,6 @@ def _variant(name: str) -> str | None:
     folder, _, file = name.rpartition("/")
     found = (WEIGHTS.fullmatch(file) or INDEX.fullmatch(file)) if folder == "unet" else None
     return None if found is None else found[1] or ""
-
-
-def _folder_of(name: str) -> str:
-    return name.rpartition("/")[0]
 
 
 def _shards_of(name: str) -> str:

@@ -21,7 +21,7 @@ import yaml
 from huggingface_hub import DatasetCardData, EvalResultEntry, eval_result_entries_to_yaml
 from PIL import Image
 
-from .data import LabelledImages, find_overlap, load_images, open_dataset, parquet_files, write_dataset
+from .data import USUAL_BUDGET, LabelledImages, find_overlap, load_images, open_dataset, parquet_files, write_dataset
 from .data.checks import check_sets
 from .hub import EVAL_RESULTS, files_of_dataset, files_of_purifier, push_files
 from .outputs import printable, public_name
@@ -40,7 +40,6 @@ CARD, EVAL = "README.md", "eval.yaml"
 ARXIV = "https://arxiv.org/abs/2305.09241"
 KINDS = ("purifier", "dataset")
 TEST = "test"  # folder and split of the clean test images
-OVERLAP_BUDGET = 16 / 255  # L-inf within which a test image counts as a protected one, images in [0, 1]
 _REPORT = {
     "rows": list,
     "purifier.digest": str,
@@ -256,7 +255,10 @@ def _test_files(
 ) -> dict[str, bytes]:
     """The clean test images as a split that all configurations share: path in the repository -> content."""
     first = next(iter(protected))
-    tested = load_images(test, split=split, channels=protected[first].images.shape[3])
+    try:
+        tested = load_images(test, split=split, channels=protected[first].images.shape[3])
+    except ValueError as error:
+        raise ValueError(f"--test, --test_split: {error}") from error
     numbered = {name: _numbered_as(name, data, tested) for name, data in protected.items()}
     for name, labels in numbered.items():
         if not np.array_equal(labels, numbered[first]):
@@ -273,10 +275,10 @@ def _test_files(
 def _numbered_as(name: str, data: LabelledImages, tested: LabelledImages) -> np.ndarray:
     """Labels of the test images, by the numbers that a protected set gives to the same classes."""
     ours, theirs = check_sets({name: data, "test": tested}, {}).values()
-    if len(pairs := find_overlap(data, tested, budget=OVERLAP_BUDGET)):
+    if len(pairs := find_overlap(data, tested, budget=USUAL_BUDGET)):
         raise ValueError(
             f"test has the image {tested.ids[pairs[0, 1]]!r}, which is the protected one {data.ids[pairs[0, 0]]!r} "
-            f"(same id, same pixels or within {255 * OVERLAP_BUDGET:.0f}/255), but must have others."
+            f"(same id, same pixels or within {255 * USUAL_BUDGET:.0f}/255), but must have others."
         )
     own = dict(zip(ours.labels.tolist(), data.labels.tolist()))
     return np.array([own[label] for label in theirs.labels.tolist()])

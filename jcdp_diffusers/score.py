@@ -20,7 +20,7 @@ import torch
 from . import countermeasures, engines, victims
 from .countermeasures import assumed
 from .countermeasures.purifiers import check_purifier_suits
-from .data import LabelledImages, find_overlap, load_images
+from .data import USUAL_BUDGET, LabelledImages, find_overlap, load_images
 from .data.checks import budget_of_levels, check_sets
 from .devices import default_device, usable_device
 from .outputs import check_output_file, write_atomically
@@ -76,7 +76,7 @@ def score(
     draws: int = 1,
     device: str | torch.device = "cpu",
     processes: int | None = 1,
-    overlap_budget: float | None = 16 / 255,
+    overlap_budget: float | None = USUAL_BUDGET,
     output: str | Path | None = None,
     checkpoint_dir: str | Path | None = None,
     model_dir: str | Path | None = None,
@@ -182,7 +182,7 @@ def _model_path(model_dir: str | Path | None, victim: str, seed: int) -> Path | 
 
 
 def check_pair(
-    train: LabelledImages, test: LabelledImages, overlap_budget: float | None = 16 / 255
+    train: LabelledImages, test: LabelledImages, overlap_budget: float | None = USUAL_BUDGET
 ) -> tuple[LabelledImages, LabelledImages, list[str]]:
     """
     Make sure, before any costly work, that a victim can learn from one set and be tested on the other.

@@ -148,10 +148,13 @@ def _divide(sets: dict, of: str, missing: tuple[str, ...], seed: int, budget: fl
 
 
 def likenesses(source: LabelledImages, budget: float) -> np.ndarray:
-    """int (N,), one number for images that are one by `data.find_likenesses`, directly or by way of others."""
+    """
+    int (N,), one number for images that are one by `data.find_likenesses`, directly or by way of others; numbered from
+    0 in the order of their first images.
+    """
     pairs = find_likenesses(source, budget=budget)
     links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(source), len(source)))
-    return connected_components(links, directed=False)[1]  # numbered by their first images
+    return connected_components(links, directed=False)[1]
 
 
 def stratified(

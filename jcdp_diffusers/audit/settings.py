@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import victims
+from ..data import USUAL_BUDGET
 from ..data.checks import ROLES
 from ..devices import check_seed
 from ..purification_config import ADAPTIVE, PRESETS, PurificationConfig
@@ -101,7 +102,7 @@ class AuditSettings:
     preset: str | PurificationConfig | None = None
     plan: Plan | None = None
     perceptual: str | os.PathLike | None = None
-    budget: float = 16 / 255
+    budget: float = USUAL_BUDGET
     fractions: Sequence[float] = ()
     budget_minutes: float | None = None
 

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..data import LabelledImages
+from ..data import USUAL_BUDGET, LabelledImages
 from .division import likenesses
 
 
 # A linear model on more pixels than this takes long and tells no more.
 SHORTCUT_IMAGES = 5000
 SHORTCUT_VALUES = 2**25
-LIKENESS_BUDGET = 16 / 255  # of images in [0, 1]; see `data.find_likenesses`
 PIXEL_MODELS = ("linear", "two-layer")
 BATCH = 64
 
@@ -48,7 +47,7 @@ def shortcut_test(
     """
     count = min(len(protected), SHORTCUT_IMAGES, max(50, SHORTCUT_VALUES // protected.images[0].size))
     rows = np.random.default_rng(seed).permutation(len(protected))[:count]
-    groups = likenesses(protected.subset(rows), LIKENESS_BUDGET)
+    groups = likenesses(protected.subset(rows), USUAL_BUDGET)
     ends = np.cumsum(np.bincount(groups))
     is_fitted = ends[groups] <= max(count * 4 // 5, ends[0])
     fitted, held_out = rows[is_fitted], rows[~is_fitted]

@@ -8,7 +8,7 @@ from .decoding import MAX_PIXELS, ImageRejected, decode_image, picture_size
 from .labelled import LabelledImages, to_uint8
 from .labels import join_labels
 from .parquet import is_url, parquet_files, parquet_shards
-from .roles import FEW, check_roles, find_likenesses, find_overlap
+from .roles import FEW, USUAL_BUDGET, check_roles, find_likenesses, find_overlap
 from .sources import column_names, load_images, open_dataset
 from .splits import choose_split
 from .writing import write_dataset
@@ -17,6 +17,7 @@ from .writing import write_dataset
 __all__ = [
     "FEW",
     "MAX_PIXELS",
+    "USUAL_BUDGET",
     "ImageRejected",
     "LabelledImages",
     "check_roles",

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from . import LabelledImages, check_roles, find_overlap
+from . import USUAL_BUDGET, LabelledImages, check_roles, find_overlap
 from .labels import join_labels
 from .perturbations import changed_images, measured_norms
 
@@ -61,7 +61,7 @@ def check_separation(
     clean: LabelledImages | None,
     *,
     roles: str = "disjoint",
-    budget: float = 16 / 255,
+    budget: float = USUAL_BUDGET,
 ) -> dict[str, int]:
     """
     Refuse roles that are not what they are said to be.

@@ -30,11 +30,12 @@ AGAIN_LEVELS = 7.5
 AGAIN_FAR = 32
 RESEMBLANCE = 0.99
 NATURAL = 0.005
+USUAL_BUDGET = 16 / 255  # L-inf of images in [0, 1]: twice that of most protections
 _BLOCK_LEVELS = 4  # such changes leave the means of blocks nearly alone
 
 
 def check_roles(
-    protected: LabelledImages, collected: LabelledImages, test: LabelledImages, *, budget: float = 16 / 255
+    protected: LabelledImages, collected: LabelledImages, test: LabelledImages, *, budget: float = USUAL_BUDGET
 ) -> None:
     """Raise unless the three roles are disjoint.
 

@@ -305,9 +305,13 @@ def _as_array(value, path: Path) -> np.ndarray:
             return (value.detach().float() if narrow else value.detach()).numpy()
         if isinstance(value, (np.ndarray, list)):
             return np.asarray(value)
-    except (RuntimeError, TypeError, ValueError):
-        pass  # sparse, of several shapes, or of tensors and numbers
-    raise ValueError(
+    except (RuntimeError, TypeError, ValueError) as error:  # sparse, of several shapes, or of tensors and numbers
+        raise _no_array(value, path) from error
+    raise _no_array(value, path)
+
+
+def _no_array(value, path: Path) -> ValueError:
+    return ValueError(
         f"perturbation is {path.name!r} with a {type(value).__name__}, but dense tensors and arrays of one shape are "
         "accepted."
     )

@@ -80,7 +80,7 @@ class ImageFiles(torch.utils.data.Dataset):
         digest = hashlib.blake2b(digest_size=16)
         for row in self.dataset:
             path = (row["image"] or {"path": None})["path"]
-            digest.update(json.dumps([row["id"], path and os.path.basename(path), _bytes(row["image"])]).encode())
+            digest.update(json.dumps([row["id"], path and os.path.basename(path), _file_size(row["image"])]).encode())
         return digest.hexdigest()
 
     def shared_with(self, others: datasets.Dataset) -> list[tuple[str, str]]:
@@ -95,9 +95,9 @@ class ImageFiles(torch.utils.data.Dataset):
         """
         by_size = collections.defaultdict(dict)
         for row in others:
-            by_size[_bytes(row["image"])][_content(row["image"])] = row["id"]
-        suspects = ((row, by_size[size]) for row in self.dataset if (size := _bytes(row["image"])) in by_size)
-        contents = ((row["id"], _content(row["image"]), there) for row, there in suspects)
+            by_size[_file_size(row["image"])][_file_content(row["image"])] = row["id"]
+        suspects = ((row, by_size[size]) for row in self.dataset if (size := _file_size(row["image"])) in by_size)
+        contents = ((row["id"], _file_content(row["image"]), there) for row, there in suspects)
         return [(id_, there[content]) for id_, content, there in contents if content in there]
 
     def _random_square(self, pixels: np.ndarray, draw: int) -> np.ndarray:
@@ -137,14 +137,14 @@ def training_images(
     return load_images(dataset, image_size=resolution, channels=channels)
 
 
-def _content(value: dict | None) -> bytes:
+def _file_content(value: dict | None) -> bytes:
     """An image's file; nothing for a missing one."""
     if value is None:
         return b""
     return Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
 
 
-def _bytes(value: dict | None) -> int:
+def _file_size(value: dict | None) -> int:
     """How many bytes its file has, without reading it."""
     if value is None:
         return 0
