@@ -3,7 +3,7 @@ Adversarial training (Madry et al., ICLR 2018): every step trains on images that
 
 At 8/255 the numbers are those of the attack in HanxunH/Unlearnable-Examples, liuzrcc/ImageShortcutSqueezing and
 APBench; at 4/255 those of fshp971/robust-unlearnable-examples. The bound decides more than anything else how a robust
-poison (REMN) fares.
+poison (REMN) fares. Ours: the start is brought within the bound at once, which these programs do after the first step.
 """
 
 import torch

@@ -26,7 +26,7 @@ class Corruption:
     Args:
         gray_probability (`float`, *optional*, defaults to 0.4): Of an image losing its colour.
         noise_deviation (`float`, *optional*, defaults to 0.05): Standard deviation of Gaussian noise on every value,
-            images in [0, 1]; the sum is clipped and rounded to 8 bits.
+            images in [0, 1]; the sum is clipped and rounded to 8 bits, which the program truncates.
     """
 
     def __init__(self, gray_probability: float = 0.4, noise_deviation: float = 0.05):

@@ -25,8 +25,8 @@ class TrainingConfig:
     Settings of one training run, under the names of diffusers' training scripts.
 
     The batch that one optimiser step sees has train_batch_size * processes * gradient_accumulation_steps images. The
-    defaults of optimiser, gradient clipping, averaging and timestep sampling are those of the DDPM paper's CIFAR-10
-    recipe, but for the warm-ups.
+    defaults of optimiser, gradient clipping and averaging are those of the DDPM paper's CIFAR-10 recipe, but for the
+    warm-ups. Timesteps are sampled as in the training code of DDIM.
 
     Args:
         max_train_steps (`int`): Optimiser steps.

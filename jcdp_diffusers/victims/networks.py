@@ -52,7 +52,8 @@ class ResNet18(nn.Module):
     The stem is one 3x3 convolution of stride 1 without max-pooling, so that a 32x32 image is still 4x4 before the
     final average. Larger images need a larger stride: 2 makes of a 64x64 image what 1 makes of 32x32. At 4 there is a
     max-pooling as in the original. Parameters have torchvision's names. Weights start from PyTorch's default
-    initialisation, as in the repositories of the poisons. With `width=64`, `in_channels=3` and 10 classes it has
+    initialisation, as in the repositories of the poisons, but for contrastive poisoning's, whose convolutions start
+    from Kaiming's normal one. With `width=64`, `in_channels=3` and 10 classes it has
     11,173,962 parameters.
 
     Args:
@@ -157,7 +158,7 @@ class ConvNet94(nn.Module):
         self.register_buffer("mean", mean.view(1, -1, 1, 1))
         self.register_buffer("std", std.view(1, -1, 1, 1))
         filters = 2 * in_channels * 4
-        self.whitening = nn.Conv2d(in_channels, filters, 2)
+        self.whitening = nn.Conv2d(in_channels, filters, 2)  # its bias starts from PyTorch's default, theirs at 0
         self.whitening.weight.requires_grad_(False)
         widths = (filters, width, 4 * width, 4 * width)
         self.groups = nn.ModuleList(ConvGroup(*pair) for pair in zip(widths, widths[1:]))
@@ -175,9 +176,13 @@ class ConvNet94(nn.Module):
             images (`torch.Tensor`): uint8 (N, C, H, W), or float in [0, 1]; the first 5,000 are looked at.
         """
         scale = 1 / 255 if images.dtype == torch.uint8 else 1
-        images = (images[:5000].to(self.mean.device, torch.float32) * scale - self.mean) / self.std
-        patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1).double().cpu()
-        moments = patches.T @ patches / len(patches)  # not about the mean, as in the authors' program
+        products, patches_seen = 0, 0
+        for part in images[:5000].split(250):  # all patches at once would take gigabytes
+            part = (part.to(self.mean.device, torch.float32) * scale - self.mean) / self.std
+            patches = F.unfold(part, 2).transpose(1, 2).flatten(0, 1).double().cpu()
+            products = products + patches.T @ patches
+            patches_seen += len(patches)
+        moments = products / patches_seen  # not about the mean, as in the authors' program
         variances, directions = torch.linalg.eigh(moments)
         filters = (directions / (variances + 5e-4).sqrt()).T.reshape(len(variances), -1, 2, 2)
         self.whitening.weight.copy_(torch.cat([filters, -filters]))

@@ -90,6 +90,8 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must lie within 0 and 1.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}, but must be at least 0 and below 1.")
+        if self.schedule == "one_cycle" and self.warmup == 1:
+            raise ValueError("warmup is 1, but must be below 1 for schedule 'one_cycle', which falls after it.")
         for name in ("weight_decay", "crop_padding"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 0 and finite.")
@@ -236,7 +238,7 @@ RECIPES = {
             bfloat16=True,
             width=16,
         ),
-        # The network of airbench94, in its authors' epochs at 50,000 images.
+        # The network of airbench94. Its authors train 9.9 epochs of 50,000 images.
         AirbenchRecipe("airbench", epochs=10),
         # Ours: the same in the time of an audit on a CPU.
         ShortAirbenchRecipe("airbench-short", epochs=10),
@@ -312,7 +314,8 @@ CONTRASTIVE = {
 
 # Of contrastive poisoning's repository (ICLR 2023; kaiwenzha/contrastive-poisoning), at its batch of 512. It
 # multiplies the first two losses by temperature / 0.07. Its learning rate changes once an epoch after the warm-up,
-# ours at every step. Its views are normalised by mean and standard deviation, ours stay in [0, 1].
+# ours at every step. Its views are normalised by mean and standard deviation, ours stay in [0, 1]. Its convolutions
+# start from Kaiming's normal initialisation, ours from PyTorch's default.
 _CP = {
     "simclr": {"learning_rate": 0.5, "temperature": 0.5, "loss_factor": 0.5 / 0.07},
     "moco-v2": {
@@ -324,15 +327,19 @@ _CP = {
     },
     "byol": {"learning_rate": 1.0, "key_momentum": 0.999},
 }
-# Beyond that, SimCLR's gradient is a quarter there: each of its four processes differentiates its own features alone,
-# and then the mean over processes is taken. Our shorter recipes leave that out.
-_CP_PROCESSES = {"simclr": 4}
+# Two things of the program are in recipe `cp` alone. SimCLR's gradient is a quarter: each of four processes
+# differentiates its own features alone, and then the mean over processes is taken. BYOL's second network follows twice
+# a step, once before each of the two views.
+_CP_PROGRAM = {
+    "simclr": {"loss_factor": 0.5 / 0.07 / 4},
+    "byol": {"key_momentum": 0.999**2},
+}
 
 
 def _contrastive(method: str) -> tuple[ContrastiveRecipe, ...]:
     """The recipes of one method; learning rates are proportional to the batch, a queue holds eight batches."""
     plain = ContrastiveRecipe("cp", 1000, method=method, warmup=0.01, probe="cp", **_CP[method])
-    cp = replace(plain, loss_factor=plain.loss_factor / _CP_PROCESSES.get(method, 1))
+    cp = replace(plain, **_CP_PROGRAM.get(method, {}))
 
     def shorter(name: str, epochs: int, batch_size: int, **changes) -> ContrastiveRecipe:
         changes["learning_rate"] = plain.learning_rate * batch_size / plain.batch_size

@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from jcdp_diffusers import countermeasures
+from jcdp_diffusers.countermeasures import orthogonal_projection
 from jcdp_diffusers.countermeasures.orthogonal_projection import OrthogonalProjection, fit_linear, orthonormal_basis
 
 
@@ -100,6 +101,25 @@ def test_it_is_fitted_at_its_place_in_the_order(train):
     assert torch.equal(fitted["orthogonal-projection+bdr-2"], fitted["orthogonal-projection"])
     assert torch.equal(fitted["bdr-2+orthogonal-projection"], on_squeezed)
     assert not torch.equal(on_squeezed, fitted["orthogonal-projection"])
+
+
+def test_rows_that_are_sorted_by_class_do_not_make_batches_of_one_class(train, monkeypatch):
+    """As folders of classes give them. Rows in another order are fitted in that order, as published."""
+    fitted = []
+
+    def fit(images, labels, num_classes, *, seed):
+        fitted.append((images, labels))
+        return fit_linear(images, labels, num_classes, seed=seed)
+
+    monkeypatch.setattr(orthogonal_projection, "fit_linear", fit)
+    by_class = train.subset(np.argsort(train.labels, kind="stable"))
+    for data in (train, by_class):
+        countermeasures.get("orthogonal-projection").prepare(data)
+    (as_given, labels), (shuffled, their_labels) = fitted
+    assert torch.equal(as_given, train.tensor()) and labels.tolist() == train.labels.tolist()
+    assert len(set(their_labels[:20].tolist())) > 4
+    told = {image.numpy().tobytes(): label for image, label in zip(by_class.tensor(), by_class.labels.tolist())}
+    assert [told[image.numpy().tobytes()] for image in shuffled] == their_labels.tolist()
 
 
 def test_fit_is_a_function_of_data_and_seed(train):

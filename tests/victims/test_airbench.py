@@ -49,6 +49,17 @@ def test_whitening_looks_at_five_thousand_images():
     assert torch.equal(networks[0].whitening.weight, networks[1].whitening.weight)
 
 
+def test_whitening_in_parts_is_that_of_all_patches_at_once():
+    images = torch.rand(601, 3, 9, 9)
+    network = convnet94(4, width=2)
+    network.whiten(images)
+    patches = F.unfold((images - network.mean) / network.std, 2).transpose(1, 2).flatten(0, 1).double()
+    filters = network.whitening.weight[:12].flatten(1).double()
+    second_moments = filters @ (patches.T @ patches / len(patches)) @ filters.T
+    torch.testing.assert_close(second_moments, second_moments.diagonal().diag(), rtol=0, atol=1e-5)
+    assert second_moments.diagonal()[-6:].sub(1).abs().max() < 0.05
+
+
 def test_a_victim_whitens_its_own_images_or_others(train, test):
     def first_layer(**options):
         recipe = dataclasses.replace(RECIPES["smoke"], max_steps_per_epoch=1)

@@ -121,6 +121,7 @@ def test_digits_are_neither_shifted_nor_mirrored():
         ({"epochs": 0}, "epochs is 0, but .* 1"),
         ({"batch_size": 1}, "batch_size is 1, but .* 2"),
         ({"warmup": 2.0}, "warmup is 2.0, but must lie within 0 and 1"),
+        ({"warmup": 1.0, "schedule": "one_cycle"}, "warmup is 1, but must be below 1 for schedule 'one_cycle'"),
         ({"momentum": -1.0}, "momentum is -1.0, but must be at least 0 and below 1"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0, but must be at least 0"),
         ({"crop_padding": -1}, "crop_padding is -1, but must be at least 0"),
