@@ -67,6 +67,7 @@ REPORT = {
     },
     "smoke": False,
     "roles": "disjoint",
+    "planned_seeds": 3,
     "others": [],
     "side_by_side": [],
     "fractions": [],
@@ -102,7 +103,7 @@ REPORT = {
                 "contradictions": 0,
             },
         },
-        "division": {"stand_in": False},
+        "division": {"of": "", "missing": [], "stand_in": False},
         "separation": {"collected_in_test": 0, "budget": 16 / 255},
         "noise": {"linf": 8, "l2_mean": 0.9, "l2_max": 1.0, "l0_mean": 200, "l0_max": 256, "share_changed": 1.0},
         "visibility": {

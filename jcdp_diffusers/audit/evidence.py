@@ -1,6 +1,6 @@
 """What the spectra of protected and collected images say of a protection, without labels and without originals."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -60,10 +60,12 @@ def rise_in_words(found: Mapping) -> str:
     What a set has more than collected images where the difference is largest.
 
     Args:
-        found (`dict`): With `excess`, `excess_at`, `frequencies`, `power` and `background`; see `spectral_evidence`.
+        found (`dict`): With `excess`, `excess_at`, `axes`, `frequencies`, `power` and `background`; see
+            `spectral_evidence`.
     """
     axis, frequency = found["excess_at"]
-    where = f"at {frequency} cycles per image in colour axis {axis + 1}"
+    mixture = mixture_in_words(found["axes"][axis])
+    where = f"at {frequency} cycles per image in colour axis {axis + 1} ({mixture})"
     place = found["frequencies"].index(frequency)
     # Grey images have no power at all in two colour axes, and nothing can be so many times as much.
     if found["background"][axis][place] < ROUNDING_POWER:
@@ -72,19 +74,24 @@ def rise_in_words(found: Mapping) -> str:
     return f"{1 + found['excess']:.1f} times the power of collected images {where}"
 
 
-def evidence_in_words(found: Mapping | None) -> list[str]:
+def mixture_in_words(axis: Sequence[float]) -> str:
+    """A colour axis as a sum of channels."""
+    names = ("R", "G", "B") if len(axis) == 3 else tuple(f"channel {number + 1}" for number in range(len(axis)))
+    said = " ".join(f"{'-' if weight < 0 else '+'} {abs(weight):.2f} {name}" for weight, name in zip(axis, names))
+    return said.removeprefix("+ ").replace("- ", "-", 1) if axis[0] < 0 else said.removeprefix("+ ")
+
+
+def evidence_in_words(found: Mapping) -> list[str]:
     """
     The evidence and its limits, in sentences.
 
     Args:
-        found (`dict`, *optional*): From `spectral_evidence`; None where there were no collected images.
+        found (`dict`): From `spectral_evidence`.
     """
-    if found is None:
-        return ["Spectra were not compared: without collected images (--collected) there is nothing to compare with."]
     least = 1 / (found["permutations"] + 1)
     p_value = f"p {'at most' if found['p_value'] <= least else '='} {found['p_value']:.3g}"
     said = {
-        "noise": f"Protected images have {rise_in_words(found)} ({p_value}): the sign of an added protection, seen "
+        "noise": f"Protected images have {rise_in_words(found)}, {p_value}: the sign of an added protection, seen "
         "without labels and without originals.",
         "filtered": f"Protected images have less power than collected ones at some frequencies ({p_value}), as after "
         "a JPEG save, a blur or a protection by convolution. The picture is of added noise, and does not hold for a "

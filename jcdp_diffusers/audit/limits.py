@@ -9,6 +9,7 @@ def limits(
     *,
     victim: str,
     seeds: int,
+    planned_seeds: int,
     test_images: int,
     clean_known: bool,
     roles: str,
@@ -23,7 +24,8 @@ def limits(
     Args:
         status (`str`): Of the verdict.
         victim (`str`): The network that was trained.
-        seeds (`int`): Victims per row.
+        seeds (`int`): Victims per row that were trained.
+        planned_seeds (`int`): Victims per row that the audit would have trained with more time.
         test_images (`int`): How many scored them.
         clean_known (`bool`): Whether the originals of the protected images were given.
         roles (`str`): `"disjoint"` or `"paper"`.
@@ -33,7 +35,13 @@ def limits(
         assumptions (`dict`): By attack, what it assumes beyond protected and collected images.
     """
     error = 100 * 1.96 * math.sqrt(0.25 / test_images)
-    found = [
+    found = []
+    if seeds < planned_seeds:
+        found.append(
+            f"The time was up after {seeds} of {planned_seeds} victims per row. The same command, given again, trains "
+            "the others."
+        )
+    found += [
         f"Victims were of one kind ({victim}), trained by one recipe. Another network or a longer training may learn "
         "more, from the protected images as well.",
         "An attack that fails proves nothing about a stronger one; an attack that succeeds settles the matter.",
@@ -41,7 +49,8 @@ def limits(
         "beside the spread over seeds.",
     ]
     if seeds < 3:
-        found.append(f"{seeds} victim(s) per row: too few to know the spread; three or more are usual.")
+        victims = "One victim" if seeds == 1 else f"{seeds} victims"
+        found.append(f"{victims} per row: too few to know the spread; three or more are usual.")
     if not clean_known:
         found.append(
             "No clean originals were given: what the protection took away, and so how much of it came back, is not "
@@ -62,12 +71,14 @@ def limits(
         f"The row {name} assumes more than the others: that {assumes}. It says nothing of anybody without that access."
         for name, assumes in assumptions.items()
     ]
-    if attacks and status != "exchanged":
+    if attacks and status in ("broken", "weakened", "undone"):
         found.append(
             f"The verdict speaks of one of {len(attacks) + 1} attacks: the strongest that bears it out, and one that "
             "assumes more than the others only where no other does. The same test images choose it, and that flatters "
             "its figure by a little; the verdict allows for that (Bonferroni)."
         )
+    if attacks and status == "withstands":
+        found.append(f"The verdict holds for all {len(attacks) + 1} attacks that were tried.")
     if status == "withstands":
         most = 100 * (1 - 0.05 ** (1 / seeds))
         found.append(

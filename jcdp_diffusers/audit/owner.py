@@ -37,6 +37,8 @@ _WHAT_TO_DO = {
     ),
     "smoke": ("Repeat the audit without `--protocol smoke`, in another folder.",),
 }
+_TIME_WAS_UP = "Give the same command again. It trains the other victims in this folder."
+_SCATTER = "The victims scatter too much. Give more images to train them with, or another `--victim`."
 
 
 def numbers(report: Mapping) -> list[dict]:
@@ -54,7 +56,7 @@ def numbers(report: Mapping) -> list[dict]:
     titles = {
         "clean": "learned from the clean images",
         "protected": "learned from the protected images",
-        attack: f"learned by {which}: {row_title(rows[attack])}",
+        attack: f"learned after {which} ({row_title(rows[attack])})",
     }
     found = []
     for row, title in titles.items():
@@ -68,14 +70,20 @@ def numbers(report: Mapping) -> list[dict]:
         value = f"{100 * accuracy['mean']:.0f} %"
         if row == attack != strongest:
             mean = 100 * rows[strongest]["accuracy"]["mean"]
-            note += f"; {mean:.0f} % on average by {row_title(rows[strongest])}"
+            note += f"; {mean:.0f} % on average after the strongest ({row_title(rows[strongest])})"
         found.append({"row": row, "value": value, "title": title, "note": note})
     return found
 
 
 def what_to_do(report: Mapping) -> list[str]:
     """What the owner of the images can do, in sentences; backticks mark options of `jcdp audit`."""
-    return [*_WHAT_TO_DO[report["verdict"]["status"]], *after_a_save(report)]
+    status, seeds = report["verdict"]["status"], len(report["victims"]["seeds"])
+    said = _WHAT_TO_DO[status]
+    if status == "undecided" and seeds < report["planned_seeds"]:
+        said = (_TIME_WAS_UP,)
+    elif status == "undecided" and seeds > 1 and report["verdict"]["enough"] is None:
+        said = (_SCATTER,)
+    return [*said, *after_a_save(report)]
 
 
 def noise_in_short(report: Mapping) -> str:
@@ -107,10 +115,13 @@ def after_a_save(report: Mapping) -> list[str]:
             )
     missing = [row for row in SAVE_ROWS if row not in rows]
     if missing:
-        victims = len(missing) * len(report["victims"]["seeds"])
-        seconds = seconds_in_words(rows["protected"]["train_seconds"])
+        victims = seconds = 0
+        for one in (report, *report["others"]):
+            (protected,) = (entry for entry in one["rows"] if entry["row"] == "protected")
+            more = len(missing) * len(one["victims"]["seeds"])
+            victims, seconds = victims + more, seconds + more * protected["train_seconds"]
         said.append(
             f"If you publish JPEG files, measure what a save does: `--countermeasures {','.join(missing)}` trains "
-            f"{victims} more victims of {seconds} each."
+            f"{victims} more victims, about {seconds_in_words(seconds)} in all."
         )
     return said

@@ -3,13 +3,13 @@
 import base64
 import html
 import io
+import re
 from string import Template
 
 import numpy as np
 from PIL import Image
 
 from ..outputs import printable
-from .evidence import evidence_in_words
 from .fractions import FRACTIONS_CAPTION, fractions_table, fractions_title
 from .learners import report_of, title_of
 from .owner import noise_in_short, numbers, what_to_do
@@ -26,10 +26,12 @@ from .words import (
     SPECTRUM_CAPTION,
     certainty,
     checks,
+    curves_said,
     kind_of_test_images,
     marks,
     results_table,
     settings_in_words,
+    spectrum_said,
     visible,
     visible_said,
 )
@@ -241,15 +243,15 @@ def page(report: dict, strips: Strips, native: NativePictures) -> str:
     losses = draw_losses(report)
     rows = zip(results_table(report), report["rows"], row_colours(report))
     return _PAGE.substitute(
-        title=_escape(f"Audit: {judged['sentence']}"),
+        title=as_html(f"Audit: {judged['sentence']}"),
         tone=TONES[judged["status"]],
         status=judged["status"],
-        sentence=_escape(judged["sentence"]).replace("-&gt;", "→").replace(" %", "&nbsp;%"),
-        marks="\n".join(f'<p class="mark">{_escape(mark)}</p>' for mark in marks(report)),
-        ways="\n".join(f'<p class="way">{_escape(sentence)}</p>' for sentence in report["side_by_side"]),
+        sentence=as_html(judged["sentence"]).replace("-&gt;", "→").replace(" %", "&nbsp;%"),
+        marks="\n".join(f'<p class="mark">{as_html(mark)}</p>' for mark in marks(report)),
+        ways="\n".join(f'<p class="way">{as_html(sentence)}</p>' for sentence in report["side_by_side"]),
         numbers=_numbers(report),
         natives=_natives(native),
-        native_caption=_escape(f"{native.caption} {noise_in_short(report)}".strip()),
+        native_caption=as_html(f"{native.caption} {noise_in_short(report)}".strip()),
         advice=_items(what_to_do(report)),
         head=_HEAD,
         rows="\n".join(_result_row(row, entry, colour) for row, entry, colour in rows),
@@ -258,47 +260,48 @@ def page(report: dict, strips: Strips, native: NativePictures) -> str:
         test=f"{report['data']['sets']['test']['images']} {kind_of_test_images(report)}",
         seeds="one seed" if seeds == 1 else f"{seeds} seeds",
         chance=f"{100 * report['chance']:.0f} %",
-        device=_escape(report["device"]),
+        device=as_html(report["device"]),
         certainty=_items(certainty(report)),
         strips=_strips(strips),
         count=len(strips.classes),
-        caption=_escape(strips.caption),
+        caption=as_html(strips.caption),
         visible="\n".join(
-            f"<tr><td>{_escape(title)}</td><td>{_escape(said)}</td></tr>" for title, said in visible(report)
+            f"<tr><td>{as_html(title)}</td><td>{as_html(said)}</td></tr>" for title, said in visible(report)
         ),
         visible_said=_items(visible_said(report)),
         spectrum=_spectrum(report["data"]["spectrum"]),
-        evidence=_items(evidence_in_words(report["data"]["spectrum"])),
-        curves=draw_curves(report),
+        evidence=_items(spectrum_said(report)),
+        curves=_curves(report),
         losses=f"<h2>How the purifier learned</h2>\n{losses}" if losses else "",
         checks="\n".join(
-            f'<li class="{"good" if good else "look"}">{_escape(sentence)}</li>' for good, sentence in checks(report)
+            f'<li class="{"good" if good else "look"}">{as_html(sentence)}</li>' for good, sentence in checks(report)
         ),
         settings="\n".join(
-            f"<tr><td>{_code(topic)}</td><td>{_code(text)}</td></tr>" for topic, text in settings_in_words(report)
+            f"<tr><td>{as_html_with_code(topic)}</td><td>{as_html_with_code(text)}</td></tr>"
+            for topic, text in settings_in_words(report)
         ),
-        limits=_items(report["limits"]),
-        command=_escape(report["command"]),
-        time=_escape(report["time"]),
+        limits="\n".join(f"<li>{as_html(limit)}</li>" for limit in report["limits"]),
+        command=as_html(report["command"]),
+        time=as_html(report["time"]),
     )
 
 
 def _items(sentences: list[str]) -> str:
-    return "\n".join(f"<li>{_code(sentence)}</li>" for sentence in sentences)
+    return "\n".join(f"<li>{as_html_with_code(sentence)}</li>" for sentence in sentences)
 
 
 def _numbers(report: dict) -> str:
     colours = dict(zip((entry["row"] for entry in report["rows"]), row_colours(report)))
     return "\n".join(
         f'<div style="border-color:{colours.get(one["row"], "#9aa0a6")}"><b>{one["value"].replace(" ", "&nbsp;")}</b>'
-        f"<span>{_escape(one['title'])}</span><i>{_escape(one['note'])}</i></div>"
+        f"<span>{as_html(one['title'])}</span><i>{as_html(one['note'])}</i></div>"
         for one in numbers(report)
     )
 
 
 def _natives(native: NativePictures) -> str:
     return "\n".join(
-        f'<figure><figcaption>{_escape(title)}</figcaption><img alt="" width="{picture.shape[1]}" '
+        f'<figure><figcaption>{as_html(title)}</figcaption><img alt="" width="{picture.shape[1]}" '
         f'height="{picture.shape[0]}" src="{_embedded(picture)}"></figure>'
         for title, picture in native.pictures.items()
     )
@@ -307,7 +310,12 @@ def _natives(native: NativePictures) -> str:
 def _spectrum(spectrum: dict | None) -> str:
     if spectrum is None:
         return ""
-    return f'{draw_spectrum(spectrum)}\n<p class="note">{_escape(SPECTRUM_CAPTION)}</p>'
+    return f'{draw_spectrum(spectrum)}\n<p class="note">{as_html(SPECTRUM_CAPTION)}</p>'
+
+
+def _curves(report: dict) -> str:
+    said = curves_said(report)
+    return draw_curves(report) + (f'\n<p class="note">{as_html(said)}</p>' if said else "")
 
 
 def _other(report: dict, other: dict) -> str:
@@ -316,21 +324,21 @@ def _other(report: dict, other: dict) -> str:
     rows = zip(results_table(alone), alone["rows"], row_colours(alone))
     shown = "\n".join(_result_row(row, entry, colour) for row, entry, colour in rows)
     return (
-        f"<h2>{_escape(title_of(other))}</h2>\n<p>{_escape(other['verdict']['sentence'])}</p>\n"
-        f'<table class="results"><thead>{_HEAD}</thead><tbody>\n{shown}\n</tbody></table>\n{draw_curves(alone)}'
+        f"<h2>{as_html(title_of(other))}</h2>\n<p>{as_html(other['verdict']['sentence'])}</p>\n"
+        f'<table class="results"><thead>{_HEAD}</thead><tbody>\n{shown}\n</tbody></table>\n{_curves(alone)}'
     )
 
 
 def _fractions(one: dict) -> str:
     """Table and curve of the fractions."""
     head, *rows = fractions_table(one["fractions"])
-    cells = ["".join(f'<td class="n">{_escape(cell)}</td>' for cell in row) for row in rows]
+    cells = ["".join(f'<td class="n">{as_html(cell)}</td>' for cell in row) for row in rows]
     return (
-        f'<h2>{_escape(fractions_title(one))}</h2>\n<table class="fractions"><thead><tr>'
-        + "".join(f'<th class="n">{_escape(cell)}</th>' for cell in head)
+        f'<h2>{as_html(fractions_title(one))}</h2>\n<table class="fractions"><thead><tr>'
+        + "".join(f'<th class="n">{as_html(cell)}</th>' for cell in head)
         + "</tr></thead><tbody>\n"
         + "\n".join(f"<tr>{row}</tr>" for row in cells)
-        + f'\n</tbody></table>\n<p class="note">{_escape(FRACTIONS_CAPTION)}</p>\n{draw_fractions(one["fractions"])}'
+        + f'\n</tbody></table>\n<p class="note">{as_html(FRACTIONS_CAPTION)}</p>\n{draw_fractions(one["fractions"])}'
     )
 
 
@@ -338,19 +346,19 @@ def _result_row(row: dict, entry: dict, colour: str) -> str:
     ticks = "".join(f'<i class="tick" style="left:{100 * v:.2f}%"></i>' for v in entry["accuracy"]["values"])
     bar = f'<div class="fill" style="width:{100 * row["fraction"]:.2f}%;background:{colour}"></div>{ticks}'
     return (
-        f'<tr data-row="{_escape(row["row"])}"><td>{_escape(row["title"])}</td><td class="n"><b>{row["test"]}</b></td>'
+        f'<tr data-row="{as_html(row["row"])}"><td>{as_html(row["title"])}</td><td class="n"><b>{row["test"]}</b></td>'
         f'<td class="n">{row["std"]}</td><td class="bar"><div class="track">{bar}</div></td>'
         f'<td class="n wide">{row["best"]}</td><td class="n wide">{row["train"]}</td>'
-        f'<td class="wide note">{_escape(row["before"])}</td><td class="n wide">{row["seconds"]}</td></tr>'
+        f'<td class="wide note">{as_html(row["before"])}</td><td class="n wide">{row["seconds"]}</td></tr>'
     )
 
 
 def _strips(strips: Strips) -> str:
-    titles = "".join(f"<span>{_escape(name)}</span>" for name in strips.classes)
+    titles = "".join(f"<span>{as_html(name)}</span>" for name in strips.classes)
     lines = [f'<div class="strip classes"><span></span>{titles}</div>']
     for title, images in strips.images.items():
         shown = "".join(f'<img alt="" src="{_embedded(image)}">' for image in images)
-        lines.append(f'<div class="strip"><span>{_escape(title)}</span>{shown}</div>')
+        lines.append(f'<div class="strip"><span>{as_html(title)}</span>{shown}</div>')
     return "\n".join(lines)
 
 
@@ -360,11 +368,11 @@ def _embedded(image: np.ndarray) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _escape(text: str) -> str:
+def as_html(text: str) -> str:
+    """Text from anywhere, as text."""
     return html.escape(printable(str(text)))
 
 
-def _code(text: str) -> str:
-    """Escaped, with what stands between backticks as code."""
-    parts = _escape(text).split("`")
-    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
+def as_html_with_code(text: str) -> str:
+    """A sentence of ours, with what stands between backticks as code. A file's name may have backticks of its own."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", as_html(text))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..data import LabelledImages
 from ..outputs import printable, replacing
+from .evidence import mixture_in_words
 
 
 COLOURS = {
@@ -163,6 +164,8 @@ def save_strips(path: Path, strips: Strips) -> None:
 def draw_curves(report: dict, path: Path | None = None) -> str:
     """Test accuracy by epoch, a line per victim: as SVG, or into a PNG file."""
     plt = _pyplot()
+    # What learns without labels has no accuracy of its own while it learns.
+    shown = "test accuracy" if report["victims"]["method"] == "supervised" else "accuracy of nearest neighbours"
     figure, axis = plt.subplots(figsize=(5, 3.2))
     for entry, colour in zip(report["rows"], row_colours(report)):
         if not entry["curves"]:
@@ -174,7 +177,7 @@ def draw_curves(report: dict, path: Path | None = None) -> str:
         label = printable(entry["title"]).replace("$", r"\$")
         axis.plot(epochs, mean, color=colour, linewidth=2, marker="o", markersize=3, label=label)
     axis.axhline(100 * report["chance"], color="#9aa0a6", linewidth=1, linestyle=":", label="one answer for all")
-    axis.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
+    axis.set(xlabel="epoch", ylabel=f"{shown} (%)", ylim=(0, 100))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.spines[["top", "right"]].set_visible(False)
     # Below the axes, where a long name takes no width from the curves on a phone.
@@ -219,7 +222,7 @@ def draw_spectrum(spectrum: Mapping, path: Path | None = None) -> str:
         if spectrum["actual"] is not None:
             actual = np.maximum(spectrum["actual"][number], LEAST_POWER)
             panel.plot(frequencies, actual, color="#b3261e", linewidth=1.2, label="true, from the originals")
-        panel.set_title(f"colour axis {number + 1}: {_mixture(axes[number])}", fontsize=9, loc="left")
+        panel.set_title(f"colour axis {number + 1}: {mixture_in_words(axes[number])}", fontsize=9, loc="left")
         panel.set(yscale="log", ylabel="power", xlim=(-0.6, frequencies[-1] + 0.6))
         panel.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
         panel.minorticks_off()
@@ -234,13 +237,6 @@ def draw_spectrum(spectrum: Mapping, path: Path | None = None) -> str:
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02)}
     figure.legend(legend.values(), legend.keys(), frameon=False, fontsize=8, **place)
     return _finished(figure, path)
-
-
-def _mixture(axis: np.ndarray) -> str:
-    """A colour axis as a sum of channels."""
-    names = ("R", "G", "B") if len(axis) == 3 else tuple(f"channel {number + 1}" for number in range(len(axis)))
-    said = " ".join(f"{'-' if weight < 0 else '+'} {abs(weight):.2f} {name}" for weight, name in zip(axis, names))
-    return said.removeprefix("+ ").replace("- ", "-", 1) if axis[0] < 0 else said.removeprefix("+ ")
 
 
 def draw_fractions(fractions: Sequence[Mapping], path: Path | None = None) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ..data import LabelledImages
 from ..outputs import printable, write_atomically
-from .evidence import evidence_in_words
 from .fractions import FRACTIONS_CAPTION, fractions_name, fractions_table, fractions_title
 from .learners import report_of, title_of
 from .owner import noise_in_short, numbers, what_to_do
@@ -26,10 +25,12 @@ from .words import (
     SPECTRUM_CAPTION,
     certainty,
     checks,
+    curves_said,
     kind_of_test_images,
     marks,
     results_table,
     settings_in_words,
+    spectrum_said,
     visible,
     visible_said,
 )
@@ -91,7 +92,7 @@ def _first_page(report: dict, native: NativePictures) -> list[str]:
         "",
         "## What to do",
         "",
-        *(f"- {escaped(sentence)}" for sentence in what_to_do(report)),
+        *(f"- {with_code(sentence)}" for sentence in what_to_do(report)),
         "",
     ]
 
@@ -132,7 +133,7 @@ def _full_report(report: dict, caption: str) -> list[str]:
         *_others(report),
         "## How sure this is",
         "",
-        *(f"- {escaped(sentence)}" for sentence in certainty(report)),
+        *(f"- {with_code(sentence)}" for sentence in certainty(report)),
         "",
         "## What the images look like",
         "",
@@ -144,24 +145,25 @@ def _full_report(report: dict, caption: str) -> list[str]:
         "",
         *(_table(("measure", "over images"), measures) if measures else []),
         "",
-        *(f"- {escaped(sentence)}" for sentence in visible_said(report)),
+        *(f"- {with_code(sentence)}" for sentence in visible_said(report)),
         "",
         "## Where the protection is",
         "",
         *(pictured if spectrum is not None else []),
-        *(f"- {escaped(sentence)}" for sentence in evidence_in_words(spectrum)),
+        *(f"- {with_code(sentence)}" for sentence in spectrum_said(report)),
         "",
         "## How they learned",
         "",
         "![Learning curves](pictures/curves.png)",
         "",
+        *([said, ""] if (said := curves_said(report)) else []),
         "## The data",
         "",
         *(f"- {'' if good else '**!** '}{escaped(sentence)}" for good, sentence in checks(report)),
         "",
         "## Settings",
         "",
-        *_table(("", ""), [[escaped(topic), escaped(said)] for topic, said in settings_in_words(report)]),
+        *_table(("", ""), [[with_code(topic), with_code(said)] for topic, said in settings_in_words(report)]),
         "",
         "## Limits",
         "",
@@ -169,9 +171,7 @@ def _full_report(report: dict, caption: str) -> list[str]:
         "",
         "## How to repeat this",
         "",
-        "```",
-        printable(report["command"]).replace("```", "` ` `"),
-        "```",
+        *fenced(report["command"]),
         "",
         f"{report['time']}; figures in `report.json`, one record per victim in `records.jsonl`.",
         "",
@@ -183,6 +183,19 @@ def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def fenced(command: str) -> list[str]:
+    """The lines of a block of code, which no name in the command can end."""
+    return ["```", printable(command).replace("```", "` ` `"), "```"]
+
+
 def escaped(text: str) -> str:
-    """Text in which Markdown finds no table, link, emphasis or HTML; backticks mark code."""
-    return re.sub(r"([\\<|*]|\](?=\())", r"\\\1", printable(text))
+    """Text from anywhere, in which Markdown finds no table, link, emphasis, code, character reference or HTML."""
+    # Within a word, an underscore is no emphasis, and names of ours read better without backslashes.
+    return re.sub(r"([\\<|*`~]|&(?=[#\w])|\](?=\()|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(text))
+
+
+def with_code(text: str) -> str:
+    """A sentence of ours, in which backticks mark code. A file's name may have backticks of its own."""
+    parts = re.split("(`[^`]+`)", printable(text))
+    # In a table a bar ends the cell, in code as well.
+    return "".join(part.replace("|", r"\|") if index % 2 else escaped(part) for index, part in enumerate(parts))

@@ -225,12 +225,12 @@ def carry_out(
     say(f"Victims: {len(in_turn(rows))}; {in_words(learners, len(sets['protected']))}")
     count = measure_in_time(rows, records, device=device, processes=processes, deadline=deadline, say=say)
     by_learner, more = [one.of_seeds(count) for one in by_learner], [own[:count] for own in more]
-    asked = dataclasses.replace(asked, seeds=asked.victim_seeds[:count])
+    planned_seeds, asked = len(asked.victim_seeds), dataclasses.replace(asked, seeds=asked.victim_seeds[:count])
 
     # 5. The report
     draws = figures_of_draws(by_learner[0].rows["purified"], more, records)
     learned = _learned_by_all(by_learner, more, sets, asked, output_dir, draws, found.division)
-    report = _report(learned, draws, sets, data, used, asked, command, planned.said)
+    report = _report(learned, draws, sets, data, used, asked, planned_seeds, command, planned.said)
     write_report(output_dir, report, sets)
     for sentence in (report["verdict"]["sentence"], *report["side_by_side"]):
         say(sentence)
@@ -404,16 +404,21 @@ def _report(
     data: dict,
     used: AuditPurifier,
     asked: AuditSettings,
+    planned_seeds: int,
     command: str,
     lessened: Sequence[str],
 ) -> dict:
-    """What `report.json` holds, in JSON's types; `learned` is what victims got, by way of learning."""
+    """
+    What `report.json` holds, in JSON's types; `learned` is what victims got, by way of learning, and `planned_seeds`
+    how many victims of each row there were to be.
+    """
     test, trains, smoke = sets["test"], used.plan is not None, asked.smoke
     tried = {one.name: one.as_done(used.config, smoke=smoke) for one in asked.tried}
     said = limits(
         learned[0]["verdict"]["status"],
         victim=" and ".join(dict.fromkeys(one["victims"]["victim"] for one in learned)),
         seeds=len(asked.victim_seeds),
+        planned_seeds=planned_seeds,
         test_images=len(test),
         clean_known="clean" in sets,
         roles=asked.roles,
@@ -426,6 +431,7 @@ def _report(
     report = {
         "smoke": smoke,
         "roles": asked.roles,
+        "planned_seeds": planned_seeds,
         **learned[0],
         "others": list(learned[1:]),
         "side_by_side": side_by_side(learned),

@@ -290,6 +290,7 @@ def _sentence(
         both = f"{_percent(protected)} from the protected images and {_percent(clean)} from the clean ones, {seeds}"
     figures += f", {seeds}"
     points = f"{100 * MARGIN:.0f} points"
+    strongest = "Purification" if found.attack == "purified" else found.attack
     if found.status == "undecided":
         said = both if "there is" in found.open_question else figures
         return (
@@ -302,8 +303,8 @@ def _sentence(
         "undone": f"The protection does not hold: {figures}; how much of it is left cannot be known without clean "
         "images.",
         "broken": f"The protection does not survive: {figures}.",
-        "weakened": f"The protection is weakened: {figures}, which wins back {100 * (share or 0):.0f} % of what it "
-        "took.",
+        "weakened": f"The protection is weakened: {figures}. {strongest} wins back {100 * (share or 0):.0f} % of the "
+        "lost accuracy.",
         "withstands": f"The protection survives what was tried: {figures}; no attack wins back {points}, but a "
         "stronger one may still break it.",
         "open": f"No verdict: {figures}; without clean images, a protection that survives cannot be told from images "

@@ -6,6 +6,7 @@ from ..countermeasures.iss import SAVES
 from ..data import FEW
 from ..data.perturbations import visibility_in_words
 from ..noise import colour_in_words
+from .evidence import evidence_in_words
 from .verdict import LEAST_IMAGES_FOR_IT, MARGIN
 
 
@@ -84,17 +85,20 @@ def certainty(report: dict) -> list[str]:
     """How sure the verdict is, in sentences."""
     judged, said = report["verdict"], []
     titles = {entry["row"]: entry["title"] for entry in report["rows"]}
-    what = {
-        "lost": "From the clean to the protected images, accuracy falls by",
-        "gained": f"From there, {titles[judged['attack']]} raises it by",
+    # What the protection took is clean minus protected, and a change is the other way round.
+    ways = {
+        "lost": ("From the clean to the protected images", -1),
+        "gained": (f"From the protected images to {titles[judged['attack']]}", 1),
     }
     for name, found in judged["differences"].items():
         if found is None:
             continue
+        way, sign = ways[name]
         limits = "its interval is unknown, because a single victim shows no spread"
         if found["low"] is not None:
-            limits = f"95 % interval {100 * found['low']:.1f} to {100 * found['high']:.1f}"
-        said.append(f"{what[name]} {100 * found['estimate']:.1f} points ({limits}).")
+            low, high = sorted((sign * found["low"], sign * found["high"]))
+            limits = f"95 % interval {100 * low:+z.1f} to {100 * high:+z.1f}"
+        said.append(f"{way}, test accuracy changes by {100 * sign * found['estimate']:+z.1f} points ({limits}).")
     if (assumed := judged["assumed_std"]) is not None:
         said.append(
             f"A single victim shows no spread. {100 * assumed:.0f} points are assumed: more than every spread in our "
@@ -102,10 +106,11 @@ def certainty(report: dict) -> list[str]:
             "Three seeds measure it."
         )
     seeds, images = len(report["victims"]["seeds"]), report["data"]["sets"]["test"]["images"]
-    said.append(
-        f"The intervals cover two chances: other seeds ({seeds} victim{'s' * (seeds != 1)} per row; Welch, 1947) and "
-        f"other test images ({images}; Agresti and Caffo, 2000)."
-    )
+    if any(found is not None and found["low"] is not None for found in judged["differences"].values()):
+        spread = f"{seeds} victims per row; Welch, 1947" if assumed is None else "by the assumed spread"
+        said.append(
+            f"The intervals cover other seeds ({spread}) and other test images ({images:,}; Agresti and Caffo, 2000)."
+        )
     said.append(
         f"A difference below {100 * MARGIN:.0f} points counts as none. The verdict says that there is none only where "
         "the whole interval lies below that."
@@ -159,6 +164,26 @@ def visible_said(report: dict) -> list[str]:
     return [*said, "What is left of the noise does not say what victims then learn."] if saves else said
 
 
+def spectrum_said(report: dict) -> list[str]:
+    """What the spectra say of the protection, or why they were not compared."""
+    spectrum, division = report["data"]["spectrum"], report["data"]["division"]
+    if spectrum is not None:
+        return evidence_in_words(spectrum)
+    if division["of"] == "protected" and "collected" in division["missing"]:
+        return [
+            "Spectra were not compared: the images that trained the purifier are protected, too. Give unprotected "
+            "ones with --collected."
+        ]
+    return ["Spectra were not compared: without collected images (--collected) there is nothing to compare with."]
+
+
+def curves_said(report: dict) -> str:
+    """What the learning curves show where the table shows something else; empty where both show the same."""
+    if report["victims"]["method"] == "supervised":
+        return ""
+    return "The curves show the accuracy of nearest neighbours. The table shows that of the linear probe."
+
+
 def checks(report: dict) -> list[tuple[bool, str]]:
     """What the data checks found: whether it is as it should be, and a sentence."""
     found = []
@@ -178,7 +203,10 @@ def _levels(report: dict) -> int:
 
 def _set_checked(role: str, facts: Mapping) -> list[tuple[bool, str]]:
     counts = list((facts["images_per_class"] or {}).values())
-    balance = f", {min(counts)} to {max(counts)} of each of {len(counts)} classes" if counts else ""
+    balance = ""
+    if counts:
+        least, most = min(counts), max(counts)
+        balance = f", {least if least == most else f'{least} to {most}'} of each of {len(counts)} classes"
     shape = "x".join(map(str, facts["shape"]))
     balanced = not counts or max(counts) <= 10 * min(counts)
     found = [(balanced, f"{role}: {facts['images']} images{balance}; {shape}")]
@@ -292,8 +320,9 @@ def _victims_in_words(victims: Mapping, altered: str) -> str:
         whitened = f", patches of {victims['whitening']} collected images whitened"
     return (
         f"{learner}, width {victims['width']}, protocol `{recipe['name']}` ({recipe['epochs']} epochs, batch "
-        f"{recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, {recipe['schedule']}){whitened}, seeds "
-        f"{', '.join(map(str, victims['seeds']))}; last epoch, test images {altered}"
+        f"{recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, {recipe['schedule']}){whitened}, "
+        f"seed{'s' * (len(victims['seeds']) > 1)} {', '.join(map(str, victims['seeds']))}; last epoch, test images "
+        f"{altered}"
     )
 
 

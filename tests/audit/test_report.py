@@ -14,11 +14,18 @@ from PIL import Image
 from jcdp_diffusers.audit.draws import separate_spreads
 from jcdp_diffusers.audit.evidence import evidence_in_words
 from jcdp_diffusers.audit.owner import numbers, what_to_do
-from jcdp_diffusers.audit.page import TONES
+from jcdp_diffusers.audit.page import TONES, page
 from jcdp_diffusers.audit.pictures import NATIVE_SIDE, draw_spectrum, native_pictures, picture_strips
 from jcdp_diffusers.audit.report import markdown, write_report
 from jcdp_diffusers.audit.verdict import verdict
-from jcdp_diffusers.audit.words import certainty, checks, results_table, seconds_in_words
+from jcdp_diffusers.audit.words import (
+    certainty,
+    checks,
+    results_table,
+    seconds_in_words,
+    settings_in_words,
+    spectrum_said,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +96,26 @@ def test_page_and_markdown_say_what_the_pictures_show(written):
 
 def test_how_sure_the_verdict_is():
     lost, gained, chances, margin, draws = certainty(REPORT)
-    assert "falls by 50.0 points (95 % interval 46.0 to 54.0)" in lost
-    assert "purification raises it by 45.0 points (95 % interval 40.0 to 50.0)" in gained
+    assert lost == (
+        "From the clean to the protected images, test accuracy changes by -50.0 points (95 % interval -54.0 to -46.0)."
+    )
+    assert gained == (
+        "From the protected images to purification, test accuracy changes by +45.0 points (95 % interval +40.0 to "
+        "+50.0)."
+    )
     assert "3 victims" in chances and "200" in chances and "5 points" in margin
     assert "its row is that of one draw" in draws and "`--draws 3`" in draws
     report = copy.deepcopy(REPORT)
     report["verdict"]["differences"] = {"lost": None, "gained": {"estimate": 0.45, "low": None, "high": None}}
-    assert "raises it by 45.0 points (its interval is unknown" in certainty(report)[0]
-    report["verdict"]["assumed_std"] = 0.05
-    assert "5 points are assumed" in certainty(report)[1]
+    assert "by +45.0 points (its interval is unknown" in certainty(report)[0]
+    assert not any("intervals cover" in sentence for sentence in certainty(report))
+    exchanged = {"lost": {"estimate": -0.8, "low": -0.84, "high": -0.76}, "gained": None}
+    report["verdict"] |= {"differences": exchanged, "assumed_std": 0.05}
+    lost, assumed, chances = certainty(report)[:3]
+    assert "changes by +80.0 points (95 % interval +76.0 to +84.0)" in lost and "5 points are assumed" in assumed
+    assert chances == (
+        "The intervals cover other seeds (by the assumed spread) and other test images (200; Agresti and Caffo, 2000)."
+    )
 
 
 HOSTILE = "<script>alert(1)</script>|`x`\x1b[31m\n# title\n](javascript:x)\u202e"
@@ -126,6 +144,7 @@ def test_what_needs_a_look_is_marked():
     marked = [sentence for good, sentence in checks(REPORT) if not good]
     assert len(marked) == 3  # duplicates, an unbalanced test set, a shortcut
     assert "2 images repeat the pixels of another, 1 of them with another label" in marked[0]
+    assert any("400 images, 100 of each of 4 classes" in sentence for _, sentence in checks(REPORT))
     assert "5 to 120 of each of 4 classes" in marked[1] and "shortcut that even a linear model reads" in marked[2]
 
 
@@ -236,22 +255,22 @@ def test_the_first_page_has_the_verdict_three_numbers_pictures_and_what_to_do(wr
     for said in ("76&nbsp;%", "26&nbsp;%", "71&nbsp;%"):
         assert f"<b>{said}</b>" in owner and f"**{said.replace('&nbsp;', ' ')}**" in first
     for said in (
-        "learned by the strongest attack: trained on purified images",
+        "learned after the strongest attack (trained on purified images)",
         "3 victims, std 2.0",
         "Do not rely on this protection.",
         "The protection changes values by up to 8/255; PSNR 31.2 dB, SSIM 0.913 on average.",
     ):
         assert said in owner and said in first
-    assert "`--countermeasures jpeg-95,jpeg-75` trains 6 more victims of 31 s each" in first
+    assert "`--countermeasures jpeg-95,jpeg-75` trains 6 more victims, about 3 min in all." in first  # 6 x 31.4 s
 
 
 def test_an_attack_is_called_the_strongest_only_if_it_is():
     report = copy.deepcopy(REPORT)
-    assert numbers(report)[2]["title"].startswith("learned by the strongest attack: ")
+    assert numbers(report)[2]["title"].startswith("learned after the strongest attack (")
     report["verdict"]["attack"] = "jpeg-10"
     third = numbers(report)[2]
     assert third["value"] == "61 %" and "with jpeg-10" in third["title"] and "strongest" not in third["title"]
-    assert third["note"].endswith("; 71 % on average by trained on purified images")
+    assert third["note"].endswith("; 71 % on average after the strongest (trained on purified images)")
     report["rows"] = report["rows"][1:]
     assert numbers(report)[0] | {"title": ""} == {
         "row": None,
@@ -267,6 +286,52 @@ def test_every_verdict_says_what_to_do(status):
     report["verdict"]["status"] = status
     said = what_to_do(report)
     assert said and (("--countermeasures jpeg-95" in said[-1]) == (status not in ("smoke", "exchanged")))
+
+
+@pytest.mark.parametrize(
+    "planned, seeds, enough, said",
+    [
+        (3, 3, {"seeds": 5, "test_images": 200}, "with more `--seeds`"),
+        (3, 2, {"seeds": 5, "test_images": 200}, "Give the same command again."),
+        (1, 1, None, "with more `--seeds`"),
+        (3, 3, None, "Give more images to train them with, or another `--victim`."),
+    ],
+)
+def test_what_to_do_where_the_figures_are_not_enough(planned, seeds, enough, said):
+    report = copy.deepcopy(REPORT) | {"planned_seeds": planned}
+    report["verdict"] |= {"status": "undecided", "enough": enough}
+    report["victims"]["seeds"] = list(range(seeds))
+    assert said in what_to_do(report)[0]
+
+
+def test_further_victims_are_counted_for_every_way_of_learning():
+    report = copy.deepcopy(REPORT)
+    other = copy.deepcopy({name: report[name] for name in ("verdict", "rows", "victims")})
+    other["rows"][1]["train_seconds"] = 600
+    report["others"] = [other]
+    assert "trains 12 more victims, about 63 min in all." in what_to_do(report)[-1]  # 6 x 31.4 s and 6 x 600 s
+
+
+def test_curves_of_victims_without_labels_are_called_what_they_are(written, monkeypatch):
+    for name in ("draw_spectrum", "draw_losses"):  # slow, and of no interest here
+        monkeypatch.setattr(f"jcdp_diffusers.audit.page.{name}", lambda _: "")
+    report = copy.deepcopy(REPORT)
+    report["victims"]["method"] = "simclr"
+    strips = picture_strips(sets())
+    native = native_pictures(strips)
+    texts = [page(report, strips, native), markdown(report, "", native)]
+    assert "accuracy of nearest neighbours (%)" in texts[0] and "test accuracy (%)" not in texts[0]
+    said = "The curves show the accuracy of nearest neighbours. The table shows that of the linear probe."
+    assert all(said in text for text in texts)
+    supervised = (written / "report.html").read_text()
+    assert "test accuracy (%)" in supervised and "nearest neighbours" not in supervised
+
+
+def test_settings_name_one_seed_or_several():
+    report = copy.deepcopy(REPORT)
+    assert "seeds 0, 1, 2;" in dict(settings_in_words(report))["Victims"]
+    report["victims"]["seeds"] = [0]
+    assert ", seed 0;" in dict(settings_in_words(report))["Victims"]
 
 
 def test_what_a_jpeg_save_does_is_said_once_it_is_measured():
@@ -319,8 +384,15 @@ def test_what_is_not_seen_in_the_spectrum_is_drawn_as_unknown(tmp_path):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({}, "2.3 times the power of collected images at 6 cycles per image in colour axis 3 (p at most 0.001)"),
-        ({"background": [[0.0] * 9] * 3}, "a power of 11.0 squared levels at 6 cycles per image in colour axis 3"),
+        (
+            {},
+            "2.3 times the power of collected images at 6 cycles per image in colour axis 3 "
+            "(0.41 R - 0.82 G + 0.41 B), p at most 0.001: the sign",
+        ),
+        (
+            {"background": [[0.0] * 9] * 3, "axes": [[0.0] * 3, [0.0] * 3, [-0.53, 0.81, -0.26]]},
+            "a power of 11.0 squared levels at 6 cycles per image in colour axis 3 (-0.53 R + 0.81 G - 0.26 B), where",
+        ),
         ({"finding": "none", "p_value": 0.4}, "do not differ by more than chance explains (p = 0.4)"),
         ({"finding": "filtered"}, "as after a JPEG save, a blur or a protection by convolution"),
         ({"finding": "other kind"}, "no sign of an added protection"),
@@ -331,7 +403,21 @@ def test_what_the_spectra_show_is_said_with_its_limits(changes, said):
     assert said in sentence
     assert "999 random divisions of the 400 protected and 90 collected images" in limits[0]
     assert "not why they do" in limits[0] and "one kind" in limits[1]
-    assert "without collected images" in evidence_in_words(None)[0]
+
+
+@pytest.mark.parametrize(
+    "of, missing, said",
+    [
+        ("", [], "without collected images (--collected) there is nothing"),
+        ("protected", ["test"], "without collected images (--collected) there is nothing"),
+        ("protected", ["collected", "test"], "the images that trained the purifier are protected, too"),
+    ],
+)
+def test_why_spectra_were_not_compared_is_said(of, missing, said):
+    report = copy.deepcopy(REPORT)
+    report["data"] |= {"spectrum": None, "division": {"of": of, "missing": missing, "stand_in": False}}
+    (sentence,) = spectrum_said(report)
+    assert sentence.startswith("Spectra were not compared: ") and said in sentence
 
 
 @pytest.mark.parametrize("seconds, said", [(0.2, "0 s"), (89, "89 s"), (150, "2 min"), (7200, "2.0 h")])

@@ -27,7 +27,8 @@ TITLES = {"purified": "purification"}
         (
             {"clean": [0.76, 0.77], "protected": [0.26, 0.27], "purified": [0.40, 0.41]},
             "weakened",
-            "26 % -> 40 % by purification, clean 76 %, two seeds, which wins back 28 % of what it took",
+            "The protection is weakened: 26 % -> 40 % by purification, clean 76 %, two seeds. Purification wins back 28 % "
+            "of the lost accuracy.",
         ),
         (
             {"clean": [0.76, 0.77, 0.76], "protected": [0.26, 0.27, 0.26], "purified": [0.27, 0.27, 0.26]},
@@ -66,6 +67,12 @@ def test_an_attack_that_assumes_more_counts_where_no_other_bears_the_sentence_ou
     judged = judge(rows | {"purified": [0.11, 0.12]})
     assert judged["attack"] == "paired" and judged["status"] == "broken"
     assert "10 % -> 78 % by paired (assumes that the tool is public), clean" in judged["sentence"]
+
+
+def test_the_strongest_attack_is_named_again_where_it_weakens():
+    rows = {"clean": [0.76, 0.77], "protected": [0.26, 0.27], "purified": [0.3, 0.31], "gray": [0.40, 0.41]}
+    sentence = verdict(rows, TITLES, test_images=2000)["sentence"]
+    assert sentence.endswith("two seeds. gray wins back 28 % of the lost accuracy.")
 
 
 def test_the_strongest_attack_counts():
@@ -266,6 +273,7 @@ def told(status="broken", **changed):
     facts = {
         "victim": "resnet18",
         "seeds": 3,
+        "planned_seeds": 3,
         "test_images": 5000,
         "clean_known": True,
         "roles": "disjoint",
@@ -288,7 +296,12 @@ def test_limits_that_every_audit_has():
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"seeds": 2}, "2 victim(s) per row"),
+        ({"seeds": 2}, "2 victims per row: too few to know the spread"),
+        ({"seeds": 1}, "One victim per row: too few to know the spread"),
+        (
+            {"seeds": 1},
+            "The time was up after 1 of 3 victims per row. The same command, given again, trains the others.",
+        ),
         ({"clean_known": False}, "No clean originals were given"),
         ({"roles": "paper"}, "trained on the very test images"),
         ({"listed": None, "training": None}, "does not list the images that trained it"),
@@ -300,6 +313,7 @@ def test_limits_that_every_audit_has():
         ),
         ({"attacks": ["jpeg-10", "gray"]}, "one of 3 attacks: the strongest that bears it out"),
         ({"status": "smoke"}, "no figure means anything"),
+        ({"status": "withstands", "attacks": ["jpeg-10"]}, "The verdict holds for all 2 attacks that were tried."),
         # Three victims, none of whom succeeded: 1 - 0.05 ** (1 / 3) = 0.63.
         ({"status": "withstands"}, "that more than 63 % of all would"),
     ],
@@ -309,5 +323,6 @@ def test_limits_that_some_audits_have(changed, said):
     assert said in " ".join(told(**changed))
 
 
-def test_exchanged_sets_name_no_strongest_attack():
-    assert "strongest" not in " ".join(told("exchanged", attacks=["jpeg-10"]))
+@pytest.mark.parametrize("status", ["exchanged", "ineffective", "undecided", "withstands", "open", "smoke"])
+def test_where_the_verdict_is_not_of_one_attack_none_is_named(status):
+    assert "The verdict speaks of one" not in " ".join(told(status, attacks=["jpeg-10"]))
