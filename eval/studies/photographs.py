@@ -120,8 +120,11 @@ def run_timed(words: Sequence[str], log: Path) -> float:
     return time.perf_counter() - began
 
 
-def compare_at_full_size(originals: Path, protected: Path, cleaned: Path) -> dict[str, float]:
-    """Mean PSNR in dB to the originals, of the protected and of the cleaned pictures, all at their own size."""
+def compare_at_full_size(originals: Path, protected: Path, cleaned: Path) -> dict[str, float | None]:
+    """
+    Mean PSNR in dB to the originals, of the protected and of the cleaned pictures, all at their own size. Pictures
+    that are equal to their originals have none and are left out; None where all are.
+    """
     found = {"protected": [], "cleaned": []}
     for path in sorted(originals.rglob("IMG_*")):
         original = decode_image(str(path)).astype(float)
@@ -129,8 +132,9 @@ def compare_at_full_size(originals: Path, protected: Path, cleaned: Path) -> dic
             other = decode_image(str(folder / path.relative_to(originals).with_suffix(".png")))
             if other.shape != original.shape:
                 raise ValueError(f"{role} has {path.stem} as {other.shape}, but must have {original.shape}.")
-            found[role].append(10 * np.log10(255**2 / max(1e-9, np.square(other - original).mean())))
-    return {role: float(np.mean(values)) for role, values in found.items()}
+            if error := np.square(other - original).mean():
+                found[role].append(10 * np.log10(255**2 / error))
+    return {role: float(np.mean(values)) if values else None for role, values in found.items()}
 
 
 def study(output: Path, records: Path | None, sizes: Sequence[tuple[int, int]], audit_options: Sequence[str]) -> dict:

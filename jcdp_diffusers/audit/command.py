@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget_minutes",
         type=float,
         metavar="N",
-        help=f"train no longer; {DIVIDED_MINUTES:g} if --test or --collected is left out, else without limit",
+        help=f"train no longer; {DIVIDED_MINUTES:g} if the audit divides images itself or has no labels, else without "
+        "limit",
     )
     how.add_argument("--purifier", help="folder or Hub id of a DDPM; trained on --collected if not given")
     how.add_argument(

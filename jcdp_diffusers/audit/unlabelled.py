@@ -6,7 +6,6 @@ where other photographs are given; and what purification changes.
 """
 
 import base64
-import html
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -21,13 +20,14 @@ from PIL import Image
 from ..data import LabelledImages
 from ..data.checks import check_separation, describe_set, find_originals
 from ..data.perturbations import changed_images, measured_norms, psnr
-from ..outputs import write_atomically
+from ..outputs import printable, write_atomically
 from ..results import as_settings, package_versions, plain
 from .division import Division, likenesses
 from .evidence import evidence_in_words, spectral_evidence
+from .page import as_html, as_html_with_code
 from .pictures import Strips, picture_strips
 from .purifier import AuditPurifier, purify
-from .report import escaped
+from .report import escaped, fenced, with_code
 from .settings import AuditSettings
 
 
@@ -38,8 +38,10 @@ SHOWN = 6
 SHOWN_SIDE = 128  # pixels, of a shown image
 HOW_TO_LABEL = (
     "The photographs have no labels, so no victim can be trained and no verdict is possible. Put them into one folder "
-    "per class, such as cats/ and dogs/, and give the command again."
+    "per class, such as cats/ and dogs/. Then give the command again with another folder: `--output NAME`."
 )
+SMOKE = "Smoke run: the purifier was hardly trained, and no figure means anything."
+SMOKE_OF_GIVEN = "Smoke run: purification had only a few steps, and no figure means anything."
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -135,19 +137,26 @@ def evidence(sets: Mapping[str, LabelledImages], division: Division, seed: int) 
 def sentences(found: Mapping, sets: Mapping[str, LabelledImages], division: Division) -> list[str]:
     """The evidence in words, and what would tell more."""
     said = [HOW_TO_LABEL]
-    if (added := found["added"]) is not None:
+    if (added := found["added"]) is None:
+        said.append("Without the originals (--clean) nobody knows how large the protection is.")
+    elif not found["changed"]:
+        said.append("The protected images are equal to their originals: nothing is protected.")
+    else:
+        left = found["left"]["psnr"]
+        after = "after purification they are equal to them" if left is None else f"{left:.1f} dB after purification"
         said.append(
             f"The protection changes {found['changed']} of {len(sets['protected'])} images, a value by "
             f"{added['linf']}/255 at most. The PSNR of these images to their originals is {added['psnr']:.1f} dB, and "
-            f"{found['left']['psnr']:.1f} dB after purification."
+            f"{after}."
         )
-    else:
-        said.append("Without the originals (--clean) nobody knows how large the protection is.")
     removed = found["removed"]
-    said.append(
-        f"Purification changes a value by {removed['linf']}/255 at most; PSNR {removed['psnr']:.1f} dB to the "
-        "protected images."
-    )
+    if removed["psnr"] is None:
+        said.append("Purification changes nothing.")
+    else:
+        said.append(
+            f"Purification changes a value by {removed['linf']}/255 at most; PSNR {removed['psnr']:.1f} dB to the "
+            "protected images."
+        )
     if found["spectrum"] is not None:
         said += evidence_in_words(found["spectrum"])[:3]  # the fourth is of a picture
     else:
@@ -190,10 +199,13 @@ def audit_unlabelled(
     say(f"Purifying {len(sets['protected'])} images: {used.config.evaluations_per_image} evaluations each")
     sets["purified"] = purify(sets["protected"], used, output_dir / "purified", asked.seed)
     found = evidence(sets, division, asked.seed)
-    said = [*sentences(found, sets, division), *facts["unusable_said"], *facts["lessened"]]
+    verdict, *said = [*sentences(found, sets, division), *facts["unusable_said"], *facts["lessened"]]
+    if asked.smoke:
+        said.insert(0, SMOKE_OF_GIVEN if used.plan is None else SMOKE)
     report = {
-        "verdict": {"status": "unlabelled", "sentence": said[0]},
-        "said": said[1:],
+        "smoke": asked.smoke,
+        "verdict": {"status": "unlabelled", "sentence": verdict},
+        "said": said,
         "evidence": found,
         "data": {"sets": {role: describe_set(images) for role, images in sets.items()}, **facts},
         "purification": as_settings(used.config) | {"evaluations_per_image": used.config.evaluations_per_image},
@@ -203,8 +215,8 @@ def audit_unlabelled(
     }
     report = plain(report, "report")
     _write(output_dir, report, sets)
-    for sentence in said:
-        say(sentence)
+    for sentence in (verdict, *said):
+        say(printable(sentence))
     return report
 
 
@@ -214,16 +226,16 @@ def _write(output_dir: Path, report: dict, sets: Mapping[str, LabelledImages]) -
     (output_dir / "pictures").mkdir(exist_ok=True)
     write_atomically(output_dir / "pictures" / "images.png", picture)
     write_atomically(output_dir / "report.json", json.dumps(report, indent=2) + "\n")
-    lines = ["# Audit of photographs without labels", "", f"**{report['verdict']['sentence']}**", ""]
+    lines = ["# Audit of photographs without labels", "", f"**{with_code(report['verdict']['sentence'])}**", ""]
     lines += [f"- {escaped(sentence)}" for sentence in report["said"]]
-    lines += ["", f"![{caption}](pictures/images.png)", "", caption, "", "```", report["command"], "```", ""]
+    lines += ["", f"![{caption}](pictures/images.png)", "", caption, "", *fenced(report["command"]), ""]
     write_atomically(output_dir / "report.md", "\n".join(lines))
     page = _PAGE.substitute(
-        sentence=html.escape(report["verdict"]["sentence"]),
-        said="".join(f"<li>{html.escape(sentence)}</li>" for sentence in report["said"]),
+        sentence=as_html_with_code(report["verdict"]["sentence"]),
+        said="".join(f"<li>{as_html(sentence)}</li>" for sentence in report["said"]),
         caption=caption,
         picture=base64.b64encode(picture).decode(),
-        command=html.escape(report["command"]),
+        command=as_html(report["command"]),
         time=report["time"],
     )
     write_atomically(output_dir / "report.html", page)
@@ -240,8 +252,13 @@ def _montage(strips: Strips) -> bytes:
     return file.getvalue()
 
 
-def _change(before: LabelledImages, after: LabelledImages, rows: np.ndarray) -> dict[str, float]:
-    """How large a change is, of these rows: norms, and the mean peak signal-to-noise ratio in dB; 99 where equal."""
+def _change(before: LabelledImages, after: LabelledImages, rows: np.ndarray) -> dict[str, float | None]:
+    """
+    How large a change is, of these rows: norms, and the mean peak signal-to-noise ratio in dB of the images that
+    differ; None where none does.
+    """
     before, after = before.subset(rows), after.subset(rows)
-    decibels = psnr(before.tensor(), after.tensor(), least_error=10**-9.9).mean()
-    return measured_norms(before.images, after.images) | {"psnr": float(decibels)}
+    found = measured_norms(before.images, after.images) | {"psnr": None}
+    if len(differ := np.flatnonzero(changed_images(before.images, after.images))):
+        found["psnr"] = float(psnr(before.subset(differ).tensor(), after.subset(differ).tensor()).mean())
+    return found

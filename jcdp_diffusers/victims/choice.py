@@ -14,12 +14,15 @@ LARGEST_SIDE = 64
 WHITENING = ("training", "collected")
 # What `jcdp score` and `jcdp audit` say of the options. The hours: one image of 32x32 pixels is 3.3 GFLOP for a
 # training step of a ResNet-18 of width 64, `fast` shows each 30 times, and a core does 100 to 300 GFLOP/s.
+_ON_A_CPU = "on a CPU resnet18 with mini for images below 9 or above 64 pixels, and for methods without labels"
 VICTIM_HELP = (
-    "network of the victims; if neither it nor the recipe is given, convnet94 on a CPU and resnet18 on a GPU. On a "
-    "CPU, one resnet18 of width 64 with recipe fast takes 1 to 3 hours of a core for each 10,000 images of 32x32 "
-    "pixels: three victims of 50,000 images take 15 to 45 hours. With --width 16 it is about a seventh"
+    "network of the victims; if neither it nor the recipe is given, convnet94 on a CPU and resnet18 on a GPU "
+    f"({_ON_A_CPU}). On a CPU, one resnet18 of width 64 with recipe fast takes 1 to 3 hours of a core for each 10,000 "
+    "images of 32x32 pixels: three victims of 50,000 images take 15 to 45 hours. With --width 16 it is about a seventh"
 )
-RECIPE_HELP = "how victims are trained; airbench with convnet94 and fast with other networks if not given"
+RECIPE_HELP = (
+    f"how victims are trained; airbench with convnet94 and fast with other networks if not given ({_ON_A_CPU})"
+)
 SHORT_RECIPE_HELP = RECIPE_HELP.replace("airbench", "airbench-short")
 WHITENING_HELP = "images whose patches convnet94 whitens first: training images, or --collected"
 
