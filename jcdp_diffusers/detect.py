@@ -90,6 +90,7 @@ def detect(
         spectrum = describe_difference(dataset.images, collected.images, permutations=permutations, seed=seed)
         estimate = spectrum.pop("spectrum")
         found["spectrum"] = spectrum | {
+            "axes": estimate.axes.tolist(),
             "frequencies": estimate.frequencies.tolist(),
             "power": estimate.power.round(4).tolist(),
             "error": estimate.error.round(4).tolist(),

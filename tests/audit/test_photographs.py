@@ -1,9 +1,11 @@
 """What an owner of photographs gives, and what the audit makes of it: sizes, divisions, budgets, no labels."""
 
+import argparse
 import json
 import shutil
 import time
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,17 +15,21 @@ import torch
 from PIL import Image
 from purifying import quick_pipe
 
-from jcdp_diffusers.audit import begun, extent
+from jcdp_diffusers.audit import begun, extent, unlabelled
+from jcdp_diffusers.audit.command import add_arguments
 from jcdp_diffusers.audit.costs import Costs, Extent, within_budget
 from jcdp_diffusers.audit.division import Division, divide
+from jcdp_diffusers.audit.page import as_html, as_html_with_code
 from jcdp_diffusers.audit.purifier import AuditPurifier
-from jcdp_diffusers.audit.reading import read
+from jcdp_diffusers.audit.reading import Found, read
+from jcdp_diffusers.audit.report import escaped, with_code
 from jcdp_diffusers.audit.settings import AuditSettings
-from jcdp_diffusers.audit.unlabelled import check_unlabelled, divide_unlabelled, evidence, sentences
+from jcdp_diffusers.audit.unlabelled import audit_unlabelled, check_unlabelled, divide_unlabelled, evidence, sentences
 from jcdp_diffusers.audit.verdict import verdict, without_clean_images
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, decode_image, find_overlap, load_images
 from jcdp_diffusers.data.photographs import squares_of_photographs, stored_sizes, working_size
+from jcdp_diffusers.outputs import printable
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import Plan
@@ -205,8 +211,17 @@ def test_the_size_of_a_protection_is_that_of_the_images_that_it_changes():
     assert any(
         "changes 20 of 40 images, a value by 8/255" in sentence for sentence in sentences(found, sets, Division())
     )
-    untouched = evidence(sets | {"protected": clean, "purified": clean}, Division(), 0)
-    assert untouched["changed"] == 0 and untouched["added"]["linf"] == 0
+    # Purification of `sets` changes nothing. No PSNR is given where nothing differs.
+    assert found["removed"]["psnr"] is None and "Purification changes nothing." in sentences(found, sets, Division())
+    same = sets | {"protected": clean, "purified": clean}
+    untouched = evidence(same, Division(), 0)
+    assert untouched["changed"] == 0 and untouched["added"] | {"psnr": None} == untouched["added"]
+    said = " ".join(sentences(untouched, same, Division()))
+    assert "The protected images are equal to their originals: nothing is protected." in said and "dB" not in said
+    restored = sets | {"purified": clean}
+    assert "after purification they are equal to them." in " ".join(
+        sentences(evidence(restored, Division(), 0), restored, Division())
+    )
 
 
 def test_originals_keep_their_labels_where_the_protected_images_have_none():
@@ -326,6 +341,23 @@ def test_a_folder_that_was_begun_keeps_its_purifier_and_its_width(tmp_path, monk
     assert planned(1000).used.plan.training.max_train_steps == 1200
 
 
+@pytest.mark.parametrize("of, learns, minutes", [("protected", True, 15), ("", False, 15), ("", True, None)])
+def test_the_usual_budget_is_that_of_divided_audits_and_of_those_without_labels(
+    of, learns, minutes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(extent, "measure_costs", lambda *_, **__: COSTS)
+    sets = {role: noise(8, seed=seed) for seed, role in enumerate(("protected", "test"))}
+    given = AuditPurifier("given", None, PurificationConfig(), 8)
+    asked = AuditSettings(victim="resnet18")
+    learners = asked.learners("cpu", (8, 8)) if learns else ()
+    how = (Division(of), torch.device("cpu"), 2, tmp_path, lambda line: None)
+    assert extent.plan_time(sets, given, asked, learners, *how).minutes == minutes
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    (option,) = (action for action in parser._actions if action.dest == "budget_minutes")
+    assert "15 if the audit divides images itself or has no labels, else without limit" in option.help
+
+
 @pytest.mark.parametrize("minutes, measured", [(None, 3), (60, 3), (1e-9, 1)])
 def test_seeds_are_measured_until_the_time_is_up(minutes, measured, tmp_path, monkeypatch):
     rows, calls, lines = [[SimpleNamespace(name=f"{row}{seed}") for seed in range(3)] for row in "ab"], [], []
@@ -437,6 +469,78 @@ def test_file_names_stand_in_the_report_as_they_are(photographs, tmp_path):
     command = ["audit", "--protected", str(folder), "--output", str(tmp_path / "out"), "--skip_unusable_images"]
     assert main([*command, *SMOKE]) == 0
     assert r"IMG_9\*9.png" in (tmp_path / "out/report.md").read_text()
+
+
+def audited_without_labels(folder, monkeypatch, found, asked=AuditSettings(), plan=None):
+    """What an audit without labels writes and says, with a purifier that changes nothing."""
+    monkeypatch.setattr(unlabelled, "purify", lambda images, *_: images)
+    folder.mkdir()
+    config, lines = PurificationConfig(diffusion_steps=3, num_inference_steps=3), []
+    how = (AuditPurifier("none", None, config, 8, plan), asked, found.division)
+    facts = found.facts(found.sets) | {"lessened": []}
+    command = f"jcdp audit --protected '{NAMES[1]} {NAMES[2]}'"
+    report = audit_unlabelled(dict(found.sets), *how, facts, folder, command, lines.append)
+    texts = {name: (folder / name).read_text() for name in ("report.html", "report.md", "report.json")}
+    return report, texts | {"console": "\n".join(lines)}
+
+
+NAMES = ("_0_.jpg", "0`b`.jpg", "0a\u202egnp.jpg", "<b>x</b>.jpg", "~~c~~&lt;__d__.jpg")
+
+
+class _Text(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.text, self.tags = "", set()
+
+    def handle_data(self, data):
+        self.text += data
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+
+
+def shown(page: str) -> _Text:
+    parser = _Text()
+    parser.feed(page)
+    return parser
+
+
+def test_names_of_files_are_shown_as_they_are(tmp_path, monkeypatch):
+    """In the report without labels, and among the limits of one with a verdict."""
+    rendered = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False}).render
+    left_out = [{"id": name, "file": name, "reason": "not a readable image"} for name in NAMES]
+    found = Found({"protected": noise(4, classes=None)}, Division(), {"protected": left_out})
+    report, texts = audited_without_labels(tmp_path / "out", monkeypatch, found)
+    (sentence,) = found.facts({})["unusable_said"]
+    assert sentence in report["said"] and sentence in json.loads(texts["report.json"])["said"]
+    said = printable(sentence)
+    assert all(printable(name) in said for name in NAMES) and said in texts["console"]
+    page, text = shown(texts["report.html"]), shown(rendered(texts["report.md"]))
+    assert said in page.text and said in text.text and not page.tags & {"s", "em"}
+    assert not any("\u202e" in texts[name] for name in ("report.html", "report.md", "console"))
+    text = shown(rendered(f"- {escaped(sentence)}"))
+    assert text.text.strip() == said and text.tags == {"ul", "li"}
+    assert shown(as_html(sentence)).text == said
+    # Sentences of ours mark code, and a lone backtick is one.
+    assert with_code("`--a_b`: _x_ `") == r"`--a_b`: \_x\_ \`"
+    assert as_html_with_code("`--a` < `") == "<code>--a</code> &lt; `"
+
+
+@pytest.mark.parametrize("plan, said", [(object(), unlabelled.SMOKE), (None, unlabelled.SMOKE_OF_GIVEN)])
+def test_a_smoke_run_without_labels_is_marked(plan, said, tmp_path, monkeypatch):
+    found = Found({"protected": noise(4, classes=None)}, Division())
+    asked = AuditSettings(protocol="smoke")
+    report, texts = audited_without_labels(tmp_path / "out", monkeypatch, found, asked, plan)
+    assert report["smoke"] and report["said"][0] == said and all(said in text for text in texts.values())
+    report, texts = audited_without_labels(tmp_path / "other", monkeypatch, found)
+    assert not report["smoke"] and not any("Smoke run" in text for text in texts.values())
+
+
+def test_images_without_labels_get_labels_in_another_folder(tmp_path, monkeypatch):
+    found = Found({"protected": noise(4, classes=None)}, Division())
+    report, texts = audited_without_labels(tmp_path / "out", monkeypatch, found)
+    assert "with another folder: `--output NAME`." in report["verdict"]["sentence"]
+    assert "<code>--output NAME</code>" in texts["report.html"] and "`--output NAME`" in texts["report.md"]
 
 
 def test_shots_of_one_thing_stay_together_without_labels_too():

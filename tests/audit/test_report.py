@@ -133,6 +133,9 @@ def test_names_from_outside_are_text_wherever_they_stand(tmp_path):
         assert "\x1b" not in text and "\u202e" not in text and r"\x1b[31m" in text
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
     assert "<script" not in page
+    # Limits name files, whose backticks are no code.
+    limits = page[page.index('id="limits"') : page.index('id="command"')]
+    assert "`x`" in limits and "<code>" not in limits and r"\`x\`" in text[text.index("## Limits") :]
     before, _, after = text.partition("```\n")
     assert not re.search(r"(?<!\\)(<script|\]\(javascript)", before)
     rows = [line for line in before.splitlines() if line.startswith("|")]

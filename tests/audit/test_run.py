@@ -30,7 +30,7 @@ def test_everything_is_there(audited, folders):
     assert report["smoke"] and report["verdict"]["status"] == "smoke"
     assert "no figure means anything" in report["limits"][0]
     assert report["data"]["noise"]["linf"] > 0 and report["data"]["separation"]["collected_in_test"] == 0
-    assert report["roles"] == "disjoint" and report["purifier"]["trained_here"]
+    assert report["planned_seeds"] == 1 and report["roles"] == "disjoint" and report["purifier"]["trained_here"]
     for name in ("report.html", "report.md", "pictures/images.png", "pictures/curves.png"):
         assert (audited / name).stat().st_size > 1000
     purified, protected = load_images(audited / "purified"), load_images(folders["protected"])

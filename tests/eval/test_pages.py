@@ -179,3 +179,10 @@ def test_the_two_commands_are_targets_of_the_makefile():
         r"`make ([\w-]+)", README
     ):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_page_on_measuring_tells_scripts_from_modules():
+    text = TEXTS["eval/README.md"]
+    for path in (ROOT / "eval").glob("*.py"):
+        is_script = "__main__" in path.read_text()
+        assert f"`{path.name}" in text and (f"\n| `{path.name}" in text) == is_script, path.name

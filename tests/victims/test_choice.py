@@ -3,6 +3,7 @@
 import pytest
 
 from jcdp_diffusers.victims import Recipe, choose
+from jcdp_diffusers.victims.choice import LARGEST_SIDE, RECIPE_HELP, SHORT_RECIPE_HELP, VICTIM_HELP
 
 
 OWN = Recipe("own", epochs=1)
@@ -32,6 +33,11 @@ OWN = Recipe("own", epochs=1)
 def test_supervised(given, device, side, chosen):
     victim, recipe = choose(*given, device=device, shape=(side, side + 1, 3))
     assert (victim, recipe.name) == chosen
+
+
+def test_the_help_names_the_cases_of_a_cpu():
+    said = f"(on a CPU resnet18 with mini for images below 9 or above {LARGEST_SIDE} pixels, and for methods without labels)"
+    assert all(said in text for text in (VICTIM_HELP, RECIPE_HELP, SHORT_RECIPE_HELP))
 
 
 @pytest.mark.parametrize("given", [("convnet94", "smoke"), (None, "airbench-short")])
