@@ -64,8 +64,9 @@ def rise_in_words(found: Mapping) -> str:
             `spectral_evidence`.
     """
     axis, frequency = found["excess_at"]
-    mixture = mixture_in_words(found["axes"][axis])
-    where = f"at {frequency} cycles per image in colour axis {axis + 1} ({mixture})"
+    where = f"at {frequency} cycles per image"
+    if len(found["axes"]) > 1:
+        where += f" in colour axis {axis + 1} ({mixture_in_words(found['axes'][axis])})"
     place = found["frequencies"].index(frequency)
     # Grey images have no power at all in two colour axes, and nothing can be so many times as much.
     if found["background"][axis][place] < ROUNDING_POWER:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from purifying import quick_pipe
 
-from jcdp_diffusers.audit import begun, extent, unlabelled
+from jcdp_diffusers.audit import begun, extent, run, unlabelled
 from jcdp_diffusers.audit.command import add_arguments
 from jcdp_diffusers.audit.costs import Costs, Extent, within_budget
 from jcdp_diffusers.audit.division import Division, divide
@@ -419,7 +419,7 @@ def test_protected_photographs_and_nothing_else(photographs, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_photographs_and_a_purifier_that_is_given(flat, photographs, tmp_path):
+def test_photographs_and_a_purifier_that_is_given(flat, photographs, tmp_path, monkeypatch):
     quick_pipe().save_pretrained(tmp_path / "purifier")
     if flat:  # as google/ddpm-cifar10-32 is
         for part in ("unet", "scheduler"):
@@ -427,8 +427,13 @@ def test_photographs_and_a_purifier_that_is_given(flat, photographs, tmp_path):
                 path.rename(tmp_path / "purifier" / path.name)
             (tmp_path / "purifier" / part).rmdir()
     given = ["--protected", str(photographs), "--purifier", str(tmp_path / "purifier")]
-    assert main(["audit", *given, "--output", str(tmp_path / "out"), *SMOKE]) == 0
+    # The time is up after the first of three victims.
+    in_time = extent.measure_in_time
+    monkeypatch.setattr(run, "measure_in_time", lambda *rows, **how: in_time(*rows, **how | {"deadline": 0.0}))
+    assert main(["audit", *given, "--output", str(tmp_path / "out"), *SMOKE, "--seeds", "3"]) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["planned_seeds"] == 3 and report["victims"]["seeds"] == [0]
+    assert any("up after 1 of 3 victims per row. The same command, given again" in limit for limit in report["limits"])
     assert report["data"]["division"]["missing"] == ["test"] and report["data"]["working_size"] == 8
     assert not (tmp_path / "out/purifier").exists() and not report["purifier"]["trained_here"]
 
