@@ -89,5 +89,5 @@ def test_the_owners_page_prints_on_one_sheet(browser, tmp_path, side):
     pdf = tmp_path / "print.pdf"
     browser("--no-pdf-header-footer", f"--print-to-pdf={pdf}", place=tmp_path / "report.html")
     first, second, *_ = (page.extract_text() for page in PdfReader(pdf).pages)
-    assert "The protection" in first and "What to do" in first and "more victims of" in first
+    assert "The protection" in first and "What to do" in first and "more victims, about" in first
     assert "What victims learned" in second.lstrip()[:40] and "What to do" not in second
