@@ -33,6 +33,7 @@ from ..acceleration.winograd import uses_winograd
 from ..data import LabelledImages
 from ..devices import device_in_words
 from ..noise import coloured
+from ..outputs import write_atomically
 from ..purification_config import default_settings
 from ..results import package_versions, plain
 from .checkpoints import (
@@ -63,6 +64,7 @@ from .reading import damaged, read_json
 from .record import RECORD_NAME, ema_horizon, fingerprint
 
 
+INDEX_NAME = DDPMPipeline.config_name  # what makes a folder a pipeline's
 # Entries of a checkpoint's progress.json.
 _PROGRESS = {"step": int, "seconds": (int, float), "identity": dict, "history": list, "validation": list}
 
@@ -184,19 +186,20 @@ def _start_from(output_dir: Path, wanted: str | None) -> Path | None:
             "resume_from_checkpoint='latest' to go on with it, or another folder."
         )
     checkpoint = None if wanted is None else find_checkpoint(output_dir, wanted)
+    recorded, indexed = (output_dir / RECORD_NAME).exists(), (output_dir / INDEX_NAME).exists()
     if checkpoint is not None:
         check_form(checkpoint)
-    elif (output_dir / RECORD_NAME).exists():
+    elif recorded and indexed:
         raise ValueError(
             f"output_dir is {str(output_dir)!r}, which holds a finished purifier ({RECORD_NAME}) and no checkpoint to "
             "go on from, but must be another folder: it would be replaced."
         )
-    elif (output_dir / "model_index.json").exists():
+    elif indexed:
         raise ValueError(
-            f"output_dir is {str(output_dir)!r}, which holds a pipeline (model_index.json) that no run of this folder "
+            f"output_dir is {str(output_dir)!r}, which holds a pipeline ({INDEX_NAME}) that no run of this folder "
             "has finished, but must be another folder: it would be replaced."
         )
-    elif (output_dir / "README.md").exists():
+    elif (output_dir / "README.md").exists() and not recorded:  # a run that was killed as it finished leaves both
         raise ValueError(
             f"output_dir is {str(output_dir)!r}, whose README.md is no purifier's, but must be another folder: it "
             "would be replaced."
@@ -471,12 +474,18 @@ class _Run:
         self.unet.to(memory_format=torch.contiguous_format).eval()
         if self.accelerator.is_main_process:
             remove_leftovers(self.output_dir)
-            DDPMPipeline(self.unet, self.scheduler).save_pretrained(self.output_dir)
+            # Without an index the folder is no purifier: it goes first and comes last, so that whoever is killed
+            # between leaves none that lacks its settings or has another's.
+            (self.output_dir / INDEX_NAME).unlink(missing_ok=True)
+            pipe = DDPMPipeline(self.unet, self.scheduler)
+            pipe.unet.save_pretrained(self.output_dir / "unet")
+            pipe.scheduler.save_pretrained(self.output_dir / "scheduler")
             facts = {"trained_timesteps": self.timesteps, "noise_corner": self.config.noise_corner}
             default_settings(self.timesteps[1], **facts).save_pretrained(self.output_dir)
             write_trained_on(self.output_dir, self.trained_on)
-            (self.output_dir / RECORD_NAME).write_text(json.dumps(self._record(), indent=2) + "\n")
+            write_atomically(self.output_dir / RECORD_NAME, json.dumps(self._record(), indent=2) + "\n")
             write_card(self.output_dir)
+            write_atomically(self.output_dir / INDEX_NAME, pipe.to_json_string())
         self.accelerator.wait_for_everyone()
 
     def _record(self) -> dict:
