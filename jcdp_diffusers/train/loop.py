@@ -6,6 +6,7 @@ total batch), never the state of a random stream. So a run that was killed goes 
 processes of batch 8 see the same total batch as one process of batch 16. Labels are never read.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -32,6 +33,7 @@ from ..acceleration.folded_upsampling import is_folded
 from ..acceleration.winograd import uses_winograd
 from ..data import LabelledImages
 from ..devices import device_in_words
+from ..engines import first_rank_decides, folder_lock
 from ..noise import coloured
 from ..outputs import write_atomically
 from ..purification_config import default_settings
@@ -115,7 +117,6 @@ def train_purifier(
     timesteps = config.timesteps(scheduler)
     _check(images, unet, scheduler)
     output_dir = Path(output_dir)
-    checkpoint = _start_from(output_dir, config.resume_from_checkpoint)
     device = torch.device("cpu") if on_cpu(config.cpu) else torch.accelerator.current_accelerator()
     config = dataclasses.replace(config, mixed_precision=config.precision_on(device))
     # A second run in one process may want another precision than the first, which this singleton would refuse.
@@ -131,7 +132,9 @@ def train_purifier(
     if config.report_to is not None and not accelerator.log_with:
         raise ValueError(f"report_to is {config.report_to!r}, which is not installed: pip install {config.report_to}.")
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as stack:
+        # Once the processes have found each other: the main one keeps other commands away, and decides for all.
+        checkpoint = first_rank_decides(lambda: _begin(output_dir, config.resume_from_checkpoint, stack))
         run = _Run(accelerator, images, unet, scheduler, output_dir, config, timesteps, validation_images)
         run.describe(base_model, base_revision, data_description)
         run.train(checkpoint, progress, stop)
@@ -176,6 +179,13 @@ def _check(images, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
     prediction_type = scheduler.config.get("prediction_type")  # not every scheduler has one
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type is {prediction_type!r}, but must be one of {PREDICTION_TYPES}.")
+
+
+def _begin(output_dir: Path, wanted: str | None, stack: contextlib.ExitStack) -> Path | None:
+    """Keep other commands away for as long as the stack is open, and choose where to start, see `_start_from`."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(folder_lock(output_dir / ".lock"))
+    return _start_from(output_dir, wanted)
 
 
 def _start_from(output_dir: Path, wanted: str | None) -> Path | None:

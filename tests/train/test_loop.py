@@ -604,6 +604,18 @@ def test_a_run_that_is_gone_on_with_is_no_purifier_until_it_has_finished_again(t
     assert not (tmp_path / "model_index.json").exists()
 
 
+def test_a_folder_in_which_another_training_is_at_work_is_refused(tmp_path):
+    def another():
+        with pytest.raises(ValueError, match="output_dir is .*, but another command is at work there.*wait"):
+            train(tmp_path, checkpointing_steps=1, resume_from_checkpoint="latest")
+        return True
+
+    options = {"unet": tiny_unet(size=8), "scheduler": DDPMScheduler(), "progress": False}
+    config = TrainingConfig(max_train_steps=4, train_batch_size=4, cpu=True, num_grid_images=0)
+    train_purifier(IMAGES, output_dir=tmp_path, config=config, stop=another, **options)
+    assert record(tmp_path)["steps"] == 1
+
+
 def test_a_run_on_other_files_is_refused(tmp_path):
     """Images that are decoded when they are needed are told apart by name and size, not by their number alone."""
     for i, pixels in enumerate(IMAGES.images):
