@@ -441,7 +441,7 @@ def main() -> None:
     parser.add_argument("--device", help="a GPU of its own for each rank of a launcher, or the CPU, if not given")
     args = parser.parse_args()
     keep_freed_memory()
-    with ends_in_one_sentence("benchmark"):
+    with ends_in_one_sentence("benchmark", "the same command goes on from here"):
         rank, _ = engines.ranks()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

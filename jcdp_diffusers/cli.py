@@ -50,10 +50,16 @@ def sentence(command: str, error: Exception, options: Collection[str] = ()) -> s
 
 
 @contextlib.contextmanager
-def ends_in_one_sentence(script: str) -> Iterator[None]:
-    """For scripts: a failure in the block ends the process with `sentence` on stderr and exit code 1."""
+def ends_in_one_sentence(script: str, go_on: str = "give the same command again") -> Iterator[None]:
+    """
+    For scripts: a failure in the block ends the process with `sentence` on stderr and exit code 1, an interruption
+    with how to go on and exit code 130.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; {go_on}", file=sys.stderr)
+        raise SystemExit(130) from None
     except FAILURES as error:
         raise SystemExit(sentence(script, error)) from error
 

@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 
-from jcdp_diffusers.cli import COMMANDS, main, sentence
+from jcdp_diffusers.cli import COMMANDS, ends_in_one_sentence, main, sentence
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -35,6 +35,13 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "run", interrupted)
     assert main(["quickstart"]) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_an_interrupted_script_says_how_to_go_on(capsys):
+    for go_on, said in (((), "give the same command again"), (("add --more",), "add --more")):
+        with pytest.raises(SystemExit) as stopped, ends_in_one_sentence("script", *go_on):
+            raise KeyboardInterrupt
+        assert stopped.value.code == 130 and capsys.readouterr().err == f"script: interrupted; {said}\n"
 
 
 def test_an_argument_is_called_by_its_option_where_it_has_one():
