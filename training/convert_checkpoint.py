@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from jcdp_diffusers.cli import ends_in_one_sentence
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 from jcdp_diffusers.purification_config import CONFIG_NAME, default_settings
 from jcdp_diffusers.train.provenance import TRAINED_ON_NAME
 from jcdp_diffusers.train.record import RECORD_NAME
@@ -57,7 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--beta_start", type=float, default=1e-4)
     parser.add_argument("--beta_end", type=float, default=0.02)
     parser.add_argument("--variance_type", default="fixed_large", choices=("fixed_small", "fixed_large"))
-    return parser.parse_args(arguments)
+    return expand_home(parser.parse_args(arguments))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         options.pop(name, None)
     if args.engine == "ray":  # its workers may have another working directory
         for name in ("purifier", "dataset", "perceptual", "output"):
-            path = options[name] and os.path.expanduser(options[name])
+            path = options[name]
             if path and not is_url(path) and (name == "output" or os.path.exists(path)):
                 options[name] = os.path.abspath(path)
     device = args.device or default_device()
