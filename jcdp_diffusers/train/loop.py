@@ -115,6 +115,8 @@ def train_purifier(
         FloatingPointError: If the loss is no finite number any more.
     """
     timesteps = config.timesteps(scheduler)
+    if config.validation_timesteps:
+        config.timesteps(scheduler, "validation_timesteps")
     _check(images, unet, scheduler)
     output_dir = Path(output_dir)
     device = torch.device("cpu") if on_cpu(config.cpu) else torch.accelerator.current_accelerator()
@@ -133,10 +135,10 @@ def train_purifier(
         raise ValueError(f"report_to is {config.report_to!r}, which is not installed: pip install {config.report_to}.")
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as stack:
-        # Once the processes have found each other: the main one keeps other commands away, and decides for all.
-        checkpoint = first_rank_decides(lambda: _begin(output_dir, config.resume_from_checkpoint, stack))
         run = _Run(accelerator, images, unet, scheduler, output_dir, config, timesteps, validation_images)
         run.describe(base_model, base_revision, data_description)
+        # The main process keeps other commands away, and decides for all.
+        checkpoint = first_rank_decides(lambda: _begin(output_dir, config.resume_from_checkpoint, stack))
         run.train(checkpoint, progress, stop)
         run.finish()
     return output_dir
