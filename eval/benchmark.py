@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from eval.grid_file import DATA_ROLES, Column, Grid, read_grid, typed
 from jcdp_diffusers import countermeasures, engines, victims
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
-from jcdp_diffusers.cli import ends_in_one_sentence
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 from jcdp_diffusers.countermeasures import Pairs, make_pairs
 from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, join_labels, load_images
@@ -439,9 +439,9 @@ def main() -> None:
     parser.add_argument("--engine", choices=engines.ENGINES, default="local", help="ray: a Ray cluster")
     parser.add_argument("--address", help="of a running Ray cluster; one is started on this machine if not given")
     parser.add_argument("--device", help="a GPU of its own for each rank of a launcher, or the CPU, if not given")
-    args = parser.parse_args()
+    args = expand_home(parser.parse_args())
     keep_freed_memory()
-    with ends_in_one_sentence("benchmark"):
+    with ends_in_one_sentence("benchmark", "the same command goes on from here"):
         rank, _ = engines.ranks()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -25,7 +25,7 @@ from eval.measured import (
     spread,
 )
 from eval.pictures import add_poisons_arguments, add_purified_arguments, draw_poisons, draw_purified
-from jcdp_diffusers.cli import ends_in_one_sentence
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 from jcdp_diffusers.purification_config import PurificationConfig
 
 
@@ -410,7 +410,7 @@ def parser_of_figures() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = parser_of_figures().parse_args()
+    args = expand_home(parser_of_figures().parse_args())
     with ends_in_one_sentence("figures"):
         args.draw(args)
 

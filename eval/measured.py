@@ -358,14 +358,17 @@ def _refuse_mixtures(settings: Sequence[Mapping]) -> None:
 
 
 def _refuse_devices(records: Iterable[Mapping]) -> None:
-    """In one cell, one kind of device and one precision."""
+    """In one cell, one kind of device and one precision, of victims and, where records have it, of purification."""
     groups: dict = {}
     for record in records:
         if record["what"] == "victim":
-            facts = {"device": record.get("device"), "precision": record["value"].get("precision")}
-            groups.setdefault(_key(record["settings"]), []).append(facts)
+            groups.setdefault(_key(record["settings"]), []).append(record)
     for key, group in groups.items():
-        refuse_differences(f"{key.column!r} against {key.poison!r} on {key.dataset}", group)
+        of = f"{key.column!r} against {key.poison!r} on {key.dataset}"
+        victims = [{"device": one.get("device"), "precision": one["value"].get("precision")} for one in group]
+        purified = [one["value"]["purified_in"] for one in group if one["value"].get("purified_in") is not None]
+        refuse_differences(of, victims)
+        refuse_differences(of, [{"purified_in": precision} for precision in purified])
 
 
 def flattened(settings: Mapping, before: str = "") -> dict:

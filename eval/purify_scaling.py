@@ -29,6 +29,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 from eval.tables import markdown_table
+from jcdp_diffusers.cli import expand_home
 from jcdp_diffusers.data import LabelledImages, open_dataset, write_dataset
 from jcdp_diffusers.engines import ENGINES
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
@@ -61,7 +62,7 @@ def main() -> None:
     memory.add_argument("--kinds", nargs="+", default=("folder", "stream"), choices=("folder", "stream", "dataset"))
     codec = what.add_parser("codec")
     codec.add_argument("--sizes", type=int, nargs="+", default=(32, 64, 256))
-    args = parser.parse_args()
+    args = expand_home(parser.parse_args())
     if args.what == "speed":
         measure_speed(args.cores, args.repeats, args.engines, args.output)
     elif args.what == "codec":

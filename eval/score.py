@@ -8,7 +8,7 @@ All options of `jcdp score`, which does the same for two data sets, may be added
 import argparse
 
 from jcdp_diffusers import score
-from jcdp_diffusers.cli import ends_in_one_sentence
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
         options = roles + options
     both = argparse.ArgumentParser(description=parser.description, parents=[parser])
     score.add_arguments(both)
-    args = both.parse_args(options)
+    args = expand_home(both.parse_args(options))
     with ends_in_one_sentence("score"):
         score.run(args)
 

@@ -39,6 +39,7 @@ from eval.measured import (
     roles_of,
     spread,
 )
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 from jcdp_diffusers.poisons import get as get_poison
 from jcdp_diffusers.poisons.control import SUFFIX as CONTROL
 
@@ -408,17 +409,15 @@ def main() -> None:
         "--table", help="print only the tables with this title, or with this before its comma: 'Table 1'"
     )
     parser.add_argument("--output", help="Markdown file; else printed")
-    args = parser.parse_args()
+    args = expand_home(parser.parse_args())
     if args.kind == "roles" and args.roles is not None:
         parser.error(f"--roles is {args.roles}, but the table roles shows both: leave it out.")
-    try:
+    with ends_in_one_sentence("tables"):
         text = text_of(args)
-    except ValueError as error:
-        raise SystemExit(f"tables: {error}") from error
-    if args.output is None:
-        print(text)
-    else:
-        Path(args.output).write_text(text, encoding="utf-8")
+        if args.output is None:
+            print(text)
+        else:
+            Path(args.output).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

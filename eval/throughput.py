@@ -63,6 +63,7 @@ from eval.timing import (
 from jcdp_diffusers import JointConditionalPurificationPipeline, LPIPSModel
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.acceleration.placement import compiled_normal_noise, place
+from jcdp_diffusers.cli import expand_home
 from jcdp_diffusers.data import LabelledImages, load_images, to_uint8
 from jcdp_diffusers.devices import has_bfloat16, usable_device
 from jcdp_diffusers.noise import image_keys, normal_noise
@@ -418,7 +419,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", default="test", help="for pixels")
     parser.add_argument("--images", type=int, default=256, help="for pixels")
     parser.add_argument("--figure", type=Path, default=Path("results/figures/throughput.png"), help="for plot")
-    args = parser.parse_args(arguments)
+    args = expand_home(parser.parse_args(arguments))
     for name in args.sections:
         if name not in SECTIONS and name not in ASKED_FOR:
             parser.error(f"section is {name!r}, but accepted are {', '.join((*SECTIONS, *ASKED_FOR))}.")

@@ -3,9 +3,12 @@
 import argparse
 import contextlib
 import importlib
+import os
 import re
 import sys
 from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
 
 from .acceleration.allocation import keep_freed_memory
 from .engines import FAILURES
@@ -49,11 +52,30 @@ def sentence(command: str, error: Exception, options: Collection[str] = ()) -> s
     )
 
 
+def expand_home(args: argparse.Namespace) -> argparse.Namespace:
+    """Parsed options, with the home folder for `~` at the beginning of a path: shells leave `--output=~/x` alone."""
+
+    def expanded(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(expanded, value))
+        return type(value)(os.path.expanduser(value)) if isinstance(value, (str, Path)) else value
+
+    for name, value in vars(args).items():
+        setattr(args, name, expanded(value))
+    return args
+
+
 @contextlib.contextmanager
-def ends_in_one_sentence(script: str) -> Iterator[None]:
-    """For scripts: a failure in the block ends the process with `sentence` on stderr and exit code 1."""
+def ends_in_one_sentence(script: str, go_on: str = "give the same command again") -> Iterator[None]:
+    """
+    For scripts: a failure in the block ends the process with `sentence` on stderr and exit code 1, an interruption
+    with how to go on and exit code 130.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; {go_on}", file=sys.stderr)
+        raise SystemExit(130) from None
     except FAILURES as error:
         raise SystemExit(sentence(script, error)) from error
 
@@ -79,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[:1] == [name]:
             module = importlib.import_module(path)
             module.add_arguments(command)
-    args = parser.parse_args(arguments)
+    args = expand_home(parser.parse_args(arguments))
     keep_freed_memory()
     try:
         module.run(args)

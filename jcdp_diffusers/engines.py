@@ -36,7 +36,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -53,6 +53,7 @@ _SECONDS_BETWEEN_LOOKS = 1.0  # at the nodes of a Ray cluster
 _WAIT_FOR_OTHERS = datetime.timedelta(days=60)  # a rank may wait for the longest task of another one
 
 _inside_task = False
+_locked: set[TextIO] = set()  # files of the locks that this process holds
 
 
 class Task(Protocol):
@@ -223,10 +224,21 @@ def folder_lock(path: Path, argument: str = "output_dir") -> Iterator[None]:
         file.truncate(0)
         file.write(json.dumps(holder))
         file.flush()
+        _locked.add(file)
         try:
             yield
         finally:
+            _locked.discard(file)
             file.truncate(0)
+
+
+def _let_go() -> None:
+    """In a forked process, such as one that loads data: its copies would hold the locks beyond its parent's death."""
+    while _locked:
+        _locked.pop().close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def say(text: str) -> None:

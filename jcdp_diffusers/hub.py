@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from .repository import INDEX, WEIGHTS
+from .repository import INDEX, WEIGHTS, on_hub
 
 
 # All that a purifier's repository consists of; not checkpoints (which hold optimiser states), grids and logs.
@@ -95,8 +95,12 @@ def create_repository(repo_id: str, *, repo_type: str = "model", private: bool |
 
     Returns:
         `str`: The repository's name with its namespace.
+
+    Raises:
+        OSError: If the Hub cannot be reached, or refuses.
     """
-    return HfApi(token=token).create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+    with on_hub(repo_id):
+        return HfApi(token=token).create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
 
 
 def files_of_purifier(folder: str | os.PathLike) -> dict[str, Path]:
@@ -143,14 +147,18 @@ def push_files(
 
     Returns:
         `str`: URL of the commit.
+
+    Raises:
+        OSError: If the Hub cannot be reached, or refuses.
     """
     api = HfApi(token=token)
     repo_id = create_repository(repo_id, repo_type=repo_type, private=private, token=token)
-    there = api.list_repo_files(repo_id, repo_type=repo_type)
-    operations = [CommitOperationDelete(name) for name in there if is_replaced(name, files, repo_type)]
-    operations += [CommitOperationAdd(name, content) for name, content in files.items()]
-    options = {"repo_type": repo_type, "commit_message": commit_message, "create_pr": create_pr}
-    return api.create_commit(repo_id, operations, **options).commit_url
+    with on_hub(repo_id):
+        there = api.list_repo_files(repo_id, repo_type=repo_type)
+        operations = [CommitOperationDelete(name) for name in there if is_replaced(name, files, repo_type)]
+        operations += [CommitOperationAdd(name, content) for name, content in files.items()]
+        options = {"repo_type": repo_type, "commit_message": commit_message, "create_pr": create_pr}
+        return api.create_commit(repo_id, operations, **options).commit_url
 
 
 def is_replaced(name: str, files: Collection[str], repo_type: str) -> bool:

@@ -34,7 +34,7 @@ from .images import Images, pictures_of, to_bytes, within_unit_range
 from .noise import coloured, content_id, image_keys, noise_power, normal_noise, times_covariance
 from .perceptual import LPIPSModel, load_perceptual
 from .purification_config import CONFIG_NAME, PurificationConfig
-from .repository import check_folder, check_on_hub, only_variant, remove_weights
+from .repository import check_folder, check_on_hub, on_hub, only_variant, remove_weights
 from .scheduling_guided_ddim import GuidedDDIMScheduler
 from .scheduling_guided_ddpm import GuidedDDPMScheduler, guided, settings_of
 
@@ -136,7 +136,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             raise OSError(f"purifier is {name!r}, but must be a DDPM that can be loaded ({reason:.300}).") from error
         if not folder.is_dir():
             # diffusers downloads only what model_index.json names; the same snapshot gets what lies beside it.
-            folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, "perceptual/*"], **hub_options))
+            with on_hub(name):
+                folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, "perceptual/*"], **hub_options))
         pipe.purification_config = PurificationConfig.from_pretrained(folder)
         if "perceptual" not in kwargs and (folder / "perceptual").is_dir():
             perceptual = load_perceptual(folder / "perceptual").to(pipe.unet.device)  # where device_map has put that

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .guidance import STRENGTHS
 from .noise import checked_corner, noise_power
-from .repository import read_json
+from .repository import on_hub, read_json
 from .spectrum import ProtectionTable, radial_bins
 
 
@@ -220,7 +220,8 @@ class PurificationConfig:
         path = Path(pretrained_model_name_or_path) / CONFIG_NAME
         if not path.parent.is_dir():
             try:
-                path = Path(hf_hub_download(str(pretrained_model_name_or_path), CONFIG_NAME, **hub_options))
+                with on_hub(str(pretrained_model_name_or_path)):
+                    path = Path(hf_hub_download(str(pretrained_model_name_or_path), CONFIG_NAME, **hub_options))
             except LocalEntryNotFoundError:  # no network and no copy: nobody knows whether the repository has the file
                 raise
             except EntryNotFoundError:

@@ -12,6 +12,7 @@ from huggingface_hub import hf_hub_download
 
 from .pipeline_jcdp import JointConditionalPurificationPipeline
 from .purification_config import PurificationConfig
+from .repository import on_hub
 from .results import plain
 
 
@@ -27,7 +28,8 @@ def purifier_digest(purifier: str | os.PathLike | JointConditionalPurificationPi
     folder = Path(purifier)
     if not folder.is_dir():
         # Every purifier has this file. It lies in a folder of the cache that bears the commit's name.
-        return f"{purifier}@{Path(hf_hub_download(str(purifier), 'model_index.json')).parent.name}"
+        with on_hub(str(purifier)):
+            return f"{purifier}@{Path(hf_hub_download(str(purifier), 'model_index.json')).parent.name}"
     parts = [folder / part for part in ("unet", "scheduler", "perceptual")]
     files = [path for part in parts for path in sorted(part.glob("*"))]
     if not (folder / "unet").is_dir():  # a network that lies beside model_index.json, as in google/ddpm-cifar10-32

@@ -1,9 +1,10 @@
 """A purifier's repository, checked before anything of it is loaded: each error is a sentence that names the file."""
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download
@@ -102,6 +103,26 @@ def check_folder(folder: str | os.PathLike) -> list[str]:
     return _files_in(folder)
 
 
+@contextlib.contextmanager
+def on_hub(name: str) -> Iterator[None]:
+    """
+    For a block that asks the Hub for a repository.
+
+    Raises:
+        OSError: If the Hub cannot be reached. What it answers, such as that a token is wrong, is one already.
+    """
+    try:
+        yield
+    except HTTPError as error:
+        if isinstance(error, OSError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(
+            f"{name!r} cannot be reached on the Hub at {constants.ENDPOINT} ({reason}): give the same command again "
+            "when it can."
+        ) from error
+
+
 def check_on_hub(name: str, **hub_options) -> list[str]:
     """
     Look at what a repository on the Hub is, before gigabytes of something else are downloaded.
@@ -119,7 +140,8 @@ def check_on_hub(name: str, **hub_options) -> list[str]:
     """
     try:
         validate_repo_id(name)
-        index = hf_hub_download(name, "model_index.json", **hub_options)
+        with on_hub(name):
+            index = hf_hub_download(name, "model_index.json", **hub_options)
     except (HFValidationError, OSError) as error:
         raise OSError(
             f"purifier is {name!r}, but must be a folder, or the Hub id of a DDPM that can be loaded "

@@ -209,12 +209,20 @@ def power_spectra(images: np.ndarray, axes: np.ndarray) -> np.ndarray:
     return spectra
 
 
-def protection_spectrum(protected: np.ndarray, collected: np.ndarray) -> ProtectionSpectrum:
+def protection_spectrum(
+    protected: np.ndarray,
+    collected: np.ndarray,
+    *,
+    photographs: tuple[np.ndarray, np.ndarray] | None = None,
+) -> ProtectionSpectrum:
     """
     Estimate a protection's power spectrum.
 
     Args:
         protected, collected (`np.ndarray`): uint8 (N, H, W, C) and (M, H, W, C): *other* images of the same kind.
+        photographs (`tuple[np.ndarray, np.ndarray]`, *optional*): Where images are squares of photographs, the number
+            of each one's photograph, (N,) and (M,). Squares of one photograph are alike: they count as one image, by
+            their mean.
 
     Returns:
         `ProtectionSpectrum`: With Welch's standard error, which does not ask for equal variances.
@@ -227,12 +235,15 @@ def protection_spectrum(protected: np.ndarray, collected: np.ndarray) -> Protect
             f"protected has images of shape {protected.shape[1:]}, but they must have collected's, "
             f"{collected.shape[1:]}."
         )
-    for name, images in (("protected", protected), ("collected", collected)):
+    counted = (protected, collected) if photographs is None else map(np.unique, photographs)
+    for name, images in zip(("protected", "collected"), counted):
         if len(images) < 2:
             raise ValueError(f"{name} has {len(images)} image, but at least 2 are needed for a standard error.")
     axes = colour_axes(collected)
     _, frequencies = radial_bins(*collected.shape[1:3])
     ours, theirs = power_spectra(protected, axes), power_spectra(collected, axes)
+    if photographs is not None:
+        ours, theirs = map(_means, (ours, theirs), photographs)
     return ProtectionSpectrum(
         axes=axes,
         frequencies=frequencies,
@@ -241,6 +252,14 @@ def protection_spectrum(protected: np.ndarray, collected: np.ndarray) -> Protect
         background=theirs.mean(axis=0),
         images=(len(ours), len(theirs)),
     )
+
+
+def _means(spectra: np.ndarray, photographs: np.ndarray) -> np.ndarray:
+    """(P, C, F), the mean of (N, C, F) over the squares of each photograph."""
+    _, number, count = np.unique(photographs, return_inverse=True, return_counts=True)
+    total = np.zeros((len(count), *spectra.shape[1:]))
+    np.add.at(total, number, spectra)
+    return total / count[:, None, None]
 
 
 def permutation_p_value(

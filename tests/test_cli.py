@@ -1,8 +1,10 @@
+import argparse
 import importlib
+from pathlib import Path
 
 import pytest
 
-from jcdp_diffusers.cli import COMMANDS, main, sentence
+from jcdp_diffusers.cli import COMMANDS, ends_in_one_sentence, expand_home, main, sentence
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -26,6 +28,29 @@ def test_wrong_usage_is_exit_code_2(words):
     assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize("words", ["poison --method lsp", "purify --purifier ~/purifier --export ~/pictures"])
+def test_the_home_folder_is_known_in_every_path(words, monkeypatch, tmp_path):
+    """Shells leave `~` alone in `--output=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = []
+    monkeypatch.setattr(importlib.import_module(COMMANDS[words.split()[0]][0]), "run", given.append)
+    assert main([*words.split(), "--dataset=~/clean", "--output=~/x~y"]) == 0
+    paths = [value for value in vars(given[0]).values() if isinstance(value, str) and "/" in value]
+    assert len(paths) >= 2 and all(path.startswith(f"{tmp_path}/") for path in paths)
+    assert given[0].output == f"{tmp_path}/x~y"
+
+
+def test_the_home_folder_is_known_in_every_script(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = argparse.Namespace(one="~/a", several=["~/b", "c~"], path=Path("~/d"), number=3, nothing=None)
+    expected = {"one": f"{tmp_path}/a", "several": [f"{tmp_path}/b", "c~"], "path": tmp_path / "d"}
+    assert vars(expand_home(args)) == expected | {"number": 3, "nothing": None}
+    root = Path(__file__).parents[1]
+    for file in (*(root / "eval").rglob("*.py"), *(root / "training").glob("*.py")):
+        parsed = [line for line in file.read_text().splitlines() if ".parse_args(" in line]
+        assert all("expand_home(" in line for line in parsed), file
+
+
 def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     quickstart = importlib.import_module("jcdp_diffusers.quickstart")
 
@@ -35,6 +60,13 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "run", interrupted)
     assert main(["quickstart"]) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_an_interrupted_script_says_how_to_go_on(capsys):
+    for go_on, said in (((), "give the same command again"), (("add --more",), "add --more")):
+        with pytest.raises(SystemExit) as stopped, ends_in_one_sentence("script", *go_on):
+            raise KeyboardInterrupt
+        assert stopped.value.code == 130 and capsys.readouterr().err == f"script: interrupted; {said}\n"
 
 
 def test_an_argument_is_called_by_its_option_where_it_has_one():

@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -209,6 +212,24 @@ def test_a_lock_names_its_holder_and_is_free_when_the_holder_is_killed(tmp_path)
         with engines.folder_lock(lock):
             assert json.loads(lock.read_text())["pid"] == os.getpid()
     assert lock.read_text() == ""
+
+
+def test_a_forked_process_does_not_hold_the_lock_of_its_parent(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    with warnings.catch_warnings(), engines.folder_lock(tmp_path / "lock"):
+        warnings.simplefilter("ignore", DeprecationWarning)  # there are threads here
+        child = fork.Process(target=time.sleep, args=(100,), daemon=True)
+        child.start()
+    try:
+        for _ in range(100):  # until it has closed its copy
+            try:
+                with engines.folder_lock(tmp_path / "lock"):
+                    return
+            except ValueError:
+                time.sleep(0.05)
+        pytest.fail("the child holds the lock")
+    finally:
+        child.kill()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The guide by a protection's spectrum, where images and protection are Gaussian and the posterior is known."""
 
+import argparse
 import json
 import math
 
@@ -16,6 +17,7 @@ from jcdp_diffusers.audit.settings import AuditSettings
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.guidance import posterior_start, towards_protected
+from jcdp_diffusers.purify import command
 from jcdp_diffusers.spectrum import ProtectionTable, radial_bins
 
 
@@ -236,6 +238,27 @@ def test_adaptive_on_the_command_line(tmp_path, capsys):
     assert np.array(table["power"]).sum(axis=0)[[2, 4]] == pytest.approx(288, rel=0.3)
     assert "of the spectrum's guide 0.3" in (tmp_path / "out" / "README.md").read_text()
     assert main([*words.split(), "--collected", str(collected)]) == 0  # the same estimate, so the run goes on
+
+
+def test_adaptive_reads_the_spectrum_of_the_tiles_that_are_purified(tmp_path):
+    """White noise at full scale, of which shrunk photographs would show a sixteenth."""
+    clean, collected = (some_images(40, size=4 * SIZE, seed=seed) for seed in (0, 1))
+    noise = np.random.default_rng(0).normal(0, 12, (40, 4 * SIZE, 4 * SIZE, 1)) * [1, -1, 0]
+    protected = clean.with_images(np.rint(clean.images + noise).clip(0, 255).astype(np.uint8))
+    for name, data in (("protected", protected), ("collected", collected)):
+        write_dataset(tmp_path / name, data, shards=1)
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = f"--purifier {tmp_path / 'purifier'} --dataset {tmp_path / 'protected'} --output {tmp_path / 'out'}"
+    words += f" --preset adaptive --collected {tmp_path / 'collected'}"
+
+    def power(*fit):
+        return np.array(command._adaptive(parser.parse_args([*words.split(), *fit])).protection.power).sum(axis=0)
+
+    assert power("--fit", "tile")[2:] == pytest.approx(288, rel=0.3)
+    assert np.array_equal(power(), power("--fit", "tile"))  # settled before the estimate, where nobody asks for it
+    assert not np.allclose(power("--fit", "resize"), power(), rtol=0.5)
 
 
 def test_the_audit_reads_the_spectrum_against_the_collected_images(tmp_path):

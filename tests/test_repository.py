@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,14 +23,17 @@ from diffusers import (
     ScoreSdeVeScheduler,
 )
 from hub_server import HubServer
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from tiny import tiny_unet
 
 from jcdp_diffusers import GuidedDDPMScheduler, JointConditionalPurificationPipeline, LPIPSModel, PurificationConfig
 from jcdp_diffusers.countermeasures.purifiers import check_purifier
 from jcdp_diffusers.data import LabelledImages
-from jcdp_diffusers.hub import files_of_purifier
+from jcdp_diffusers.hub import create_repository, files_of_purifier, push_files
+from jcdp_diffusers.purifier_digest import purifier_digest
 from jcdp_diffusers.purify.dataset import purify_to_folder
-from jcdp_diffusers.repository import check_folder, only_variant, read_json
+from jcdp_diffusers.repository import check_folder, check_on_hub, only_variant, read_json
 
 
 Pipeline = JointConditionalPurificationPipeline
@@ -70,6 +74,33 @@ def test_a_network_saved_with_another_scheduler_of_the_same_schedule_is_a_purifi
     assert torch.equal(purify(pipe), expected)
     pipe.save_pretrained(tmp_path / "again")
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "again").scheduler) is DDPMScheduler
+
+
+def test_a_hub_out_of_reach_is_one_sentence(monkeypatch):
+    def unreachable(*arguments, **options):
+        raise HTTPError("[Errno 111] Connection refused")
+
+    for name in ("create_repo", "list_repo_files", "create_commit"):
+        monkeypatch.setattr(HfApi, name, unreachable)
+    for module in ("repository", "purifier_digest", "purification_config"):
+        monkeypatch.setattr(f"jcdp_diffusers.{module}.hf_hub_download", unreachable)
+    for ask in (
+        lambda: create_repository("me/x"),
+        lambda: push_files({}, "me/x", repo_type="model", commit_message="Upload"),
+        lambda: purifier_digest("me/x"),
+        lambda: PurificationConfig.from_pretrained("me/x"),
+    ):
+        with pytest.raises(OSError, match=r"'me/x' cannot be reached on the Hub at http.*Errno 111.* when it can\.$"):
+            ask()
+    with pytest.raises(OSError, match="purifier is 'me/x', but must be"):
+        check_on_hub("me/x")
+    # After the repository is there: while its files are listed, or sent.
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: SimpleNamespace(repo_id=name))
+    with pytest.raises(OSError, match="'me/x' cannot be reached"):
+        push_files({}, "me/x", repo_type="model", commit_message="Upload")
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, name, **options: [])
+    with pytest.raises(OSError, match="'me/x' cannot be reached"):
+        push_files({}, "me/x", repo_type="model", commit_message="Upload")
 
 
 def test_another_noise_schedule_is_refused():

@@ -214,3 +214,15 @@ def test_sets_that_do_not_fit_are_refused(protected, collected):
         protection_spectrum(protected[:, :16, :16], collected)
     with pytest.raises(ValueError, match="collected has 1 "):
         protection_spectrum(protected, collected[:1])
+
+
+def test_squares_of_a_photograph_count_as_one_image():
+    photographs, others = natural(12, 3), natural(10, 4)
+    whole = protection_spectrum(photographs, others)
+    numbers = np.repeat(np.arange(12), 3), np.repeat(np.arange(10), 2)
+    copies = protection_spectrum(photographs[numbers[0]], others[numbers[1]], photographs=numbers)
+    assert copies.images == whole.images == (12, 10)
+    np.testing.assert_allclose(copies.power, whole.power)
+    np.testing.assert_allclose(copies.error, whole.error)
+    with pytest.raises(ValueError, match="protected has 1 image"):
+        protection_spectrum(photographs, others, photographs=(np.zeros(12, int), np.arange(10)))

@@ -14,16 +14,30 @@ noise schedule. Files are read with `weights_only=True`: code in them is refused
 import argparse
 import pickle
 import re
-import sys
 from pathlib import Path
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from jcdp_diffusers.purification_config import default_settings
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.purification_config import CONFIG_NAME, default_settings
+from jcdp_diffusers.train.provenance import TRAINED_ON_NAME
+from jcdp_diffusers.train.record import RECORD_NAME
 
 
 State = dict[str, torch.Tensor]
+# Names in the folder of a purifier or of its training, finished or not.
+OF_A_PURIFIER = (
+    "model_index.json",
+    "unet",
+    "diffusion_pytorch_model*",
+    "scheduler",
+    "perceptual",
+    CONFIG_NAME,
+    RECORD_NAME,
+    TRAINED_ON_NAME,
+    "checkpoint-*",
+)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,10 +57,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--beta_start", type=float, default=1e-4)
     parser.add_argument("--beta_end", type=float, default=0.02)
     parser.add_argument("--variance_type", default="fixed_large", choices=("fixed_small", "fixed_large"))
-    return parser.parse_args(arguments)
+    return expand_home(parser.parse_args(arguments))
 
 
 def main(args: argparse.Namespace) -> None:
+    check_new(args.output_dir)
     state = read_state(args.checkpoint, args.weights)
     try:
         unet = convert(state, args)
@@ -64,6 +79,16 @@ def main(args: argparse.Namespace) -> None:
     steps = args.num_train_timesteps
     default_settings(steps, trained_timesteps=(0, steps)).save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {unet.num_parameters():,} parameters")
+
+
+def check_new(output_dir: Path) -> None:
+    """Refuse a folder whose files would be mixed with the purifier's: weights in another format, records of others."""
+    for name in OF_A_PURIFIER:
+        if found := sorted(output_dir.glob(name)):
+            raise ValueError(
+                f"output_dir is {str(output_dir)!r}, which holds {found[0].name!r} of a purifier or its training, but "
+                "must be another folder: they would be mixed."
+            )
 
 
 def convert(state: State, args: argparse.Namespace) -> UNet2DModel:
@@ -388,7 +413,5 @@ def _split_qkv(tensor: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
 
 
 if __name__ == "__main__":
-    try:
+    with ends_in_one_sentence("convert_checkpoint", "remove what is in --output_dir and give the same command again"):
         main(parse_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert_checkpoint: {error}")

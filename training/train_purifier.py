@@ -21,6 +21,7 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler, UNet2DModel
 
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 from jcdp_diffusers.data import LabelledImages, find_overlap, load_images, open_dataset
 from jcdp_diffusers.hub import create_repository, push_purifier
 from jcdp_diffusers.outputs import check_apart
@@ -78,7 +79,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     TrainingConfig.add_arguments(parser.add_argument_group("training"))
     parser.set_defaults(noise_corner=None)  # that of --pretrained, where there is one
-    return parser.parse_args(arguments)
+    return expand_home(parser.parse_args(arguments))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -225,7 +226,5 @@ def _first_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with ends_in_one_sentence("train_purifier", "--resume_from_checkpoint latest goes on from the last checkpoint"):
         main(parse_args())
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train_purifier: {_first_line(error)}")

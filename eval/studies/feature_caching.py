@@ -21,6 +21,7 @@ from diffusers import DDPMScheduler
 from jcdp_diffusers import JointConditionalPurificationPipeline
 from jcdp_diffusers.acceleration.feature_cache import FeatureCache
 from jcdp_diffusers.acceleration.placement import PRECISIONS, place
+from jcdp_diffusers.cli import expand_home
 from jcdp_diffusers.data import load_images, to_uint8
 from jcdp_diffusers.purification_config import SAMPLERS
 from jcdp_diffusers.results import append_record
@@ -134,7 +135,7 @@ def main() -> None:
         "--reference", type=int, help="evaluations of the images compared with; the first number above"
     )
     pixels.set_defaults(run=measure_pixels)
-    args = parser.parse_args()
+    args = expand_home(parser.parse_args())
     torch.set_num_threads(1)
     args.run(args)
 

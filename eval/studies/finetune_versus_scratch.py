@@ -19,6 +19,7 @@ from diffusers import DDPMPipeline
 
 sys.path.append(str(Path(__file__).parents[2]))
 from eval.tables import markdown_table
+from jcdp_diffusers.cli import expand_home
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.results import append_record, read_records
 from jcdp_diffusers.train.config import PRECISIONS
@@ -63,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune_versus_scratch"))
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "finetune_versus_scratch.jsonl")
     parser.add_argument("--plot", type=Path, default=ROOT / "results" / "figures" / "finetune_versus_scratch.png")
-    return parser.parse_args()
+    return expand_home(parser.parse_args())
 
 
 def main(args: argparse.Namespace) -> None:

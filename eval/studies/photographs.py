@@ -29,7 +29,7 @@ from PIL import Image, ImageCms
 
 # A script is started with its own folder alone on the path, and a package has its own name for what is beside it.
 sys.path.append(str(Path(__file__).parents[2]))
-from jcdp_diffusers.cli import ends_in_one_sentence
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 from jcdp_diffusers.data import decode_image
 from jcdp_diffusers.results import append_record
 
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget_minutes", type=float, default=15)
     parser.add_argument("--image_size", type=int, help="of the audit")
     parser.add_argument("--protocol", help="of the audit's victims")
-    args = parser.parse_args(arguments)
+    args = expand_home(parser.parse_args(arguments))
     sizes = [size for size in SIZES if size[0] <= args.largest]
     options = ["--budget_minutes", f"{args.budget_minutes:g}"]
     options += [] if args.image_size is None else ["--image_size", str(args.image_size)]

@@ -7,6 +7,7 @@ continues.
 """
 
 import argparse
+import contextlib
 import hashlib
 import re
 import shutil
@@ -26,7 +27,7 @@ from ..data import LabelledImages, load_images, open_dataset, write_dataset
 from ..data.export import FORMATS
 from ..data.perturbations import apply_perturbation, measured_norms, visibility, visibility_in_words
 from ..devices import check_seed, default_device
-from ..engines import say
+from ..engines import folder_lock, say
 from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
 from ..victims.checkpoints import digest
@@ -109,28 +110,29 @@ def protect_dataset(
         "content": _content(data),
     }
     output_dir = Path(output_dir)
-    if (done := _finished(output_dir, request, data)) is not None:
-        if read_card(output_dir).get("file_digest", poison.file_digest) != poison.file_digest:
-            say(
-                f"{output_dir} was made by another version of the file of {method}, and is taken as it is: remove it "
-                "to make it anew."
-            )
-        return done
+    with contextlib.ExitStack() as stack:
+        if (done := _finished(output_dir, request, data, stack)) is not None:
+            if read_card(output_dir).get("file_digest", poison.file_digest) != poison.file_digest:
+                say(
+                    f"{output_dir} was made by another version of the file of {method}, and is taken as it is: "
+                    "remove it to make it anew."
+                )
+            return done
 
-    start = time.monotonic()
-    chosen = data.subset(rows)
-    perturbation = poison(
-        chosen.tensor(),
-        torch.from_numpy(chosen.labels) if poison.uses_labels else None,
-        seed=seed,
-        preset=preset,
-        device=device,
-        checkpoint_dir=output_dir / _STATE,
-        progress=progress,
-    )
-    facts = request | {"reference": poison.source, "device": str(device), "file_digest": poison.file_digest}
-    facts |= {"promised": poisons.budget(method, preset, tuple(perturbation.shape[1:]))}
-    return _write(output_dir, data, rows, perturbation, split, columns, features, facts, start)
+        start = time.monotonic()
+        chosen = data.subset(rows)
+        perturbation = poison(
+            chosen.tensor(),
+            torch.from_numpy(chosen.labels) if poison.uses_labels else None,
+            seed=seed,
+            preset=preset,
+            device=device,
+            checkpoint_dir=output_dir / _STATE,
+            progress=progress,
+        )
+        facts = request | {"reference": poison.source, "device": str(device), "file_digest": poison.file_digest}
+        facts |= {"promised": poisons.budget(method, preset, tuple(perturbation.shape[1:]))}
+        return _write(output_dir, data, rows, perturbation, split, columns, features, facts, start)
 
 
 def protect_with_file(
@@ -180,14 +182,15 @@ def protect_with_file(
     if fraction < 1:
         request["seed"] = seed
     output_dir = Path(output_dir)
-    if (done := _finished(output_dir, request, data)) is not None:
-        return done
-    start = time.monotonic()
-    delta, recognised = read_perturbation(
-        perturbation, data, kind=kind, budget=budget, order=order, in_order_of=in_order_of
-    )
-    facts = request | {"recognised": recognised}
-    return _write(output_dir, data, rows, delta[rows], split, columns, features, facts, start)
+    with contextlib.ExitStack() as stack:
+        if (done := _finished(output_dir, request, data, stack)) is not None:
+            return done
+        start = time.monotonic()
+        delta, recognised = read_perturbation(
+            perturbation, data, kind=kind, budget=budget, order=order, in_order_of=in_order_of
+        )
+        facts = request | {"recognised": recognised}
+        return _write(output_dir, data, rows, delta[rows], split, columns, features, facts, start)
 
 
 def protected_rows(count: int, fraction: float, seed: int) -> np.ndarray:
@@ -410,15 +413,20 @@ def _content_of_files(path: Path) -> str:
     return found.hexdigest()
 
 
-def _finished(output_dir: Path, request: Mapping[str, Any], data: LabelledImages) -> LabelledImages | None:
+def _finished(
+    output_dir: Path, request: Mapping[str, Any], data: LabelledImages, stack: contextlib.ExitStack
+) -> LabelledImages | None:
     """
     The images of an earlier call with the same request for `data`; None if the folder waits to be filled.
 
-    A folder that waits gets the folder of the poison's state, by which the next call knows it.
+    A folder that waits gets the folder of the poison's state, by which the next call knows it, and is kept from other
+    commands for as long as the stack is open. One that is finished is only read.
     """
     check_output_folder(output_dir, marks=MARKS, own=OWN_NAMES)
     if not (output_dir / CARD).exists():
         (output_dir / _STATE).mkdir(parents=True, exist_ok=True)
+        stack.enter_context(folder_lock(output_dir / ".lock"))
+    if not (output_dir / CARD).exists():  # whoever had the lock before may have written it
         return None
     facts = read_card(output_dir)
     known = "content" in facts  # cards of earlier versions have none of the digests

@@ -15,10 +15,13 @@ from ..devices import default_device
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import ADAPTIVE, PRESETS, PurificationConfig
 from ..storage import Folder
-from .adaptive import adaptive_config
+from .adaptive import adaptive_config, adaptive_config_of_tiles
 from .dataset import open_purifier, purify_to_folder
 from .export import check_places, export_purified
+from .manifest import settled_fit
+from .reader import open_rows
 from .tiling import FITS
+from .worker import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         options.pop(name, None)
     if args.engine == "ray":  # its workers may have another working directory
         for name in ("purifier", "dataset", "perceptual", "output"):
-            path = options[name] and os.path.expanduser(options[name])
+            path = options[name]
             if path and not is_url(path) and (name == "output" or os.path.exists(path)):
                 options[name] = os.path.abspath(path)
     device = args.device or default_device()
@@ -131,15 +134,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _adaptive(args: argparse.Namespace) -> PurificationConfig:
-    """Preset `"adaptive"`; both sets are brought to the purifier's size."""
+    """Preset `"adaptive"`, of what the network will see: squares of both sets, or both brought to its size."""
     pipe = JointConditionalPurificationPipeline.from_pretrained(args.purifier, revision=args.revision)
-    brought = {
-        "image_size": pipe.unet.config.sample_size if args.image_size is None else args.image_size,
-        "channels": pipe.unet.config.in_channels,
-        "image_column": args.image_column,
-    }
-    protected = load_images(args.dataset, split=args.split, id_column=args.id_column, **brought)
-    return adaptive_config(protected, load_images(args.collected, split=args.collected_split, **brought), pipe)
+    size = Job(args.dataset, pipe, args.output, image_size=args.image_size, tile_overlap=args.tile_overlap).size(pipe)
+    protected = {"split": args.split, "image_column": args.image_column, "id_column": args.id_column}
+    collected = {"split": args.collected_split, "image_column": args.image_column}
+    rows = open_rows(args.dataset, **protected)
+    fit, _ = settled_fit(Folder(args.output), rows, size, args.fit)
+    if fit == "tile":
+        return adaptive_config_of_tiles(rows, open_rows(args.collected, **collected), size, pipe)
+    brought = {"image_size": size, "channels": pipe.unet.config.in_channels}
+    sets = (load_images(args.dataset, **protected, **brought), load_images(args.collected, **collected, **brought))
+    return adaptive_config(*sets, pipe)
 
 
 def _stop(*_) -> None:

@@ -26,7 +26,7 @@ import torch
 from .. import engines
 from ..acceleration.placement import place
 from ..data import is_url
-from ..hub import push_dataset
+from ..hub import create_repository, push_dataset
 from ..outputs import check_output_folder
 from ..perceptual import load_perceptual
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
@@ -125,6 +125,8 @@ def purify_to_folder(
                 "a data set of unknown length."
             )
         run = engines.first_rank_decides(lambda: _begin(folder, plan, stack))
+        if push_to_hub is not None:  # whoever may not push learns it before the work
+            engines.first_rank_decides(lambda: create_repository(push_to_hub, repo_type="dataset"))
         store = ShardStore(folder, split, rows=rows, **run["shards"])
         open_worker = functools.cache(worker.join) if here else functools.partial(_join, job)
         while True:

@@ -28,7 +28,7 @@ from ..purification_config import PurificationConfig
 from ..results import as_settings, package_versions, plain
 from ..storage import Folder
 from .reader import Rows
-from .tiling import squares_per_image
+from .tiling import squares_per_image, usual_fit
 
 
 if TYPE_CHECKING:
@@ -111,6 +111,21 @@ def run_on_record(folder: Folder) -> dict | None:
         f"output_dir is {folder.url!r}, whose {RUN_NAME} is damaged, but must hold it as it was written: bring it "
         "back, or choose another output_dir."
     )
+
+
+def settled_fit(folder: Folder, rows: Rows, size: int, asked: str | None) -> tuple[str, str | None]:
+    """
+    What becomes of images of other sizes: what is asked for, else what the folder's run was begun with, else
+    `usual_fit`; and what to say of it, if anything.
+
+    Args:
+        folder (`Folder`): Where `run.json` is, or will be.
+        rows (`Rows`), size (`int`): As for `usual_fit`.
+        asked (`str`, *optional*): One of `tiling.FITS`.
+    """
+    if asked is None and (begun := run_on_record(folder)):
+        return begun["sizes"]["fit"], None
+    return usual_fit(rows, size, asked) if asked in (None, "exact") else (asked, None)
 
 
 def settle_run(folder: Folder, run: dict, begin: dict | None = None) -> dict:

@@ -19,10 +19,10 @@ from ..devices import check_seed, cpu_threads
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import PurificationConfig
 from ..storage import Folder
-from .manifest import completed, describe_run, run_on_record, settle_run
+from .manifest import completed, describe_run, run_on_record, settle_run, settled_fit
 from .reader import first_repeated, open_rows, with_content
 from .shards import ShardStore, ShardWriter, explained
-from .tiling import FITS, Blending, TiledImage, encode_all, prepare_all, usual_fit
+from .tiling import FITS, Blending, TiledImage, encode_all, prepare_all
 from .worker_pool import IN_FLIGHT, in_order, open_device_thread, open_pool
 
 
@@ -123,7 +123,7 @@ class Worker(contextlib.ExitStack):
 
     def __init__(self, job: Job):
         super().__init__()
-        self.job, self.folder, self.note = job, Folder(job.output_dir), None
+        self.job, self.folder = job, Folder(job.output_dir)
         self.on_rows, self.on_squares = None, None
         opened = isinstance(job.pipe, JointConditionalPurificationPipeline)
         self.pipe = job.pipe if opened else job.pipe()
@@ -144,11 +144,7 @@ class Worker(contextlib.ExitStack):
                 f"shards is {job.shards}, but the source has {length or 'an unknown number of'} rows: "
                 f"{'rows_per_shard is what a stream takes' if length is None else 'one to that many are accepted'}."
             )
-        fit, begun = job.fit, run_on_record(self.folder)
-        if fit is None and begun:
-            fit = begun["sizes"]["fit"]
-        elif fit in (None, "exact"):
-            fit, self.note = usual_fit(self.rows, size, fit)
+        fit, self.note = settled_fit(self.folder, self.rows, size, job.fit)
         self.config, self.asked = config, describe_run(self.pipe, config, self.rows, job, size, fit)
 
     def plan(self, processes: int | None = None) -> tuple[dict, dict, str | None]:

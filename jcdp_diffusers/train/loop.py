@@ -6,6 +6,7 @@ total batch), never the state of a random stream. So a run that was killed goes 
 processes of batch 8 see the same total batch as one process of batch 16. Labels are never read.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -32,7 +33,9 @@ from ..acceleration.folded_upsampling import is_folded
 from ..acceleration.winograd import uses_winograd
 from ..data import LabelledImages
 from ..devices import device_in_words
+from ..engines import first_rank_decides, folder_lock
 from ..noise import coloured
+from ..outputs import write_atomically
 from ..purification_config import default_settings
 from ..results import package_versions, plain
 from .checkpoints import (
@@ -63,6 +66,7 @@ from .reading import damaged, read_json
 from .record import RECORD_NAME, ema_horizon, fingerprint
 
 
+INDEX_NAME = DDPMPipeline.config_name  # what makes a folder a pipeline's
 # Entries of a checkpoint's progress.json.
 _PROGRESS = {"step": int, "seconds": (int, float), "identity": dict, "history": list, "validation": list}
 
@@ -111,9 +115,10 @@ def train_purifier(
         FloatingPointError: If the loss is no finite number any more.
     """
     timesteps = config.timesteps(scheduler)
+    if config.validation_timesteps:
+        config.timesteps(scheduler, "validation_timesteps")
     _check(images, unet, scheduler)
     output_dir = Path(output_dir)
-    checkpoint = _start_from(output_dir, config.resume_from_checkpoint)
     device = torch.device("cpu") if on_cpu(config.cpu) else torch.accelerator.current_accelerator()
     config = dataclasses.replace(config, mixed_precision=config.precision_on(device))
     # A second run in one process may want another precision than the first, which this singleton would refuse.
@@ -129,9 +134,11 @@ def train_purifier(
     if config.report_to is not None and not accelerator.log_with:
         raise ValueError(f"report_to is {config.report_to!r}, which is not installed: pip install {config.report_to}.")
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as stack:
         run = _Run(accelerator, images, unet, scheduler, output_dir, config, timesteps, validation_images)
         run.describe(base_model, base_revision, data_description)
+        # The main process keeps other commands away, and decides for all.
+        checkpoint = first_rank_decides(lambda: _begin(output_dir, config.resume_from_checkpoint, stack))
         run.train(checkpoint, progress, stop)
         run.finish()
     return output_dir
@@ -176,6 +183,13 @@ def _check(images, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
         raise ValueError(f"prediction_type is {prediction_type!r}, but must be one of {PREDICTION_TYPES}.")
 
 
+def _begin(output_dir: Path, wanted: str | None, stack: contextlib.ExitStack) -> Path | None:
+    """Keep other commands away for as long as the stack is open, and choose where to start, see `_start_from`."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(folder_lock(output_dir / ".lock"))
+    return _start_from(output_dir, wanted)
+
+
 def _start_from(output_dir: Path, wanted: str | None) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start; refuse a folder that holds what would be replaced."""
     if wanted is None and (found := list_checkpoints(output_dir)):
@@ -184,19 +198,20 @@ def _start_from(output_dir: Path, wanted: str | None) -> Path | None:
             "resume_from_checkpoint='latest' to go on with it, or another folder."
         )
     checkpoint = None if wanted is None else find_checkpoint(output_dir, wanted)
+    recorded, indexed = (output_dir / RECORD_NAME).exists(), (output_dir / INDEX_NAME).exists()
     if checkpoint is not None:
         check_form(checkpoint)
-    elif (output_dir / RECORD_NAME).exists():
+    elif recorded and indexed:
         raise ValueError(
             f"output_dir is {str(output_dir)!r}, which holds a finished purifier ({RECORD_NAME}) and no checkpoint to "
             "go on from, but must be another folder: it would be replaced."
         )
-    elif (output_dir / "model_index.json").exists():
+    elif indexed:
         raise ValueError(
-            f"output_dir is {str(output_dir)!r}, which holds a pipeline (model_index.json) that no run of this folder "
+            f"output_dir is {str(output_dir)!r}, which holds a pipeline ({INDEX_NAME}) that no run of this folder "
             "has finished, but must be another folder: it would be replaced."
         )
-    elif (output_dir / "README.md").exists():
+    elif (output_dir / "README.md").exists() and not recorded:  # a run that was killed as it finished leaves both
         raise ValueError(
             f"output_dir is {str(output_dir)!r}, whose README.md is no purifier's, but must be another folder: it "
             "would be replaced."
@@ -471,12 +486,18 @@ class _Run:
         self.unet.to(memory_format=torch.contiguous_format).eval()
         if self.accelerator.is_main_process:
             remove_leftovers(self.output_dir)
-            DDPMPipeline(self.unet, self.scheduler).save_pretrained(self.output_dir)
+            # Without an index the folder is no purifier: it goes first and comes last, so that whoever is killed
+            # between leaves none that lacks its settings or has another's.
+            (self.output_dir / INDEX_NAME).unlink(missing_ok=True)
+            pipe = DDPMPipeline(self.unet, self.scheduler)
+            pipe.unet.save_pretrained(self.output_dir / "unet")
+            pipe.scheduler.save_pretrained(self.output_dir / "scheduler")
             facts = {"trained_timesteps": self.timesteps, "noise_corner": self.config.noise_corner}
             default_settings(self.timesteps[1], **facts).save_pretrained(self.output_dir)
             write_trained_on(self.output_dir, self.trained_on)
-            (self.output_dir / RECORD_NAME).write_text(json.dumps(self._record(), indent=2) + "\n")
+            write_atomically(self.output_dir / RECORD_NAME, json.dumps(self._record(), indent=2) + "\n")
             write_card(self.output_dir)
+            write_atomically(self.output_dir / INDEX_NAME, pipe.to_json_string())
         self.accelerator.wait_for_everyone()
 
     def _record(self) -> dict:

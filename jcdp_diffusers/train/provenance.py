@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from ..data import LabelledImages
 from .reading import damaged, read_json
@@ -69,7 +69,7 @@ def trained_on(purifier: str | os.PathLike, revision: str | None = None) -> froz
         try:
             wanted = [TRAINED_ON_NAME, WEIGHTS]
             folder = Path(snapshot_download(str(purifier), revision=revision, allow_patterns=wanted))
-        except (HfHubHTTPError, LocalEntryNotFoundError):
+        except (HTTPError, LocalEntryNotFoundError):
             return None
     path = folder / TRAINED_ON_NAME
     if not path.is_file():

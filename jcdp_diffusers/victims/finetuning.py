@@ -45,7 +45,7 @@ from .. import victims
 from ..data import LabelledImages
 from ..devices import cpu_threads
 from ..outputs import replacing
-from ..repository import check_safetensors, read_json
+from ..repository import check_safetensors, on_hub, read_json
 from .checkpoints import digest
 from .networks import FeaturesAndHead, last_layer
 from .recipes import CONTRASTIVE_RECIPES, ContrastiveRecipe, Recipe, get_recipe
@@ -427,8 +427,13 @@ def _find(source: str | os.PathLike) -> tuple[Path, Path | None]:
     if len(found) != 1:
         held = f"holds {', '.join(found)}" if found else f"holds no {SUFFIX} file"
         raise ValueError(f"{given}, which {held}, but {accepted}.")
-    fetch = (lambda name: path / name) if path.is_dir() else (lambda name: Path(hf_hub_download(str(source), name)))
-    return fetch(found[0]), fetch("config.json") if "config.json" in names else None
+    wanted = [found[0], *(["config.json"] if "config.json" in names else [])]
+    if path.is_dir():
+        files = [path / name for name in wanted]
+    else:
+        with on_hub(str(source)):
+            files = [Path(hf_hub_download(str(source), name)) for name in wanted]
+    return files[0], files[1] if len(files) > 1 else None
 
 
 # ----------------------------------------------------------------------------------------------------------- a network

@@ -279,6 +279,20 @@ def test_figures_of_two_devices_or_precisions_are_no_one_mean():
             Measured(mixed)
 
 
+def test_figures_of_two_precisions_of_purification_are_no_one_mean():
+    def mixed(*precisions):
+        found = []
+        for seed, precision in enumerate(precisions):
+            details = {} if precision == "unknown" else {"purified_in": precision}
+            found += list(records("lsp", "jcdp", [0.5] * len(precisions), details=details))[2 * seed : 2 * seed + 2]
+        return found
+
+    with pytest.raises(ValueError, match="'jcdp' against 'lsp' on cifar10 with purified_in 'bfloat16' and 'float32'"):
+        Measured(mixed("bfloat16", "unknown", "float32"))
+    for known in ("float32", None, "unknown"):  # of images that were not kept, and of older records, nobody knows
+        assert Measured(mixed("float32", known)).accuracies("cifar10", "lsp", "jcdp") == [50.0, 50.0]
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [

@@ -10,7 +10,7 @@ import torchvision
 from interrupts import cut_off_at_save
 from safetensors.torch import save_file
 
-from jcdp_diffusers import poisons
+from jcdp_diffusers import engines, poisons
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import load_images, write_dataset
 from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms, visibility
@@ -51,12 +51,31 @@ def test_noise_stays_with_its_image_through_shuffles_and_filters(name, data, tmp
         assert row["label"] == label_of[row["id"]]
 
 
+def test_a_folder_in_which_another_command_is_at_work_is_refused_until_its_card_is_there(data, tmp_path, monkeypatch):
+    noise, output = tmp_path / "noise.npy", tmp_path / "protected"
+    np.save(noise, np.zeros(data.images.shape, np.float32))
+    measure, refused = protect.visibility, []
+
+    def another_command(*images, **options):
+        for make, what in ((protect.protect_dataset, "method"), (protect.protect_with_file, "perturbation")):
+            with pytest.raises(ValueError, match=r"output_dir is .*protected', but another command is at work there"):
+                make(data, output, **{what: "lsp" if what == "method" else noise}, seed=2)
+            refused.append(what)
+        return measure(*images, **options)
+
+    monkeypatch.setattr(protect, "visibility", another_command)  # between the images and the card
+    protect.protect_dataset(data, output, method="lsp", seed=1)
+    assert refused == ["method", "perturbation"] and protect.read_card(output)["seed"] == 1
+    with engines.folder_lock(output / ".lock"):  # a finished set is read by any number of commands at once
+        protect.protect_dataset(data, output, method="lsp", seed=1)
+
+
 def test_command_writes_one_split_and_leaves_the_others_alone(source, data, tmp_path, capsys):
     digests = {path: hashlib.sha256(path.read_bytes()).digest() for path in source.iterdir()}
     output = tmp_path / "protected"
     command("--method", "lsp", "--dataset", source, "--split", "train", "--output", output, "--seed", 4)
     assert digests == {path: hashlib.sha256(path.read_bytes()).digest() for path in source.iterdir()}
-    assert sorted(path.name for path in output.iterdir()) == ["README.md", "train-00000-of-00001.parquet"]
+    assert sorted(path.name for path in output.glob("[!.]*")) == ["README.md", "train-00000-of-00001.parquet"]
 
     protected = load_images(output)
     assert protected.ids == data.ids and protected.class_names == data.class_names

@@ -24,6 +24,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from hub_server import HubServer
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from purifying import SETTINGS, quick_pipe, read_back, same, some_images, source_folder
 from tiny import tiny_unet
@@ -301,6 +303,24 @@ def test_from_and_to_other_file_systems(kind, streaming, pipe, source, expected,
     if kind == "memory":
         with pytest.raises(ValueError, match="output_dir is 'memory://.*'.*push_to_hub"):
             purify_to_folder(pipe=pipe, output_dir=f"{place}/out", push_to_hub="a/b", **given, **SETTINGS)
+
+
+@pytest.mark.parametrize("error", [PermissionError("a wrong token"), HTTPError("no network")])
+def test_whoever_may_not_push_learns_it_before_the_work(pipe, source, tmp_path, monkeypatch, error):
+    asked = []
+
+    def refused(self, repo_id, **options):
+        asked.append((repo_id, options["repo_type"]))
+        raise error
+
+    monkeypatch.setattr(HfApi, "create_repo", refused)
+    with pytest.raises(OSError, match="a wrong token|'a/b' cannot be reached on the Hub .*no network"):
+        purify_to_folder(source, pipe, output_dir=tmp_path / "out", push_to_hub="a/b", **SETTINGS)
+    assert asked == [("a/b", "dataset")] and not list((tmp_path / "out").glob("*.parquet"))
+    other = {"seed": 1, "push_to_hub": "a/b"} | SETTINGS
+    with pytest.raises(ValueError, match="holds a run whose seed is 0"):  # what is refused here makes no repository
+        purify_to_folder(source, pipe, output_dir=tmp_path / "out", **other)
+    assert len(asked) == 1
 
 
 def test_what_others_have_at_a_url_is_not_written_over(pipe, source):

@@ -20,9 +20,11 @@ from jcdp_diffusers import JointConditionalPurificationPipeline, PurificationCon
 from jcdp_diffusers.acceleration import place
 from jcdp_diffusers.data import open_dataset
 from jcdp_diffusers.noise import coloured
+from jcdp_diffusers.train import loop
 from jcdp_diffusers.train.denoising import TIMESTEP_SAMPLINGS, held_out_losses
 from jcdp_diffusers.train.images import ImageFiles
 from jcdp_diffusers.train.loop import TrainingConfig, train_purifier
+from jcdp_diffusers.train.provenance import trained_on
 from jcdp_diffusers.train.record import ema_horizon
 
 
@@ -32,7 +34,7 @@ from jcdp_diffusers.train.record import ema_horizon
 def test_output_is_a_plain_ddpm_repository(tmp_path):
     scheduler = DDPMScheduler(50, beta_schedule="squaredcos_cap_v2", variance_type="fixed_large", clip_sample=False)
     folder = train(tmp_path, scheduler=scheduler, trained_timesteps=(0, 20))
-    assert {path.name for path in folder.iterdir()} == {
+    assert {path.name for path in folder.glob("[!.]*")} == {
         "model_index.json", "unet", "scheduler", "purification_config.json", "training_record.json", "trained_on.json",
         "README.md",
     }  # fmt: skip
@@ -533,7 +535,7 @@ def test_what_is_somebody_elses_is_not_written_over(tmp_path):
     mine.write_text("mine")
     with pytest.raises(ValueError, match="own', whose README.md is no purifier's"):
         train(tmp_path / "own")
-    assert mine.read_text() == "mine" and len(list((tmp_path / "own").iterdir())) == 1
+    assert mine.read_text() == "mine" and len(list((tmp_path / "own").glob("[!.]*"))) == 1
 
 
 def test_a_pipeline_of_somebody_else_is_not_replaced(tmp_path):
@@ -565,6 +567,53 @@ def test_a_finished_purifier_is_not_replaced(tmp_path):
         with pytest.raises(ValueError, match=r"output_dir is .*training_record\.json"):
             train(tmp_path, seed=1, resume_from_checkpoint=wanted)
     assert same(weights(tmp_path), before)
+
+
+@pytest.mark.parametrize("checkpoints", [None, 2])
+@pytest.mark.parametrize("writes", ["default_settings", "write_trained_on", "write_card"])
+def test_a_run_that_is_killed_as_it_finishes_leaves_no_purifier_and_is_finished_by_the_same_command(
+    tmp_path, monkeypatch, writes, checkpoints
+):
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    settings = {"noise_corner": 4.0, "trained_timesteps": (0, 20), "resume_from_checkpoint": "latest"}
+    settings |= {"checkpointing_steps": checkpoints}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, writes, killed)
+        train(tmp_path / "cut", **settings)
+    with pytest.raises(OSError, match=r"cut', but must hold a model_index\.json"):
+        JointConditionalPurificationPipeline.from_pretrained(tmp_path / "cut")
+    whole, cut = train(tmp_path / "whole", **settings), train(tmp_path / "cut", **settings)
+    assert same(weights(cut), weights(whole))
+    pipe = JointConditionalPurificationPipeline.from_pretrained(cut)
+    assert (pipe.purification_config.noise_corner, pipe.purification_config.trained_timesteps) == (4.0, (0, 20))
+    assert record(cut)["steps"] == 4 and len(trained_on(cut)) == 24
+
+
+def test_a_run_that_is_gone_on_with_is_no_purifier_until_it_has_finished_again(tmp_path, monkeypatch):
+    """Its settings would be those of other weights."""
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    train(tmp_path, checkpointing_steps=2)
+    monkeypatch.setattr(loop, "default_settings", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, checkpointing_steps=2, max_train_steps=6, resume_from_checkpoint="latest")
+    assert not (tmp_path / "model_index.json").exists()
+
+
+def test_a_folder_in_which_another_training_is_at_work_is_refused(tmp_path):
+    def another():
+        with pytest.raises(ValueError, match="output_dir is .*, but another command is at work there.*wait"):
+            train(tmp_path, checkpointing_steps=1, resume_from_checkpoint="latest")
+        return True
+
+    options = {"unet": tiny_unet(size=8), "scheduler": DDPMScheduler(), "progress": False}
+    config = TrainingConfig(max_train_steps=4, train_batch_size=4, cpu=True, num_grid_images=0)
+    train_purifier(IMAGES, output_dir=tmp_path, config=config, stop=another, **options)
+    assert record(tmp_path)["steps"] == 1
 
 
 def test_a_run_on_other_files_is_refused(tmp_path):

@@ -406,3 +406,23 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="is no file of weights or holds code"):
         convert(tmp_path, {"weight": Surprise()})
     assert "must not be run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        "model_index.json",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "training_record.json",
+        "checkpoint-9/progress.json",
+    ],
+)
+def test_a_folder_that_holds_a_purifier_or_its_training_is_refused_before_the_work(tmp_path, held):
+    """What is left of it, such as an index of other weights or a record, would belong to none."""
+    held = tmp_path / "out" / held
+    held.parent.mkdir(parents=True)
+    held.write_text("{}")
+    arguments = [str(tmp_path / "missing.pth"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="output_dir is .*out', which holds .*, but must be another folder"):
+        convert_checkpoint.main(convert_checkpoint.parse_args(arguments))
+    assert held.read_text() == "{}"

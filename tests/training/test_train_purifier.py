@@ -438,6 +438,19 @@ def test_failures_are_one_sentence(tmp_path, photos, monkeypatch, arguments, sen
     assert re.match(sentence, stopped.value.code) and "\n" not in stopped.value.code
 
 
+def test_an_interruption_says_how_to_go_on(tmp_path, photos, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jcdp_diffusers.train.loop.train_purifier", interrupted)
+    command = [str(SCRIPT), "--cpu", "--unet", "tiny32", "--dataset", str(photos), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 130 and "train_purifier: interrupted; --resume_from_checkpoint latest goes on" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
