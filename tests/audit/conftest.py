@@ -9,7 +9,6 @@ import pytest
 import torch
 from audit_runs import ATTACKS, command, digits
 
-from jcdp_diffusers.audit import page, report
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.data.perturbations import apply_perturbation
@@ -74,15 +73,6 @@ def purifier(folders, tmp_path_factory) -> str:
         plan.purification.save_pretrained(folder / "out")
 
     return str(once(tmp_path_factory, "purifier", make) / "out")
-
-
-@pytest.fixture
-def without_drawing(monkeypatch) -> None:
-    """Reports without the pictures that matplotlib draws, which take a second and a half of each audit."""
-    for module, name in ((report, "save_strips"), (report, "draw_curves"), (page, "draw_curves")):
-        monkeypatch.setattr(module, name, lambda *arguments: "")
-    for module in (report, page):
-        monkeypatch.setattr(module, "draw_spectrum", lambda *arguments: "")
 
 
 @pytest.fixture
