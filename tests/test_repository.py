@@ -40,7 +40,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 def purify(pipe):
     pipe.set_progress_bar_config(disable=True)
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return pipe(images, diffusion_steps=3, micro_batch_size=1, seed=0, output_type="pt").images
+    return pipe(images, diffusion_steps=3, micro_batch_size=4, seed=0, output_type="pt").images
 
 
 @pytest.fixture

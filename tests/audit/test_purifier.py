@@ -100,17 +100,19 @@ def test_a_guide_that_needs_a_network_is_refused_before_anything_is_trained(fold
 
 
 def test_a_purifier_trained_here_gets_the_perceptual_network(folders, tmp_path):
-    network = LPIPSModel("vgg")
-    network.save_pretrained(tmp_path / "vgg")
-    config = PurificationConfig(perceptual_guidance_scale=1.0, num_rounds=2, perceptual_network="lpips-vgg")
+    network = LPIPSModel("alex")
+    network.save_pretrained(tmp_path / "alex")
+    config = PurificationConfig(perceptual_guidance_scale=1.0, num_rounds=2, perceptual_network="lpips-alex")
     options = {"protocol": "smoke", "seeds": 1, "processes": 1, "device": "cpu", "say": lambda line: None}
-    sources = {role: folders[role] for role in ("protected", "collected", "test")}
-    report = audit(**sources, output_dir=tmp_path / "out", perceptual=tmp_path / "vgg", preset=config, **options)
+    sources = {role: load_images(folders[role]) for role in ("protected", "collected", "test")}
+    # Of 32x32 pixels, which the network needs.
+    sources = {role: data.with_images(data.images.repeat(2, 1).repeat(2, 2)) for role, data in sources.items()}
+    report = audit(**sources, output_dir=tmp_path / "out", perceptual=tmp_path / "alex", preset=config, **options)
     assert report["purification"]["perceptual_guidance_scale"] == 1.0
-    assert report["purifier"]["perceptual"] == "lpips-vgg"
-    assert ", perceptual network lpips-vgg" in (tmp_path / "out/report.md").read_text()
+    assert report["purifier"]["perceptual"] == "lpips-alex"
+    assert ", perceptual network lpips-alex" in (tmp_path / "out/report.md").read_text()
     kept = LPIPSModel.from_pretrained(tmp_path / "out/purifier/perceptual").state_dict()
     assert all(torch.equal(kept[name], value) for name, value in network.state_dict().items())
     with pytest.raises(ValueError, match="where an audit with another perceptual network was begun"):
-        other = (tmp_path / "vgg").rename(tmp_path / "other")
+        other = (tmp_path / "alex").rename(tmp_path / "other")
         audit(**sources, output_dir=tmp_path / "out", perceptual=other, preset=config, **options)
