@@ -307,12 +307,12 @@ def _run_in_processes(tasks: list[Task], open_worker: Callable[[], Any], process
     if not tasks:
         return
     spawn = multiprocessing.get_context("spawn")  # a forked copy of torch's thread pools may hang
-    numbers = spawn.SimpleQueue()
+    gpus, shown = _visible_gpus(), spawn.SimpleQueue()
     for number in range(processes):
-        numbers.put(number)
+        shown.put(gpus[number % len(gpus)] if gpus else None)
     # A process that dies of a signal can say nothing: it has left the name of its task here.
     at_work = tempfile.mkdtemp()
-    pool = ProcessPoolExecutor(min(processes, len(tasks)), spawn, _begin_process, (open_worker, numbers, at_work))
+    pool = ProcessPoolExecutor(min(processes, len(tasks)), spawn, _begin_process, (open_worker, shown, at_work))
     others = set(multiprocessing.active_children())
     workers: set[BaseProcess] = set()
     try:
@@ -374,12 +374,13 @@ _workers: list = []
 _at_work: Path
 
 
-def _begin_process(open_worker: Callable[[], Any], numbers, at_work: str) -> None:
+def _begin_process(open_worker: Callable[[], Any], shown, at_work: str) -> None:
     global _open_worker, _at_work
     live_as_long_as_parent()
     keep_freed_memory()
     _open_worker, _at_work = open_worker, Path(at_work) / str(os.getpid())
-    _take_gpu(numbers.get())
+    if (gpu := shown.get()) is not None:  # none has been used here yet
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
 def _run_in_process(task: Task) -> Any:
@@ -392,13 +393,13 @@ def _run_in_process(task: Task) -> Any:
     return _run_task(task, _workers[0])
 
 
-def _take_gpu(number: int) -> None:
-    """Show this process one of the GPUs only; it must not have used any yet."""
+def _visible_gpus() -> list[str]:
+    """The GPUs that this process sees. It counts them, so that a process need not load torch before its first task."""
     import torch
 
-    if (count := torch.cuda.device_count()) > 0:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % count]
+    if not (count := torch.cuda.device_count()):
+        return []
+    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
 
 
 class _RayWorker:

@@ -145,13 +145,16 @@ def read_records(path: str | os.PathLike) -> list[dict]:
 
 def package_versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide a figure; None where one is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+    return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    """Every record has the versions, and looking them up reads a file for each."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def summarise(records: Iterable[Mapping], by: Sequence[str] = ("what", "protocol", "settings")) -> list[dict]:

@@ -48,3 +48,14 @@ def shared() -> Path:
 def seeded_test() -> None:
     """What a test draws from the global generator does not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_drawing(monkeypatch) -> None:
+    """Reports of audits without what matplotlib draws, which takes a second and a half of each."""
+    from jcdp_diffusers.audit import page, report
+
+    for module, name in ((report, "save_strips"), (report, "draw_curves"), (page, "draw_curves")):
+        monkeypatch.setattr(module, name, lambda *arguments: "")
+    for module in (report, page):
+        monkeypatch.setattr(module, "draw_spectrum", lambda *arguments: "")

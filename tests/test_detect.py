@@ -16,6 +16,7 @@ from jcdp_diffusers.detect import detect
 
 
 CLASSES = 4
+COUNT = 400
 
 
 def make(count: int, seed: int, *, prefix: str = "", contrast: float = 18.0) -> LabelledImages:
@@ -41,12 +42,24 @@ def protect(data: LabelledImages, rows, strength: float = 8.0) -> LabelledImages
 
 @pytest.fixture(scope="module")
 def clean() -> LabelledImages:
-    return make(600, 0)
+    return make(COUNT, 0)
 
 
 @pytest.fixture(scope="module")
 def collected() -> LabelledImages:
-    return make(600, 1)
+    return make(COUNT, 1)
+
+
+@pytest.fixture(scope="module")
+def few(clean, collected) -> tuple[LabelledImages, LabelledImages]:
+    """Where it matters which labels are compared, and not what they give away."""
+    return clean.subset(np.arange(120)), collected.subset(np.arange(120))
+
+
+@pytest.fixture(scope="module")
+def more() -> tuple[LabelledImages, LabelledImages]:
+    """Where a part of the set is left out."""
+    return make(600, 0), make(600, 1)
 
 
 def test_an_honest_set_is_not_called_protected(clean, collected):
@@ -58,7 +71,7 @@ def test_an_honest_set_is_not_called_protected(clean, collected):
 
 
 def test_a_shortcut_is_found_and_its_carriers_are_named(clean, collected):
-    rows = np.flatnonzero(np.arange(600) % 10 < 4)  # all classes
+    rows = np.flatnonzero(np.arange(COUNT) % 10 < 4)  # all classes
     found = detect(protect(clean, rows), collected, permutations=99)
     assert found["protected"] is True and found["shortcut"]["linear"]["found"]
     protected = {clean.ids[row] for row in rows}
@@ -72,8 +85,9 @@ def test_the_protected_class_has_the_largest_gap(clean, collected):
     assert max(gaps, key=gaps.get) == "cat" and set(gaps) == {"ant", "bee", "cat", "dog"}
 
 
-def test_a_set_in_which_one_class_prevails_is_not_called_protected(clean, collected):
+def test_a_set_in_which_one_class_prevails_is_not_called_protected(more):
     """Whoever always names that class is right about most of the set, and about few of the collected images."""
+    clean, collected = more
     rows = np.flatnonzero((clean.labels == 2) | (np.arange(600) % 40 < 4))
     assert (clean.labels[rows] == 2).mean() > 0.7
     found = detect(clean.subset(rows), collected, permutations=99)
@@ -122,14 +136,15 @@ def test_labels_that_nothing_is_compared_with_are_not_called_honest(clean, colle
 
 def test_its_own_purified_copy_is_a_reference(clean):
     protected = protect(clean, slice(None))
-    order = np.random.default_rng(0).permutation(600)
+    order = np.random.default_rng(0).permutation(COUNT)
     found = detect(protected, purified=clean.subset(order))  # an ideal purifier, its rows in another order
     assert found["protected"] is True and found["shortcut"]["linear"]["reference"] < 0.6
     assert detect(clean, purified=clean)["protected"] is False
 
 
-def test_copies_of_images_are_no_shortcut(clean, collected):
+def test_copies_of_images_are_no_shortcut(more):
     """Bursts and files that were saved again: what a model was fitted to, it knows."""
+    clean, collected = more
     few, draw = clean.subset(np.arange(300)), np.random.default_rng(0)
     again = (few.images.astype(int) + draw.integers(-2, 3, few.images.shape)).clip(0, 255).astype(np.uint8)
     ids = (*few.ids, *(f"again {id_}" for id_ in few.ids))
@@ -140,45 +155,44 @@ def test_copies_of_images_are_no_shortcut(clean, collected):
 
 
 def test_other_images_under_the_ids_of_the_set_are_no_purified_copy(clean, collected):
-    with pytest.raises(
-        ValueError, match="purified has 6.. images that do not resemble|purified has 5.. images that do"
-    ):
+    with pytest.raises(ValueError, match="purified has (3..|400) images that do not resemble"):
         detect(clean, purified=replace(collected, ids=clean.ids))
 
 
-def test_classes_are_joined_by_name(clean, collected):
+def test_classes_are_joined_by_name(few):
     """A folder of classes beside a file whose labels are the same names, in another order and without a list."""
+    clean, collected = few
     order = np.array([2, 0, 3, 1])
     renamed = LabelledImages(
         collected.images, order[collected.labels], collected.ids, tuple(np.array(clean.class_names)[np.argsort(order)])
     )
-    found = detect(clean, renamed, permutations=99)
-    assert found["shortcut"]["linear"] == detect(clean, collected, permutations=99)["shortcut"]["linear"]
+    found = detect(clean, renamed, permutations=19)
+    assert found["shortcut"]["linear"] == detect(clean, collected, permutations=19)["shortcut"]["linear"]
 
 
 def test_a_purified_copy_takes_the_labels_of_its_set_and_other_images_keep_theirs(clean, collected):
     found = detect(clean, purified=LabelledImages(clean.images, None, clean.ids))
     assert found["protected"] is False and found["shortcut"]["linear"]["reference"] > 0.3
     # Two folders of equal size may have the same ids, which are row numbers.
-    numbered = (tuple(map(str, range(600))), "a"), (tuple(map(str, range(600))), "b")
+    numbered = (tuple(map(str, range(COUNT))), "a"), (tuple(map(str, range(COUNT))), "b")
     sets = [
         replace(data, ids=ids, id_space=space)
-        for data, (ids, space) in zip((clean, collected.subset(np.arange(600)[::-1])), numbered)
+        for data, (ids, space) in zip((clean, collected.subset(np.arange(COUNT)[::-1])), numbered)
     ]
     assert detect(*sets, permutations=99)["protected"] is False
 
 
 def test_sets_that_differ_in_contrast_are_not_called_protected(clean):
-    louder = make(600, 3, contrast=22.0)
+    louder = make(COUNT, 3, contrast=22.0)
     found = detect(clean, LabelledImages(louder.images, None, louder.ids), permutations=199)
     assert found["protected"] is False and found["spectrum"]["finding"] == "other kind"
 
 
 def test_a_purified_copy_that_nothing_would_read_is_refused(clean, collected):
-    with pytest.raises(ValueError, match="purified has 600 images, but must be None where collected has labels"):
+    with pytest.raises(ValueError, match="purified has 400 images, but must be None where collected has labels"):
         detect(clean, collected, clean)
     unlabelled = [LabelledImages(data.images, None, data.ids) for data in (clean, collected)]
-    with pytest.raises(ValueError, match="purified has 600 images, but must be None where dataset has no labels"):
+    with pytest.raises(ValueError, match="purified has 400 images, but must be None where dataset has no labels"):
         detect(*unlabelled, clean)
 
 
@@ -188,7 +202,7 @@ def test_a_purified_copy_that_nothing_would_read_is_refused(clean, collected):
         pytest.param(lambda d, c: (d.subset(range(20)), c), ("dataset", "20"), id="few images"),
         pytest.param(lambda d, c: (d, c.subset(range(9))), ("collected", "9"), id="few collected"),
         pytest.param(lambda d, c: (d.subset(d.labels == 1), c), ("dataset", "one class"), id="one class"),
-        pytest.param(lambda d, c: (d, d), ("collected", "600"), id="the same images"),
+        pytest.param(lambda d, c: (d, d), ("collected", "400"), id="the same images"),
         pytest.param(lambda d, c: (d, c.with_images(c.images[:, :8])), ("collected", "8"), id="another size"),
         pytest.param(
             lambda d, c: (LabelledImages(d.images, None, d.ids), None), ("labels", "collected"), id="nothing"
@@ -227,7 +241,8 @@ def test_the_command_writes_what_it_says(clean, collected, tmp_path, capsys):
     assert found["sentence"] in capsys.readouterr().out
 
 
-def test_columns_that_are_named_are_those_of_collected_images_too(clean, collected, tmp_path, capsys):
+def test_columns_that_are_named_are_those_of_collected_images_too(few, tmp_path, capsys):
+    clean, collected = few
     named = {"picture": datasets.Image(), "kind": datasets.Value("string")}
     for name, data in (("suspicious", clean), ("collected", collected), ("plain", collected)):
         kinds = [data.class_names[label] for label in data.labels]
@@ -242,7 +257,7 @@ def test_columns_that_are_named_are_those_of_collected_images_too(clean, collect
     options += ["--label_column", "kind", "--output", str(tmp_path / "found.json"), "--collected"]
     assert main([*options, str(tmp_path / "collected")]) == 0
     assert "would show" not in capsys.readouterr().out
-    assert json.loads((tmp_path / "found.json").read_text())["shortcut"]["reference"] == 600
+    assert json.loads((tmp_path / "found.json").read_text())["shortcut"]["reference"] == 120
     assert main([*options, str(tmp_path / "plain")]) == 0
     assert json.loads((tmp_path / "found.json").read_text())["shortcut"]["reference"] is None
 
@@ -256,8 +271,9 @@ def test_a_file_of_somebody_else_is_not_replaced(content, clean, tmp_path, capsy
     assert "holds something else" in capsys.readouterr().err and mine.read_text() == content
 
 
-def test_integers_are_no_ranks_of_texts(clean, collected, tmp_path):
+def test_integers_are_no_ranks_of_texts(few, tmp_path):
     """The first class of a column of texts is not the class 0 of a set with integers."""
+    clean, collected = few
     texts, integers = replace(clean, ranked_by_text=True), replace(collected, class_names=None)
     with pytest.raises(ValueError, match="collected has integers for labels and dataset has texts, such as 'ant'"):
         detect(texts, integers)

@@ -294,6 +294,7 @@ from functools import partial
 from pathlib import Path
 from engine_tasks import Square, open_worker
 from jcdp_diffusers import engines
+engines._visible_gpus = list  # which would load torch in each process
 folder = Path({folder!r})
 engines.run([Square(folder, n, "") for n in range(4)], open_worker=partial(open_worker, folder), processes=2)
 """

@@ -1,13 +1,20 @@
-"""Push a purifier from the pipeline and pull it with three classes, against a Hub on loopback."""
+"""Push a purifier from the pipeline and pull it with three classes, against a Hub on loopback, in another process."""
 
+import hashlib
 import os
 import subprocess
 import sys
 
+import torch
+from diffusers import DDPMScheduler
 from hub_server import HubServer
+from tiny import tiny_unet
+
+from jcdp_diffusers import JointConditionalPurificationPipeline
 
 
 SCRIPT = """
+import hashlib
 import sys
 from unittest.mock import patch
 import torch
@@ -18,6 +25,7 @@ from jcdp_diffusers import JointConditionalPurificationPipeline as Pipeline, LPI
 sys.path.insert(0, "tests")
 from tiny import tiny_unet
 
+torch.set_num_threads(1)
 pipe = Pipeline(tiny_unet(), DDPMScheduler(variance_type="fixed_large"), LPIPSModel("alex"))
 pipe.purification_config = PurificationConfig(diffusion_steps=5, perceptual_guidance_scale=3.0, trained_timesteps=(0, 50))
 pipe.push_to_hub("tester/purifier", commit_message="First")
@@ -54,15 +62,36 @@ def unreachable(*args, **options):
     raise HTTPError("no network")
 with patch.object(HfApi, "list_repo_files", unreachable):
     assert Pipeline.from_pretrained("tester/purifier").purification_config == pipe.purification_config
+out = plain(images, diffusion_steps=3, seed=0, output_type="pt").images
+print("purified", hashlib.sha256(out.numpy().tobytes()).hexdigest())
 print("done")
 """
 
 
-def test_push_and_pull(tmp_path):
+def purified_here() -> str:
+    """What the other process makes of its images with the pulled purifier, here with the one that it has pushed."""
+    pipe = JointConditionalPurificationPipeline(tiny_unet(), DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        out = pipe(images, diffusion_steps=3, seed=0, output_type="pt").images
+    finally:
+        torch.set_num_threads(before)
+    return hashlib.sha256(out.numpy().tobytes()).hexdigest()
+
+
+def test_push_and_pull_and_purify_to_the_same_bits(tmp_path):
     with HubServer() as hub:
-        environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"} | hub.environment(tmp_path)
+        environment = (
+            os.environ
+            | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}
+            | hub.environment(tmp_path)
+        )
         done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("done\n"), done.stderr[-3000:]
+    assert f"purified {purified_here()}\n" in done.stdout
     assert sorted(hub.repos["models/tester/again"]) == [
         "model_index.json",
         "scheduler/scheduler_config.json",

@@ -1,14 +1,13 @@
 """Trials: named by content, measured once, by one command at a time, and taken up after a crash."""
 
 import dataclasses
+import fcntl
 import gc
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -190,23 +189,36 @@ def test_what_is_measured_does_not_depend_on_the_number_of_processes(tmp_path):
     assert values[0] == values[1] and len(values[0]) == 3
 
 
-def test_a_second_command_on_the_same_records_is_refused_and_told_who_is_there(tmp_path):
-    """The slow trial is begun by another process, which is then killed: its records are free at once."""
-    records = tmp_path / "records.jsonl"
-    spawn = multiprocessing.get_context("spawn")
-    worker = spawn.Process(target=measure, args=([trial(0, recipe=SLOW)], records), kwargs={"progress": False})
-    worker.start()
-    lock = tmp_path / ".records.jsonl.lock"
-    while not lock.exists() or not lock.read_text():
-        assert worker.is_alive()
-        time.sleep(0.05)
-    with pytest.raises(ValueError, match=f"pid {worker.pid}"):
-        measure([trial(0)], records, progress=False)
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
+HOLDER = """
+import sys, time
+from pathlib import Path
+from jcdp_diffusers.engines import folder_lock
+with folder_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_second_command_on_the_same_records_is_refused_and_told_who_is_there(tmp_path, monkeypatch):
+    """The other is killed: its records are free at once."""
+    records, lock = tmp_path / "records.jsonl", tmp_path / ".records.jsonl.lock"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, lock], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"pid {other.pid}"):
+            measure([trial(0)], records, progress=False)
+        other.kill()
     assert not records.exists()
+    held = []
+
+    def look(*args, **options):
+        with open(lock) as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(json.loads(lock.read_text())["pid"])
+        return train_victim(*args, **options)
+
+    monkeypatch.setattr(trials, "train_victim", look)
     measure([trial(0)], records, progress=False)
-    assert len(accuracies(records)) == 1
+    assert len(accuracies(records)) == 1 and held == [os.getpid()] and lock.read_text() == ""
 
 
 def test_a_victim_without_labels_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):

@@ -13,10 +13,13 @@ from jcdp_diffusers.devices import cpu_threads
 from jcdp_diffusers.trials import results_by_trial
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")  # of all but the session's audit
+
+
 @pytest.mark.long
-def test_several_draws_show_their_spread_beside_that_of_the_victims(folders, audited, tmp_path):
+def test_several_draws_show_their_spread_beside_that_of_the_victims(folders, purifier, tmp_path):
     output = tmp_path / "out"
-    asked = ("--purifier", str(audited / "purifier"), "--seeds", "2", "--draws", "2", "--countermeasures", "jpeg-95")
+    asked = ("--purifier", purifier, "--seeds", "2", "--draws", "2", "--countermeasures", "jpeg-95")
     assert main(command(folders, output, *asked)) == 0
     report = json.loads((output / "report.json").read_text())
     first, second = (load_images(folder) for folder in (output / "purified", output / "draws/2"))
@@ -48,10 +51,10 @@ def test_several_draws_show_their_spread_beside_that_of_the_victims(folders, aud
     assert json.loads((output / "report.json").read_text())["draws"] == {"count": 1, "values": values[:1]}
 
 
-def test_several_ways_of_learning(folders, audited, tmp_path):
+def test_several_ways_of_learning(folders, purifier, tmp_path):
     """One report has a classifier and a representation."""
     roles = ("protected", "collected", "test", "clean")
-    more = ["--purifier", str(audited / "purifier"), "--method", "supervised", "simclr"]
+    more = ["--purifier", purifier, "--method", "supervised", "simclr"]
     assert main(command(folders, tmp_path / "out", *more, roles=roles)) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     (other,) = report["others"]
@@ -71,9 +74,9 @@ def test_several_ways_of_learning(folders, audited, tmp_path):
     }
 
 
-def test_fractions_and_whitening_by_collected_images(folders, audited, tmp_path):
+def test_fractions_and_whitening_by_collected_images(folders, purifier, tmp_path):
     roles = ("protected", "collected", "test", "clean")
-    more = ["--purifier", str(audited / "purifier"), "--fractions", "0.5", "1", "--victim", "convnet94"]
+    more = ["--purifier", purifier, "--fractions", "0.5", "1", "--victim", "convnet94"]
     assert main(command(folders, tmp_path / "out", *more, "--whitening", "collected", roles=roles)) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     half, whole = report["fractions"]
@@ -92,7 +95,7 @@ def test_fractions_and_whitening_by_collected_images(folders, audited, tmp_path)
 
 
 @pytest.mark.long
-def test_the_purifier_is_trained_beside_victims(folders, audited, tmp_path):
+def test_the_purifier_is_trained_beside_victims(folders, tmp_path):
     """In two processes, to the same figures; thread for thread the same purifier."""
     roles = ("protected", "collected", "test", "clean")
     asked = command(folders, tmp_path / "out", "--countermeasures", ATTACKS, roles=roles)
@@ -106,8 +109,8 @@ def test_the_purifier_is_trained_beside_victims(folders, audited, tmp_path):
 
 
 @pytest.mark.long
-def test_images_without_labels_are_audited(without_labels, audited, tmp_path):
-    more = ("--purifier", str(audited / "purifier"), "--method", "byol", "--probe_images", without_labels["probe"])
+def test_images_without_labels_are_audited(without_labels, purifier, tmp_path):
+    more = ("--purifier", purifier, "--method", "byol", "--probe_images", without_labels["probe"])
     assert main(command(without_labels, tmp_path / "out", *more, roles=("protected", "test"))) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["data"]["shortcut"] is None and report["victims"]["method"] == "byol"

@@ -18,6 +18,9 @@ from jcdp_diffusers.trials import results_by_trial
 from jcdp_diffusers.victims import RECIPES
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")  # of all but the session's audit
+
+
 def digits(rows) -> LabelledImages:
     source = load_digits()
     images = (source.images * 15).astype(np.uint8)[:, :, :, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)

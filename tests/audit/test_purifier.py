@@ -6,8 +6,6 @@ import shutil
 import pytest
 import torch
 from audit_runs import command, digits
-from diffusers import DDPMPipeline, DDPMScheduler
-from tiny import tiny_unet
 
 from jcdp_diffusers.audit.run import audit
 from jcdp_diffusers.cli import main
@@ -18,11 +16,14 @@ from jcdp_diffusers.train.default_purifier import plan_for
 from jcdp_diffusers.train.provenance import image_digests, write_trained_on
 
 
-def test_without_clean_images_and_with_a_purifier_given(folders, audited, tmp_path):
+pytestmark = pytest.mark.usefixtures("without_drawing")  # of all but the session's audit
+
+
+def test_without_clean_images_and_with_a_purifier_given(folders, purifier, tmp_path):
     report = audit(
         protected=folders["protected"],
         test=folders["test"],
-        purifier=audited / "purifier",
+        purifier=purifier,
         output_dir=tmp_path / "out",
         protocol="smoke",
         seeds=1,
@@ -43,9 +44,9 @@ def test_without_clean_images_and_with_a_purifier_given(folders, audited, tmp_pa
 
 
 @pytest.mark.parametrize("role", ["protected", "test", "clean"])
-def test_a_given_purifier_that_has_seen_what_it_must_not_is_refused(folders, audited, tmp_path, capsys, role):
+def test_a_given_purifier_that_has_seen_what_it_must_not_is_refused(folders, purifier, tmp_path, capsys, role):
     """Nobody says so on the command line: it is found in the list beside the weights."""
-    purifier = shutil.copytree(audited / "purifier", tmp_path / "purifier")
+    purifier = shutil.copytree(purifier, tmp_path / "purifier")
     data = load_images(folders[role])
     write_trained_on(purifier, image_digests(data.images[3:5]))
     asked = command(folders, tmp_path / "out", "--purifier", str(purifier), roles=("protected", "test", "clean"))
@@ -55,38 +56,35 @@ def test_a_given_purifier_that_has_seen_what_it_must_not_is_refused(folders, aud
     assert not (tmp_path / "out").exists()
 
 
-def test_the_roles_of_the_paper_need_a_purifier_that_has_seen_test_images(folders, audited, tmp_path, capsys):
-    purifier = shutil.copytree(audited / "purifier", tmp_path / "purifier")
+def purification(folder) -> tuple[int, int]:
+    """Diffusion steps and evaluations per image, as the report has them."""
+    said = json.loads((folder / "report.json").read_text())["purification"]
+    return said["diffusion_steps"], said["evaluations_per_image"]
+
+
+def test_the_roles_of_the_paper_need_a_purifier_that_has_seen_test_images(folders, purifier, tmp_path, capsys):
+    purifier = shutil.copytree(purifier, tmp_path / "purifier")
+    PurificationConfig(diffusion_steps=10, num_rounds=3).save_pretrained(purifier)
     asked = ("--purifier", str(purifier), "--roles", "paper")
     assert main(command(folders, tmp_path / "out", *asked, roles=("protected", "test"))) == 1
     assert "was trained on none of the test images" in capsys.readouterr().err
     write_trained_on(purifier, image_digests(load_images(folders["test"]).images))
     assert main(command(folders, tmp_path / "out", *asked, roles=("protected", "test"))) == 0
     assert "test images among them" in (tmp_path / "out/report.md").read_text()
+    assert purification(tmp_path / "out") == (10, 2)  # a smoke run purifies in seconds, whatever is asked for
 
 
-def test_a_purifier_without_a_list_of_its_images_is_a_limit_of_the_report(folders, audited, tmp_path):
-    purifier = shutil.copytree(audited / "purifier", tmp_path / "purifier")
-    (purifier / "trained_on.json").unlink()
+def test_a_purifier_that_says_nothing_of_itself(folders, purifier, tmp_path):
+    """Its list of images is missed in the report, and a smoke run purifies in seconds all the same."""
+    purifier = shutil.copytree(purifier, tmp_path / "purifier")
+    for name in ("trained_on.json", "purification_config.json", "training_record.json"):
+        (purifier / name).unlink()
     assert main(command(folders, tmp_path / "out", "--purifier", str(purifier))) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["purifier"]["trained_on"] is None
     assert any("does not list the images that trained it" in limit for limit in report["limits"])
     assert "as far as the purifier is believed" in (tmp_path / "out/report.md").read_text()
-
-
-def test_a_smoke_run_purifies_in_seconds_whatever_the_purifier_asks_for(folders, audited, tmp_path):
-    purifier = shutil.copytree(audited / "purifier", tmp_path / "purifier")
-    for name in ("purification_config.json", "training_record.json"):
-        (purifier / name).unlink()
-    assert main(command(folders, tmp_path / "out", "--purifier", str(purifier))) == 0
-    purification = json.loads((tmp_path / "out/report.json").read_text())["purification"]
-    assert (purification["diffusion_steps"], purification["evaluations_per_image"]) == (20, 2)
-    DDPMPipeline(tiny_unet(size=16), DDPMScheduler()).save_pretrained(tmp_path / "long")
-    PurificationConfig(diffusion_steps=10, num_rounds=3).save_pretrained(tmp_path / "long")
-    assert main(command(folders, tmp_path / "more", "--purifier", str(tmp_path / "long"))) == 0
-    purification = json.loads((tmp_path / "more/report.json").read_text())["purification"]
-    assert (purification["diffusion_steps"], purification["evaluations_per_image"]) == (10, 2)
+    assert purification(tmp_path / "out") == (20, 2)
 
 
 def test_a_guide_that_needs_a_network_is_refused_before_anything_is_trained(folders, tmp_path, capsys):
@@ -102,15 +100,19 @@ def test_a_guide_that_needs_a_network_is_refused_before_anything_is_trained(fold
 
 
 def test_a_purifier_trained_here_gets_the_perceptual_network(folders, tmp_path):
-    LPIPSModel("vgg").save_pretrained(tmp_path / "vgg")
-    config = PurificationConfig(perceptual_guidance_scale=1.0, num_rounds=2, perceptual_network="lpips-vgg")
+    network = LPIPSModel("alex")
+    network.save_pretrained(tmp_path / "alex")
+    config = PurificationConfig(perceptual_guidance_scale=1.0, num_rounds=2, perceptual_network="lpips-alex")
     options = {"protocol": "smoke", "seeds": 1, "processes": 1, "device": "cpu", "say": lambda line: None}
-    sources = {role: folders[role] for role in ("protected", "collected", "test")}
-    report = audit(**sources, output_dir=tmp_path / "out", perceptual=tmp_path / "vgg", preset=config, **options)
+    sources = {role: load_images(folders[role]) for role in ("protected", "collected", "test")}
+    # Of 32x32 pixels, which the network needs.
+    sources = {role: data.with_images(data.images.repeat(2, 1).repeat(2, 2)) for role, data in sources.items()}
+    report = audit(**sources, output_dir=tmp_path / "out", perceptual=tmp_path / "alex", preset=config, **options)
     assert report["purification"]["perceptual_guidance_scale"] == 1.0
-    assert report["purifier"]["perceptual"] == "lpips-vgg"
-    assert ", perceptual network lpips-vgg" in (tmp_path / "out/report.md").read_text()
-    assert LPIPSModel.from_pretrained(tmp_path / "out/purifier/perceptual").name == "lpips-vgg"
+    assert report["purifier"]["perceptual"] == "lpips-alex"
+    assert ", perceptual network lpips-alex" in (tmp_path / "out/report.md").read_text()
+    kept = LPIPSModel.from_pretrained(tmp_path / "out/purifier/perceptual").state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in network.state_dict().items())
     with pytest.raises(ValueError, match="where an audit with another perceptual network was begun"):
-        other = shutil.copytree(tmp_path / "vgg", tmp_path / "other")
+        other = (tmp_path / "alex").rename(tmp_path / "other")
         audit(**sources, output_dir=tmp_path / "out", perceptual=other, preset=config, **options)

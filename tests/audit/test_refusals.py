@@ -101,9 +101,8 @@ def test_arguments_that_do_not_fit(folders):
         audit(protected=folders["protected"], test=folders["test"], purifier="x", protocol="quick")
 
 
-def test_images_without_labels_need_a_way_of_learning_without(without_labels, audited, tmp_path, capfd):
-    purifier = ("--purifier", str(audited / "purifier"))
-    asked = command(without_labels, tmp_path / "out", *purifier, roles=("protected", "test"))
+def test_images_without_labels_need_a_way_of_learning_without(without_labels, purifier, tmp_path, capfd):
+    asked = command(without_labels, tmp_path / "out", "--purifier", purifier, roles=("protected", "test"))
     for more, message in (
         ((), "protected has no labels, but must have one per image for method 'supervised': simclr"),
         (("--method", "byol"), "--probe_images is None, but must be clean labelled images for method 'byol'"),

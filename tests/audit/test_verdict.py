@@ -209,8 +209,13 @@ def rates(accuracies, *, runs=200, **sizes) -> dict[str, float]:
     return {status: found.count(status) / runs for status in set(found)}
 
 
+FAST = ((2, 100, 0.15), (3, 16, 0.0), (3, 400, 0.15), (5, 1000, 0.0), (5, 1000, 0.15))
 SIZES = [
-    pytest.param({"std": std, "seeds": seeds, "test_images": images}, id=f"{seeds}-seeds-{images}-images-std-{std}")
+    pytest.param(
+        {"std": std, "seeds": seeds, "test_images": images},
+        id=f"{seeds}-seeds-{images}-images-std-{std}",
+        marks=[pytest.mark.long] * ((seeds, images, std) not in FAST),
+    )
     for seeds, images in ((2, 100), (3, 16), (3, 400), (5, 1000))
     for std in (0.0, 0.03, 0.15)
 ]

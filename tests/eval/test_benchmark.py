@@ -1,6 +1,8 @@
 """A grid from its file to tables and figures, on digits and in smoke runs."""
 
+import copy
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -554,6 +556,12 @@ def name_of(column: str | dict) -> str:
     return column if isinstance(column, str) else column.get("as", column["use"])
 
 
+@functools.cache
+def blank_images(count: int) -> LabelledImages:
+    pixels = np.zeros((count, 1, 1, 3), np.uint8)
+    return LabelledImages(pixels, np.zeros(count, int), tuple(map(str, range(count))))
+
+
 def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
     """With the images and purifiers that the records name, the grids give the very trials that are on record."""
     root = Path(benchmark.__file__).parents[1]
@@ -570,17 +578,14 @@ def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
     for record in found:
         settings = record["settings"]
         assert settings.keys() <= OWN_FACTS  # these grids say nothing more about themselves
-        given, test = (
-            LabelledImages(np.zeros((count, 1, 1, 3), np.uint8), np.zeros(count, int), tuple(map(str, range(count))))
-            for count in (settings["train"]["images"], settings["test"]["images"])
-        )
-        probe = None if "probe" not in settings else LabelledImages(given.images, given.labels, given.ids)
+        given, test = (copy.copy(blank_images(settings[role]["images"])) for role in ("train", "test"))
+        probe = None if "probe" not in settings else copy.copy(given)
         described = {id(given): settings["train"], id(test): settings["test"], id(probe): settings.get("probe")}
-        collected = given.subset(range(min(len(given), 1000)))
+        collected = copy.copy(blank_images(min(len(given), 1000)))
         start, paired = settings.get("init_from", {}).get("pretraining", {}).get("collected"), settings.get("pairs")
         pairs = {}
         if paired is not None:
-            two = Pairs(*(LabelledImages(given.images, given.labels, given.ids) for _ in range(2)))
+            two = Pairs(*(copy.copy(given) for _ in range(2)))
             described |= {id(two.protected): paired["protected"], id(two.originals): paired["originals"]}
             pairs[settings["poison"], settings["collected_count"]] = two
         # What a victim is pretrained on is a copy, without labels.

@@ -206,8 +206,7 @@ def test_scales_of_guides_are_a_field_each(drawn):
         drawn("scales", list(records("lsp", "none", [0.2])))
 
 
-@pytest.mark.parametrize("shown", [2, 8])
-@pytest.mark.parametrize("rows", [2, 3, 6])
+@pytest.mark.parametrize(("shown", "rows"), [(2, 2), (2, 6), (8, 3)])
 def test_titles_of_rows_of_images_are_whole(tmp_path, shown, rows):
     images = np.zeros((shown, 8, 8, 3), dtype=np.uint8)
     sets = {f"a title that is long {row}": (images, images if row else None) for row in range(rows)}

@@ -21,6 +21,7 @@ def folder(tmp_path_factory):
 
 
 def test_each_repetition_is_measured_once_and_tabulated(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(detection, "FRACTIONS", (0.05, 1.0))
     records = tmp_path / "records.jsonl"
     common = ["detection", "--output", str(records)]
     common += ["--dataset", str(folder), "--name", "noise", "--images", "60", "--repetitions", "2"]

@@ -57,5 +57,8 @@ def test_every_arm_is_recorded_and_plotted(tmp_path, monkeypatch):
     for name, value in (("seed", 1), ("learning_rate", 1e-3), ("resolution", 16), ("source_steps", 1)):
         other = argparse.Namespace(**vars(args) | {name: value})
         assert not any(finetune_versus_scratch.on_record(other, arm, 2) for arm in arms)
-    finetune_versus_scratch.main(argparse.Namespace(**vars(args) | {"seed": 1}))
+    other = argparse.Namespace(**vars(args) | {"seed": 1})
+    measured = {"validation": [{"step": step, "loss": 9.0} for step in (0, 1, 2)], "device": "cpu", "seconds": 1.0}
+    finetune_versus_scratch.write_records(other, arms[0], measured)
+    assert finetune_versus_scratch.on_record(other, arms[0], 2)
     assert finetune_versus_scratch.curve(args, arms[0]) == {step: loss[arms[0], step] for step in (0, 1, 2)}
