@@ -147,7 +147,7 @@ def protect_picture(image: np.ndarray, method: str, *, label: int = 0, seed: int
     side = 32 * -(-max(height, width) // 32)  # a square of whole patches, for methods that draw patches
     square = np.pad(image, ((0, side - height), (0, side - width), (0, 0)), mode="edge")
     pixels = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255
-    noise = poisons.get(method)(pixels, torch.tensor([label]), seed=seed)[:, :, :height, :width]
+    noise = poisons.get(method)(pixels, torch.tensor([label]), seed=seed, keep_labels=True)[:, :, :height, :width]
     if not bool(noise.isfinite().all()):
         raise ValueError(
             f"method is {method!r}, whose noise grows without end on {width}x{height} pixels, but must be another one "

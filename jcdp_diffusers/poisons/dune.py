@@ -172,10 +172,9 @@ def perturb(
         while done < total:
             if done < classes:
                 rows = torch.nonzero(labels == done)[: settings.swarm_images, 0]
-                if len(rows):
-                    target = (done + settings.offset) % classes
-                    draw = np.random.default_rng([seed, done])
-                    shifts[done] = best_shift(networks, images[rows].to(device), target, settings, draw, judge)
+                target = (done + settings.offset) % classes
+                draw = np.random.default_rng([seed, done])
+                shifts[done] = best_shift(networks, images[rows].to(device), target, settings, draw, judge)
             else:
                 rows = batches[done - classes]
                 targets = (labels[rows] + settings.offset) % classes

@@ -68,8 +68,6 @@ def perturb(
     free = np.ones((len(colours), height * width), dtype=bool)
     for label in range(num_classes):
         rows = torch.nonzero(labels == label)[:, 0]
-        if len(rows) == 0:
-            continue
         scores = np.where(free, _scores(images[rows].numpy(), colours), -1.0)
         for shortcut in np.argsort(-scores, axis=None, kind="stable")[: settings.pixels]:
             colour, position = np.unravel_index(shortcut, scores.shape)

@@ -74,6 +74,11 @@ def test_depends_on_the_labels_as_declared(name, perturbation, images, labels):
         assert torch.equal(other, perturbation) and torch.equal(make(name, images, None), perturbation)
 
 
+def test_classes_without_images_change_nothing(name, perturbation, data):
+    """Labels with gaps: a network has no output, and no image a target, that stands for none of the images."""
+    assert torch.equal(make(name, data.tensor(), 3 * torch.from_numpy(data.labels) + 1), perturbation)
+
+
 def test_works_on_small_grey_images(name, grey):
     perturbation = make(name, grey.tensor(), torch.from_numpy(grey.labels))
     assert perturbation.shape == (40, 1, 8, 8) and perturbation.isfinite().all() and perturbation.any()
