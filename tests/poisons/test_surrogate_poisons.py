@@ -238,6 +238,13 @@ def test_robust_noise_lowers_the_loss_that_the_adversary_leaves(images, labels):
     assert loss_under_attack(images + noise / 255) < loss_under_attack(images)
 
 
+@pytest.mark.parametrize("name", ["remn", "sem"])
+def test_robust_noise_keeps_a_bound_between_two_levels(name, images, labels):
+    settings = poisons.get(name).changed("smoke", {"epsilon": 7.6, "model_steps": 1})
+    noise = 255 * poisons.get(name)(images, labels, preset=settings)
+    assert noise.abs().max().round() == 7 and torch.equal(noise.round(), noise.round().clamp(-7, 7))
+
+
 def test_robust_noise_is_pushed_through_the_augmentation(middle):
     """A linear network that sees the image mirrored: noise has the mirrored closed form."""
     images, labels = middle[0], middle[1] % 2
