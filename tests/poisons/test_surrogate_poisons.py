@@ -120,6 +120,8 @@ def test_published_numbers_are_the_papers():
     assert (settings.epsilon, settings.adversary_epsilon, settings.samples, settings.model_steps) == (8, 4, 5, 5000)
     settings = poisons.settings("tap")
     assert (settings.epsilon, settings.step, settings.steps, settings.restarts) == (8, 0.4, 250, 8)
+    # The program divides 40 epochs by 2.667, 1.6 and 1.142 and drops the rest; 1.6 is a little more than that in binary.
+    assert settings.recipe.milestones == tuple(int(40 // part) for part in (2.667, 1.6, 1.142)) == (14, 24, 35)
 
 
 def test_error_minimising_noise_lowers_the_loss_of_its_surrogate(images, labels):
