@@ -139,20 +139,17 @@ def protect_picture(image: np.ndarray, method: str, *, label: int = 0, seed: int
         seed (`int`, defaults to 0): Of the noise.
 
     Raises:
-        ValueError: If the method has no use for a single picture, or its noise is not finite at this size.
+        ValueError: If the method has no use for a single picture.
     """
     if method not in methods_for_pictures():
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(methods_for_pictures())}.")
     height, width = image.shape[:2]
-    side = 32 * -(-max(height, width) // 32)  # a square of whole patches, for methods that draw patches
-    square = np.pad(image, ((0, side - height), (0, side - width), (0, 0)), mode="edge")
-    pixels = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255
-    noise = poisons.get(method)(pixels, torch.tensor([label]), seed=seed)[:, :, :height, :width]
-    if not bool(noise.isfinite().all()):
-        raise ValueError(
-            f"method is {method!r}, whose noise grows without end on {width}x{height} pixels, but must be another one "
-            "for a picture of this size."
-        )
+    whole = image
+    if method == "lsp":  # which draws whole patches only: a square of them, of which the picture is a part
+        side = 32 * -(-max(height, width) // 32)
+        whole = np.pad(image, ((0, side - height), (0, side - width), (0, 0)), mode="edge")
+    pixels = torch.from_numpy(whole).permute(2, 0, 1)[None].float() / 255
+    noise = poisons.get(method)(pixels, torch.tensor([label]), seed=seed, keep_labels=True)[:, :, :height, :width]
     return Change(image, apply_perturbation(image[None], noise)[0])
 
 

@@ -59,7 +59,8 @@ class Poison:
             rounding to 8 bits, `shape` being `(C, H, W)`: a dict with any of `linf` (largest change of a value, in
             1/255), `l2` (Euclidean norm, images in [0, 1]) and `l0` (pixels changed); empty where there is no budget.
         perturb (`Callable`): `perturb(images, labels, settings, *, seed, device, checkpoint_dir, progress)`, which
-            returns the perturbation, float `(N, C, H, W)`. It is called with checked input.
+            returns the perturbation, float `(N, C, H, W)`. It is called with checked input, in which every class from
+            0 to the largest label has images, except for single pictures.
         uses_labels (`bool`, *optional*, defaults to `True`): Whether the perturbation depends on the labels. A method
             that does not is called with `labels=None`.
         surrogate (`str`, *optional*): How the network learned for which the method optimises the perturbation:
@@ -151,12 +152,16 @@ class Poison:
         device: str | torch.device = "cpu",
         checkpoint_dir: str | Path | None = None,
         progress: bool = False,
+        keep_labels: bool = False,
     ) -> torch.Tensor:
         """
         The perturbation, to be added to the images and rounded once (`data.perturbations.apply_perturbation`).
 
         Neither the arguments nor the state of a global random generator change. The same seed gives the same
         perturbation.
+
+        Methods number the classes that have images, in the order of their labels: labels 1, 3 and 7 give the
+        perturbation of labels 0, 1 and 2.
 
         Args:
             images (`torch.Tensor`): Float `(N, C, H, W)` in [0, 1], one or three channels.
@@ -167,6 +172,8 @@ class Poison:
             checkpoint_dir (`str` or `Path`, *optional*): Folder in which a costly method keeps its state, so that the
                 same call continues an interrupted one.
             progress (`bool`, *optional*, defaults to `False`): Show a bar with the time that remains.
+            keep_labels (`bool`, *optional*, defaults to `False`): Whether a method takes labels as the numbers of
+                classes although some have no images, for a single picture of one class among others.
 
         Returns:
             `torch.Tensor`: float32 `(N, C, H, W)` on the CPU.
@@ -179,9 +186,13 @@ class Poison:
         _check_images(images)
         if self.uses_labels:
             _check_labels(labels, len(images), self.name, self.least_classes)
+            labels = labels.detach().cpu()
+            if not keep_labels:
+                # A network would have an output, and an image a target, that stands for a class without images.
+                labels = labels.unique(return_inverse=True)[1]
         return self.perturb(
             images.detach().cpu().float(),
-            labels.detach().cpu() if self.uses_labels else None,
+            labels if self.uses_labels else None,
             settings,
             seed=seed,
             device=usable_device(device),

@@ -135,7 +135,8 @@ def perturb(
     See [`Poison`]; an interruption repeats the surrogate's training as a whole, but not swarms and steps.
 
     Raises:
-        ValueError: If images are smaller than a window of SSIM, or each class would be its own target.
+        ValueError: If images are smaller than a window of SSIM, each class would be its own target, or LPIPS cannot
+            be opened.
     """
     classes = int(labels.max()) + 1
     if settings.offset % classes == 0:
@@ -148,6 +149,7 @@ def perturb(
         raise ValueError(
             f"images has {height} x {width} pixels, but must have at least {SSIM_WINDOW} x {SSIM_WINDOW} for SSIM."
         )
+    judge = None if settings.perceptual is None else load_perceptual(settings.perceptual).to(device)
     kept = Checkpoint(checkpoint_dir, "dune", settings, seed, images, labels)
     batches = torch.arange(len(images)).split(settings.batch_size)
     shifts, stepped, done = torch.zeros(classes, images.shape[1]), torch.zeros_like(images), 0
@@ -166,16 +168,14 @@ def perturb(
         model = surrogate.build(settings.surrogate, settings.width, images, labels, seed, device)
         model.load_state_dict(weights)
         networks.append(surrogate.frozen(model))
-    judge = None if settings.perceptual is None else load_perceptual(settings.perceptual).to(device)
     total = classes + len(batches)
     with tqdm(total=total, initial=done, unit="part", desc="dune", disable=not progress) as bar:
         while done < total:
             if done < classes:
                 rows = torch.nonzero(labels == done)[: settings.swarm_images, 0]
-                if len(rows):
-                    target = (done + settings.offset) % classes
-                    draw = np.random.default_rng([seed, done])
-                    shifts[done] = best_shift(networks, images[rows].to(device), target, settings, draw, judge)
+                target = (done + settings.offset) % classes
+                draw = np.random.default_rng([seed, done])
+                shifts[done] = best_shift(networks, images[rows].to(device), target, settings, draw, judge)
             else:
                 rows = batches[done - classes]
                 targets = (labels[rows] + settings.offset) % classes

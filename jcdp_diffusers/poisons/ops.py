@@ -4,6 +4,7 @@ OPS: one pixel of every image takes one colour, the same pixel and colour for al
 For every class, every position and every corner of the colour cube are tried, and the pair is kept whose distance to
 the images of the class is large and steady: the mean of |colour - pixel| over its standard deviation, both over
 images and channels. No pair serves two classes. The budget is one pixel; the change of that pixel is not bounded.
+With several pixels (ours), each position is tried in its best colour.
 """
 
 from dataclasses import dataclass
@@ -53,13 +54,18 @@ def perturb(
     See [`Poison`]. Nothing is random, so `seed` changes nothing, and no network takes part.
 
     Raises:
-        ValueError: If there are more classes than pairs of a position and a colour.
+        ValueError: If an image has too few pixels, or there may be too few pairs of a position and a colour.
     """
     channels, height, width = images.shape[1:]
     colours = np.array(list(product([0.0, 1.0], repeat=channels)))
     num_classes = int(labels.max()) + 1
-    if num_classes * settings.pixels > len(colours) * height * width:
-        most = len(colours) * height * width // settings.pixels
+    if settings.pixels > height * width:
+        raise ValueError(
+            f"pixels is {settings.pixels}, but must be at most {height * width} for images of {height} x {width}."
+        )
+    # The classes before may have used up positions in all colours; as many must be left as the last class changes.
+    most = -(-len(colours) * (height * width - settings.pixels + 1) // settings.pixels)
+    if num_classes > most:
         raise ValueError(
             f"labels has {num_classes} classes, but must have at most {most} for images of {height} x {width} pixels."
         )
@@ -68,10 +74,10 @@ def perturb(
     free = np.ones((len(colours), height * width), dtype=bool)
     for label in range(num_classes):
         rows = torch.nonzero(labels == label)[:, 0]
-        if len(rows) == 0:
-            continue
         scores = np.where(free, _scores(images[rows].numpy(), colours), -1.0)
-        for shortcut in np.argsort(-scores, axis=None, kind="stable")[: settings.pixels]:
+        best_first = np.argsort(-scores, axis=None, kind="stable")
+        _, first = np.unique(best_first % scores.shape[1], return_index=True)  # best colour of each position
+        for shortcut in best_first[np.sort(first)[: settings.pixels]]:
             colour, position = np.unravel_index(shortcut, scores.shape)
             free[colour, position] = False
             row, column = divmod(int(position), width)

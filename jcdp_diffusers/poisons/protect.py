@@ -516,9 +516,10 @@ def _card(facts: dict[str, Any]) -> str:
         few = f"{facts['protected_images']} of {facts['images']} (fraction {facts['fraction']:g})"
         lines.append(f"| protected images | {few}; the column `{_FLAG}` says which |")
     settings = _flat(facts.get("settings") or facts.get("recognised") or {})
-    published = _flat(_plain(_published(facts["method"], settings))) if "method" in facts else {}
+    published = _published(facts["method"], settings) if "method" in facts else {}
     for key, value in settings.items():
-        scaled = "" if value == published.get(key, value) else f" (published: {published[key]})"
+        known = published.get(key, [value])
+        scaled = "" if value in known else f" (published: {' or '.join(map(str, known))})"
         lines.append(f"| `{_cell(key)}` | {_cell(value)}{scaled} |")
     for key, value in facts["promised"].items():
         lines.append(f"| declared {key} | {value:g} |")
@@ -532,10 +533,15 @@ def _card(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _published(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The published numbers that a card shows beside others: those for the same framework where there are several."""
+def _published(method: str, settings: Mapping[str, Any]) -> dict[str, list]:
+    """
+    The published numbers that a card shows beside others, by name: those for the same framework where there are
+    several, and the one for CIFAR-100 where it is another.
+    """
     presets = poisons.get(method).presets
-    return asdict(presets.get(settings.get("framework"), presets["published"]))
+    usual = presets.get(settings.get("framework"), presets["published"])
+    usual, other = (_flat(_plain(asdict(one))) for one in (usual, presets.get("cifar100", usual)))
+    return {key: [value] if other[key] == value else [value, other[key]] for key, value in usual.items()}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ The released program of REMN leaves out the last incomplete batch in the end, so
 older surrogate. Ours does not.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,7 +42,8 @@ class REMNSettings:
     Numbers of REMN.
 
     Args:
-        epsilon (`float`): Bound of every value of the noise, in 1/255.
+        epsilon (`float`): Bound of every value of the noise, in 1/255. Noise has whole levels, as in the released
+            program: of 7.6 it reaches 7.
         step (`float`): Length of a step of the descent, in 1/255.
         steps (`int`): Steps of the descent, from a uniformly random start.
         samples (`int`): Augmentations over which the gradient of a step is summed.
@@ -232,7 +234,8 @@ def robust_noise(
             # The adversary is taken as a constant shift of the augmented image.
             total += torch.autograd.grad(seen, moved, gradient)[0]
         delta = surrogate.sign_step(delta, total, settings.step / 255, epsilon)
-    return (255 * delta).round().to(torch.int16).cpu()
+    levels = math.floor(settings.epsilon)  # rounding alone would go beyond a bound between two levels
+    return (255 * delta).round().clamp(-levels, levels).to(torch.int16).cpu()
 
 
 def adversarial(

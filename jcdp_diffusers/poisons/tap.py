@@ -51,7 +51,7 @@ class TAPSettings:
     restarts: int = 8
     crop_padding: int = 4
     batch_size: int = 512
-    recipe: Recipe = Recipe("tap", epochs=40, schedule="steps", milestones=(15, 25, 35), nesterov=True)
+    recipe: Recipe = Recipe("tap", epochs=40, schedule="steps", milestones=(14, 24, 35), nesterov=True)
     surrogate: str = "resnet18"
     width: int = 64
     bfloat16: bool = False

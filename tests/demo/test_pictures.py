@@ -79,6 +79,14 @@ def test_lsp_has_its_published_strength_on_a_picture_of_any_size():
     assert (difference[:32, :32] == difference[0, 0]).all()
 
 
+def test_ar_has_its_declared_strength_on_a_picture_of_any_size():
+    change = protect_picture(np.full((70, 100, 3), 128, np.uint8), "ar", label=1)
+    difference = change.after.astype(float) - change.before
+    declared = poisons.budget("ar", "published", (3, 70, 100))["l2"]
+    assert np.linalg.norm(difference) / 255 == pytest.approx(declared, rel=0.02)
+    assert (difference[:35, :50] != 0).any(axis=2).mean() > 0.6
+
+
 @pytest.mark.parametrize("method", ["emn", "ops"])
 def test_a_method_without_use_for_one_picture_is_refused(method):
     with pytest.raises(ValueError, match=f"method is '{method}'.*lsp"):

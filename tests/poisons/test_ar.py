@@ -4,6 +4,7 @@ import torch
 from scipy.signal import correlate2d
 
 from jcdp_diffusers import poisons
+from jcdp_diffusers.data.perturbations import apply_perturbation
 from jcdp_diffusers.poisons import ar
 
 
@@ -53,6 +54,38 @@ def test_noise_of_an_image_is_its_classs_process_and_a_fresh_draw():
         assert np.abs(answer(found[label], noise)).max() < 1e-5
         assert np.abs(answer(found[1 - label], noise)).max() > 1e-2
     assert not torch.equal(perturbation[0], perturbation[2])
+
+
+@pytest.mark.parametrize("height,width", [(33, 32), (64, 64), (128, 128), (224, 224), (40, 100)])
+def test_noise_covers_images_of_any_size(height, width):
+    """One draw for a large image grows towards its end: scaled to the norm, it leaves most of the image as it was."""
+    images, labels = torch.full((4, 3, height, width), 0.5), torch.tensor([0, 1, 0, 1])
+    perturbation = poisons.get("ar")(images, labels, seed=0)
+    declared = poisons.budget("ar", "published", (3, height, width))["l2"]
+    assert perturbation.flatten(1).norm(dim=1).numpy() == pytest.approx(declared, rel=1e-5)
+    clean = np.full((4, height, width, 3), 128, np.uint8)
+    changed = (apply_perturbation(clean, perturbation) != clean).any(axis=3)
+    squares = [
+        changed[:, top : top + 16, left : left + 16] for top in range(0, height, 16) for left in range(0, width, 16)
+    ]
+    assert min(square.mean(axis=(1, 2)).min() for square in squares) > 0.1 and changed.mean() > 0.6
+
+
+def test_each_tile_is_a_draw_of_the_classs_process():
+    perturbation = poisons.get("ar")(torch.rand(2, 3, 48, 32), torch.arange(2), seed=3).double().numpy()
+    found = ar.coefficients(2, 3, ar.ARSettings(), np.random.default_rng([3, 0]))
+    for noise, process in zip(perturbation, found, strict=True):
+        assert max(np.abs(answer(process, tile)).max() for tile in (noise[:, :24], noise[:, 24:])) < 1e-5
+        assert np.abs(answer(process, noise)).max() > 1e-2  # across the border
+
+
+def test_tiles_cover_a_side_once():
+    assert [ar.cuts(side) for side in (1, 32, 33, 96)] == [
+        [(0, 1)],
+        [(0, 32)],
+        [(0, 16), (16, 33)],
+        [(0, 32), (32, 64), (64, 96)],
+    ]
 
 
 def test_norm_grows_with_the_image_as_published():

@@ -110,6 +110,11 @@ def test_numbers_that_do_not_suit_each_other(change, sentence):
         change()
 
 
+def test_tues_program_for_moco_leaves_out_images_that_do_not_fill_a_batch():
+    published, code = poisons.settings("tue", "moco-v2"), poisons.settings("tue", "code-moco-v2")
+    assert code == replace(published, spread_gradient=False, drop_last=True)
+
+
 @pytest.mark.parametrize("name", ["cp-c", "cp-s", "tue"])
 def test_an_encoder_that_does_not_converge_gives_no_noise(name, images, labels):
     settings = replace(poisons.settings(name, "smoke"), learning_rate=1e30)

@@ -254,6 +254,13 @@ def test_without_steps_the_adversary_is_a_uniform_shift(middle):
     torch.testing.assert_close(shift, expected, atol=1e-7, rtol=0)
 
 
+def test_dune_opens_lpips_before_it_trains_anything(monkeypatch):
+    monkeypatch.setattr(dune, "train_stages", None)
+    settings = replace(poisons.settings("dune", "smoke"), perceptual="no-such-network")
+    with pytest.raises(ValueError, match="no-such-network"):
+        poisons.get("dune")(torch.rand(8, 3, 8, 8), torch.arange(8) % 2, preset=settings)
+
+
 def test_dune_needs_windows_of_ssim_before_it_trains_anything():
     with pytest.raises(ValueError, match="images has 6 x 9 pixels.* 7 x 7"):
         poisons.get("dune")(torch.rand(4, 3, 6, 9), torch.arange(4) % 2, preset="smoke")

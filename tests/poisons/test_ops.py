@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from jcdp_diffusers import poisons
+from jcdp_diffusers.poisons.ops import OPSSettings
 
 
 def brute_force(images, labels):
@@ -50,6 +51,25 @@ def test_a_pixel_that_never_changes_is_the_best_shortcut():
     images[:, :, 1, 2] = 0
     perturbation = poisons.get("ops")(images, torch.zeros(8, dtype=torch.int64))
     assert torch.equal(perturbation[:, 0, 1, 2], torch.ones(8)) and perturbation.count_nonzero() == 8
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 3, 5])
+def test_as_many_pixels_are_changed_as_declared(pixels):
+    images = torch.rand(6, 3, 3, 4, generator=torch.Generator().manual_seed(0))
+    images[:, :, 1] /= 10  # a dark row: several bright colours in one place are better than any in another
+    settings = OPSSettings(pixels=pixels)
+    changed = poisons.get("ops")(images, torch.arange(6) % 2, preset=settings).any(dim=1).flatten(1).sum(dim=1)
+    assert changed.tolist() == [pixels] * 6 and poisons.budget("ops", settings, (3, 3, 4)) == {"l0": pixels}
+
+
+def test_more_pixels_than_can_be_changed_are_refused():
+    with pytest.raises(ValueError, match="pixels is 5, but must be at most 4"):
+        poisons.get("ops")(torch.rand(4, 1, 2, 2), torch.arange(4), preset=OPSSettings(pixels=5))
+    # Two classes may have used up two of three positions.
+    images = torch.rand(3, 1, 1, 3, generator=torch.Generator().manual_seed(0))
+    assert poisons.get("ops")(images[:2], torch.arange(2), preset=OPSSettings(pixels=2)).count_nonzero() == 4
+    with pytest.raises(ValueError, match="labels has 3 classes, but must have at most 2"):
+        poisons.get("ops")(images, torch.arange(3), preset=OPSSettings(pixels=2))
 
 
 def test_more_classes_than_shortcuts_are_refused():

@@ -74,6 +74,11 @@ def test_depends_on_the_labels_as_declared(name, perturbation, images, labels):
         assert torch.equal(other, perturbation) and torch.equal(make(name, images, None), perturbation)
 
 
+def test_classes_without_images_change_nothing(name, perturbation, data):
+    """Labels with gaps: a network has no output, and no image a target, that stands for none of the images."""
+    assert torch.equal(make(name, data.tensor(), 3 * torch.from_numpy(data.labels) + 1), perturbation)
+
+
 def test_works_on_small_grey_images(name, grey):
     perturbation = make(name, grey.tensor(), torch.from_numpy(grey.labels))
     assert perturbation.shape == (40, 1, 8, 8) and perturbation.isfinite().all() and perturbation.any()
@@ -229,6 +234,39 @@ def test_numbers_that_no_method_could_use_are_refused(name):
         for wrong in refused:
             with pytest.raises(ValueError, match=f"{wrong}.* must|must .*{wrong}"):
                 poison.settings(with_value(wrong))
+
+
+@pytest.mark.parametrize(
+    "name,change,sentence",
+    [
+        ("cuda", {"kernel_size": 4}, "kernel_size is 4, but must be at least 1 and odd."),
+        ("pil", {"weight": 1.5}, "weight is 1.5, but must be at least 0 and at most 1."),
+        ("aue", {"strength": 2}, "strength is 2, but must be at least 0 and at most 1."),
+        ("aap", {"strength": 2.0}, "strength is 2.0, but must be at least 0 and at most 1."),
+        ("aap", {"warmup": 3}, "warmup is 3, but must be at least 0 and at most epochs, 2."),
+        ("emn-class", {"subset": 20.0}, "subset is 20.0, but must be above 0 and at most 1."),
+        ("emn-class", {"subset": 0.0}, "subset is 0.0, but must be above 0 and at most 1."),
+        ("emn", {"stop_error": 50.0}, "stop_error is 50.0, but must be at least 0 and at most 1."),
+        ("emn", {"momentum": 1.5}, "momentum is 1.5, but must be at least 0 and below 1."),
+        ("cp-s", {"momentum": 1.0}, "momentum is 1.0, but must be at least 0 and below 1."),
+        ("remn", {"adversary_epsilon": 256.0}, "adversary_epsilon is 256.0, .* at most 255, in 1/255."),
+        ("lsp", {"level": 1.5}, "level is 1.5, but must be above 0 and at most 1."),
+        ("uc", {"last_learning_rate": 0.1}, "last_learning_rate is 0.1, .* at most learning_rate, 0.0001."),
+        ("pil", {"weight": float("nan")}, "weight is nan, but must be finite, at least 0 and at most 1."),
+        ("dune", {"recipe.momentum": 1.5}, "momentum is 1.5, but must be at least 0 and below 1."),
+        ("cp-c", {"min_scale": 2.0}, "min_scale is 2.0, but must be above 0 and at most 1."),
+    ],
+)
+def test_ranges_that_are_told_are_kept(name, change, sentence):
+    poison = poisons.get(name)
+    with pytest.raises(ValueError, match=sentence):
+        poison.settings(poison.changed("smoke", change))
+
+
+def test_a_whole_number_in_place_of_a_fraction_is_that_fraction():
+    for number in (0, 1):
+        poison = poisons.get("pil")
+        poison.settings(poison.changed("smoke", {"weight": number}))
 
 
 def test_what_is_no_number_does_not_become_an_image(data):

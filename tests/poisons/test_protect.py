@@ -1,6 +1,6 @@
 import argparse
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import datasets
 import numpy as np
@@ -17,6 +17,7 @@ from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
 from jcdp_diffusers.data.writing import png
 from jcdp_diffusers.perceptual import lpips_at_hand
 from jcdp_diffusers.poisons import protect
+from jcdp_diffusers.poisons.aue import AUESettings
 from jcdp_diffusers.poisons.checkpoint import Checkpoint
 
 
@@ -105,6 +106,21 @@ def test_card_says_what_was_done(source, data, tmp_path):
     )
     (psnr,) = (line for line in text.splitlines() if line.startswith("| PSNR |"))
     assert f"{card['visibility']['psnr']['mean']:.1f} dB, std " in psnr and "over 40 images" in psnr
+
+
+@pytest.mark.parametrize(
+    "preset,line",
+    [
+        ("published", "| `strength` | 0.6 |"),
+        ("cifar100", "| `strength` | 1.0 |"),
+        (AUESettings(strength=0.7), "| `strength` | 0.7 (published: 0.6 or 1.0) |"),
+    ],
+)
+def test_card_knows_numbers_that_are_published_for_cifar100(preset, line, data):
+    facts = {"method": "aue", "settings": asdict(poisons.settings("aue", preset)), "promised": {}, "measured": {}}
+    facts |= {"images": 40, "protected_images": 40}
+    facts["visibility"] = visibility(data.images, 255 - data.images)
+    assert line in protect._card(facts).splitlines()
 
 
 def test_same_command_again_does_nothing_and_another_is_refused(source, tmp_path):

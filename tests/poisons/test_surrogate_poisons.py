@@ -120,6 +120,8 @@ def test_published_numbers_are_the_papers():
     assert (settings.epsilon, settings.adversary_epsilon, settings.samples, settings.model_steps) == (8, 4, 5, 5000)
     settings = poisons.settings("tap")
     assert (settings.epsilon, settings.step, settings.steps, settings.restarts) == (8, 0.4, 250, 8)
+    # The program divides 40 epochs by 2.667, 1.6 and 1.142 and drops the rest; 1.6 is a little more than that in binary.
+    assert settings.recipe.milestones == tuple(int(40 // part) for part in (2.667, 1.6, 1.142)) == (14, 24, 35)
 
 
 def test_error_minimising_noise_lowers_the_loss_of_its_surrogate(images, labels):
@@ -236,6 +238,13 @@ def test_robust_noise_lowers_the_loss_that_the_adversary_leaves(images, labels):
         return F.cross_entropy(model(attacked), labels)
 
     assert loss_under_attack(images + noise / 255) < loss_under_attack(images)
+
+
+@pytest.mark.parametrize("name", ["remn", "sem"])
+def test_robust_noise_keeps_a_bound_between_two_levels(name, images, labels):
+    settings = poisons.get(name).changed("smoke", {"epsilon": 7.6, "model_steps": 1})
+    noise = 255 * poisons.get(name)(images, labels, preset=settings)
+    assert noise.abs().max().round() == 7 and torch.equal(noise.round(), noise.round().clamp(-7, 7))
 
 
 def test_robust_noise_is_pushed_through_the_augmentation(middle):
