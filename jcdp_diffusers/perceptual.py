@@ -20,7 +20,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .repository import check_safetensors, check_weights, read_json
+from .repository import check_safetensors, check_weights, lay_aligned, read_json
 
 
 class Fire(nn.Module):
@@ -351,12 +351,14 @@ def load_perceptual(name: str | os.PathLike) -> LPIPSModel:
         read_json(Path(name) / "config.json")
         check_weights(Path(name))
         try:
-            return LPIPSModel.from_pretrained(name)
+            network = LPIPSModel.from_pretrained(name)
         except Exception as error:  # whatever diffusers says of files that nobody here has written
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(
                 f"perceptual is {os.fspath(name)!r}, but must hold an LPIPSModel that can be loaded ({reason:.300})."
             ) from error
+        lay_aligned(network)
+        return network
     if Path(name).is_file():
         return LPIPSModel.from_trunk_file(name)
     if name not in _OF_LPIPS:

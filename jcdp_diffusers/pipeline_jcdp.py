@@ -34,7 +34,7 @@ from .images import Images, pictures_of, to_bytes, within_unit_range
 from .noise import coloured, content_id, image_keys, noise_power, normal_noise, times_covariance
 from .perceptual import LPIPSModel, load_perceptual
 from .purification_config import CONFIG_NAME, PurificationConfig
-from .repository import check_folder, check_on_hub, on_hub, only_variant, remove_weights
+from .repository import check_folder, check_on_hub, lay_aligned, on_hub, only_variant, remove_weights
 from .scheduling_guided_ddim import GuidedDDIMScheduler
 from .scheduling_guided_ddpm import GuidedDDPMScheduler, guided, settings_of
 
@@ -134,6 +134,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         except Exception as error:  # whatever diffusers says of files that nobody here has written
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise OSError(f"purifier is {name!r}, but must be a DDPM that can be loaded ({reason:.300}).") from error
+        lay_aligned(pipe.unet)
         if not folder.is_dir():
             # diffusers downloads only what model_index.json names; the same snapshot gets what lies beside it.
             with on_hub(name):

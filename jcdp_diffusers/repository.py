@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
@@ -209,3 +210,15 @@ def only_variant(names: Iterable[str]) -> str | None:
         if (match := WEIGHTS.fullmatch(Path(name).name)) and Path(name).parent.name in ("", "unet")
     }
     return None if not variants or None in variants else sorted(variants)[0]
+
+
+def lay_aligned(network: torch.nn.Module) -> None:
+    """
+    Moves the weights of a network that was loaded on a CPU to addresses that torch would give them.
+
+    Safetensors leaves weights where the file has them, at any address. Torch chooses some kernels by alignment, so the
+    same weights gave other last bits in memory than from a file, and than from a file with a longer header.
+    """
+    for weight in network.parameters():
+        if weight.device.type == "cpu":
+            weight.data = weight.data.clone()

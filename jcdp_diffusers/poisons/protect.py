@@ -480,6 +480,12 @@ def _write(
     columns = dict(columns or {})
     images = data.images.copy()
     images[rows] = apply_perturbation(data.images[rows], perturbation)
+    if np.array_equal(images, data.images):
+        name = facts.get("method", facts.get("perturbation"))
+        raise ValueError(
+            f"The perturbation of {name} changes no image after rounding to 8 bits, but must change some: a larger "
+            "bound or norm does."
+        )
     protected = data.with_images(images)
     if len(rows) < len(data):
         columns[_FLAG] = np.isin(np.arange(len(data)), rows).tolist()

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from PIL import Image
 from purifying import quick_pipe
 
@@ -509,7 +510,7 @@ def shown(page: str) -> _Text:
 
 def test_names_of_files_are_shown_as_they_are(tmp_path, monkeypatch):
     """In the report without labels, and among the limits of one with a verdict."""
-    rendered = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False}).render
+    rendered = MarkdownIt("gfm-like", {"linkify": False}).render
     left_out = [{"id": name, "file": name, "reason": "not a readable image"} for name in NAMES]
     found = Found({"protected": noise(4, classes=None)}, Division(), {"protected": left_out})
     report, texts = audited_without_labels(tmp_path / "out", monkeypatch, found)

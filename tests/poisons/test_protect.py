@@ -254,6 +254,14 @@ def test_wrong_usage_exits_with_2(options, tmp_path):
     assert exit_info.value.code == 2
 
 
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_noise_that_rounding_takes_away_protects_nothing_and_is_refused(fraction, data, tmp_path):
+    settings = replace(poisons.get("lsp").presets["smoke"], norm=0.001)
+    with pytest.raises(ValueError, match="perturbation of lsp changes no image after rounding to 8 bits"):
+        protect.protect_dataset(data, tmp_path, method="lsp", preset=settings, fraction=fraction)
+    assert not list(tmp_path.rglob("*.parquet")) and not (tmp_path / "README.md").exists()
+
+
 def test_data_without_labels_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="dataset has no labels.*lsp"):
         protect.protect_dataset(replace(data, labels=None), tmp_path, method="lsp")
