@@ -77,7 +77,7 @@ def test_takes_a_shift_by_class_out_of_images(train):
     data = train.subset(train.labels < 2)
     levels = np.where(data.labels == 1, 30, -30)[:, None, None, None]
     shifted = data.with_images((data.images.astype(int) + levels).clip(0, 255).astype(np.uint8))
-    settings = DVAESettings(width=8, latent=16, epochs=40, batch_size=16, free_epochs=11)
+    settings = DVAESettings(width=8, latent=16, epochs=20, batch_size=16, free_epochs=6)
     cleaned = disentangle(shifted, Context(num_classes=2), settings, "d-vae")
 
     def gap(images):

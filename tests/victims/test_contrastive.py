@@ -290,7 +290,7 @@ def test_labels_are_never_used(method, sets):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_that_was_cut_off_ends_with_the_same_weights(method, sets, tmp_path):
-    options = {**sets, "method": method, "recipe": quick(method, epochs=3), "seed": 2}
+    options = {**sets, "method": method, "recipe": quick(method, epochs=2), "seed": 2}
     state = torch.get_rng_state()
     whole = train_victim(**options)
     assert torch.equal(torch.get_rng_state(), state)
@@ -303,7 +303,7 @@ def test_a_training_that_was_cut_off_ends_with_the_same_weights(method, sets, tm
         train_victim(**options, checkpoint_dir=tmp_path, progress=cut_off)
     seen = []
     rest = train_victim(**options, checkpoint_dir=tmp_path, progress=seen.append)
-    assert [entry["epoch"] for entry in seen] == [2, 3]
+    assert [entry["epoch"] for entry in seen] == [2]
     assert torch.equal(weights(rest.model), weights(whole.model))
     for mine, theirs in zip(rest.history, whole.history, strict=True):
         assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
