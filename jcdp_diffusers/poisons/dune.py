@@ -161,7 +161,7 @@ def perturb(
     def save() -> None:
         kept.save({"stages": stages, "shifts": shifts, "stepped": stepped, "done": done})
 
-    if done == 0:
+    if state is None:
         save()
     networks = []
     for weights in stages:

@@ -17,6 +17,10 @@ from jcdp_diffusers.purify.__main__ import main
 from jcdp_diffusers.train.unets import UNETS, named_unet
 
 
+# As many levels as mini64, mini128 and mini256 have.
+WIDER = ("ddpm-cifar10", "small64", "small128", "small256")
+
+
 def random(*shape, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
@@ -34,7 +38,7 @@ def test_one_layer_against_diffusers(channels, out, height, width):
     torch.testing.assert_close(FoldedUpsample2D(layer.conv)(x), layer(x), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("name", [name for name in UNETS if name not in WIDER])
 def test_a_whole_network_against_diffusers(name):
     size = max(16, 2 ** (len(UNETS[name]["block_out_channels"]) - 1))  # the least that all levels can halve
     unet = named_unet(name, sample_size=size).eval()
@@ -56,10 +60,11 @@ def test_four_ninths_of_the_arithmetic_of_those_layers():
     layer = Upsample2D(8, use_conv=True)
     x = torch.zeros(1, 8, 6, 6)
     assert flops(lambda: FoldedUpsample2D(layer.conv)(x)) * 9 == flops(lambda: layer(x)) * 4
-    unet = named_unet("ddpm-cifar10")
-    plain = flops(lambda: forward(unet, torch.float32))
+    with torch.device("meta"):
+        unet, x = named_unet("ddpm-cifar10"), torch.empty(1, 3, 32, 32)
+    plain = flops(lambda: unet(x, 3))
     fold_upsampling(unet)
-    assert flops(lambda: forward(unet, torch.float32)) / plain == pytest.approx(0.93, abs=0.005)
+    assert flops(lambda: unet(x, 3)) / plain == pytest.approx(0.93, abs=0.005)
 
 
 def test_other_upsampling_stays():

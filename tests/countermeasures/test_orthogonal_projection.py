@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
@@ -10,6 +11,13 @@ from torch.nn import functional as F
 from jcdp_diffusers import countermeasures
 from jcdp_diffusers.countermeasures import orthogonal_projection
 from jcdp_diffusers.countermeasures.orthogonal_projection import OrthogonalProjection, fit_linear, orthonormal_basis
+
+
+@pytest.fixture(scope="module")
+def hook(train):
+    """Fitted to the digits, as published."""
+    (hook,) = countermeasures.get("orthogonal-projection").prepare(train).hooks
+    return hook
 
 
 def classwise_poison(data, size=24):
@@ -22,10 +30,9 @@ def projected(data, hook):
     return hook.before_augmentation(torch.from_numpy(data.images).permute(0, 3, 1, 2), None)
 
 
-def test_projected_images_are_orthogonal_to_the_weights(train):
+def test_projected_images_are_orthogonal_to_the_weights(train, hook):
     images, labels = train.tensor(), torch.from_numpy(train.labels)
     weights = fit_linear(images, labels, 10)
-    (hook,) = countermeasures.get("orthogonal-projection").prepare(train).hooks
     products = projected(train, hook).flatten(1) @ weights.T
     assert products.abs().max() < 1e-4 * (images.flatten(1) @ weights.T).abs().max()
 
@@ -37,9 +44,8 @@ def test_basis_is_orthonormal_and_spans_the_weights(train):
     torch.testing.assert_close(weights @ basis.T @ basis, weights, atol=1e-5, rtol=1e-3)
 
 
-def test_the_mean_image_stays(train):
+def test_the_mean_image_stays(train, hook):
     """A victim is tested on images that nobody projects, so the projected ones must not lose their brightness."""
-    (hook,) = countermeasures.get("orthogonal-projection").prepare(train).hooks
     mean = train.tensor().mean(0)
     kept = projected(train, hook).mean(0)
     assert (kept - mean).norm() < 0.3 * mean.norm()
@@ -56,8 +62,7 @@ def test_projection_is_the_nearest_orthogonal_image(train, generator):
     )
 
 
-def test_projecting_twice_is_projecting_once_and_floats_stay_floats(train):
-    (hook,) = countermeasures.get("orthogonal-projection").prepare(train).hooks
+def test_projecting_twice_is_projecting_once_and_floats_stay_floats(train, hook):
     once = projected(train, hook)
     assert once.is_floating_point() and once.shape == (160, 3, 16, 16)
     torch.testing.assert_close(hook.before_augmentation(once, None), once, atol=1e-5, rtol=0)
@@ -91,7 +96,9 @@ def test_linear_model_agrees_with_scikit_learn_on_what_is_separable(train):
     assert (F.linear(pixels, weights).argmax(1) == labels).float().mean() > 0.95
 
 
-def test_it_is_fitted_at_its_place_in_the_order(train):
+def test_it_is_fitted_at_its_place_in_the_order(train, monkeypatch):
+    monkeypatch.setattr(orthogonal_projection, "STEPS", 50)
+    monkeypatch.setattr(orthogonal_projection, "EPOCHS", 1)
     squeezed = countermeasures.get("bdr-2").prepare(train).data
     fitted = {
         name: countermeasures.get(name).prepare(train).hooks[0].basis
@@ -122,7 +129,10 @@ def test_rows_that_are_sorted_by_class_do_not_make_batches_of_one_class(train, m
     assert [told[image.numpy().tobytes()] for image in shuffled] == their_labels.tolist()
 
 
-def test_fit_is_a_function_of_data_and_seed(train):
+def test_fit_is_a_function_of_data_and_seed(train, monkeypatch):
+    monkeypatch.setattr(orthogonal_projection, "STEPS", 50)
+    monkeypatch.setattr(orthogonal_projection, "EPOCHS", 1)
+
     def basis(data=train, seed=0):
         return countermeasures.get("orthogonal-projection").prepare(data, seed=seed).hooks[0].basis
 

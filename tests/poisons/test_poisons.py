@@ -6,6 +6,7 @@ import pkgutil
 import re
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ import yaml
 
 from jcdp_diffusers import poisons
 from jcdp_diffusers.data.perturbations import apply_perturbation, measured_norms
-from jcdp_diffusers.poisons import Poison, control
+from jcdp_diffusers.poisons import Poison, control, protect
 
 
 def make(name, images, labels, seed=0):
@@ -55,12 +56,11 @@ def test_comes_close_to_its_budget(name, perturbation):
         assert 255 * perturbation.abs().max() > 0.4 * promised["linf"]
 
 
-def test_is_a_function_of_the_seed_and_leaves_everything_else_alone(name, perturbation, images, labels):
+def test_depends_on_the_seed_as_declared_and_leaves_everything_else_alone(name, perturbation, images, labels):
     before = images.clone(), labels.clone(), torch.get_rng_state(), np.random.get_state()[1].copy()
-    assert torch.equal(make(name, images, labels), perturbation)
+    other = make(name, images, labels, seed=1)
     after = images, labels, torch.get_rng_state(), np.random.get_state()[1]
     assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
-    other = make(name, images, labels, seed=1)
     assert torch.equal(other, perturbation) != poisons.get(name).uses_seed
 
 
@@ -95,10 +95,35 @@ def test_documents_its_source_and_every_number(name):
         assert all(re.search(rf"\b{field.name}\b", described) for field in fields(settings))
 
 
-def test_keeps_its_state_where_it_declares_a_network(name, images, labels, tmp_path):
-    poisons.get(name)(images, labels, preset="smoke", checkpoint_dir=tmp_path)
-    assert bool(list(tmp_path.iterdir())) == (poisons.get(name).surrogate is not None)
+def test_noise_is_made_again_and_stays_with_its_image_through_shuffles_and_filters(
+    name, perturbation, data, tmp_path, monkeypatch
+):
+    """
+    Poison, write, read, shuffle and filter by ids and labels, join with the clean images: the difference is the noise.
+
+    It is that of the same seed, bit for bit, and the method keeps its state where it declares a network.
+    """
+    expected = dict(zip(data.ids, apply_perturbation(data.images, perturbation), strict=True))
+    call, made = Poison.__call__, []
+
+    def watched(self, *images_and_labels, checkpoint_dir, **options):
+        made.append(call(self, *images_and_labels, checkpoint_dir=checkpoint_dir, **options))
+        kept = checkpoint_dir.is_dir() and any(checkpoint_dir.iterdir())
+        assert kept == (self.surrogate is not None)
+        return made[-1]
+
+    monkeypatch.setattr(Poison, "__call__", watched)
+    protect.protect_dataset(data, tmp_path, method=name, preset="smoke")
+    assert len(made) == 1 and torch.equal(made[0], perturbation)
     assert poisons.get(name).surrogate in (None, "supervised", "contrastive", "pretrained")
+
+    rows = datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
+    rows = rows.shuffle(seed=3).filter(lambda row: row["label"] != 1)
+    assert len(rows) == 30 and rows["id"] != sorted(rows["id"])
+    label_of = dict(zip(data.ids, data.labels.tolist(), strict=True))
+    for row in rows:
+        np.testing.assert_array_equal(np.asarray(row["image"]), expected[row["id"]])
+        assert row["label"] == label_of[row["id"]]
 
 
 def test_every_poison_of_every_file_is_registered_and_titles_differ():

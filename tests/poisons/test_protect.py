@@ -36,22 +36,6 @@ def source(tmp_path, data):
     return folder
 
 
-@pytest.mark.parametrize("name", poisons.NAMES)
-def test_noise_stays_with_its_image_through_shuffles_and_filters(name, data, tmp_path):
-    """Poison, write, read, shuffle and filter by ids and labels, join with the clean images: the difference is the noise."""
-    perturbation = poisons.get(name)(data.tensor(), torch.from_numpy(data.labels), preset="smoke")
-    expected = dict(zip(data.ids, apply_perturbation(data.images, perturbation), strict=True))
-    protect.protect_dataset(data, tmp_path, method=name, preset="smoke")
-
-    rows = datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
-    rows = rows.shuffle(seed=3).filter(lambda row: row["label"] != 1)
-    assert len(rows) == 30 and rows["id"] != sorted(rows["id"])
-    label_of = dict(zip(data.ids, data.labels.tolist(), strict=True))
-    for row in rows:
-        np.testing.assert_array_equal(np.asarray(row["image"]), expected[row["id"]])
-        assert row["label"] == label_of[row["id"]]
-
-
 def test_a_folder_in_which_another_command_is_at_work_is_refused_until_its_card_is_there(data, tmp_path, monkeypatch):
     noise, output = tmp_path / "noise.npy", tmp_path / "protected"
     np.save(noise, np.zeros(data.images.shape, np.float32))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
 import pickle
 import re
@@ -57,7 +58,15 @@ def shards(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
 
 
-def test_two_processes_write_the_bytes_of_one(source, purifier, alone, tmp_path):
+@pytest.fixture
+def quick_processes(monkeypatch):
+    """Processes that share one import of the package; tests/test_engines.py has those that import all themselves."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jcdp_diffusers.purify.dataset"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
+
+
+def test_two_processes_write_the_bytes_of_one(source, purifier, alone, tmp_path, quick_processes):
     options = {"output_dir": tmp_path, **SETTINGS}
     summary = purify_to_folder(source, opener(purifier, tmp_path), threads=1, shards=9, processes=2, **options)
     assert shards(tmp_path) == alone and summary["rows_out"] == 90

@@ -34,6 +34,14 @@ def protected(originals):
     return striped(originals)
 
 
+@pytest.fixture(scope="module")
+def whole(originals, protected, tmp_path_factory):
+    """What a training leaves that nothing cuts off."""
+    folder = tmp_path_factory.mktemp("whole") / "paired"
+    train_paired(protected, originals, folder, TINY)
+    return folder
+
+
 class Constant(torch.nn.Module):
     """Predicts the same everywhere."""
 
@@ -60,7 +68,7 @@ def test_loss_is_the_power_that_is_left_in_units_of_the_perturbation(value, orig
 
 
 def test_learns_the_way_back_on_images_that_it_has_not_seen(originals, protected, tmp_path):
-    settings = dataclasses.replace(TINY, epochs=20, learning_rate=3e-3)
+    settings = dataclasses.replace(TINY, epochs=12, learning_rate=5e-3)
     train_paired(protected, originals, tmp_path / "paired", settings)
     facts = read_facts(tmp_path / "paired")
     assert facts["losses"][-1] < 0.5 < facts["losses"][0]
@@ -73,17 +81,16 @@ def test_learns_the_way_back_on_images_that_it_has_not_seen(originals, protected
     assert error(restored) < 0.6 * error(after) and restored.ids == others.ids
 
 
-def test_is_a_repository_that_plain_diffusers_opens(originals, protected, tmp_path):
-    train_paired(protected, originals, tmp_path / "paired", TINY)
-    unet = UNet2DModel.from_pretrained(tmp_path / "paired").eval()
-    scale = json.loads((tmp_path / "paired/paired.json").read_text())["scale"]
+def test_is_a_repository_that_plain_diffusers_opens(protected, whole):
+    unet = UNet2DModel.from_pretrained(whole).eval()
+    scale = json.loads((whole / "paired.json").read_text())["scale"]
     images = torch.from_numpy(protected.images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         expected = (images - scale * unet(images, 0).sample + 1) * 127.5
-    restored = restore(protected, tmp_path / "paired", bfloat16=False).images
+    restored = restore(protected, whole, bfloat16=False).images
     assert np.abs(expected.clamp(0, 255).permute(0, 2, 3, 1).numpy() - restored).max() <= 0.51
-    assert "the protection tool and its seed are public" in (tmp_path / "paired/README.md").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["paired"]
+    assert "the protection tool and its seed are public" in (whole / "README.md").read_text()
+    assert sorted(path.name for path in whole.parent.iterdir()) == ["paired"]
 
 
 def weights(folder):
@@ -94,26 +101,27 @@ def same(one, other):
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("saves", [1, 2])
-def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(saves, originals, protected, tmp_path):
-    train_paired(protected, originals, tmp_path / "whole", TINY)
-    with cut_off_at_save(saved_state.SavedState, saves):
-        train_paired(protected, originals, tmp_path / "cut", TINY)
+def test_a_training_that_was_cut_off_twice_ends_as_if_it_had_not_been(originals, protected, whole, tmp_path):
+    for _ in range(2):
+        with cut_off_at_save(saved_state.SavedState):
+            train_paired(protected, originals, tmp_path / "cut", TINY)
     assert not (tmp_path / "cut").exists()
     with pytest.raises(ValueError, match="checkpoint_dir is .*another run"):
         train_paired(protected, striped(protected), tmp_path / "cut", TINY)
     train_paired(protected, originals, tmp_path / "cut", TINY)
-    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    assert read_facts(tmp_path / "cut")["losses"] == read_facts(tmp_path / "whole")["losses"]
+    assert same(weights(tmp_path / "cut"), weights(whole))
+    assert read_facts(tmp_path / "cut")["losses"] == read_facts(whole)["losses"]
     assert not (tmp_path / "cut.pt").exists()
 
 
-def test_seeds_and_pairs_decide_the_weights_and_a_finished_training_is_left_alone(originals, protected, tmp_path):
+def test_seeds_and_pairs_decide_the_weights_and_a_finished_training_is_left_alone(
+    originals, protected, whole, tmp_path
+):
     state = torch.get_rng_state()
-    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+    for name, seed in (("one", 0), ("other", 1)):
         train_paired(protected, originals, tmp_path / name, TINY, seed=seed)
     assert torch.equal(torch.get_rng_state(), state)
-    assert same(weights(tmp_path / "one"), weights(tmp_path / "same"))
+    assert same(weights(tmp_path / "one"), weights(whole))
     assert not same(weights(tmp_path / "one"), weights(tmp_path / "other"))
     before = (tmp_path / "one/paired.json").stat().st_mtime_ns
     train_paired(protected, originals, tmp_path / "one", TINY)

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import runpy
+import shutil
 import sys
 import zipfile
 
@@ -40,9 +41,14 @@ class Payload:
         return (open, (str(self.evidence), "w"))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("trained") / "run", **FIRST)
+
+
 @pytest.fixture
-def checkpoint(tmp_path):
-    train(tmp_path / "run", **FIRST)
+def checkpoint(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run" / "checkpoint-2"
 
 

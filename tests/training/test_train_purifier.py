@@ -297,7 +297,7 @@ def test_fine_tuning_keeps_the_colour_of_the_noise(tmp_path, photos, base, capsy
     coloured = tmp_path / "coloured"
     shutil.copytree(base, coloured)
     PurificationConfig(noise_corner=3.0).save_pretrained(coloured)
-    few = {"max_train_steps": 1}
+    few = {"max_train_steps": 1, "num_grid_images": 0}
     run_here(*options(photos, coloured, tmp_path / "kept", **few))
     run_here(*options(photos, coloured, tmp_path / "said", noise_corner=3, **few))
     run_here(*options(photos, base, tmp_path / "turned", noise_corner=8, **few))
@@ -314,6 +314,7 @@ def test_from_scratch_in_grey_with_held_out_images_of_their_own(tmp_path, photos
     arguments = ["--unet", "tiny32", "--channels", "1", "--dataset", str(tmp_path / "digits.npz"), "--resolution", "8"]
     arguments += ["--validation_dataset", str(tmp_path / "held-out.npz"), "--num_validation_images", "5"]
     arguments += ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "1", "--max_train_samples", "9"]
+    arguments += ["--num_grid_images", "0"]
     run_here(*arguments)
     data = record(tmp_path / "out")["data"]
     assert (data["num_images"], data["num_validation_images"]) == (9, 5)
@@ -330,7 +331,16 @@ def test_held_out_images_that_are_trained_on_are_refused(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "one.npz", images=images[:10])
     np.savez(tmp_path / "other.npz", images=images[7:])
-    arguments = ["--unet", "tiny32", "--resolution", "8", "--output_dir", str(tmp_path / "out")]
+    arguments = [
+        "--unet",
+        "tiny32",
+        "--resolution",
+        "8",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--num_grid_images",
+        "0",
+    ]
     arguments += ["--dataset", str(tmp_path / "one.npz"), "--validation_dataset", str(tmp_path / "other.npz")]
     sentence = r"validation_dataset is .*other.npz.* 3 of 9 .*'train/0'.*'train/7'"
     with pytest.raises(ValueError, match=sentence):
@@ -347,7 +357,7 @@ def test_held_out_photographs_that_are_trained_on_are_refused(tmp_path, photos, 
     for number, file in enumerate(sorted(photos.rglob("*.png"))[:3]):
         shutil.copy(file, others / f"other-{number}.png")
     Image.new("RGB", (20, 16), (number, 200, 30)).save(others / "unseen.png")
-    changes = {"validation_dataset": others, "max_train_steps": 1}
+    changes = {"validation_dataset": others, "max_train_steps": 1, "num_grid_images": 0}
     with pytest.raises(ValueError, match="validation_dataset is .*others', which shares 3 of 4 images with dataset"):
         run_here(*options(photos, base, tmp_path / "out", **changes))
     for copy in others.glob("other-*.png"):
@@ -381,14 +391,19 @@ def test_pipelines_of_another_kind_are_refused(tmp_path, photos, base):
 
 def test_a_base_whose_weights_come_in_a_variant_alone(tmp_path, photos):
     DDPMPipeline(tiny_unet(size=16), DDPMScheduler()).save_pretrained(tmp_path / "half", variant="fp16")
-    run_here(*options(photos, tmp_path / "half", tmp_path / "out", max_train_steps=1))
+    run_here(*options(photos, tmp_path / "half", tmp_path / "out", max_train_steps=1, num_grid_images=0))
     assert record(tmp_path / "out")["base_model"] == "half"
 
 
 def test_results_are_quoted_in_the_card(tmp_path, photos, base):
     line = {"what": "accuracy", "value": 0.5, "protocol": "smoke", "seed": 0, "settings": {}, "device": "cpu"}
     (tmp_path / "records.jsonl").write_text(json.dumps(line) + "\n")
-    extra = {"max_train_steps": 1, "card_results": tmp_path / "records.jsonl", "hub_model_id": "me/x"}
+    extra = {
+        "max_train_steps": 1,
+        "num_grid_images": 0,
+        "card_results": tmp_path / "records.jsonl",
+        "hub_model_id": "me/x",
+    }
     run_here(*options(photos, base, tmp_path / "out", **extra))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| accuracy | 0.5 | smoke | 0 |" in card and 'from_pretrained("me/x")' in card

@@ -242,17 +242,17 @@ def test_half_of_the_views_are_mirrored_or_none():
 
 
 @pytest.mark.parametrize(
-    "method, epochs",
+    "method, changes",
     [
-        ("simclr", 12),
-        pytest.param("moco-v2", 25, marks=pytest.mark.long),
-        pytest.param("byol", 15, marks=pytest.mark.long),
+        ("simclr", {"epochs": 8, "learning_rate": 0.1, "knn_evaluations": 1}),
+        pytest.param("moco-v2", {"epochs": 25}, marks=pytest.mark.long),
+        pytest.param("byol", {"epochs": 15}, marks=pytest.mark.long),
     ],
 )
-def test_learns_digits_without_labels(method, epochs):
+def test_learns_digits_without_labels(method, changes):
     """A probe of 100 labelled digits gains at least 8 points over one on the features that training starts from."""
     train, probe, test = small(0, 800), small(800, 900), small(900, 1797)
-    recipe = dataclasses.replace(get_recipe("digits", method), epochs=epochs)
+    recipe = dataclasses.replace(get_recipe("digits", method), **changes)
     with seeded(0):
         untrained = resnet18(10, in_channels=1, width=recipe.width)
     images, labels = as_tensors(test)
@@ -281,7 +281,7 @@ def test_result_describes_itself(method, sets):
 def test_labels_are_never_used(method, sets):
     other = dataclasses.replace(sets["train"], labels=sets["train"].labels[::-1].copy())
     results = [
-        train_victim(**sets | {"train": data}, method=method, recipe=quick(method, epochs=1))
+        train_victim(**sets | {"train": data}, method=method, recipe=quick(method, epochs=1, max_steps_per_epoch=1))
         for data in (sets["train"], other, dataclasses.replace(other, labels=None))
     ]
     assert torch.equal(weights(results[0].model), weights(results[1].model))
@@ -290,7 +290,7 @@ def test_labels_are_never_used(method, sets):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_that_was_cut_off_ends_with_the_same_weights(method, sets, tmp_path):
-    options = {**sets, "method": method, "recipe": quick(method, epochs=3), "seed": 2}
+    options = {**sets, "method": method, "recipe": quick(method, epochs=2), "seed": 2}
     state = torch.get_rng_state()
     whole = train_victim(**options)
     assert torch.equal(torch.get_rng_state(), state)
@@ -303,7 +303,7 @@ def test_a_training_that_was_cut_off_ends_with_the_same_weights(method, sets, tm
         train_victim(**options, checkpoint_dir=tmp_path, progress=cut_off)
     seen = []
     rest = train_victim(**options, checkpoint_dir=tmp_path, progress=seen.append)
-    assert [entry["epoch"] for entry in seen] == [2, 3]
+    assert [entry["epoch"] for entry in seen] == [2]
     assert torch.equal(weights(rest.model), weights(whole.model))
     for mine, theirs in zip(rest.history, whole.history, strict=True):
         assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}

@@ -65,8 +65,8 @@ def learned(train, test):
 def test_a_probe_changes_the_last_layer_alone(probe, learned, tmp_path):
     network = copy.deepcopy(learned)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    images, labels = as_tensors(digits(200, 500))
-    test = as_tensors(digits(500, 700))
+    images, labels = as_tensors(digits(200, 300))
+    test = as_tensors(digits(500, 600))
     seen = []
     best = fit_probe(network, images, labels, *test, probe=probe, progress=seen.append, checkpoint_dir=tmp_path)
     after = network.state_dict()
