@@ -107,7 +107,7 @@ def printed(copy, tmp_path_factory) -> str:
     measure = ["eval/benchmark.py", tmp_path / "grid.yaml", "--output", tmp_path / "out", "--processes", 1]
     show = ["eval/tables.py", "grid", "--records", tmp_path / "out/records.jsonl", "--smoke", "--victim", "two_layers"]
     properties = ["pytest", "-q", "-p", "no:cacheprovider", "tests/poisons/test_poisons.py"]
-    properties += ["tests/poisons/test_protect.py", "tests/countermeasures/test_countermeasures.py"]
+    properties += ["tests/countermeasures/test_countermeasures.py"]
     commands = (measure, show, [*properties, "-k", "grain or box-blur"])
     return run(copy, "-c", ONE_AFTER_ANOTHER, json.dumps([list(map(str, command)) for command in commands]))
 

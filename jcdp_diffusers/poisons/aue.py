@@ -90,7 +90,6 @@ def perturb(
     draw = torch.Generator().manual_seed(seed)
     augment = surrogate.Contrastive(images.shape[2:], settings.strength, draw)
     noise, order, done = torch.zeros_like(images), torch.empty(0, dtype=torch.int64), 0
-    fixed = None
     if (state := kept.load()) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -110,8 +109,7 @@ def perturb(
             if batch == 0:
                 order = torch.randperm(len(images), generator=draw)
             training = passes % 2 == 0
-            if not training:
-                fixed = surrogate.frozen(model, fixed)
+            fixed = None if training else surrogate.frozen(model)
             for rows in surrogate.batches(order, settings.batch_size)[batch:]:
                 clean, targets = images[rows].to(device), labels[rows].to(device)
                 if training:

@@ -125,7 +125,7 @@ def perturb(
     optimizer = make_optimizer(model, settings)
     noise = torch.zeros_like(images)
     batches = surrogate.batches(torch.arange(len(images)), settings.batch_size)
-    done, trained, error, fixed = 0, 0, float("inf"), None
+    done, trained, error = 0, 0, float("inf")
     if (state := kept.load()) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -146,7 +146,7 @@ def perturb(
                     perturbed = images[rows] + noise[rows]
                     train_step(model, optimizer, perturbed, labels[rows], settings, (seed, trained), device)
                     trained += 1
-            fixed = surrogate.frozen(model, fixed)
+            fixed = surrogate.frozen(model)
             for rows in batches[done % len(batches) :]:
                 noise[rows] = minimise(fixed, images[rows], labels[rows], noise[rows], settings, device)
                 done += 1
@@ -177,7 +177,7 @@ def perturb_classes(
     subset = _stratified(labels, settings.subset, draw)
     pattern = torch.zeros(int(labels.max()) + 1, *images.shape[1:])
     order = torch.empty(0, dtype=torch.int64)
-    rounds, error, fixed = 0, float("inf"), None
+    rounds, error = 0, float("inf")
     if (state := kept.load()) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -193,7 +193,7 @@ def perturb_classes(
                 rows, order = order[: settings.batch_size], order[settings.batch_size :]
                 perturbed = images[rows] + pattern[labels[rows]]
                 train_step(model, optimizer, perturbed, labels[rows], settings, (seed, rounds, number), device)
-            fixed = surrogate.frozen(model, fixed)
+            fixed = surrogate.frozen(model)
             for rows in subset[torch.randperm(len(subset), generator=draw)].split(settings.batch_size):
                 noise = minimise(fixed, images[rows], labels[rows], pattern[labels[rows]], settings, device)
                 pattern = _class_means(noise, labels[rows], pattern)

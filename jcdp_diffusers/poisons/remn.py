@@ -168,7 +168,7 @@ def perturb(
     augment = surrogate.CropFlip(images.shape[2:], settings.crop_padding, draw)
     noise = torch.zeros(images.shape, dtype=torch.int16)
     order = torch.empty(0, dtype=torch.int64)
-    done, fixed = 0, None
+    done = 0
     if (state := kept.load()) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -189,7 +189,7 @@ def perturb(
                 order = torch.randperm(len(images), generator=draw, device=device).cpu()
             rows, order = order[: settings.batch_size], order[settings.batch_size :]
             batch, targets = images[rows].to(device), labels[rows].to(device)
-            fixed = surrogate.frozen(model, fixed)
+            fixed = surrogate.frozen(model)
             noise[rows] = robust_noise(fixed, batch, targets, settings, augment, draw)
             seen = augment(batch + noise[rows].to(device) / 255).clamp(0, 1)
             attacked = adversarial(fixed, seen, targets, settings, draw, steps=settings.adversary_steps)
@@ -201,7 +201,7 @@ def perturb(
             bar.set_postfix_str(f"surrogate's loss {loss:.3f}")
             if kept.due():
                 save()
-        fixed = surrogate.frozen(model, fixed)
+        fixed = surrogate.frozen(model)
         for rows in batches[done - settings.model_steps :]:
             noise[rows] = robust_noise(
                 fixed, images[rows].to(device), labels[rows].to(device), settings, augment, draw
