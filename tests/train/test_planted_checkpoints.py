@@ -102,7 +102,7 @@ def test_a_checkpoint_of_the_old_form_is_refused_before_any_work(tmp_path, check
         (checkpoint / name).write_bytes(payloads(evidence, tmp_path)[1])
     before = weights(tmp_path / "run")
     unet = tiny_unet(size=8)
-    monkeypatch.setattr(unet, "to", None)  # nothing has been moved or trained
+    monkeypatch.setattr(unet, "forward", None)  # nothing has been trained
     with pytest.raises(ValueError, match="resume_from_checkpoint is 'checkpoint-2', .*begin anew") as raised:
         train(tmp_path / "run", unet, **AGAIN)
     assert str(raised.value).count(". ") == 0 and "\n" not in str(raised.value)
