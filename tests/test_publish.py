@@ -252,7 +252,9 @@ def test_the_name_of_the_test_images_is_theirs_alone(sets, tmp_path):
     protect_dataset(digits(0, 60), tmp_path / "other", method="lsp", split="test")
     with pytest.raises(ValueError, match="source is .*other', whose split is called 'test'"):
         dataset_files([tmp_path / "other"], "me/x", test=sets / "test")
-    np.save(tmp_path / "test.npy", np.full((60, *digits(0, 1).tensor().shape[1:]), 4 / 255, np.float32))
+    noise = np.zeros((60, *digits(0, 1).tensor().shape[1:]), np.float32)
+    noise[:, :, 4, 4] = np.where(digits(0, 60).tensor()[:, :, 4, 4] > 0.5, -8 / 255, 8 / 255)
+    np.save(tmp_path / "test.npy", noise)
     protect_with_file(digits(0, 60), tmp_path / "file", perturbation=tmp_path / "test.npy", budget={"linf": 8})
     with pytest.raises(ValueError, match="source is .*file', whose poison is called 'test'"):
         dataset_files([tmp_path / "file"], "me/x", test=sets / "test")
