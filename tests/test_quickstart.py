@@ -116,6 +116,7 @@ def values(report) -> dict[str, list[float]]:
     return {row["row"]: row["accuracy"]["values"] for row in report["rows"]}
 
 
+@pytest.mark.long
 def test_an_interruption_costs_what_was_begun_and_no_more(tmp_path, finished):
     """Cut off before the victims; the second call trains no purifier and comes to the same figures."""
 

@@ -8,6 +8,7 @@ from eval.studies import finetune_versus_scratch
 from jcdp_diffusers.results import read_records
 
 
+@pytest.mark.long
 def test_every_arm_is_recorded_and_plotted(tmp_path, monkeypatch):
     for domain in ("source", "target"):
         images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)

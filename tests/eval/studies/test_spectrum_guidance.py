@@ -53,6 +53,7 @@ def small(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.long
 def test_the_study_from_sets_to_table_and_picture(small, monkeypatch, capsys):
     records = small / "records.jsonl"
     options = ["--dataset", small / "data", "--purifier", small / "purifier", "--cache", small / "cache"]
