@@ -413,5 +413,5 @@ def _split_qkv(tensor: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
 
 
 if __name__ == "__main__":
-    with ends_in_one_sentence("convert_checkpoint", "remove what is in --output_dir and give the same command again"):
+    with ends_in_one_sentence("convert_checkpoint", "give the same command again with another --output_dir"):
         main(parse_args())

@@ -143,13 +143,13 @@ def protect_picture(image: np.ndarray, method: str, *, label: int = 0, seed: int
     """
     if method not in methods_for_pictures():
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(methods_for_pictures())}.")
+    poison, whole = poisons.get(method), image
     height, width = image.shape[:2]
-    whole = image
-    if method == "lsp":  # which draws whole patches only: a square of them, of which the picture is a part
-        side = 32 * -(-max(height, width) // 32)
+    if poison.needs_whole_patches:
+        side = 32 * -(-max(height, width) // 32)  # the patches of such a square fill it
         whole = np.pad(image, ((0, side - height), (0, side - width), (0, 0)), mode="edge")
-    pixels = torch.from_numpy(whole).permute(2, 0, 1)[None].float() / 255
-    noise = poisons.get(method)(pixels, torch.tensor([label]), seed=seed, keep_labels=True)[:, :, :height, :width]
+    pixels = torch.tensor(whole).permute(2, 0, 1)[None].float() / 255
+    noise = poison(pixels, torch.tensor([label]), seed=seed, keep_labels=True)[:, :, :height, :width]
     return Change(image, apply_perturbation(image[None], noise)[0])
 
 

@@ -72,6 +72,8 @@ class Poison:
         suits_single_images (`bool`, *optional*, defaults to `False`): Whether one picture can be protected without a
             data set: its noise depends on no other image's pixels. It may depend on the number of classes and images,
             as LSP's does, and is then another one than the same picture has in a data set.
+        needs_whole_patches (`bool`, *optional*, defaults to `False`): Whether its patches must fill an image. A single
+            picture of any size is then protected as a part of a square that they fill.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Poison:
     uses_seed: bool = True
     least_classes: int = 1
     suits_single_images: bool = False
+    needs_whole_patches: bool = False
 
     @property
     def file_digest(self) -> str:

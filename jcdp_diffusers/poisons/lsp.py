@@ -114,4 +114,4 @@ def perturb(
     return torch.from_numpy(perturbation)
 
 
-POISONS = (Poison("lsp", "LSP", SOURCE, PRESETS, budget, perturb, suits_single_images=True),)
+POISONS = (Poison("lsp", "LSP", SOURCE, PRESETS, budget, perturb, suits_single_images=True, needs_whole_patches=True),)

@@ -41,9 +41,12 @@ def adaptive_config_of_tiles(
     As `adaptive_config`, for photographs that are purified in squares at their own size: theirs is the spectrum.
 
     Args:
-        protected, collected (`Rows`): Photographs of any size; those that cannot be used are passed over.
+        protected, collected (`Rows`): Photographs of any size, no streams; those that cannot be used are passed over.
         size (`int`): Side of the squares, in pixels.
         pipe (`JointConditionalPurificationPipeline`): The purifier.
+
+    Raises:
+        ValueError: If a set has fewer than two images that can be used.
     """
     channels = pipe.unet.config.in_channels
     protected, of_protected = _squares(protected, size, channels, "protected")

@@ -14,7 +14,9 @@ LARGEST_SIDE = 64
 WHITENING = ("training", "collected")
 # What `jcdp score` and `jcdp audit` say of the options. The hours: one image of 32x32 pixels is 3.3 GFLOP for a
 # training step of a ResNet-18 of width 64, `fast` shows each 30 times, and a core does 100 to 300 GFLOP/s.
-_ON_A_CPU = "on a CPU resnet18 with mini for images below 9 or above 64 pixels, and for methods without labels"
+_ON_A_CPU = (
+    f"on a CPU resnet18 with mini for images below 9 or above {LARGEST_SIDE} pixels, and for methods without labels"
+)
 VICTIM_HELP = (
     "network of the victims; if neither it nor the recipe is given, convnet94 on a CPU and resnet18 on a GPU "
     f"({_ON_A_CPU}). On a CPU, one resnet18 of width 64 with recipe fast takes 1 to 3 hours of a core for each 10,000 "

@@ -1,14 +1,1 @@
-"""What makes the trainings of these tests shorter."""
-
-import functools
-
-import jinja2
-import pytest
-
-
-@pytest.fixture(scope="module", autouse=True)
-def template_of_cards_is_compiled_once():
-    """Each training writes a card, whose template takes longer to compile than some of these trainings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
-        yield
+from quick_cards import template_of_cards_is_compiled_once  # noqa: F401
