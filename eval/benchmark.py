@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -415,10 +415,12 @@ def _leave_launcher() -> None:
         os.environ.pop(name, None)
 
 
-def tables_command(grid: Grid, output_dir: str) -> str:
+def tables_command(grid: Grid, trials: Sequence[Trial], output_dir: str) -> str:
     """The command that shows what the grid measured, its first victim's if it has several."""
     options = ["--smoke"] if grid.full_recipe.smoke else []
-    options += ["--roles", grid.roles] if grid.roles != "disjoint" else []
+    # A purifier's roles may be unknown, whatever the grid's are.
+    roles = next((trial.about["roles"] for trial in trials if "roles" in trial.about), grid.roles)
+    options += ["--roles", roles] if roles != "disjoint" else []
     options += ["--victim", grid.victims[0]] if grid.victims[0] != "resnet18" else []
     options += ["--method", grid.method] if grid.method != "supervised" else []
     return shlex.join(["python", "eval/tables.py", "grid", "--records", f"{Path(output_dir)}/records.jsonl", *options])
@@ -456,7 +458,7 @@ def main() -> None:
             say=print if rank == 0 else lambda line: None,
         )
     if rank == 0:
-        print(f"{len(trials)} trials on record: {tables_command(grid, args.output)}")
+        print(f"{len(trials)} trials on record: {tables_command(grid, trials, args.output)}")
 
 
 if __name__ == "__main__":

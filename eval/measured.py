@@ -102,6 +102,14 @@ class Setup(NamedTuple):
     precision: str | None
     machine: str | None
 
+    def words(self) -> dict[str, str]:
+        """What the reader of a table needs to know of it; the machine has no name."""
+        return {
+            "devices": str(self.device),
+            "numbers of threads": f"{self.threads} threads",
+            "precisions": self.precision or "unknown precision",
+        }
+
 
 class Measured:
     """
@@ -132,11 +140,12 @@ class Measured:
             for record in records
             if record["what"] in ("accuracy", "victim")
             and "column" in (settings := record.get("settings", {}))
-            and roles_of(settings) in (None, roles)
             and settings.get("victim") == victim
             and settings.get("method", "supervised") == method
             and settings["recipe"]["smoke"] == smoke
         ]
+        self.other_roles = sorted({roles_of(record["settings"]) for record in records} - {None, roles})
+        records = [record for record in records if roles_of(record["settings"]) in (None, roles)]
         self.roles, self.victim, self.method = roles, victim, method
         _refuse_mixtures([record["settings"] for record in records])
         _refuse_devices(records)
@@ -220,10 +229,10 @@ class Measured:
         found = self.find("victim", dataset, poison, column, **others)
         return [100 * record["value"]["train_accuracy"] for record in found]
 
-    def settings(self, dataset, poison, column, **others) -> Mapping:
-        """What the first seed's record says about its cell; empty if not measured."""
-        found = self.find("accuracy", dataset, poison, column, **others)
-        return found[0]["settings"] if found else {}
+    def settings_of_poison(self, dataset: str, poison: str, preset: str | None) -> Mapping:
+        """What a record of any of its cells says, in all of which the poison is the same; empty if not measured."""
+        key = next((one for one in self.keys(dataset) if (one.poison, one.poison_preset) == (poison, preset)), None)
+        return {} if key is None else next(iter(self.by_seed("accuracy", key).values()))["settings"]
 
     def seconds(self, dataset, column, collected) -> dict[tuple, tuple[float, float]]:
         """Mean seconds before and of training over seeds, by poison, preset and what they were measured on."""

@@ -43,7 +43,7 @@ def merge(records: Sequence[Mapping], into: Path) -> tuple[int, int]:
 
     Args:
         records (`Sequence[dict]`): Of one or more grids.
-        into (`Path`): JSON Lines file, made if needed.
+        into (`Path`): JSON Lines file, made with its folder if needed.
 
     Returns:
         `tuple[int, int]`: How many trials were added, and how many were there already.
@@ -66,6 +66,7 @@ def merge(records: Sequence[Mapping], into: Path) -> tuple[int, int]:
         added += 1
     if lines:
         before = whole_records(into.read_bytes()) if into.exists() else b""
+        into.parent.mkdir(parents=True, exist_ok=True)
         ended = b"" if before.endswith(b"\n") or not before else b"\n"
         write_atomically(into, before + ended + "".join(line + "\n" for line in lines).encode())
     return added, kept

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eval.measured import Measured, spread
-from eval.speed_tables import Machine, short_name
+from eval.speed_tables import Machine, machines_of
 from eval.studies import finetune_versus_scratch
 from jcdp_diffusers.repository import read_json
 from jcdp_diffusers.results import read_records, summarise
@@ -84,6 +84,20 @@ def made_anew() -> dict[str, str]:
     return {f"{poison}_{column}": spread(found.accuracies("cifar10", poison, column)) for poison, column in keys}
 
 
+def second_purifier() -> dict[str, str]:
+    """How far victims' accuracies on purified images are from those of a second purifier, in points."""
+
+    def accuracies(*names: str) -> dict[tuple, float]:
+        records = [r for name in names for r in read_records(RESULTS / f"{name}_cifar10_mini.jsonl")]
+        records = [r for r in records if r["what"] == "accuracy" and r["settings"]["column"] == "coloured noise"]
+        recipes = [(r["settings"]["victim"], r["protocol"], r["settings"]["recipe"]["batch_size"]) for r in records]
+        return {recipe: 100 * record["value"] for recipe, record in zip(recipes, records)}
+
+    first, second = accuracies("protocols", "victims"), accuracies("other_purifier")
+    apart = [abs(first[recipe] - accuracy) for recipe, accuracy in second.items()]
+    return {"least": f"{min(apart):.1f}", "most": f"{max(apart):.1f}"}
+
+
 def audits() -> dict[str, str]:
     """Audits on two cores by the defaults of a CPU: minutes and, of the large one, accuracies in %."""
     times = {name: read_json(RESULTS / name / "time.json") for name in ("audit_cifar10_fast", "audit_cifar10_50k")}
@@ -110,10 +124,8 @@ def contrastive() -> dict[str, str]:
 
 def speed() -> dict[str, str]:
     """What `eval/throughput.py` measured on two processors."""
-    records = read_records(RESULTS / "throughput.jsonl")
-    xeon, epyc = (
-        Machine([r for r in records if short_name(r["settings"]["processor"]) == name], UNET) for name in (XEON, EPYC)
-    )
+    machines = machines_of(read_records(RESULTS / "throughput.jsonl"), UNET)
+    xeon, epyc = machines[XEON], machines[EPYC]
 
     def times_float32(machine: Machine) -> float:
         peaks = (machine.find("peak", operation="convolution", dtype=dtype) for dtype in ("bfloat16", "float32"))
@@ -163,7 +175,7 @@ def scaling() -> dict[str, str]:
 
 def finetune() -> dict[str, str]:
     """What `eval/studies/finetune_versus_scratch.py` measured."""
-    records = read_records(RESULTS / "finetune_versus_scratch.jsonl")
+    records = finetune_versus_scratch.last_comparison(read_records(RESULTS / "finetune_versus_scratch.jsonl"))
     curves = finetune_versus_scratch.curves(records)
     end = max(curves["scratch, all timesteps"])
 
@@ -194,6 +206,7 @@ GROUPS: dict[str, Callable[[], dict[str, str]]] = {
     "mini": mini,
     "compensation": compensation,
     "made_anew": made_anew,
+    "second_purifier": second_purifier,
     "audits": audits,
     "contrastive": contrastive,
     "photographs": photographs,

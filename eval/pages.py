@@ -21,7 +21,7 @@ from eval.measured import METHODS_SAID, NOT_MEASURED, POISONS, Measured, spread
 from eval.page_figures import figure
 from eval.speed_tables import speed_table
 from eval.studies import detection, finetune_versus_scratch, spectrum_guidance
-from eval.tables import grid_table, markdown_table, poison_table, probe_table, transfer_table
+from eval.tables import grid_table, markdown_table, poison_table, probe_table, seconds_of_rows, transfer_table
 from jcdp_diffusers import countermeasures
 from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 from jcdp_diffusers.results import read_records, summarise
@@ -148,19 +148,14 @@ def table_by(setting: Callable[[dict], str], name: str, title: str) -> Callable[
 
     def table() -> str:
         records = read_records(RESULTS / f"{name}_cifar10_mini.jsonl")
-        rows = []
+        cells = [("none", "none"), ("lsp", "none"), ("lsp", "coloured noise")]
+        rows, costs = [], []
         for value in dict.fromkeys(map(setting, records)):
             some = [record for record in records if setting(record) == value]
             found = Measured(some, victim=some[0]["settings"]["victim"])
-            cells = [("none", "none"), ("lsp", "none"), ("lsp", "coloured noise")]
-            details = found.find("victim", "cifar10", *cells[-1])
-            rows.append(
-                [
-                    value,
-                    *(spread(found.accuracies("cifar10", poison, column)) for poison, column in cells),
-                    f"{details[0]['value']['train_seconds']:.0f}" if details else NOT_MEASURED,
-                ]
-            )
+            rows.append([value, *(spread(found.accuracies("cifar10", *cell)) for cell in cells)])
+            costs.append(found.seconds("cifar10", "coloured noise", None))
+        rows = [[*row, training] for row, (_, training) in zip(rows, seconds_of_rows(costs, ".0f"))]
         return markdown_table([title, "clean images", "LSP", "LSP, purified", "seconds of training"], rows)
 
     return table

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,7 +20,12 @@ from jcdp_diffusers.train.unets import ddpm_scheduler, named_unet
 
 @contextlib.contextmanager
 def authors_process(bench: Bench, batch: int, steps: int) -> Iterator[Callable[..., float]]:
-    """A function that runs the authors' loop in a process of its own and returns the seconds that it took there."""
+    """
+    A function that runs the authors' loop in a process of its own and returns the seconds that it took there.
+
+    Raises:
+        RuntimeError: When that process has ended, for example for want of memory.
+    """
     ours, theirs = (context := multiprocessing.get_context("spawn")).Pipe()
     process = context.Process(
         target=serve_authors_loop, args=(theirs, bench, batch, steps, torch.get_num_threads()), daemon=True
@@ -28,8 +34,12 @@ def authors_process(bench: Bench, batch: int, steps: int) -> Iterator[Callable[.
     theirs.close()  # so that waiting for a process that has died ends
 
     def seconds(tf32: bool) -> float:
-        ours.send(tf32)
-        return ours.recv()
+        try:
+            ours.send(tf32)
+            return ours.recv()
+        except (ConnectionError, EOFError) as error:
+            process.join()
+            raise RuntimeError(f"the process of the authors' loop ended with exit code {process.exitcode}.") from error
 
     yield seconds
     ours.send(None)
@@ -38,6 +48,7 @@ def authors_process(bench: Bench, batch: int, steps: int) -> Iterator[Callable[.
 
 def serve_authors_loop(connection, bench: Bench, batch: int, steps: int, threads: int) -> None:
     """Run the authors' loop as often as asked, with or without TF32 in convolutions, until the answer is None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     torch.set_num_threads(threads)
     unet = Mode().place(named_unet(bench.unet), bench.device)
     images, perceptual = random_images(batch, bench.device), LPIPSModel("alex").to(bench.device)

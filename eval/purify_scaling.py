@@ -29,7 +29,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 from eval.tables import markdown_table
-from jcdp_diffusers.cli import expand_home
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 from jcdp_diffusers.data import LabelledImages, open_dataset, write_dataset
 from jcdp_diffusers.engines import ENGINES
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
@@ -63,12 +63,13 @@ def main() -> None:
     codec = what.add_parser("codec")
     codec.add_argument("--sizes", type=int, nargs="+", default=(32, 64, 256))
     args = expand_home(parser.parse_args())
-    if args.what == "speed":
-        measure_speed(args.cores, args.repeats, args.engines, args.output)
-    elif args.what == "codec":
-        measure_codec(args.sizes, args.output)
-    else:
-        measure_memory(args.rows, args.kinds, args.output)
+    with ends_in_one_sentence("purify_scaling"):
+        if args.what == "speed":
+            measure_speed(args.cores, args.repeats, args.engines, args.output)
+        elif args.what == "codec":
+            measure_codec(args.sizes, args.output)
+        else:
+            measure_memory(args.rows, args.kinds, args.output)
 
 
 def measure_speed(cores: list[int], repeats: int, engine_names: list[str], output: str) -> None:
@@ -192,7 +193,10 @@ def run_pinned(cores: list[int], function: Callable, *args) -> None:
 def pinned(cores: list[int], function: Callable, *args) -> None:
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
-    function(*args)
+    try:
+        function(*args)
+    except KeyboardInterrupt:  # Ctrl-C reaches the parent, too, which says so
+        raise SystemExit(130) from None
 
 
 def purify_measured(source: Path, out: Path, kind: str, memory) -> None:

@@ -15,17 +15,18 @@ def draw_plot(bench: Bench, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = [r for r in records_of(bench.output) if r["settings"].get("unet", bench.unet) == bench.unet]
+    records = [r for r in records_of(bench.output) if r["protocol"] == bench.protocol]
+    records = [r for r in records if r["settings"].get("unet", bench.unet) == bench.unet]
     processors = list(dict.fromkeys(r["settings"]["processor"] for r in records if r["what"] == "step"))
     if not processors:
-        raise SystemExit(f"throughput: output is {str(bench.output)!r}, which has no steps of {bench.unet} yet.")
+        raise ValueError(f"output is {str(bench.output)!r}, which has no steps of {bench.unet} yet.")
     modes_found = dict.fromkeys(r["settings"]["mode"] for r in records if r["what"] == "step")
     colours = {mode: f"C{index}" for index, mode in enumerate(modes_found)}
     figure, axes = plt.subplots(1, len(processors), figsize=(7.5 * len(processors), 6), squeeze=False, sharey=True)
     for axis, name in zip(axes[0], processors):
         here = [r for r in records if r["settings"]["processor"] == name]
         _draw_panel(axis, here, forward_flops(bench.unet), colours)
-        axis.set_title(f"{bench.unet}: {short_name(name)}")
+        axis.set_title(f"{'smoke run, ' * bench.quick}{bench.unet}: {short_name(name)}")
         axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
         axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
@@ -77,13 +78,36 @@ def short_name(processor: str) -> str:
     return re.sub(r"\(R\)| Processor", "", processor)
 
 
-def speed_table(records: list[dict], unet: str) -> str:
-    """What docs/speed.md says, in Markdown, by processor; of several records of a figure the last counts."""
-    processors = dict.fromkeys(r["settings"]["processor"] for r in records)
-    machines = {
-        short_name(name): Machine([r for r in records if r["settings"]["processor"] == name], unet)
-        for name in processors
-    }
+def machines_of(records: list[dict], unet: str, *, smoke: bool = False) -> dict[str, "Machine"]:
+    """
+    What was measured on each processor, by its short name.
+
+    Args:
+        records (`list[dict]`): Of `throughput.py`.
+        unet (`str`): Name of the network.
+        smoke (`bool`): Whether records of `--quick` are wanted, and no others.
+    """
+    found: dict[str, Machine] = {}
+    for record in records:
+        if (record["protocol"] == "smoke") == smoke:
+            name = short_name(record["settings"]["processor"])
+            found.setdefault(name, Machine([], unet)).records.append(record)
+    return found
+
+
+def speed_table(records: list[dict], unet: str, *, smoke: bool = False) -> str:
+    """
+    What docs/speed.md says, in Markdown, by processor; of several records of a figure the last counts.
+
+    Args:
+        records, unet, smoke: See `machines_of`.
+
+    Raises:
+        ValueError: If there are no such records.
+    """
+    machines = machines_of(records, unet, smoke=smoke)
+    if not machines:
+        raise ValueError(f"records hold no figures of {'a smoke run' if smoke else 'throughput.py'} yet.")
     by_precision = [f"{name}: {precision}" for name in machines for precision in PRECISIONS]
     tables = []
     for head, title, rows in (
@@ -99,7 +123,7 @@ def speed_table(records: list[dict], unet: str) -> str:
             cells = [cell or "n.m." for cell in cells]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+    return "\n\n".join(["**Smoke run: no figure means anything.**"] * smoke + tables)
 
 
 @dataclasses.dataclass

@@ -72,25 +72,44 @@ def _grid_rows(measured: Measured, dataset: str, collected: str) -> str:
     head = ["countermeasure", *(measured.poison_title(dataset, *poison) for poison in poisons)]
     head += ["seconds before training", "seconds of training", *(BASELINES[name] for name in baselines)]
     rows = []
-    for column in columns:
+    for column, seconds in zip(columns, seconds_of_rows(list(costs.values()))):
         row = [COLUMNS.get(column, column) + measured.assumption(dataset, column)]
         row += [
             spread(measured.accuracies(dataset, poison, column, collected=collected, poison_preset=preset))
             for poison, preset in poisons
         ]
-        row += _mean_seconds(costs[column])
+        row += seconds
         row += [_share(costs[column], costs.get(name, {})) for name in baselines]
         rows.append(row)
     return markdown_table(head, rows)
 
 
-def _mean_seconds(costs: Mapping[tuple, tuple[float, float]]) -> list[str]:
-    """Before and of training, over poisons."""
-    if not costs:
-        return [NOT_MEASURED, NOT_MEASURED]
-    if len({setup._replace(machine=None) for _, _, setup in costs}) > 1:
-        return ["several devices", "several devices"]
-    return [f"{statistics.fmean(seconds):.1f}" for seconds in zip(*costs.values())]
+def seconds_of_rows(rows: Sequence[Mapping[tuple, tuple[float, float]]], form: str = ".1f") -> list[list[str]]:
+    """
+    Mean seconds before and of training, over poisons. Seconds of several devices, numbers of threads or precisions
+    have no mean in a row. Where rows differ in one of these, each names its own: their seconds do not compare.
+
+    Args:
+        rows (`list[dict]`): For each row of one table, what [`Measured.seconds`] returns.
+        form (`str`): Of the numbers.
+    """
+    setups = [[setup.words() for _, _, setup in costs] for costs in rows]
+    alike = [found[0] for found in setups if found and not _differing(found)]
+    told, cells = _differing(alike), []
+    for costs, found in zip(rows, setups):
+        if not costs:
+            cells.append([NOT_MEASURED] * 2)
+        elif several := _differing(found):
+            cells.append([f"several {' and '.join(several)}"] * 2)
+        else:
+            in_brackets = f" ({', '.join(found[0][name] for name in told)})" if told else ""
+            cells.append([f"{statistics.fmean(one):{form}}{in_brackets}" for one in zip(*costs.values())])
+    return cells
+
+
+def _differing(setups: Sequence[Mapping[str, str]]) -> list[str]:
+    """The names of what is not the same in all."""
+    return [name for name in setups[0] if len({setup[name] for setup in setups}) > 1] if setups else []
 
 
 def _share(costs: Mapping[tuple, tuple[float, float]], baseline: Mapping[tuple, tuple[float, float]]) -> str:
@@ -107,7 +126,7 @@ def poison_table(measured: Measured, dataset: str) -> str:
     head += ["mean L2 norm", "largest change in 1/255", "seconds to make"]
     rows = []
     for poison, preset in measured.poisons(dataset):
-        settings = measured.settings(dataset, poison, "none", poison_preset=preset)
+        settings = measured.settings_of_poison(dataset, poison, preset)
         norms, seconds = settings.get("poison_norms", {}), settings.get("poison_seconds")
         control = measured.accuracies(dataset, poison + CONTROL, "none", poison_preset=preset)
         rows.append(
@@ -181,7 +200,8 @@ def beside_table(
 def methods_table(by_method: Mapping[str, Measured], dataset: str) -> str:
     """
     What victims that learn in each way get from protected images, as in the paper's Table 4: a row per poison and way,
-    a column for clean images, none for what was not tried. Without labels, the figure is that of a linear probe.
+    a column for clean images, none for what was not tried. Without labels, the figure is that of a linear probe. Our
+    purification without a guide stands beside the paper's, as in [`probe_table`].
 
     Args:
         by_method (`dict`): One [`Measured`] for each way of learning.
@@ -200,7 +220,7 @@ def methods_table(by_method: Mapping[str, Measured], dataset: str) -> str:
             cells = [_both(measured.accuracies(dataset, "none", "none"), printed["clean"].get(method), theirs)]
             for column in columns:
                 ours = measured.accuracies(dataset, poison, column, poison_preset=preset)
-                cells.append(_both(ours, theirs.get(column, {}).get(method), theirs))
+                cells.append(_both(ours, theirs.get(PRINTED_AS.get(column, column), {}).get(method), theirs))
             rows.append([measured.poison_title(dataset, poison, preset), METHODS_SAID[method], *cells])
     return markdown_table(["trained on", "learned by", "clean", *(COLUMNS.get(name, name) for name in columns)], rows)
 
@@ -256,14 +276,19 @@ def _made_against(by_method: Mapping[str, Measured], dataset: str, poison: str) 
         return ""
     if (surrogate := get_poison(poison).surrogate) != "contrastive":
         return {None: "no network", "supervised": "a classifier", "pretrained": "a pretrained network"}[surrogate]
-    found = (one.settings(dataset, poison, "none").get("poison_settings", {}) for one in by_method.values())
+    found = [
+        one.settings_of_poison(dataset, *pair).get("poison_settings")
+        for one in by_method.values()
+        for pair in one.poisons(dataset)
+        if pair[0] == poison
+    ]
     frameworks = dict.fromkeys(settings["framework"] for settings in found if settings)
     return ", ".join(METHODS_SAID[name] for name in frameworks) or NOT_MEASURED
 
 
 def _published_of(measured: Measured, dataset: str, poison: str, preset: str | None) -> Mapping:
     """The paper's figures of a poison by countermeasure and method; none where it was made against another method."""
-    settings = measured.settings(dataset, poison, "none", poison_preset=preset)
+    settings = measured.settings_of_poison(dataset, poison, preset)
     against = settings.get("poison_settings", {}).get("framework", measured.method)
     printed = PUBLISHED["jcdp_table_4"].get(dataset, {"clean": {}, "figures": {}})
     known = against == measured.method and measured.method in printed["clean"]
@@ -326,7 +351,8 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def caption(measured: Measured) -> str:
     """What the figures are, in front of every table."""
-    return f"Ours: {'; '.join(measured.scales)}. {ROLES_SAID[measured.roles]} {OF_THE_FIGURES}"
+    others = [f"Left out is what has roles {name}: --roles {name} shows it." for name in measured.other_roles]
+    return " ".join([f"Ours: {'; '.join(measured.scales)}.", ROLES_SAID[measured.roles], OF_THE_FIGURES, *others])
 
 
 def caption_of_roles(measured: Measured) -> str:
@@ -392,6 +418,7 @@ def _text_of_methods(args: argparse.Namespace, records: list[dict]) -> str:
             f"the victim {args.victim!r}: --victim, --roles and --smoke choose others."
         )
     parts = [*map(caption, by_method.values())]
+    parts.append("Ours / published, where the paper's Table 4 has the row. Its purification has both guides.")
     if args.smoke:
         parts.append("**Smoke run: no figure means anything.**")
     datasets = dict.fromkeys(name for measured in by_method.values() for name in measured.datasets())

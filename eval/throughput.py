@@ -63,7 +63,7 @@ from eval.timing import (
 from jcdp_diffusers import JointConditionalPurificationPipeline, LPIPSModel
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
 from jcdp_diffusers.acceleration.placement import compiled_normal_noise, place
-from jcdp_diffusers.cli import expand_home
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 from jcdp_diffusers.data import LabelledImages, load_images, to_uint8
 from jcdp_diffusers.devices import has_bfloat16, usable_device
 from jcdp_diffusers.noise import image_keys, normal_noise
@@ -309,7 +309,9 @@ def measure_input(bench: Bench) -> None:
         bench.record("input", value, seconds * repeats, of=what, **settings)
 
     here = bench.settings().items()
-    for record in [r for r in records_of(bench.output) if here <= r["settings"].items()]:
+    for record in records_of(bench.output):
+        if record["protocol"] != bench.protocol or not here <= record["settings"].items():
+            continue
         settings, value = record["settings"], record["value"]
         if record["what"] == "training" and bench.missing("input", of="training", unet=settings["unet"]):
             layout = BatchLayout(0, 1, settings["batch"], 1)
@@ -423,6 +425,15 @@ def main(arguments: list[str] | None = None) -> None:
     for name in args.sections:
         if name not in SECTIONS and name not in ASKED_FOR:
             parser.error(f"section is {name!r}, but accepted are {', '.join((*SECTIONS, *ASKED_FOR))}.")
+    for section, option in (("pixels", "purifier"), ("pixels", "data"), ("accuracy", "data")):
+        if section in args.sections and getattr(args, option) is None:
+            parser.error(f"--{option} is not given, but {section} needs it.")
+    with ends_in_one_sentence("throughput"):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Each section that was asked for."""
     device = usable_device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
@@ -452,7 +463,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif name == "plot":
             draw_plot(bench, args.figure)
         elif name == "table":
-            print(speed_table(records_of(bench.output), bench.unet))
+            print(speed_table(records_of(bench.output), bench.unet, smoke=args.quick))
         else:
             SECTIONS[name](bench)
 

@@ -121,11 +121,12 @@ class ProtectionSpectrum:
 
     def table(self) -> ProtectionTable:
         """
-        What a guide has to know: the estimate where it is seen, and an upper bound where it is not.
+        What a guide has to know: the estimate where it is seen, and a lessened upper bound where it is not.
 
         Brightness varies so much that its own bound is far above any protection. So where a protection is not seen in
         an axis, it is taken to be no stronger than in the axes where it is seen at that frequency; if it is in none,
-        no stronger than the smallest of their bounds. The mean colour is taken as the frequency 1.
+        no stronger than the smallest of their bounds. That is no upper bound any more: a protection that is stronger
+        in brightness, such as OPS, is underestimated there. The mean colour is taken as the frequency 1.
         """
         power, bound, seen = self.power[:, 1:], self.upper_bound[:, 1:], self.seen[:, 1:]
         elsewhere = np.where(seen.any(axis=0), np.where(seen, power, 0).max(axis=0), bound.min(axis=0))

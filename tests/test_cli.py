@@ -40,7 +40,7 @@ def test_the_home_folder_is_known_in_every_path(words, monkeypatch, tmp_path):
     assert given[0].output == f"{tmp_path}/x~y"
 
 
-def test_the_home_folder_is_known_in_every_script(monkeypatch, tmp_path):
+def test_every_script_knows_the_home_folder_and_ends_in_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = argparse.Namespace(one="~/a", several=["~/b", "c~"], path=Path("~/d"), number=3, nothing=None)
     expected = {"one": f"{tmp_path}/a", "several": [f"{tmp_path}/b", "c~"], "path": tmp_path / "d"}
@@ -49,6 +49,7 @@ def test_the_home_folder_is_known_in_every_script(monkeypatch, tmp_path):
     for file in (*(root / "eval").rglob("*.py"), *(root / "training").glob("*.py")):
         parsed = [line for line in file.read_text().splitlines() if ".parse_args(" in line]
         assert all("expand_home(" in line for line in parsed), file
+        assert not parsed or "with ends_in_one_sentence(" in file.read_text(), file
 
 
 def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):

@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler
 from jcdp_diffusers import JointConditionalPurificationPipeline
 from jcdp_diffusers.acceleration.feature_cache import FeatureCache
 from jcdp_diffusers.acceleration.placement import PRECISIONS, place
-from jcdp_diffusers.cli import expand_home
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 from jcdp_diffusers.data import load_images, to_uint8
 from jcdp_diffusers.purification_config import SAMPLERS
 from jcdp_diffusers.results import append_record
@@ -137,7 +137,8 @@ def main() -> None:
     pixels.set_defaults(run=measure_pixels)
     args = expand_home(parser.parse_args())
     torch.set_num_threads(1)
-    args.run(args)
+    with ends_in_one_sentence("feature_caching"):
+        args.run(args)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from diffusers import DDPMPipeline
 
 
 sys.path.append(str(Path(__file__).parents[2]))
 from eval.tables import markdown_table
-from jcdp_diffusers.cli import expand_home
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 from jcdp_diffusers.data import load_images
+from jcdp_diffusers.devices import default_device
 from jcdp_diffusers.results import append_record, read_records
 from jcdp_diffusers.train.config import PRECISIONS
 from jcdp_diffusers.train.loop import TrainingConfig, train_purifier
@@ -125,10 +127,11 @@ def main(args: argparse.Namespace) -> None:
 def described(args: argparse.Namespace) -> dict:
     """The settings that records of one comparison share; with the seed they decide each of its curves."""
     shared = (
-        "unet", "resolution", "num_held_out", "train_batch_size", "learning_rate", "first_timesteps",
-        "mixed_precision", "source_steps",
+        "unet", "resolution", "num_held_out", "train_batch_size", "learning_rate", "first_timesteps", "source_steps",
     )  # fmt: skip
+    precision = TrainingConfig(mixed_precision=args.mixed_precision).precision_on(torch.device(default_device()))
     return {name: getattr(args, name) for name in shared} | {
+        "mixed_precision": precision,
         "source": f"{Path(args.source).name} {args.source_split}",
         "target": f"{Path(args.target).name} {args.target_split}",
     }
@@ -138,13 +141,9 @@ def curve(args: argparse.Namespace, arm: str) -> dict[int, float]:
     """Loss by step of an arm, from the records with these settings and this seed; the last of equal steps counts."""
     if not args.results.exists():
         return {}
-    points = {}
-    for record in read_records(args.results):
-        settings = {"resolution": 32} | record["settings"]  # the first records do not name it
-        if record["what"] == WHAT and record["seed"] == args.seed and settings["arm"] == arm:
-            if all(settings[name] == value for name, value in described(args).items()):
-                points[settings["step"]] = record["value"]
-    return dict(sorted(points.items()))
+    wanted = args.seed, described(args)
+    records = [record for record in read_records(args.results) if record["what"] == WHAT]
+    return _curves([record for record in records if _compared(record) == wanted]).get(arm, {})
 
 
 def on_record(args: argparse.Namespace, arm: str, steps: int) -> bool:
@@ -169,13 +168,17 @@ def write_records(args: argparse.Namespace, arm: str, record: dict) -> None:
 
 def curves(records: Sequence[Mapping]) -> dict[str, dict[int, float]]:
     """
-    Loss by step of each arm, of the comparison that was recorded last; of equal steps the last counts.
+    Loss by step of each arm, of the last whole comparison; of equal steps the last counts.
 
     Args:
-        records (`list[dict]`): Of `results/finetune_versus_scratch.jsonl`.
+        records (`list[dict]`): See `last_comparison`.
     """
+    return _curves(last_comparison(records))
+
+
+def _curves(records: Sequence[Mapping]) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
-    for record in _last_comparison(records):
+    for record in records:
         found.setdefault(record["settings"]["arm"], {})[record["settings"]["step"]] = record["value"]
     return {arm: dict(sorted(points.items())) for arm, points in found.items()}
 
@@ -184,7 +187,7 @@ def table(records: Sequence[Mapping]) -> str:
     """The losses at some steps in Markdown, for training/README.md; an arm in each row."""
     found = curves(records)
     steps = [step for step in SHOWN if all(step in found[arm] for arm in ARMS)]
-    first = _last_comparison(records)[-1]["settings"]["first_timesteps"]
+    first = last_comparison(records)[-1]["settings"]["first_timesteps"]
     rows = [
         [
             "fine-tuned" if finetuned else "scratch",
@@ -196,11 +199,29 @@ def table(records: Sequence[Mapping]) -> str:
     return markdown_table(["start", "timesteps trained", *(f"{step} steps" for step in steps)], rows)
 
 
-def _last_comparison(records: Sequence[Mapping]) -> list[Mapping]:
-    def compared(record: Mapping) -> tuple:
-        return record["seed"], {name: v for name, v in record["settings"].items() if name not in ("arm", "step")}
+def last_comparison(records: Sequence[Mapping]) -> list[Mapping]:
+    """
+    The records of the comparison that was recorded last and is whole: all five curves have the last step of an arm.
 
-    return [record for record in records if compared(record) == compared(records[-1])]
+    Args:
+        records (`list[dict]`): Of `results/finetune_versus_scratch.jsonl`.
+
+    Raises:
+        ValueError: If none is whole.
+    """
+    for last in reversed(records):
+        comparison = [record for record in records if _compared(record) == _compared(last)]
+        found = _curves(comparison)
+        end = max(step for arm in ARMS for step in found.get(arm, {0: 0.0}))
+        if end and all(end in found.get(arm, {}) for arm in (*ARMS, SOURCE)):
+            return comparison
+    raise ValueError(f"records hold no comparison in which {', '.join((*ARMS, SOURCE))} have the same last step.")
+
+
+def _compared(record: Mapping) -> tuple[int, dict]:
+    """What the records of one comparison share: the seed, and the settings as `described` has them."""
+    settings = {"resolution": 32} | record["settings"]  # the first records do not name it
+    return record["seed"], {name: value for name, value in settings.items() if name not in ("arm", "step")}
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -239,4 +260,5 @@ def plot(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with ends_in_one_sentence("finetune_versus_scratch"):
+        main(parse_args())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jcdp_diffusers import poisons
 from jcdp_diffusers.audit.shortcut import shortcut_test
-from jcdp_diffusers.cli import expand_home
+from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.results import append_record, read_records
@@ -27,6 +27,12 @@ def main() -> None:
     parser.add_argument("--train_images", type=int, default=5000)
     parser.add_argument("--test_images", type=int, default=2000)
     args = expand_home(parser.parse_args())
+    with ends_in_one_sentence("shortcut"):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """A record per poison."""
     clean = load_images(args.dataset, split="train").subset(range(args.train_images))
     test = load_images(args.dataset, split="test").subset(range(args.test_images))
     for name in args.poisons:

@@ -8,10 +8,10 @@ Does the guide by the protection's spectrum help? Victims on what it makes, besi
     python eval/studies/spectrum_guidance.py table --output FILE.jsonl
     python eval/studies/spectrum_guidance.py picture --output FILE.jsonl --picture FILE.png
 
-The purifier was trained on the last 10,000 training images of CIFAR-10, the collected ones. 2,000 other training
-images are protected. Settings are chosen on validation images, which are training images of neither set. All
-purifications have 5 evaluations per round, because this is made for one core. A trial is a record and is skipped when
-it is on record already.
+The purifier was trained on the last 10,000 training images of CIFAR-10, the collected ones. 5,000 training images are
+protected. The spectra are of those that were not collected, and victims learn from 2,000 of them. Settings are chosen
+on validation images, which are training images of neither set. All purifications have 5 evaluations per round, because
+this is made for one core. A trial is a record and is skipped when it is on record already.
 """
 
 import argparse
@@ -249,6 +249,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--picture", type=Path)
     args = expand_home(parser.parse_args())
+    for name in {"table": (), "picture": ("picture",)}.get(args.question, ("dataset", "purifier", "cache")):
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is not given, but {args.question} needs it.")
     keep_freed_memory()
     torch.set_num_threads(1)
     with ends_in_one_sentence("spectrum_guidance"):
@@ -259,8 +262,6 @@ def main() -> None:
         elif args.question == "picture":
             draw(read_records(args.output), args.picture)
         else:
-            if None in (args.dataset, args.purifier, args.cache):
-                raise ValueError("--dataset, --purifier and --cache are needed to measure.")
             study = Study(args)
             if args.question == "spectra":
                 return spectra(study, args.poisons)

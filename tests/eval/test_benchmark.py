@@ -152,7 +152,7 @@ def test_a_grid_whose_victims_learn_without_labels(source, tmp_path, monkeypatch
     values = accuracies(tmp_path / "out")
     shown = [f"{100 * values[cell.name]:.1f}" for cell in (cells[0], cells[2], cells[3])]
     assert f"| LSP | SimCLR | {' | '.join(shown)} |" in capsys.readouterr().out
-    assert benchmark.tables_command(benchmark.read_grid(path), "out").endswith("--smoke --method simclr")
+    assert benchmark.tables_command(benchmark.read_grid(path), cells, "out").endswith("--smoke --method simclr")
     with pytest.raises(ValueError, match="countermeasure is 'mixup', .* 'simclr'; .* gray"):
         benchmark.read_grid(grid_file(tmp_path, source, **changes | {"countermeasures": ["mixup"]}))
     with pytest.raises(ValueError, match="protocol is 'iss', .* cp, fast"):
@@ -492,7 +492,7 @@ def test_ranks_of_a_launcher_share_the_trials_and_one_trains_the_purifier(source
 )
 def test_the_command_that_shows_a_grid(tmp_path, source, changes, options):
     grid = benchmark.read_grid(grid_file(tmp_path, source, **changes))
-    assert benchmark.tables_command(grid, "a b") == (
+    assert benchmark.tables_command(grid, [], "a b") == (
         f"python eval/tables.py grid --records 'a b/records.jsonl' {options}".rstrip()
     )
 
@@ -510,6 +510,8 @@ def test_a_purifier_is_not_believed_to_have_seen_no_test_image(source, tmp_path,
         run(tables, monkeypatch, "grid", *records, "--roles", roles)
         printed = capsys.readouterr().out
         assert ("| weak |" in printed) == there and ("Nobody knows" in printed) == there
+        assert ("--roles unknown shows it" in printed) != there
+    assert benchmark.tables_command(grid, cells, "out").endswith("--smoke --roles unknown")
 
     write_trained_on(tmp_path / "purifier", image_digests(load_images(source, split="train").images[120:]))
     cells = benchmark.run_grid(grid, tmp_path / "out", say=said.append)

@@ -64,6 +64,11 @@ def test_the_documented_command_takes_what_it_names(tmp_path, monkeypatch, capsy
         merge_records.main()
 
 
+def test_a_folder_that_is_missing_is_made(tmp_path):
+    assert merge(trial("a"), tmp_path / "missing/into.jsonl") == (1, 0)
+    assert read_records(tmp_path / "missing/into.jsonl") == trial("a")
+
+
 @pytest.mark.parametrize("end", ["", '\n{"what": "victim", "val'])
 def test_a_last_line_that_was_cut_short_or_has_no_end(end, tmp_path):
     into = tmp_path / "into.jsonl"

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from eval import figures, score
+from eval import figures, purify_scaling, score, throughput
+from eval.studies import feature_caching, shortcut
 from jcdp_diffusers.data import LabelledImages, write_dataset
 
 
@@ -29,6 +30,7 @@ def test_both_splits_of_one_data_set(tmp_path, monkeypatch):
     ("script", "options", "sentence"),
     [
         (score, ["--dataset", "nowhere", "--output", "s.json"], "score: .*'nowhere'"),
+        (shortcut, ["--dataset", "nowhere", "--cache", "cache", "--output", "s.jsonl"], "shortcut: .*'nowhere'"),
         (figures, ["purified", "--sets", "a=nowhere", "b=nowhere", "--output", "p.png"], "figures: .*'nowhere'"),
     ],
 )
@@ -38,3 +40,24 @@ def test_what_cannot_be_read_ends_in_one_sentence(tmp_path, monkeypatch, script,
     with pytest.raises(SystemExit, match=sentence) as stop:
         script.main()
     assert "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("script", "inner", "options"),
+    [
+        (throughput, "keep_freed_memory", ["peak", "--output", "r.jsonl"]),
+        (purify_scaling, "measure_codec", ["--output", "r.jsonl", "codec"]),
+        (shortcut, "load_images", ["--dataset", "here", "--cache", "cache", "--output", "s.jsonl"]),
+        (feature_caching, "named_unet", ["speed", "--output", "r.jsonl"]),
+    ],
+)
+def test_an_interruption_ends_in_one_sentence(monkeypatch, capsys, script, inner, options):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, inner, interrupted)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    monkeypatch.setattr(sys, "argv", ["script", *options])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 130 and capsys.readouterr().err.count("\n") == 1

@@ -181,6 +181,26 @@ def test_a_row_for_each_way_of_learning(monkeypatch, tmp_path):
     assert "| vanilla | 65.0 | 45.0 ± 7.1 |" in run(monkeypatch, tmp_path, found, "grid", "--method", "simclr")
 
 
+def test_a_poison_without_a_vanilla_cell_is_known_by_another(monkeypatch, tmp_path):
+    against = {"poison_settings": {"framework": "simclr"}}
+    found = [
+        *without_labels("moco-v2", "cp-s", "unconditional", [0.5], **against),
+        *without_labels("simclr", "cp-s", "unconditional", [0.6], **against),
+        *without_labels("simclr", "cp-s", "jcdp", [0.7], **against),
+    ]
+    lines = run(monkeypatch, tmp_path, found, "methods").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines if line.startswith("| CP-S")]
+    assert cells == [
+        ["SimCLR", "n.m. / 90.4", "70.0 / 86.6", "60.0 / 86.6"],  # purified without a guide, as in the next test
+        ["MoCo v2", "n.m.", "n.m.", "50.0"],  # made against SimCLR, which the paper's figure is not
+    ]
+    by_method = {"moco-v2": Measured(found, method="moco-v2")}
+    assert "| CP-S | SimCLR | 50.0 |" in transfer_table(by_method, "cifar10", {("cp-s", "unconditional"): "CP-S"})
+    norms = {"l2_mean": 1.5, "linf": 8}
+    table = poison_table(Measured(records("lsp", "gray", [0.5], poison_norms=norms, poison_seconds=7.0)), "cifar10")
+    assert table.splitlines()[-1] == "| LSP | n.m. | n.m. | n.m. | 1.50 | 8 | 7 |"
+
+
 def test_what_is_learned_without_labels_stands_beside_the_papers_probe():
     found = [
         *without_labels("simclr", "none", "none", [0.6], details={"knn_accuracy": 0.55}),
@@ -257,8 +277,10 @@ def test_costs_are_beside_the_figures():
         ]
     )
     table = grid_table(measured, "cifar10")
-    assert cell_of(table, "JCDP", "seconds before training") == "12.0"
-    assert cell_of(table, "JCDP", "seconds of training") == "20.0"
+    assert cell_of(table, "JCDP", "seconds before training") == "12.0 (cpu, unknown precision)"
+    assert cell_of(table, "JCDP", "seconds of training") == "20.0 (cpu, unknown precision)"
+    assert cell_of(table, "gray", "seconds of training") == "1.0 (cuda (NVIDIA H100), unknown precision)"
+    assert cell_of(table, "Mixup", "seconds of training") == "10.0 (cpu, float32)"
     assert cell_of(table, "JCDP", "of adversarial training's") == "25 %"
     assert cell_of(table, "JCDP", "of UEraser's") == "50 %"
     assert cell_of(table, "adversarial training", "of adversarial training's") == "100 %"
@@ -266,9 +288,27 @@ def test_costs_are_beside_the_figures():
         assert cell_of(table, row, "of adversarial training's") == cell_of(table, row, "of UEraser's") == "n.m."
 
 
-def test_seconds_of_several_devices_have_no_mean():
-    two = [*records("lsp", "gray", [0.5]), *records("emn", "gray", [0.5], device="cuda (NVIDIA H100)")]
-    assert cell_of(grid_table(Measured(two), "cifar10"), "gray", "seconds of training") == "several devices"
+@pytest.mark.parametrize(
+    ("other", "several"),
+    [
+        ({"device": "cuda (NVIDIA H100)"}, "devices"),
+        ({"details": {"precision": "float32"}}, "precisions"),
+        ({"details": {"precision": "float32", "threads": 2}}, "numbers of threads and precisions"),
+    ],
+)
+def test_seconds_of_several_devices_or_precisions_have_no_mean(other, several):
+    mixed = [*records("lsp", "gray", [0.5]), *records("emn", "gray", [0.5], **other)]
+    table = grid_table(Measured([*mixed, *records("lsp", "mixup", [0.5], **other)]), "cifar10")
+    assert cell_of(table, "gray", "seconds of training") == f"several {several}"
+    assert cell_of(table, "Mixup", "seconds of training") == "10.0"  # no other row has seconds to compare
+
+
+def test_what_other_roles_have_is_named(monkeypatch, tmp_path):
+    found = [*records("lsp", "none", [0.2]), *records("lsp", "jcdp", [0.7], roles="unknown")]
+    hint = "Left out is what has roles unknown: --roles unknown shows it."
+    for kind in ("grid", "poisons", "paper"):
+        assert hint in run(monkeypatch, tmp_path, found, kind)
+    assert "Left out" not in run(monkeypatch, tmp_path, found, "grid", "--roles", "unknown")
 
 
 def test_figures_of_two_devices_or_precisions_are_no_one_mean():

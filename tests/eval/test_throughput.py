@@ -1,14 +1,18 @@
 """What a purification costs, in counts that are exact and ratios that are generous; never in seconds."""
 
+import multiprocessing
+import os
+import signal
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from tiny import tiny_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eval import speed_tables, throughput, timing
+from eval import plain_loops, speed_tables, throughput, timing
 from jcdp_diffusers import JointConditionalPurificationPipeline, LPIPSModel
-from jcdp_diffusers.results import read_records
+from jcdp_diffusers.results import append_record, read_records
 
 
 WHAT = ("peak", "step", "operators", "purifier", "noise", "training", "victim", "input")
@@ -58,7 +62,7 @@ def test_ratios_stay_within_generous_bounds(records):
 def test_a_compiled_run_is_never_taken_for_a_plain_one():
     about = {"unet": "tiny32", "processor": "p", "run": "float32"}
     plain, compiled = (
-        {"what": "purifier", "value": {"images_per_second": rate}, "settings": about | extra}
+        {"what": "purifier", "value": {"images_per_second": rate}, "settings": about | extra, "protocol": "throughput"}
         for rate, extra in ((1.0, {}), (2.0, {"compiled": True}))
     )
     machine = speed_tables.Machine([plain, compiled], "tiny32")
@@ -70,17 +74,64 @@ def test_a_compiled_run_is_never_taken_for_a_plain_one():
 def test_the_table_leaves_out_what_no_machine_was_asked():
     def step(mode, batch, rate):
         settings = {"unet": "tiny32", "processor": "a GPU", "mode": mode, "kind": "bare", "batch": batch}
-        return {"what": "step", "value": {"images_per_second": rate}, "settings": settings}
+        value = {"images_per_second": rate}
+        return {"what": "step", "value": value, "settings": settings, "protocol": "throughput"}
 
     table = speed_tables.speed_table([step("float32 channels_last", 256, 3.0)], "tiny32")
     assert "| bare UNet, batch 256, images/s | 3.0 | n.m. |" in table
     assert "batch 16" not in table and "compiled" not in table
 
 
-def test_an_unknown_section_is_wrong_usage(tmp_path, capsys):
+def test_smoke_figures_stand_in_tables_of_smoke_runs_alone(tmp_path, capsys):
+    path = tmp_path / "records.jsonl"
+    common = {"seed": None, "device": "cpu", "seconds": 1.0}
+    for protocol, processor, ratio in (("throughput", "real", 1.25), ("smoke", "real", 9.0), ("smoke", "tried", 9.0)):
+        settings, value = {"processor": processor, "unet": "tiny32"}, {"ratio": ratio, "quartiles": [ratio] * 2}
+        append_record(path, what="training", value=value, protocol=protocol, settings=settings, **common)
+    table = speed_tables.speed_table(read_records(path), "tiny32")
+    assert "| a purifier's training step | 1.25 [1.25, 1.25] |" in table and "tried" not in table
+    command = ["--output", str(path), "--unet", "tiny32", "--device", "cpu"]
+    throughput.main(["table", *command, "--quick"])
+    said = capsys.readouterr().out
+    assert said.startswith("**Smoke run") and "| 9.00 [9.00, 9.00] | 9.00 [9.00, 9.00] |" in said
+    bench = bench_of(path, quick=False)
+    throughput.measure_input(bench)
+    assert len(read_records(path)) == 3  # a smoke run's step is no base of a share
+
+
+def bench_of(path, **changes):
+    about = {"device": torch.device("cpu"), "clock": "wall", "repeats": 1, "unet": "tiny32", "batches": (1,)}
+    return timing.Bench(**{"output": path, "quick": True, "compile": False} | about | changes)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["speed"], "section is 'speed', but accepted are peak, steps"),
+        (["pixels", "--data", "here"], "--purifier is not given, but pixels needs it"),
+        (["pixels", "--purifier", "here"], "--data is not given, but pixels needs it"),
+        (["accuracy"], "--data is not given, but accuracy needs it"),
+    ],
+)
+def test_a_section_that_is_unknown_or_lacks_its_data_is_wrong_usage(tmp_path, capsys, words, sentence):
     with pytest.raises(SystemExit) as usage:
-        throughput.main(["speed", "--output", str(tmp_path / "records.jsonl")])
-    assert usage.value.code == 2 and "section is 'speed', but accepted are peak, steps" in capsys.readouterr().err
+        throughput.main([*words, "--output", str(tmp_path / "records.jsonl")])
+    assert usage.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("section", ["plot", "table"])
+def test_what_has_no_records_yet_ends_in_one_sentence(tmp_path, section):
+    with pytest.raises(SystemExit, match="^throughput: .* yet"):
+        throughput.main([section, "--output", str(tmp_path / "records.jsonl"), "--device", "cpu"])
+
+
+def test_the_process_of_the_authors_loop_may_die(tmp_path, monkeypatch):
+    fork = multiprocessing.get_context("fork")  # a new Python would take seconds to begin
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    monkeypatch.setattr(plain_loops, "serve_authors_loop", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RuntimeError, match="the authors' loop ended with exit code -9"):
+        with plain_loops.authors_process(bench_of(tmp_path / "records.jsonl"), 1, 1) as seconds:
+            seconds(tf32=False)
 
 
 @pytest.mark.parametrize("count", [3, 16, 17])

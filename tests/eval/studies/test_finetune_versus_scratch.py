@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval import page_figures
 from eval.studies import finetune_versus_scratch
 from jcdp_diffusers.results import read_records
 
@@ -63,3 +64,41 @@ def test_every_arm_is_recorded_and_plotted(tmp_path, monkeypatch):
     finetune_versus_scratch.write_records(other, arms[0], measured)
     assert finetune_versus_scratch.on_record(other, arms[0], 2)
     assert finetune_versus_scratch.curve(args, arms[0]) == {step: loss[arms[0], step] for step in (0, 1, 2)}
+
+
+def compared(seed: int, seconds: float, arms=None, last=4, **settings) -> list[dict]:
+    """The records of one comparison, its arms trained for `last` steps and its source for 8."""
+    arms = (finetune_versus_scratch.SOURCE, *finetune_versus_scratch.ARMS) if arms is None else arms
+    ends = {arm: 8 if arm == finetune_versus_scratch.SOURCE else last for arm in arms}
+    return [
+        {"what": "loss", "seed": seed, "seconds": seconds, "value": 1.0 + seed}
+        | {"settings": {"arm": arm, "step": step, "first_timesteps": 100} | settings}
+        for arm, end in ends.items()
+        for step in range(0, end + 1, 2)
+    ]
+
+
+def test_what_is_told_is_the_last_comparison_that_is_whole(monkeypatch):
+    arms = (finetune_versus_scratch.SOURCE, *finetune_versus_scratch.ARMS)
+    first, second = compared(0, 10.0), compared(1, 20.0)
+    assert finetune_versus_scratch.last_comparison(first + second) == second
+    # The second one was interrupted: before an arm, while an arm was written, or it has the source alone.
+    for interrupted in (compared(1, 20.0, arms[:-1]), second[:-1], compared(1, 20.0, arms[:1])):
+        assert finetune_versus_scratch.last_comparison(first + interrupted) == first
+        assert finetune_versus_scratch.table(first + interrupted) == finetune_versus_scratch.table(first)
+        monkeypatch.setattr(page_figures, "read_records", lambda path, found=first + interrupted: found)
+        assert page_figures.finetune()["seconds_most"] == "10"
+        with pytest.raises(ValueError, match="records hold no comparison in which scratch, all timesteps"):
+            finetune_versus_scratch.table(interrupted)
+    # Records from before the resolution was named are of 32 pixels, and of one comparison with those that name it.
+    named = compared(0, 10.0, arms[-1:], resolution=32)
+    assert finetune_versus_scratch.last_comparison(compared(0, 10.0, arms[:-1]) + named)[-1] == named[-1]
+
+
+def test_records_name_the_precision_that_was_used(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script", "--source", "a", "--target", "b"])
+    args = finetune_versus_scratch.parse_args()
+    assert args.mixed_precision == "auto"
+    for has, precision in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr("jcdp_diffusers.train.config.has_bfloat16", lambda device, has=has: has)
+        assert finetune_versus_scratch.described(args)["mixed_precision"] == precision

@@ -85,6 +85,14 @@ def test_the_study_from_sets_to_table_and_picture(small, monkeypatch, capsys):
     assert (small / "spectrum.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(("question", "option"), [("picture", "picture"), ("spectra", "dataset")])
+def test_an_option_that_a_question_needs_is_wrong_usage_without_it(monkeypatch, capsys, question, option):
+    monkeypatch.setattr(sys, "argv", ["spectrum_guidance", question, "--output", "records.jsonl"])
+    with pytest.raises(SystemExit) as usage:
+        spectrum_guidance.main()
+    assert usage.value.code == 2 and f"--{option} is not given, but {question} needs it" in capsys.readouterr().err
+
+
 def test_a_table_has_the_mean_of_the_seeds(tmp_path):
     facts = dict(what="accuracy", protocol="short", device="cpu", seconds=1.0)
     for part, poison, values in (("test", "lsp", (0.5, 0.6)), ("test", "ar", (0.7,)), ("validation", "lsp", (0.1,))):
