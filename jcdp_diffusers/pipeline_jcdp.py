@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import secrets
 import shutil
@@ -15,7 +16,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from huggingface_hub import snapshot_download
 from PIL import Image
 
@@ -34,7 +35,18 @@ from .images import Images, pictures_of, to_bytes, within_unit_range
 from .noise import coloured, content_id, image_keys, noise_power, normal_noise, times_covariance
 from .perceptual import LPIPSModel, load_perceptual
 from .purification_config import CONFIG_NAME, PurificationConfig
-from .repository import check_folder, check_on_hub, lay_aligned, on_hub, only_variant, remove_weights
+from .repository import (
+    TRAINED_ON_NAME,
+    check_folder,
+    check_on_hub,
+    folder_of,
+    lay_aligned,
+    on_hub,
+    only_variant,
+    remove_weights,
+    training_list,
+    weights_digest,
+)
 from .scheduling_guided_ddim import GuidedDDIMScheduler
 from .scheduling_guided_ddpm import GuidedDDPMScheduler, guided, settings_of
 
@@ -91,6 +103,9 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         scheduler (`GuidedDDPMScheduler`): A `DDPMScheduler`, or another one with the same noise schedule (DDIM's, for
             example), is converted, and its configuration kept.
         perceptual (`LPIPSModel`, *optional*): Needed for a positive perceptual scale only.
+
+    What the repository of the network says of it, `purification_config`, is kept on the network. So it comes along to
+    every pipeline of this class that gets the network, however that is made. Pipelines with the same network share it.
     """
 
     model_cpu_offload_seq = "unet"
@@ -106,10 +121,24 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         size = getattr(unet.config, "sample_size", None)
         if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
             unet.register_to_config(sample_size=size[0])  # the other way in which diffusers writes a square
+        for network in (unet, perceptual):
+            if network is not None:
+                lay_aligned(network)
+        if not hasattr(unet, "purification_config"):  # plain diffusers loaded it, or it was made in memory
+            folder = folder_of(unet)
+            unet.purification_config = None if folder is None else PurificationConfig.from_pretrained(folder)
         self.register_modules(unet=unet, scheduler=scheduler, perceptual=perceptual)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
-        self.purification_config: PurificationConfig | None = None
         self.normal_noise = normal_noise  # or the same compiled: `placement.place`
+
+    @property
+    def purification_config(self) -> PurificationConfig | None:
+        """Settings of the network's repository, with what it was trained on; None if it has none."""
+        return getattr(self.unet, "purification_config", None)
+
+    @purification_config.setter
+    def purification_config(self, config: PurificationConfig | None) -> None:
+        self.unet.purification_config = config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -129,17 +158,18 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         hub_options = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
         files = check_folder(folder) if folder.exists() else check_on_hub(name, **hub_options)
         kwargs.setdefault("variant", only_variant(files))
+        if not folder.is_dir():
+            # diffusers downloads only what model_index.json names; the same snapshot gets what lies beside it.
+            beside = [CONFIG_NAME, TRAINED_ON_NAME, "perceptual/*"]
+            with on_hub(name):
+                folder = Path(snapshot_download(name, allow_patterns=beside, **hub_options))
+        config = PurificationConfig.from_pretrained(folder)
         try:
             pipe = super().from_pretrained(name, **kwargs)
         except Exception as error:  # whatever diffusers says of files that nobody here has written
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise OSError(f"purifier is {name!r}, but must be a DDPM that can be loaded ({reason:.300}).") from error
-        lay_aligned(pipe.unet)
-        if not folder.is_dir():
-            # diffusers downloads only what model_index.json names; the same snapshot gets what lies beside it.
-            with on_hub(name):
-                folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, "perceptual/*"], **hub_options))
-        pipe.purification_config = PurificationConfig.from_pretrained(folder)
+        pipe.purification_config = config
         if "perceptual" not in kwargs and (folder / "perceptual").is_dir():
             perceptual = load_perceptual(folder / "perceptual").to(pipe.unet.device)  # where device_map has put that
             pipe.register_modules(perceptual=perceptual)
@@ -151,17 +181,12 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         Share the components of another pipeline, e.g. a `DDPMPipeline`; `perceptual=` may be added.
 
         What a purifier's repository says of its network beyond plain diffusers (`purification_config`) comes along
-        from a pipeline of this class, and from any that was loaded from a folder. From one that was loaded from the
-        Hub it does not: open such a purifier with `from_pretrained`.
+        from a pipeline of this class, and from any that was loaded from a folder which is still there. From one that
+        plain diffusers loaded from the Hub it does not: open such a purifier with `from_pretrained`.
         """
         if not {"dtype", "torch_dtype"} & kwargs.keys():
             kwargs["dtype"] = pipeline.unet.dtype  # diffusers would turn the shared network to float32
-        pipe = super().from_pipe(pipeline, **kwargs)
-        if isinstance(pipeline, JointConditionalPurificationPipeline):
-            pipe.purification_config = pipeline.purification_config
-        elif (origin := pipeline.config.get("_name_or_path")) and Path(origin).is_dir():
-            pipe.purification_config = PurificationConfig.from_pretrained(origin)
-        return pipe
+        return super().from_pipe(pipeline, **kwargs)
 
     def save_pretrained(
         self,
@@ -178,6 +203,9 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         """
         Write a plain DDPM repository, with `purification_config.json` and `perceptual/` beside it if there are any.
 
+        The list of the images that trained the network, `trained_on.json`, comes along from the folder that it was
+        loaded from if the network has still the weights of that folder, in whatever type.
+
         Args:
             save_directory (`str` or `os.PathLike`): Made if needed.
             push_to_hub (`bool`): Push the folder, as it then is, in one commit.
@@ -189,11 +217,16 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         """
         if push_to_hub:  # whoever may not push learns it first
             repo_id = create_repository(repo_id or Path(save_directory).name, private=private, token=token)
+        listed = training_list(unwrap_module(self.unet))  # read first: these files may be replaced now
         # Of a purifier that was saved here before.
         remove_weights(Path(save_directory) / "unet", kwargs.get("variant"))
         DDPMPipeline(self.unet, DDPMScheduler.from_config(settings_of(self.scheduler))).save_pretrained(
             save_directory, **kwargs
         )
+        files = [path.name for path in (Path(save_directory) / "unet").iterdir()]
+        if listed is not None and only_variant(files) == kwargs.get("variant"):
+            listed["weights"] = weights_digest(save_directory)
+            (Path(save_directory) / TRAINED_ON_NAME).write_text(json.dumps(listed) + "\n")
         if self.purification_config is not None:
             self.purification_config.save_pretrained(save_directory)
         else:  # of a purifier that was saved here before
@@ -246,7 +279,9 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
 
         An image's result depends on its content, the settings, the seed and its id, not on the other images of the
         call: the networks always run on exactly `micro_batch_size` images, the last batch padded, and on a CPU on a
-        power of two of threads. Equal bits are promised for equal settings on one kind of machine.
+        power of two of threads. Equal bits are promised for equal settings on one kind of machine, and for networks of
+        two levels or more: one of a single level takes images of an odd number of pixels, whose last bits then depend
+        on their place in the batch.
 
         Args:
             images (`PIL.Image.Image`, `list`, `np.ndarray` or `torch.Tensor`): PIL images of one size, of any mode
@@ -326,8 +361,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
 
         # 3. Timesteps, on schedulers of this call's own
         schedulers = [self.prepare_scheduler(config, round_index) for round_index in range(config.num_rounds)]
-        start_level = config.diffusion_steps - (0 if config.start_one_level_higher else 1)
-        start_bar = schedulers[0].alpha_bars[start_level]
+        start_bar = schedulers[0].alpha_bars[config.start_level]
 
         # 4. N rounds of forward and reverse
         sample = original.clone()
@@ -467,8 +501,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             ValueError: If the preset is unknown, or this purifier cannot do what the settings ask.
         """
         config = PurificationConfig.resolve(preset, repository=self.purification_config, **arguments)
-        self.check_timesteps(config)
         self.check_scheduler(config)
+        self.check_timesteps(config)
         self.check_guides(config)
         if config.feature_reuse > 1:
             check_cacheable(self.unet, config.feature_reuse)
@@ -481,7 +515,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         trained = config.trained_timesteps
         if trained is not None and trained[0] > 0:
             raise ValueError(f"trained_timesteps is {trained}, but must begin at 0, where purification ends.")
-        end = self.scheduler.config.num_train_timesteps if trained is None else trained[1]
+        end = len(self.scheduler.alpha_bars)  # a schedule may be shorter than that of the training
+        end = end if trained is None else min(end, trained[1])
         most = end - config.start_one_level_higher
         if config.diffusion_steps > most:
             raise ValueError(
@@ -565,11 +600,10 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         changes = {} if config.variance_type is None else {"variance_type": config.variance_type}
         kind = GuidedDDIMScheduler if config.sampler == "ddim" else type(self.scheduler)
         scheduler = kind.from_config(settings_of(self.scheduler), **changes)
-        steps = config.diffusion_steps
-        if scheduler.alpha_bars[steps - 1] == 0:
+        if scheduler.alpha_bars[config.start_level] == 0:
             raise ValueError(
-                f"diffusion_steps is {steps}, but must be fewer: this scheduler's alpha_bar is 0 there, so nothing of "
-                "the image would be left."
+                f"diffusion_steps is {config.diffusion_steps}, but must be fewer: this scheduler's alpha_bar is 0 "
+                "there, so nothing of the image would be left."
             )
         scheduler.set_timesteps(timesteps=list(config.timesteps_per_round[round_index]))
         return scheduler

@@ -189,6 +189,11 @@ class PurificationConfig:
         )
 
     @property
+    def start_level(self) -> int:
+        """The timestep whose alpha_bar a round starts at."""
+        return self.diffusion_steps if self.start_one_level_higher else self.diffusion_steps - 1
+
+    @property
     def is_guided(self) -> bool:
         """Whether a guide has a scale."""
         return self.pixel_guidance_scale > 0 or self.perceptual_guidance_scale > 0

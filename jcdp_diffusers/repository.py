@@ -1,9 +1,11 @@
 """A purifier's repository, checked before anything of it is loaded: each error is a sentence that names the file."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,11 +14,13 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 
 # Names of weights and of their index, as diffusers writes them; the group is the variant.
 INDEX = re.compile(r"diffusion_pytorch_model\.(?:safetensors|bin)\.index(?:\.([^.]+))?\.json")
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.([^.\-]+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
+TRAINED_ON_NAME = "trained_on.json"
 
 
 def read_json(path: str | os.PathLike) -> dict:
@@ -212,9 +216,81 @@ def only_variant(names: Iterable[str]) -> str | None:
     return None if not variants or None in variants else sorted(variants)[0]
 
 
+def weights_without_variant(folder: str | os.PathLike) -> list[Path]:
+    """
+    Safetensors files of a purifier's network that are loaded where nobody asks for a variant.
+
+    Args:
+        folder (`str` or `os.PathLike`): The repository, with its network in `unet`.
+    """
+    files = [path for path in sorted((Path(folder) / "unet").glob("*.safetensors")) if WEIGHTS.fullmatch(path.name)]
+    loaded = only_variant(path.name for path in files)
+    return [path for path in files if WEIGHTS.fullmatch(path.name)[1] == loaded]
+
+
+def weights_digest(folder: str | os.PathLike) -> str:
+    """
+    Ties `trained_on.json` to weights: a folder into which other ones are saved keeps no list that is not theirs.
+
+    Args:
+        folder (`str` or `os.PathLike`): The repository. Variants that are saved beside the weights do not count.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in weights_without_variant(folder):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def folder_of(network: torch.nn.Module) -> Path | None:
+    """
+    The purifier's folder that diffusers loaded a network from, as an absolute path.
+
+    Args:
+        network (`torch.nn.Module`): The network of a pipeline or a network alone.
+
+    Returns:
+        `Path`: None if it was made in memory, loaded from elsewhere, or from a folder that is not there now, which a
+        warning says.
+    """
+    name = getattr(network.config, "_name_or_path", None)
+    if not name:
+        return None
+    place = Path(name).absolute()
+    if not place.exists():
+        warnings.warn(
+            f"unet was loaded from {str(name)!r}, which is no folder here, so what a purifier has beside it is not "
+            "known (the colour of its noise, the images that trained it): open a purifier with from_pretrained, and "
+            "keep its folder.",
+            stacklevel=3,
+        )
+    return next((one for one in (place, place.parent) if (one / "model_index.json").is_file()), None)
+
+
+def training_list(network: torch.nn.Module) -> dict | None:
+    """
+    `trained_on.json` of the folder that a network was loaded from, if it is a list for the weights that it has now.
+
+    Args:
+        network (`torch.nn.Module`): Its weights may be in another type than in the files.
+    """
+    folder = folder_of(network)
+    if folder is None or not (folder / TRAINED_ON_NAME).is_file():
+        return None
+    listed = read_json(folder / TRAINED_ON_NAME)
+    files = weights_without_variant(folder)
+    if not files or listed.get("weights") != weights_digest(folder):  # without files there is nothing to compare with
+        return None
+    own = network.state_dict()
+    for path in files:
+        for name, weight in load_file(path).items():
+            if name not in own or not torch.equal(weight.to(own[name].dtype), own[name].cpu()):
+                return None
+    return listed
+
+
 def lay_aligned(network: torch.nn.Module) -> None:
     """
-    Moves the weights of a network that was loaded on a CPU to addresses that torch would give them.
+    Moves the weights of a network that lies on a CPU to addresses that torch would give them.
 
     Safetensors leaves weights where the file has them, at any address. Torch chooses some kernels by alignment, so the
     same weights gave other last bits in memory than from a file, and than from a file with a longer header.

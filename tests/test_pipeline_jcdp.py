@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 from tiny import tiny_unet
 
@@ -112,6 +112,24 @@ class TestRepository:
             assert Pipeline.from_pipe(plain, **{name: torch.float32}).unet.dtype == torch.float32
             plain.to(torch.bfloat16)
 
+    def test_what_the_network_was_trained_on_comes_along_with_it(self, plain, tmp_path, monkeypatch):
+        config = PurificationConfig(noise_corner=8.0, trained_timesteps=(0, 50), diffusion_steps=20)
+        plain.purification_config = config
+        plain.save_pretrained(tmp_path / "purifier")
+        ddim = DDIMPipeline(plain.unet, DDIMScheduler())
+        monkeypatch.chdir(tmp_path)
+        loaded, early = (DDPMPipeline.from_pretrained("purifier") for _ in range(2))
+        made = [
+            Pipeline(**plain.components),
+            Pipeline(ddim.unet, ddim.scheduler),
+            Pipeline(loaded.unet, DDPMScheduler()),
+        ]
+        assert [pipe.purification_config for pipe in made] == [config] * 3
+        monkeypatch.chdir("/")
+        assert Pipeline.from_pipe(loaded).purification_config == config
+        with pytest.warns(UserWarning, match="'purifier/unet', which is no folder here"):
+            Pipeline.from_pipe(early)
+
     @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
     def test_a_schedule_that_ends_in_pure_noise_is_used_before_its_end(self, sampler):
         scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
@@ -120,6 +138,9 @@ class TestRepository:
         assert pipe(torch.rand(1, 3, 8, 8), diffusion_steps=999, **options).images
         with pytest.raises(ValueError, match="diffusion_steps is 1000, but must be fewer"):
             pipe(torch.rand(1, 3, 8, 8), diffusion_steps=1000, **options)
+        higher = PurificationConfig(diffusion_steps=999, start_one_level_higher=True)
+        with pytest.raises(ValueError, match="diffusion_steps is 999, but must be fewer"):
+            pipe(torch.rand(1, 3, 8, 8), preset=higher, **options)
 
     def test_a_schedule_given_by_position_is_kept(self, tmp_path):
         """diffusers' own from_config(scheduler.config) would turn 50 timesteps back into 1,000."""
@@ -179,9 +200,11 @@ class TestSameBits:
     def test_weights_from_files_are_those_in_memory(self, pipe, shard_size, tmp_path):
         """Also one image at a time, for which torch takes other kernels where weights lie unaligned."""
         pipe.save_pretrained(tmp_path, max_shard_size=shard_size)
-        loaded = JointConditionalPurificationPipeline.from_pretrained(tmp_path)
         settings = dict(micro_batch_size=1, seed=0, output_type="pt", **GUIDED)
-        assert torch.equal(loaded(photos(2), **settings).images, pipe(photos(2), **settings).images)
+        expected = pipe(photos(2), **settings).images
+        plain = DDPMPipeline.from_pretrained(tmp_path)
+        for loaded in (Pipeline.from_pretrained(tmp_path), Pipeline.from_pipe(plain, perceptual=pipe.perceptual)):
+            assert torch.equal(loaded(photos(2), **settings).images, expected)
 
     def test_without_ids_the_content_is_the_id(self, plain):
         images, settings = photos(3), dict(diffusion_steps=2, seed=0, output_type="pt")
@@ -635,6 +658,9 @@ class TestCall:
             pipe(photos(1), preset="code", diffusion_steps=50)
         with pytest.raises(ValueError, match="diffusion_steps is 1001.*1000"):
             Pipeline(tiny_unet(), DDPMScheduler())(photos(1), diffusion_steps=1001, num_inference_steps=1)
+        for short in (DDPMScheduler(40), DDPMScheduler(trained_betas=[0.01] * 40)):
+            with pytest.raises(ValueError, match="diffusion_steps is 45.* 40"):
+                Pipeline.from_pipe(pipe, scheduler=short)(photos(1), diffusion_steps=45)
 
     def test_a_perceptual_scale_needs_the_network_it_was_tuned_for(self, plain):
         with pytest.raises(ValueError, match="perceptual is None.*'lpips-alex'.*300"):

@@ -232,6 +232,9 @@ def test_adaptive_on_the_command_line(tmp_path, capsys):
     words += f" --diffusion_steps 3 --num_inference_steps 2 --preset adaptive --output {tmp_path / 'out'}"
     assert main(words.split()) == 1
     assert "--collected is None" in capsys.readouterr().err
+    for option in ("--output", "--export"):
+        assert main([*words.split(), "--collected", str(collected), option, str(collected / "new")]) == 1
+        assert f"{option} is '{collected / 'new'}', which lies inside that of --collected" in capsys.readouterr().err
     assert main([*words.split(), "--collected", str(collected)]) == 0
     table = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["protection"]
     # 2 * 12^2 in all axes together. These images are made of squares, which hide what is at 1 and 3.

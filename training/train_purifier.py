@@ -87,9 +87,8 @@ def main(args: argparse.Namespace) -> None:
     asked = argparse.Namespace(**vars(args) | {"noise_corner": args.noise_corner or 0.0})
     config = TrainingConfig.from_arguments(asked)
     check_counts(args)
-    check_apart(
-        args.output_dir, sources={"--dataset": args.dataset, "--pretrained": args.pretrained}, name="--output_dir"
-    )
+    sources = {f"--{name}": getattr(args, name) for name in ("dataset", "validation_dataset", "pretrained")}
+    check_apart(args.output_dir, sources=sources, name="--output_dir")
     state = PartialState(cpu=on_cpu(args.cpu))
     repo_id = args.hub_model_id or args.output_dir.resolve().name
     if args.push_to_hub and state.is_main_process:

@@ -46,6 +46,14 @@ class WinogradConv2d(nn.Conv2d):
         self.register_load_state_dict_post_hook(_transform_again)
         self.train(conv.training)
 
+    def _apply(self, fn, recurse=True):
+        """Rounded weights are transformed anew: rounding what is transformed would cost five times as much."""
+        before = self.weight.dtype
+        super()._apply(fn, recurse)
+        if self.weight.dtype != before:
+            self.kernel = transformed(self.weight)
+        return self
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """
         The convolution, as it is where the algorithm does not suit the input.

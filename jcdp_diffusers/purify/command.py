@@ -12,6 +12,7 @@ from ..acceleration.placement import PRECISIONS
 from ..data import is_url, load_images
 from ..data.export import FORMATS
 from ..devices import default_device
+from ..outputs import check_apart
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import ADAPTIVE, PRESETS, PurificationConfig
 from ..storage import Folder
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
     if export is not None and engines.ranks()[0] == 0:
         where = {name: options[name] for name in ("split", "image_column", "label_column", "id_column")}
         check_places(export, dataset, output, suffix, **where)
+        check_apart(export, sources={"--collected": args.collected}, name="--export")
     opening = {name: options.pop(name) for name in ("device", "perceptual", "precision", "revision")}
     opening |= {"compiled": options.pop("compile"), "output_dir": output}
     if options["num_inference_steps"] is not None and len(options["num_inference_steps"]) == 1:
@@ -112,6 +114,8 @@ def run(args: argparse.Namespace) -> None:
             "must be given together."
         )
     if args.preset == ADAPTIVE:
+        if not is_url(output):
+            check_apart(output, sources={"--collected": args.collected}, name="--output")
         options["preset"] = _adaptive(args)
     pipe = functools.partial(open_purifier, options.pop("purifier"), **opening)
     gpus = int(str(device).startswith("cuda"))  # of an actor on Ray

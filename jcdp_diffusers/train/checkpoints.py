@@ -91,7 +91,8 @@ def save_checkpoint(
         save_state (`Callable`): Writes the states into a folder, see `save_states`; called on the main process.
         progress (`dict`): What a resumed run must know; JSON.
         wait_for_everyone (`Callable`): A barrier.
-        total_limit (`int`, *optional*): How many checkpoints to keep; the oldest go once the new one is safe.
+        total_limit (`int`, *optional*): How many checkpoints to keep: the new one and, once it is safe, the others of
+            the highest steps, which are of an earlier run where this one went on from an older checkpoint.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(f".{final.name}.partial")
@@ -107,7 +108,8 @@ def save_checkpoint(
         os.replace(partial, final)
         _flush(final.parent)
         if total_limit is not None:
-            for old in list_checkpoints(output_dir)[:-total_limit]:
+            others = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint != final]
+            for old in others[: max(0, len(others) + 1 - total_limit)]:
                 _remove(old)
     wait_for_everyone()
     return final

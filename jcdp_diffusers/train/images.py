@@ -75,6 +75,14 @@ class ImageFiles(torch.utils.data.Dataset):
             pixels = self._random_square(pixels, draw)
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
+    def __getitems__(self, keys: list[tuple[int, int]]) -> torch.Tensor | Exception:
+        """A batch, shape (B, C, resolution, resolution), or what is wrong with it: raised in another process, an error
+        would come back with a traceback in its text."""
+        try:
+            return torch.stack([self[key] for key in keys])
+        except (OSError, ValueError) as error:
+            return error
+
     def fingerprint(self) -> str:
         """Digest of every image's id, file name and size in bytes; nothing is decoded, and the folder may move."""
         digest = hashlib.blake2b(digest_size=16)
@@ -227,11 +235,14 @@ def micro_batches(
         loader = torch.utils.data.DataLoader(
             images,
             batch_sampler=draws,
+            collate_fn=_as_it_is,
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # by default the workers' seed would be taken from the global stream
         )
         for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
             yield batch.to(device, non_blocking=True)
     else:
         pixels = channels_first(images.images).to(device)
@@ -240,6 +251,10 @@ def micro_batches(
             if device.type == "cuda":  # from memory that is not pinned the copy would wait for the step before
                 rows = rows.pin_memory()
             yield pixels[rows.to(device, non_blocking=True)]
+
+
+def _as_it_is(batch: torch.Tensor | Exception) -> torch.Tensor | Exception:
+    return batch
 
 
 def channels_first(images: np.ndarray) -> torch.Tensor:

@@ -267,7 +267,7 @@ class _Run:
 
     def describe(self, base_model: str | None, base_revision: str | None, data_description: dict | None) -> None:
         """Collect what the record says about the run, and what a continuation must share with it."""
-        config = dataclasses.asdict(self.config)
+        config = dict(vars(self.config))  # not asdict, which would copy a tracker with its files and locks
         config["report_to"] = getattr(self.config.report_to, "name", self.config.report_to)
         self.settings = config
         free = FREE_SETTINGS | ({"max_train_steps"} if self.config.lr_scheduler.startswith("constant") else set())
@@ -493,7 +493,8 @@ class _Run:
             pipe.unet.save_pretrained(self.output_dir / "unet")
             pipe.scheduler.save_pretrained(self.output_dir / "scheduler")
             facts = {"trained_timesteps": self.timesteps, "noise_corner": self.config.noise_corner}
-            default_settings(self.timesteps[1], **facts).save_pretrained(self.output_dir)
+            self.unet.purification_config = default_settings(self.timesteps[1], **facts)  # in place of its base's
+            self.unet.purification_config.save_pretrained(self.output_dir)
             write_trained_on(self.output_dir, self.trained_on)
             write_atomically(self.output_dir / RECORD_NAME, json.dumps(self._record(), indent=2) + "\n")
             write_card(self.output_dir)

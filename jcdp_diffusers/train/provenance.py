@@ -16,10 +16,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from ..data import LabelledImages
+from ..repository import TRAINED_ON_NAME, weights_digest
 from .reading import damaged, read_json
 
 
-TRAINED_ON_NAME = "trained_on.json"
 WEIGHTS = "unet/*.safetensors"
 
 
@@ -46,7 +46,7 @@ def write_trained_on(folder: str | os.PathLike, digests: Collection[str] | None)
     if digests is None:
         path.unlink(missing_ok=True)
         return
-    path.write_text(json.dumps({"weights": _weights_digest(path.parent), "images": sorted(set(digests))}) + "\n")
+    path.write_text(json.dumps({"weights": weights_digest(path.parent), "images": sorted(set(digests))}) + "\n")
 
 
 def trained_on(purifier: str | os.PathLike, revision: str | None = None) -> frozenset[str] | None:
@@ -77,7 +77,7 @@ def trained_on(purifier: str | os.PathLike, revision: str | None = None) -> froz
     listed = read_json(path, {"weights": str, "images": list})
     if not all(isinstance(digest, str) for digest in listed["images"]):
         raise damaged(path, "images holds something else than digests")
-    return frozenset(listed["images"]) if listed["weights"] == _weights_digest(folder) else None
+    return frozenset(listed["images"]) if listed["weights"] == weights_digest(folder) else None
 
 
 def check_trained_on(purifier: str | os.PathLike, sets: Mapping[str, LabelledImages], *, roles: str) -> int | None:
@@ -112,11 +112,3 @@ def check_trained_on(purifier: str | os.PathLike, sets: Mapping[str, LabelledIma
                 f"{seen[0]!r}, but must have seen none of them."
             )
     return len(listed)
-
-
-def _weights_digest(folder: Path) -> str:
-    """Ties the list to the weights: a folder into which other ones are saved keeps no list that is not theirs."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.glob(WEIGHTS)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

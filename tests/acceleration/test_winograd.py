@@ -163,6 +163,14 @@ def test_only_in_float32_on_a_cpu():
     assert not uses_winograd(place(pipe, "cpu", precision="bfloat16").unet)
 
 
+def test_a_network_that_was_rounded_computes_with_its_rounded_weights():
+    rounded, expected = wide_unet().to(torch.bfloat16).float(), wide_unet()
+    use_winograd(expected)
+    expected.to(torch.bfloat16).float()
+    use_winograd(rounded)
+    assert torch.equal(forward(expected), forward(rounded))
+
+
 def test_same_bits_in_any_batch_of_a_placed_purifier():
     pipe = place(JointConditionalPurificationPipeline(wide_unet(), DDPMScheduler()), "cpu", precision="float32")
     pipe.set_progress_bar_config(disable=True)

@@ -49,6 +49,15 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
 
 
+def test_the_checkpoint_that_was_written_is_kept_where_an_earlier_run_went_further(tmp_path):
+    for step in (2, 4, 6):
+        save(tmp_path, step, "earlier")
+    for step, kept in ((3, {3, 6}), (4, {4, 6}), (6, {4, 6}), (7, {6, 7})):
+        save(tmp_path, step, "now", total_limit=2)
+        assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{number}" for number in kept}
+        assert (tmp_path / f"checkpoint-{step}" / "state").read_text() == "now"
+
+
 def test_a_write_that_was_cut_short_leaves_no_checkpoint(tmp_path):
     save(tmp_path, 1)
 

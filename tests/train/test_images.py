@@ -120,6 +120,11 @@ def test_unusable_images_are_named_or_left_out():
     dataset = open_dataset(datasets.Dataset.from_dict({"image": images}, features=features))
     with pytest.raises(ValueError, match="image 'train/0' .*damaged.*--skip_unusable_images"):
         ImageFiles(dataset, resolution=16)[0, 0]
+    files, draws = ImageFiles(dataset, resolution=16), [[(1, 0)], [(1, 1), (0, 2)]]
+    for workers in (0, 1):
+        with pytest.raises(ValueError) as raised:
+            list(micro_batches(files, iter(draws), torch.device("cpu"), workers))
+        assert str(raised.value).startswith("image 'train/0' ") and "\n" not in str(raised.value)
     assert dataset.filter(usable, fn_kwargs={"channels": 3})["id"] == ["train/1", "train/2"]
 
 

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shutil
+import threading
 from importlib import metadata
 
 import numpy as np
@@ -96,6 +97,7 @@ def test_the_network_handed_in_holds_the_result(tmp_path, monkeypatch):
     unet = tiny_unet(size=8)
     folder = train(tmp_path, unet, mixed_precision="bf16")
     assert same(dict(unet.state_dict()), weights(folder))
+    assert unet.purification_config == PurificationConfig.from_pretrained(folder)
     assert unet.conv_in.weight.is_contiguous() and not unet.training
     assert unet(torch.zeros(1, 3, 8, 8), 3).sample.dtype == torch.float32
 
@@ -163,7 +165,7 @@ class Listener(GeneralTracker):
 
     def __init__(self):
         super().__init__()
-        self.entries = []
+        self.entries, self.lock = [], threading.Lock()  # which, like an open file, cannot be copied
 
     @property
     def tracker(self):

@@ -6,12 +6,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDPMScheduler
 from hub_server import HubServer
 from tiny import tiny_unet
 from training_runs import HELD_OUT, IMAGES, make_images, train
 
 from jcdp_diffusers import JointConditionalPurificationPipeline
+from jcdp_diffusers.acceleration import place
 from jcdp_diffusers.data import open_dataset
 from jcdp_diffusers.train import provenance
 from jcdp_diffusers.train.images import ImageFiles
@@ -91,6 +93,58 @@ def test_a_list_beside_other_weights_counts_as_none(tmp_path):
     pipe.unet.conv_in.bias.data += 1
     pipe.save_pretrained(folder)
     assert trained_on(folder) is None and check_trained_on(folder, {"test": IMAGES}, roles="disjoint") is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"variant": "fp16"},
+        {"variant": "fp16", "max_shard_size": "20KB"},
+        {"variant": "bf16", "safe_serialization": False},
+    ],
+)
+def test_a_variant_that_is_saved_beside_the_weights_leaves_their_list(tmp_path, options):
+    base = train(tmp_path / "base", max_train_steps=1)
+    listed = trained_on(base)
+    JointConditionalPurificationPipeline.from_pretrained(base, dtype=torch.float16).save_pretrained(base, **options)
+    assert trained_on(base) == listed
+    with pytest.raises(ValueError, match="24 of the 24 test images"):
+        check_trained_on(base, {"test": IMAGES}, roles="disjoint")
+    more = make_images(6, seed=2)
+    assert trained_on(fine_tuned(tmp_path / "tuned", base, more)) == listed | set(image_digests(more.images))
+
+
+@pytest.mark.parametrize(
+    ("opening", "saving"),
+    [({}, {}), ({}, {"max_shard_size": "20KB"}), ({"dtype": torch.float16}, {}),
+     ({"dtype": torch.float16}, {"variant": "fp16"})],
+)  # fmt: skip
+def test_a_copy_of_a_purifier_keeps_its_list(tmp_path, opening, saving):
+    base = train(tmp_path / "base", max_train_steps=1)
+    listed = trained_on(base)
+    pipe = JointConditionalPurificationPipeline.from_pretrained(base, **opening)
+    for folder in (tmp_path / "copy", base):
+        pipe.save_pretrained(folder, **saving)
+        assert trained_on(folder) == listed
+    pipe.unet.conv_in.bias.data += 1
+    pipe.save_pretrained(tmp_path / "other", **saving)
+    assert trained_on(tmp_path / "other") is None
+
+
+def test_a_placed_purifier_is_copied_with_its_list(tmp_path):
+    base = train(tmp_path / "base", max_train_steps=1)
+    pipe = JointConditionalPurificationPipeline.from_pretrained(base)
+    place(pipe, "cpu", precision="bfloat16").save_pretrained(tmp_path / "copy")
+    assert trained_on(tmp_path / "copy") == trained_on(base) is not None
+
+
+def test_a_list_is_not_written_over_that_of_other_weights(tmp_path):
+    base = train(tmp_path / "base", max_train_steps=1)
+    others = make_images(8, seed=3)
+    folder = train(tmp_path / "other", images=others, max_train_steps=1)
+    pipe = JointConditionalPurificationPipeline.from_pretrained(base)
+    pipe.save_pretrained(folder, variant="ema")
+    assert trained_on(folder) == set(image_digests(others.images))
 
 
 def test_who_must_have_been_seen_by_whom(tmp_path):

@@ -321,10 +321,12 @@ def test_from_scratch_in_grey_with_held_out_images_of_their_own(tmp_path, photos
     assert DDPMPipeline.from_pretrained(tmp_path / "out").unet.config.in_channels == 1
 
 
-def test_a_purifier_is_not_trained_within_its_images(photos, base):
-    with pytest.raises(ValueError, match="--output_dir is .*, which lies inside that of --dataset"):
-        run_here(*options(photos, base, photos / "purifier"))
-    assert not (photos / "purifier").exists()
+@pytest.mark.parametrize("role", ["dataset", "validation_dataset"])
+def test_a_purifier_is_not_trained_within_its_images(photos, base, tmp_path, role):
+    folder = photos if role == "dataset" else tmp_path
+    with pytest.raises(ValueError, match=f"--output_dir is .*, which lies inside that of --{role}"):
+        run_here(*options(photos, base, folder / "purifier", **{role: folder}))
+    assert not (folder / "purifier").exists()
 
 
 def test_held_out_images_that_are_trained_on_are_refused(tmp_path):
