@@ -51,6 +51,28 @@ def test_the_home_folder_is_known_in_every_script(monkeypatch, tmp_path):
         assert all("expand_home(" in line for line in parsed), file
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "purify --purifier p --dataset d --output o --collected_split train",
+        "purify --purifier p --dataset d --output o --export_format jpg",
+        "poison --method lsp --dataset d --output o --export_format webp",
+        "detect --dataset d --collected_split train",
+        "score --train t --test t --output o --probe_split train",
+        "audit --protected p --clean_split train",
+        "publish dataset --source s --repo_id a/b --test_split test",
+    ],
+)
+def test_how_to_read_or_write_what_is_not_given_is_refused(words, capsys):
+    assert main(words.split()) == 1
+    option, value = words.split()[-2:]
+    what = option.rpartition("_")[0]
+    assert (
+        capsys.readouterr().err
+        == f"jcdp {words.split()[0]}: {option} is {value!r}, but must be left out without {what}.\n"
+    )
+
+
 def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     quickstart = importlib.import_module("jcdp_diffusers.quickstart")
 

@@ -207,7 +207,11 @@ def audit_unlabelled(
     sets["purified"] = purify(sets["protected"], used, output_dir / "purified", asked.seed)
     enlarged = facts["enlarged"]
     found = evidence(sets, division, asked.seed, enlarged=enlarged)
-    verdict, *said = [*sentences(found, sets, division, enlarged=enlarged), *facts["unusable_said"], *facts["lessened"]]
+    verdict, *said = [
+        *sentences(found, sets, division, enlarged=enlarged),
+        *facts["unusable_said"],
+        *facts["lessened"],
+    ]
     if asked.smoke:
         said.insert(0, SMOKE_OF_GIVEN if used.plan is None else SMOKE)
     report = {

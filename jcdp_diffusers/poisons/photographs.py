@@ -79,7 +79,7 @@ def places_of_export(args: argparse.Namespace, data: LabelledImages, *, fresh: b
     sources, outputs = {"--dataset": args.dataset}, {"--output": args.output}
     check_apart(args.export, sources=sources, outputs=outputs, name="--export")
     names = [(None if data.files is None else data.files[row]) or id_ for row, id_ in enumerate(data.ids)]
-    places = export_names(names, args.export_format)
+    places = export_names(names, args.export_format or "png")
     check_export(args.export, places, fresh=fresh)
     return places
 

@@ -279,7 +279,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also write the protected pictures under their own file names, photographs at their own size",
     )
     parser.add_argument(
-        "--export_format", choices=tuple(FORMATS), default="png", help="of --export; jpg weakens a protection"
+        "--export_format", choices=tuple(FORMATS), help="of --export, png if not given; jpg weakens a protection"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fraction", type=float, default=1.0, help="of the images, drawn by --seed")
