@@ -66,7 +66,7 @@ def expand_home(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def check_belongings(args: argparse.Namespace) -> None:
-    """Refuse `--collected_split` without `--collected`, and whatever else says how to read or write what is not given."""
+    """Refuse `--collected_split` without `--collected`, and so on: how to read or write what is not given."""
     for name, value in vars(args).items():
         what, _, aspect = name.rpartition("_")
         if aspect in ("split", "format") and value is not None and getattr(args, what, value) is None:
