@@ -80,8 +80,8 @@ def choose_purifier(
             fresh = purifier_to_be(wanted, sets["collected"], network)
             _purification(fresh, asked.preset or wanted.purification, asked, sets)  # what this cannot do, it says
             raise ValueError(
-                f"output_dir is {str(output_dir)!r}, where an audit was begun whose purifier cannot do what is asked for "
-                f"now: {error} Take another --output, for another purifier."
+                f"output_dir is {str(output_dir)!r}, where an audit was begun whose purifier cannot do what is asked "
+                f"for now: {error} Take another --output, for another purifier."
             ) from error
         return AuditPurifier(str(output_dir / "purifier"), pipe, config, len(sets["collected"]), plan, network)
     listed = check_trained_on(purifier, kept_from_purifiers(sets), roles=asked.roles)

@@ -11,8 +11,8 @@ import torch
 from purifying import quick_pipe, some_images
 
 from jcdp_diffusers.audit import beside
-from jcdp_diffusers.audit.beside import Preparation, prepare_beside
 from jcdp_diffusers.audit.begun import begun_for, check_begun, write_begun
+from jcdp_diffusers.audit.beside import Preparation, prepare_beside
 from jcdp_diffusers.audit.purifier import AuditPurifier, _plan, choose_purifier
 from jcdp_diffusers.audit.settings import AuditSettings
 from jcdp_diffusers.data import load_images
