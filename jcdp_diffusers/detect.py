@@ -347,11 +347,10 @@ def _size_to_read(args: argparse.Namespace, where: dict[str, dict[str, str | Non
     Enlarged images have no fine detail, beside which that of other images would look like a protection.
     """
     sizes = {role: stored_sizes(getattr(args, role), **options) for role, options in where.items()}
-    compared = {role: sizes[role] for role in ("dataset", "collected") if "collected" in sizes}
-    most = detailed_side(compared)
+    most = detailed_side(sizes) if len(sizes) > 1 else None
     if args.image_size is not None:
         if most is not None and args.image_size > most:
-            role = next(role for role in compared if detailed_side({role: compared[role]}) == most)
+            role = next(role for role in sizes if detailed_side({role: sizes[role]}) == most)
             raise ValueError(
                 f"--image_size is {args.image_size}, but must be {most} at most: --{role} has smaller images, and "
                 "enlarged ones have no fine detail that could be compared."
