@@ -65,6 +65,14 @@ def expand_home(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def check_belongings(args: argparse.Namespace) -> None:
+    """Refuse `--collected_split` without `--collected`, and so on: how to read or write what is not given."""
+    for name, value in vars(args).items():
+        what, _, aspect = name.rpartition("_")
+        if aspect in ("split", "format") and value is not None and getattr(args, what, value) is None:
+            raise ValueError(f"--{name} is {value!r}, but must be left out without --{what}.")
+
+
 @contextlib.contextmanager
 def ends_in_one_sentence(script: str, go_on: str = "give the same command again") -> Iterator[None]:
     """
@@ -104,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = expand_home(parser.parse_args(arguments))
     keep_freed_memory()
     try:
+        check_belongings(args)
         module.run(args)
     except KeyboardInterrupt:
         print("jcdp: interrupted; the same command goes on from here", file=sys.stderr)

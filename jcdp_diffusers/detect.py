@@ -28,9 +28,9 @@ from .audit.shortcut import (
     gap_of,
     weights_by_class,
 )
-from .data import USUAL_BUDGET, LabelledImages, column_names, find_overlap, join_labels, load_images
+from .data import USUAL_BUDGET, LabelledImages, find_overlap, join_labels, load_images, named_columns
 from .data.checks import unlike_images
-from .data.photographs import sizes_in_words, stored_sizes, working_size
+from .data.photographs import detailed_side, sizes_in_words, stored_sizes, working_size
 from .devices import check_seed, default_device
 from .outputs import check_output_file, write_atomically
 from .results import package_versions
@@ -61,7 +61,8 @@ def detect(
     Args:
         dataset (`LabelledImages`): The suspicious set. Labels are needed for the shortcut, not for the spectrum.
         collected (`LabelledImages`, *optional*): Other images of the same kind, unprotected. With labels of the same
-            classes, by name, they are the reference of the shortcut; with or without, that of the spectrum.
+            classes, by name, they are the reference of the shortcut; with or without, that of the spectrum. Neither
+            set may have been enlarged, which takes fine detail away.
         purified (`LabelledImages`, *optional*): The set's own purified copy, joined by id, whose labels it takes, as
             the shortcut's reference where collected images have no labels.
         seed (`int`): Of divisions and models.
@@ -292,7 +293,7 @@ def run(args: argparse.Namespace) -> None:
         _check_own(Path(args.output))
     sets = {}
     where = {role: _where(args, role) for role in ROLES if getattr(args, role) is not None}
-    image_size = _size_to_read(args, where) if args.image_size is None else args.image_size
+    image_size = _size_to_read(args, where)
     for role, options in where.items():
         sizes = {"image_size": image_size, "channels": args.channels}
         sets[role] = load_images(getattr(args, role), **options, **sizes)
@@ -335,16 +336,29 @@ def _where(args: argparse.Namespace, role: str) -> dict[str, str | None]:
     if role == "purified":
         return {}
     asked = {"image_column": args.image_column, "label_column": args.label_column}
-    named = {key: name for key, name in asked.items() if name is not None}
-    there = column_names(args.collected, split=args.collected_split) if named else ()
-    return {"split": args.collected_split} | {key: name for key, name in named.items() if name in there}
+    split = args.collected_split
+    return {"split": split} | named_columns(args.collected, asked, split=split)
 
 
 def _size_to_read(args: argparse.Namespace, where: dict[str, dict[str, str | None]]) -> int | None:
-    """The side to which photographs of assorted sizes are brought, which is said; None where images stay."""
+    """
+    The side to which images are brought, said where it is chosen here; None where they stay as they are.
+
+    Enlarged images have no fine detail, beside which that of other images would look like a protection.
+    """
     sizes = {role: stored_sizes(getattr(args, role), **options) for role, options in where.items()}
+    most = detailed_side(sizes) if len(sizes) > 1 else None
+    if args.image_size is not None:
+        if most is not None and args.image_size > most:
+            role = next(role for role in sizes if detailed_side({role: sizes[role]}) == most)
+            raise ValueError(
+                f"--image_size is {args.image_size}, but must be {most} at most: --{role} has smaller images, and "
+                "enlarged ones have no fine detail that could be compared."
+            )
+        return args.image_size
     side = working_size(sizes, default_device())
     if side is not None:
+        side = side if most is None else min(side, most)
         words = sizes_in_words([size for of_role in sizes.values() for size in of_role])
         print(f"{words}: looked at with {side}x{side} pixels (--image_size chooses another side).")
     return side

@@ -23,6 +23,8 @@ from PIL import Image
 
 from .data import USUAL_BUDGET, LabelledImages, find_overlap, load_images, open_dataset, parquet_files, write_dataset
 from .data.checks import check_sets
+from .data.photographs import sizes_in_words, stored_sizes
+from .engines import say
 from .hub import EVAL_RESULTS, files_of_dataset, files_of_purifier, push_files
 from .outputs import printable, public_name
 from .poisons.protect import read_card
@@ -255,8 +257,13 @@ def _test_files(
 ) -> dict[str, bytes]:
     """The clean test images as a split that all configurations share: path in the repository -> content."""
     first = next(iter(protected))
+    height, width, channels = protected[first].images.shape[1:]
     try:
-        tested = load_images(test, split=split, channels=protected[first].images.shape[3])
+        sizes, side = stored_sizes(test, split=split), None
+        if len(set(sizes)) > 1 and height == width:
+            side = height
+            say(f"--test: {sizes_in_words(sizes)}: their centres at {side}x{side} pixels, as the protected images.")
+        tested = load_images(test, split=split, image_size=side, channels=channels)
     except ValueError as error:
         raise ValueError(f"--test, --test_split: {error}") from error
     numbered = {name: _numbered_as(name, data, tested) for name, data in protected.items()}

@@ -104,6 +104,7 @@ REPORT = {
             },
         },
         "division": {"of": "", "missing": [], "stand_in": False},
+        "enlarged": None,
         "separation": {"collected_in_test": 0, "budget": 16 / 255},
         "noise": {"linf": 8, "l2_mean": 0.9, "l2_max": 1.0, "l0_mean": 200, "l0_max": 256, "share_changed": 1.0},
         "visibility": {

@@ -52,6 +52,28 @@ def test_every_script_knows_the_home_folder_and_ends_in_one_sentence(monkeypatch
         assert not parsed or "with ends_in_one_sentence(" in file.read_text(), file
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "purify --purifier p --dataset d --output o --collected_split train",
+        "purify --purifier p --dataset d --output o --export_format jpg",
+        "poison --method lsp --dataset d --output o --export_format webp",
+        "detect --dataset d --collected_split train",
+        "score --train t --test t --output o --probe_split train",
+        "audit --protected p --clean_split train",
+        "publish dataset --source s --repo_id a/b --test_split test",
+    ],
+)
+def test_how_to_read_or_write_what_is_not_given_is_refused(words, capsys):
+    assert main(words.split()) == 1
+    option, value = words.split()[-2:]
+    what = option.rpartition("_")[0]
+    assert (
+        capsys.readouterr().err
+        == f"jcdp {words.split()[0]}: {option} is {value!r}, but must be left out without {what}.\n"
+    )
+
+
 def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     quickstart = importlib.import_module("jcdp_diffusers.quickstart")
 

@@ -294,3 +294,25 @@ def test_photographs_of_assorted_sizes_are_looked_at_in_one(tmp_path, capsys):
     assert main(["detect", "--dataset", str(tmp_path), "--output", str(tmp_path.parent / "found.json")]) == 0
     assert "looked at with 64x64 pixels" in capsys.readouterr().out  # half of them are narrower than 100
     assert json.loads((tmp_path.parent / "found.json").read_text())["images"] == 60
+
+
+def test_images_are_not_enlarged_to_be_compared(tmp_path, capsys):
+    """Enlarged images have no power at high frequencies, so that of honest ones would be so many times as much."""
+    images = natural(120, 0, size=48, contrast=18.0)
+    for row, pixels in enumerate(images):
+        path = tmp_path / ("set" if row < 60 else "collected") / f"{row:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture = Image.fromarray(pixels)
+        if row >= 60 and row % 2:  # fewer than a half, and one more pixel makes the sizes assorted
+            picture = picture.resize((24, 25), Image.Resampling.LANCZOS)
+        picture.save(path)
+    command = ["detect", "--dataset", str(tmp_path / "set"), "--collected", str(tmp_path / "collected")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "looked at with 24x24 pixels" in out and "The set is protected" not in out
+    for size, code in (("48", 1), ("25", 1), ("24", 0)):
+        assert main([*command, "--image_size", size]) == code
+    err = capsys.readouterr().err
+    assert "--image_size is 48, but must be 24 at most: --collected has smaller images" in err
+    assert main([*command[:3], "--image_size", "64"]) == 1  # nothing to compare with; the set has no labels
+    assert "dataset has no labels and collected is None" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from jcdp_diffusers.audit.purifier import choose_purifier
 from jcdp_diffusers.audit.settings import AuditSettings
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
+from jcdp_diffusers.data.writing import png
 from jcdp_diffusers.guidance import posterior_start, towards_protected
 from jcdp_diffusers.purify import command
 from jcdp_diffusers.spectrum import ProtectionTable, radial_bins
@@ -262,6 +264,50 @@ def test_adaptive_reads_the_spectrum_of_the_tiles_that_are_purified(tmp_path):
     assert power("--fit", "tile")[2:] == pytest.approx(288, rel=0.3)
     assert np.array_equal(power(), power("--fit", "tile"))  # settled before the estimate, where nobody asks for it
     assert not np.allclose(power("--fit", "resize"), power(), rtol=0.5)
+
+
+def test_adaptive_takes_what_other_presets_take(tmp_path, capsys):
+    """A damaged image, a label that is missing, and a column that only the protected images have."""
+    collected = source_folder(tmp_path / "collected", 12, seed=1)
+    protected = load_images(source_folder(tmp_path / "clean", 12))
+    files = [{"bytes": png(image), "path": None} for image in protected.images]
+    files[3]["bytes"] = files[3]["bytes"][:100]
+    columns = {"shot": datasets.Image(), "label": datasets.Value("int64")}
+    data = {"shot": files, "label": [0, None, *[1] * 10]}
+    (tmp_path / "protected").mkdir()
+    made = datasets.Dataset.from_dict(data, features=datasets.Features(columns))
+    made.to_parquet(tmp_path / "protected" / "train-00000-of-00001.parquet")
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    words = f"purify --purifier {tmp_path / 'purifier'} --dataset {tmp_path / 'protected'} --device cpu"
+    words += (
+        f" --image_column shot --diffusion_steps 3 --num_inference_steps 2 --preset adaptive --collected {collected}"
+    )
+    for option in ("output", "export"):  # what is written there would be read as collected images
+        apart = {"output": tmp_path / "out", "export": tmp_path / "pictures"} | {option: collected / "out"}
+        assert main([*words.split(), *(f"--{name}={path}" for name, path in apart.items())]) == 1
+        said = f"--{option} is {str(collected / 'out')!r}, which lies inside that of --collected"
+        assert said in capsys.readouterr().err
+    assert main([*words.split(), "--output", str(tmp_path / "out")]) == 0
+    assert "12 rows in, 11 out, 1 rejected" in capsys.readouterr().out
+
+
+def test_collected_images_that_would_be_enlarged_are_refused(tmp_path, capsys):
+    """They lack fine detail, and that of the protected images would be taken for a protection."""
+    sides = {"protected": SIZE, "smaller": SIZE // 2, "larger": 2 * SIZE}
+    for name, side in sides.items():
+        write_dataset(tmp_path / name, some_images(8, size=side, seed=side), shards=1)
+    quick_pipe().save_pretrained(tmp_path / "purifier")
+    words = f"purify --purifier {tmp_path / 'purifier'} --device cpu --diffusion_steps 3 --num_inference_steps 2"
+    for name, dataset, collected, code in (
+        ("a", "protected", "smaller", 1),
+        ("b", "protected", "larger", 0),
+        ("c", "smaller", "smaller", 0),
+    ):
+        more = {"dataset": tmp_path / dataset, "collected": tmp_path / collected, "output": tmp_path / name}
+        options = (f"--{option}={path}" for option, path in more.items())
+        assert main([*words.split(), "--preset", "adaptive", "--fit", "resize", *options]) == code
+    said = f"--collected has images with a side of {SIZE // 2} pixels, but must have at least {SIZE}"
+    assert said in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
 def test_the_audit_reads_the_spectrum_against_the_collected_images(tmp_path):

@@ -248,6 +248,16 @@ def test_test_images_that_do_not_suit_the_protected_ones_are_refused(change, sai
         dataset_files([sets / "lsp"], "me/x", test=tmp_path / "test")
 
 
+def test_test_photographs_are_brought_to_the_size_of_the_protected_images(with_names, tmp_path, capfd):
+    for row, (image, label) in enumerate(zip(digits(60, 90).images, digits(60, 90).labels)):
+        path = tmp_path / "test" / WORDS[label] / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).resize((32, 32 + row % 2), Image.Resampling.NEAREST).save(path)
+    found = published_test(dataset_files([with_names], "me/x", test=tmp_path / "test"), tmp_path)
+    assert found.images.shape == (30, 16, 16, 1)
+    assert "--test: Images of assorted sizes, from 32x32 to 32x33: their centres at 16x16" in capfd.readouterr().err
+
+
 def test_the_name_of_the_test_images_is_theirs_alone(sets, tmp_path):
     protect_dataset(digits(0, 60), tmp_path / "other", method="lsp", split="test")
     with pytest.raises(ValueError, match="source is .*other', whose split is called 'test'"):

@@ -3,20 +3,24 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..data import LabelledImages
 from ..outputs import write_atomically
 from ..purification_config import PurificationConfig
 from ..results import as_settings, plain
 from ..trials import describe_images, purifier_digest
-from .purifier import AuditPurifier
 from .settings import AuditSettings
+
+
+if TYPE_CHECKING:
+    from .purifier import AuditPurifier
 
 
 BEGUN_NAME = "audit.json"
 
 
-def begun_for(asked: AuditSettings, sets: Mapping[str, LabelledImages], used: AuditPurifier) -> dict:
+def begun_for(asked: AuditSettings, sets: Mapping[str, LabelledImages], used: "AuditPurifier") -> dict:
     """What an output folder's purifier and purified images are made for, in JSON's types."""
     trains = used.plan is not None
     begun = {

@@ -21,6 +21,7 @@ from ..train.provenance import check_trained_on
 from ..train.record import RECORD_NAME, read_record
 from ..trials import describe_images
 from .attacks import in_seconds
+from .begun import read_begun
 from .sets import kept_from_purifiers
 from .settings import AuditSettings
 
@@ -68,11 +69,20 @@ def choose_purifier(
         ValueError: If it does not suit the images, has seen what it must not have seen, or cannot do what is asked.
     """
     if purifier is None:
-        plan = asked.plan or _plan(sets["collected"], asked, device)
+        wanted = asked.plan or _plan(sets["collected"], asked, device)
+        plan = asked.plan or _plan(sets["collected"], asked, device, read_begun(output_dir).get("plan"))
         network = None if asked.perceptual is None else load_perceptual(asked.perceptual)
         pipe = purifier_to_be(plan, sets["collected"], network)
         check_purifier(pipe, sets["protected"])
-        config = _purification(pipe, asked.preset or plan.purification, asked, sets)
+        try:
+            config = _purification(pipe, asked.preset or plan.purification, asked, sets)
+        except ValueError as error:
+            fresh = purifier_to_be(wanted, sets["collected"], network)
+            _purification(fresh, asked.preset or wanted.purification, asked, sets)  # what this cannot do, it says
+            raise ValueError(
+                f"output_dir is {str(output_dir)!r}, where an audit was begun whose purifier cannot do what is asked "
+                f"for now: {error} Take another --output, for another purifier."
+            ) from error
         return AuditPurifier(str(output_dir / "purifier"), pipe, config, len(sets["collected"]), plan, network)
     listed = check_trained_on(purifier, kept_from_purifiers(sets), roles=asked.roles)
     pipe = open_purifier(purifier, device, output_dir=output_dir / "purified")
@@ -80,16 +90,20 @@ def choose_purifier(
     return AuditPurifier(str(purifier), pipe, _purification(pipe, asked.preset, asked, sets), listed)
 
 
-def _plan(collected: LabelledImages, asked: AuditSettings, device: torch.device) -> Plan:
+def _plan(collected: LabelledImages, asked: AuditSettings, device: torch.device, begun: Mapping | None = None) -> Plan:
     """
     The purifier to train. On a CPU and with many images it is a short one, unless a preset or an attack purifies with
-    settings of its own, which may need more timesteps.
+    settings of its own, which may need more timesteps; or the one with which the folder's audit was begun, whatever
+    is asked for now.
     """
     plan = plan_for(collected, device, asked.smoke)
-    own = [one for one in asked.tried if one.countermeasure.needs_purifier and not one.purifies_as_the_audit]
-    if device.type != "cpu" or asked.smoke or len(collected) < MANY_IMAGES or asked.preset is not None or own:
+    if device.type != "cpu" or asked.smoke or len(collected) < MANY_IMAGES:
         return plan
-    return shortened(plan)
+    short = shortened(plan)
+    if begun is not None:  # a budget may have lessened its steps
+        return short if tuple(begun["training"]["trained_timesteps"]) == short.training.trained_timesteps else plan
+    own = [one for one in asked.tried if one.countermeasure.needs_purifier and not one.purifies_as_the_audit]
+    return short if asked.preset is None and not own else plan
 
 
 def _purification(

@@ -10,7 +10,8 @@ import torch
 
 from ..data import LabelledImages
 from ..data.checks import match_originals
-from ..data.photographs import sizes_in_words, squares_of_photographs
+from ..data.photographs import detailed_side, sizes_in_words, squares_of_photographs
+from ..purification_config import ADAPTIVE
 from .division import Division, divide
 from .purifier import AuditPurifier
 from .sets import describe, read_sets, shortcut_in_words, size_to_read, where_to_read
@@ -31,14 +32,14 @@ class Found:
         division (`Division`): Which roles were made of which.
         unusable (`dict`): Images that were left out, by role: id, file and reason.
         side (`int`, *optional*): To which images were brought because nobody said one.
-        assorted (`bool`): Whether the images, as stored, have several sizes or are no squares.
+        sizes (`dict`): Width and height of the images as stored, by the roles that were given.
     """
 
     sets: Mapping[str, LabelledImages]
     division: Division
     unusable: Mapping[str, list[dict]] = field(default_factory=dict)
     side: int | None = None
-    assorted: bool = False
+    sizes: Mapping[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     @property
     def without_labels(self) -> bool:
@@ -46,15 +47,38 @@ class Found:
         them that would say that they should."""
         return self.sets["protected"].labels is None and "test" not in self.sets
 
+    @property
+    def collected_of(self) -> str:
+        """The role, as given, whose images are the collected ones."""
+        return self.division.of if "collected" in self.division.missing else "collected"
+
+    @property
+    def enlarged(self) -> str | None:
+        """
+        A sentence where protected or collected images were enlarged and so have no fine detail to compare; None where
+        they were not, or both were alike, because they are of one source.
+        """
+        if "collected" not in self.sets or self.collected_of in ("protected", "clean"):
+            return None
+        side, roles = min(self.sets["protected"].images.shape[1:3]), ("protected", self.collected_of)
+        most = detailed_side({role: self.sizes.get(role, []) for role in roles})
+        if most is None or side <= most:
+            return None
+        return (
+            f"Spectra were not compared: {' or '.join(roles)} images were enlarged to {side}x{side} pixels, and so "
+            f"have no fine detail. They can be compared at {most}x{most} (--image_size) or less."
+        )
+
     def squares(self, sources: Mapping[str, Any], reading: Mapping, seed: int) -> Callable[[], LabelledImages] | None:
         """
-        What cuts squares from the collected photographs; None where there are none, or all images are squares of one
-        size.
+        What cuts squares from the collected photographs; None where there are none, or where none of them shows more
+        at its own size.
         """
-        if not self.assorted or "collected" not in self.sets:
+        if "collected" not in self.sets:
             return None
-        role = self.division.of if "collected" in self.division.missing else "collected"
-        collected = self.sets["collected"]
+        role, collected = self.collected_of, self.sets["collected"]
+        if all(max(size) <= collected.images.shape[1] for size in self.sizes.get(role, [])):
+            return None
         return functools.partial(
             squares_of_photographs,
             sources[role],
@@ -78,6 +102,8 @@ class Found:
         data = describe(given, separation, used.pipe.perceptual, seed=seed) | self.facts(sets)
         if self.division.of == "protected" and "collected" in self.division.missing:
             data["spectrum"] = None  # protected images against protected ones
+        if self.enlarged is not None:
+            data["spectrum"] = None
         if data["shortcut"] is not None:
             say(shortcut_in_words(data["shortcut"]))
         return data
@@ -105,6 +131,7 @@ class Found:
             "unusable": dict(self.unusable),
             "unusable_said": said,
             "working_size": self.side,
+            "enlarged": self.enlarged,
         }
 
 
@@ -129,8 +156,9 @@ def read(
     if reading["image_size"] is not None:
         side = None
     if side is not None:
+        found = [size for of_role in sizes.values() for size in of_role]
         say(
-            f"{sizes_in_words(sizes)}: compared at {side}x{side} pixels, the centre of each (--image_size chooses "
+            f"{sizes_in_words(found)}: compared at {side}x{side} pixels, the centre of each (--image_size chooses "
             "another side)."
         )
     sets, unusable = read_sets(sources, **(dict(reading) | ({} if side is None else {"image_size": side})))
@@ -158,8 +186,10 @@ def read(
         sets, division = divide(sets, needs_collected=purifier is None, seed=asked.seed, budget=asked.budget)
     for sentence in division.sentences(sets):
         say(sentence)
-    assorted = len(set(sizes)) > 1 or any(width != height for width, height in sizes)
-    return Found(sets, division, unusable, side, assorted)
+    found = Found(sets, division, unusable, side, sizes)
+    if found.enlarged is not None and asked.preset == ADAPTIVE:
+        raise ValueError(f"preset is {ADAPTIVE!r}, which reads spectra. {found.enlarged}")
+    return found
 
 
 def _refuse_victims(asked: AuditSettings) -> None:

@@ -8,7 +8,7 @@ Roles that are not given are divided off from those that are (`division`). Photo
 one for the comparison; the purifier is trained on squares of them at their own size, too.
 Each stage leaves its result in the output folder: the purifier, the purified images, a record per victim. The same
 command, given again after an interruption, continues; given with more seeds or countermeasures, it measures
-only what is new.
+only what is new. A countermeasure that needs timesteps which the purifier has not learned needs another folder.
 """
 
 import dataclasses

@@ -80,24 +80,23 @@ def size_to_read(
     purifier: str | os.PathLike | None,
     options: Mapping[str, dict],
     device: torch.device,
-) -> tuple[int | None, list[tuple[int, int]]]:
+) -> tuple[int | None, dict[str, list[tuple[int, int]]]]:
     """
     The side to which images are brought where nobody says one: a given purifier's, or what the device can work on.
 
     Returns:
-        `int`: The side, None where images stay as they are; and the sizes of the first images, width and height.
+        `int`: The side, None where images stay as they are; and width and height of the stored images, by role.
     """
     sizes = {
         role: _about(role, stored_sizes, source, **where_to_read(options.get(role, {})))
         for role, source in sources.items()
         if source is not None
     }
-    found = [size for of_role in sizes.values() for size in of_role]
     side = working_size(sizes, device.type)
     if side is not None and purifier is not None:
         own = JointConditionalPurificationPipeline.from_pretrained(purifier).unet.config.sample_size
         side = own if isinstance(own, int) else side
-    return side, found
+    return side, sizes
 
 
 def where_to_read(options: Mapping) -> dict:

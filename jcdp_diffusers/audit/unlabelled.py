@@ -107,7 +107,9 @@ def check_unlabelled(sets: Mapping[str, LabelledImages], asked: AuditSettings) -
         check_separation(sets["protected"], sets["collected"], None, sets.get("clean"), budget=asked.budget)
 
 
-def evidence(sets: Mapping[str, LabelledImages], division: Division, seed: int) -> dict:
+def evidence(
+    sets: Mapping[str, LabelledImages], division: Division, seed: int, *, enlarged: str | None = None
+) -> dict:
     """
     What can be said without labels, in JSON's types.
 
@@ -115,11 +117,12 @@ def evidence(sets: Mapping[str, LabelledImages], division: Division, seed: int) 
         sets (`dict`): `protected`, `purified` and, where given, `clean` and `collected`.
         division (`Division`): Collected images that are protected ones have the same spectrum, so it is not compared.
         seed (`int`): Of the spectrum's test.
+        enlarged (`str`, *optional*): Why the spectrum is not to be compared; see `reading.Found.enlarged`.
     """
     protected, purified, clean = sets["protected"], sets["purified"], sets.get("clean")
     collected = None if division.of == "protected" else sets.get("collected")
     spectrum = None
-    if collected is not None and min(len(protected), len(collected)) >= LEAST_FOR_A_SPECTRUM:
+    if enlarged is None and collected is not None and min(len(protected), len(collected)) >= LEAST_FOR_A_SPECTRUM:
         spectrum = spectral_evidence(protected, collected, clean, seed=seed)
     everything = changed = np.arange(len(protected))
     if clean is not None:
@@ -134,7 +137,9 @@ def evidence(sets: Mapping[str, LabelledImages], division: Division, seed: int) 
     }
 
 
-def sentences(found: Mapping, sets: Mapping[str, LabelledImages], division: Division) -> list[str]:
+def sentences(
+    found: Mapping, sets: Mapping[str, LabelledImages], division: Division, *, enlarged: str | None = None
+) -> list[str]:
     """The evidence in words, and what would tell more."""
     said = [HOW_TO_LABEL]
     if (added := found["added"]) is None:
@@ -159,6 +164,8 @@ def sentences(found: Mapping, sets: Mapping[str, LabelledImages], division: Divi
         )
     if found["spectrum"] is not None:
         said += evidence_in_words(found["spectrum"])[:3]  # the fourth is of a picture
+    elif enlarged is not None:
+        said.append(enlarged)
     else:
         count = len(sets["collected"]) if "collected" in sets and division.of != "protected" else 0
         said.append(
@@ -198,8 +205,13 @@ def audit_unlabelled(
     """
     say(f"Purifying {len(sets['protected'])} images: {used.config.evaluations_per_image} evaluations each")
     sets["purified"] = purify(sets["protected"], used, output_dir / "purified", asked.seed)
-    found = evidence(sets, division, asked.seed)
-    verdict, *said = [*sentences(found, sets, division), *facts["unusable_said"], *facts["lessened"]]
+    enlarged = facts["enlarged"]
+    found = evidence(sets, division, asked.seed, enlarged=enlarged)
+    verdict, *said = [
+        *sentences(found, sets, division, enlarged=enlarged),
+        *facts["unusable_said"],
+        *facts["lessened"],
+    ]
     if asked.smoke:
         said.insert(0, SMOKE_OF_GIVEN if used.plan is None else SMOKE)
     report = {

@@ -169,6 +169,8 @@ def spectrum_said(report: dict) -> list[str]:
     spectrum, division = report["data"]["spectrum"], report["data"]["division"]
     if spectrum is not None:
         return evidence_in_words(spectrum)
+    if report["data"]["enlarged"] is not None:
+        return [report["data"]["enlarged"]]
     if division["of"] == "protected" and "collected" in division["missing"]:
         return [
             "Spectra were not compared: the images that trained the purifier are protected, too. Give unprotected "

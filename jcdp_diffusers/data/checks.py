@@ -203,18 +203,22 @@ def with_originals(protected: LabelledImages, clean: LabelledImages) -> Labelled
 
 def _names_in_common(clean: LabelledImages, protected: LabelledImages) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What an original and its protected image are called alike: ids that were given, or names of files."""
-    stems = _stems(clean), _stems(protected)
-    given = clean.id_space == protected.id_space == ""
-    if given or None in stems or not set(stems[0]) & set(stems[1]):
+    if clean.id_space == protected.id_space == "":
         return clean.ids, protected.ids
-    return stems
+    # Whoever has put one of the sets into class folders has kept the last part of the names.
+    for last_part in (False, True):
+        stems = _stems(clean, last_part), _stems(protected, last_part)
+        if None not in stems and set(stems[0]) & set(stems[1]):
+            return stems
+    return clean.ids, protected.ids
 
 
-def _stems(data: LabelledImages) -> tuple[str, ...] | None:
-    """File names without suffixes, where these names tell all images apart."""
+def _stems(data: LabelledImages, last_part: bool) -> tuple[str, ...] | None:
+    """File names without suffixes, or the last parts of these, where they tell all images apart."""
     if data.files is None or None in data.files:
         return None
-    stems = tuple(PurePosixPath(file).with_suffix("").as_posix() for file in data.files)
+    paths = [PurePosixPath(file).with_suffix("") for file in data.files]
+    stems = tuple(path.name if last_part else path.as_posix() for path in paths)
     return stems if len(set(stems)) == len(stems) else None
 
 

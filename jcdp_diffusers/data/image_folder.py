@@ -7,7 +7,7 @@ import datasets
 
 from .files import files_below
 from .found import PassedOver
-from .labels import class_order
+from .labels import LABEL_COLUMNS, class_order
 from .metadata import read_metadata
 from .names import METADATA_FILES, folder_values, is_visible, name_of, natural_key
 from .splits import below_split, choose_split, splits_of
@@ -52,7 +52,7 @@ def open_image_folder(source: Path, split: str | None) -> tuple[datasets.Dataset
     paths = splits[split]
     metadata = read_metadata(source, metadata_files, images, paths)
     # Every split's classes count, or a class that one split lacks would shift the labels there.
-    classes = {} if "label" in metadata.column_names else _classes(splits, source)
+    classes = {} if set(LABEL_COLUMNS) & set(metadata.column_names) else _classes(splits, source)
     folder = _split_folder(paths)
     columns = {
         "image": [{"path": str(source.absolute() / path), "bytes": None} for path in paths],

@@ -15,7 +15,7 @@ from .decoding import one_line
 from .names import name_of
 
 
-_CSV = pyarrow.csv.ConvertOptions(strings_can_be_null=True)
+_CSV = pyarrow.csv.ConvertOptions(strings_can_be_null=False)  # a class may be called NA or null
 _READERS = {
     ".csv": lambda file: pyarrow.csv.read_csv(file, convert_options=_CSV),
     ".jsonl": pyarrow.json.read_json,
@@ -83,7 +83,9 @@ def _read(file: Path) -> pa.Table:
     if file.suffix == ".csv":
         for place, column in enumerate(table.columns):
             if pa.types.is_string(column.type):
-                table = table.set_column(place, table.column_names[place], pc.utf8_trim_whitespace(column))
+                texts = pc.utf8_trim_whitespace(column)
+                texts = pc.if_else(pc.equal(texts, ""), None, texts)
+                table = table.set_column(place, table.column_names[place], texts)
     if len(set(table.column_names)) < len(table.column_names):
         raise ValueError(f"source {name_of(file)} has two columns of one name: {', '.join(table.column_names)}.")
     if "file_name" not in table.column_names:

@@ -19,6 +19,8 @@ WORKING_SIZES = (32, 64, 128, 256)
 LARGEST = {"cpu": 64, "cuda": 256}
 # Sets whose images have one size stay as they are up to this side.
 LARGEST_AS_IT_IS = {"cpu": 128, "cuda": 256}
+# Of a set. Enlarged images have no fine detail; so few of them change no spectrum.
+ENLARGED = 0.05
 SQUARES_IN_ALL = 2048  # to train a purifier on
 SQUARES_EACH = (2, 64)  # of a photograph, at least and at most
 
@@ -65,8 +67,8 @@ def working_size(sizes: Mapping[str, list[tuple[int, int]]], device: str) -> int
         device (`str`): `"cpu"` or `"cuda"`.
 
     Returns:
-        `int`: One of `WORKING_SIZES`, than which at most half of the images are smaller; None where the images of each
-        role are squares of one size that can stay as they are.
+        `int`: One of `WORKING_SIZES`, than which at most half of the images of each role are smaller, if there is one;
+        None where the images of each role are squares of one size that can stay as they are.
     """
     found = [size for of_role in sizes.values() for size in of_role]
     largest = LARGEST_AS_IT_IS.get(device, LARGEST_AS_IT_IS["cuda"])
@@ -74,9 +76,24 @@ def working_size(sizes: Mapping[str, list[tuple[int, int]]], device: str) -> int
         width == height <= largest for width, height in found
     ):
         return None
-    usual = float(np.median([min(size) for size in found]))
+    usual = min(float(np.median([min(size) for size in of_role])) for of_role in sizes.values() if of_role)
     most = LARGEST.get(device, LARGEST["cuda"])
     return max((side for side in WORKING_SIZES if side <= min(usual, most)), default=WORKING_SIZES[0])
+
+
+def detailed_side(sizes: Mapping[str, list[tuple[int, int]]]) -> int | None:
+    """
+    The largest side at which sets can be compared by their fine detail.
+
+    Args:
+        sizes (`dict`): Width and height of images, by role.
+
+    Returns:
+        `int`: The side, than which at most a fraction `ENLARGED` of the images of each role are smaller; None where no
+        sizes are known.
+    """
+    shorter = [sorted(map(min, of_role)) for of_role in sizes.values() if of_role]
+    return min((sides[int(ENLARGED * len(sides))] for sides in shorter), default=None)
 
 
 def squares_of_photographs(

@@ -94,8 +94,9 @@ def page(
         how = {"concurrency_id": "work", "concurrency_limit": 1, "show_progress_on": status}
         if purify:
             start, stop, *settings = purify
-            start.click(handlers.purify, [pictures, size, *settings], outputs, **how)
-            stop.click(handlers.stop, queue=False, api_visibility="private")
+            purifying = start.click(handlers.purify, [pictures, size, *settings], outputs, **how)
+            # Gradio ends what waits, or what it waits for; the handler ends the work itself.
+            stop.click(handlers.stop, None, status, queue=False, cancels=purifying, api_visibility="private")
         start, *settings = protect
         start.click(handlers.protect, [pictures, size, *settings], outputs, **how)
         chooser.input(handlers.choose, [results, chooser], [slider, difference], api_visibility="private")
@@ -165,9 +166,10 @@ class Handlers:
             options = (LONGEST_SIDES[size], request.session_hash, progress)
             return _shown(*self.work.protect(_given(pictures), method, label, seed, *options))
 
-    def stop(self, request: gr.Request) -> None:
-        """Let the purification of this tab end."""
+    def stop(self, request: gr.Request) -> str:
+        """Let the purification of this tab end; returns its status."""
         self.work.stop(request.session_hash)
+        return "Stopped."
 
     def leave(self, request: gr.Request) -> None:
         """The tab was closed."""

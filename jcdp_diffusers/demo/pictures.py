@@ -189,7 +189,7 @@ class PictureWork:
     """
 
     def __init__(self, pipe: JointConditionalPurificationPipeline | None):
-        self.pipe, self.stopped = pipe, set()
+        self.pipe, self.running = pipe, {}  # by session, what tells its last purification from those before it
         self._folder = tempfile.TemporaryDirectory(prefix="jcdp-demo-")
 
     def folder(self, session: str) -> Path:
@@ -201,7 +201,7 @@ class PictureWork:
 
     def stop(self, session: str) -> None:
         """Let the purification of a browser tab end at its next tiles."""
-        self.stopped.add(session)
+        self.running.pop(session, None)
 
     def forget(self, session: str) -> None:
         """Remove the results of a browser tab."""
@@ -212,14 +212,15 @@ class PictureWork:
         return Path(self._folder.name) / hashlib.blake2b(session.encode(), digest_size=16).hexdigest()
 
     def purify(self, files: Sequence[str], config: PurificationConfig, seed: int, longest_side, session: str, tell):
-        """`work` with the purifier."""
-        channels = self.pipe.unet.config.in_channels
+        """`work` with the purifier; it ends, too, where another one of the same tab begins."""
+        channels, own = self.pipe.unet.config.in_channels, object()
+        self.running[session] = own
 
         def change(image: np.ndarray, name: str) -> Change:
             start = time.monotonic()
 
             def done(tiles: int, of: int) -> None:
-                if session in self.stopped:
+                if self.running.get(session) is not own:
                     raise Stopped("Stopped.")
                 seconds = (time.monotonic() - start) / tiles * (of - tiles) if tiles else None
                 left = "" if seconds is None else f", about {seconds:.0f} s left"
@@ -227,7 +228,6 @@ class PictureWork:
 
             return purify_picture(self.pipe, image, config, seed=seed, done=done)
 
-        self.stopped.discard(session)
         return self.work(files, channels, longest_side, change, self.folder(session), "purified")
 
     def protect(self, files: Sequence[str], method: str, label: int, seed: int, longest_side, session: str, tell):

@@ -55,12 +55,11 @@ def protected_photograph(photograph: np.ndarray, perturbation: np.ndarray) -> np
     return np.rint((photograph + added).clip(0, 255)).astype(np.uint8)
 
 
-def size_to_read(args: argparse.Namespace, where: Mapping[str, str | None]) -> tuple[int | None, bool]:
-    """The side to which images are brought, and whether they had assorted sizes before."""
-    sizes = stored_sizes(args.dataset, **where)
-    assorted = len(set(sizes)) > 1 or any(width != height for width, height in sizes)
+def size_to_read(args: argparse.Namespace, where: Mapping[str, str | None]) -> int | None:
+    """The side to which images are brought; None where they stay as they are."""
     if args.image_size is not None:
-        return args.image_size, assorted
+        return args.image_size
+    sizes = stored_sizes(args.dataset, **where)
     side = working_size({"dataset": sizes}, usable_device(args.device).type)
     if side is not None:
         print(
@@ -69,7 +68,7 @@ def size_to_read(args: argparse.Namespace, where: Mapping[str, str | None]) -> t
         )
         if args.export is None:
             print("--export FOLDER protects them at their own size, too.")
-    return side, assorted
+    return side
 
 
 def places_of_export(args: argparse.Namespace, data: LabelledImages, *, fresh: bool) -> list:
@@ -79,7 +78,7 @@ def places_of_export(args: argparse.Namespace, data: LabelledImages, *, fresh: b
     sources, outputs = {"--dataset": args.dataset}, {"--output": args.output}
     check_apart(args.export, sources=sources, outputs=outputs, name="--export")
     names = [(None if data.files is None else data.files[row]) or id_ for row, id_ in enumerate(data.ids)]
-    places = export_names(names, args.export_format)
+    places = export_names(names, args.export_format or "png")
     check_export(args.export, places, fresh=fresh)
     return places
 
@@ -89,10 +88,13 @@ def export(
     clean: LabelledImages,
     protected: LabelledImages,
     places: Mapping[str, Any],
-    where: Mapping[str, str | None] | None,
+    where: Mapping[str, str | None],
 ) -> None:
-    """Write the protected pictures, photographs one by one at their own size, with the perturbation enlarged."""
-    if where is None:
+    """
+    Write the protected pictures; where they were brought to one size, photographs one by one at their own, with the
+    perturbation enlarged.
+    """
+    if args.image_size is None:
         for id_, image in zip(protected.ids, protected.images):
             export_picture(args.export, places[id_], image)
         print(f"{len(protected)} pictures in {args.export}")

@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from .. import poisons
-from ..data import LabelledImages, load_images, open_dataset, write_dataset
+from ..data import LabelledImages, load_images, named_columns, open_dataset, write_dataset
 from ..data.export import FORMATS
 from ..data.perturbations import apply_perturbation, measured_norms, visibility, visibility_in_words
 from ..devices import check_seed, default_device
@@ -144,6 +144,7 @@ def protect_with_file(
     budget: Mapping[str, float] | None = None,
     order: str = "checked",
     in_order_of: LabelledImages | None = None,
+    image_size: int | None = None,
     seed: int = 0,
     fraction: float = 1.0,
     split: str = "train",
@@ -157,7 +158,7 @@ def protect_with_file(
     Args:
         data (`LabelledImages`): The clean images.
         output_dir (`str` or `Path`): See [`protect_dataset`]; the content of the perturbation is compared too.
-        perturbation, kind, budget, order, in_order_of: See [`read_perturbation`].
+        perturbation, kind, budget, order, in_order_of, image_size: See [`read_perturbation`].
         seed (`int`, *optional*, defaults to 0): Of the choice of images.
         fraction, split, columns, features, source: See [`protect_dataset`].
 
@@ -186,9 +187,8 @@ def protect_with_file(
         if (done := _finished(output_dir, request, data, stack)) is not None:
             return done
         start = time.monotonic()
-        delta, recognised = read_perturbation(
-            perturbation, data, kind=kind, budget=budget, order=order, in_order_of=in_order_of
-        )
+        how = {"kind": kind, "budget": budget, "order": order, "in_order_of": in_order_of, "image_size": image_size}
+        delta, recognised = read_perturbation(perturbation, data, **how)
         facts = request | {"recognised": recognised}
         return _write(output_dir, data, rows, delta[rows], split, columns, features, facts, start)
 
@@ -279,7 +279,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also write the protected pictures under their own file names, photographs at their own size",
     )
     parser.add_argument(
-        "--export_format", choices=tuple(FORMATS), default="png", help="of --export; jpg weakens a protection"
+        "--export_format", choices=tuple(FORMATS), help="of --export, png if not given; jpg weakens a protection"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fraction", type=float, default=1.0, help="of the images, drawn by --seed")
@@ -318,7 +318,7 @@ def run(args: argparse.Namespace) -> None:
     check_output_folder(args.output, marks=MARKS, own=OWN_NAMES, sources=sources, name="--output")
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     where = {"split": args.split} | columns
-    args.image_size, assorted = size_to_read(args, where)
+    args.image_size = size_to_read(args, where)
     data = load_images(args.dataset, image_size=args.image_size, channels=args.channels, **where)
     places = places_of_export(args, data, fresh=not (Path(args.output) / CARD).exists())
     others, features = _other_columns(args.dataset, args.split, columns)
@@ -346,7 +346,10 @@ def run(args: argparse.Namespace) -> None:
     else:
         declared = {norm: getattr(args, norm) for norm in NORMS if getattr(args, norm) is not None}
         sizes = {"image_size": args.image_size, "channels": args.channels}
-        ordered = None if args.in_order_of is None else load_images(args.in_order_of, split=args.split, **sizes)
+        ordered = None
+        if args.in_order_of is not None:
+            named = named_columns(args.in_order_of, columns, split=args.split)
+            ordered = load_images(args.in_order_of, split=args.split, **named, **sizes)
         protect_with_file(
             data,
             args.output,
@@ -355,6 +358,7 @@ def run(args: argparse.Namespace) -> None:
             budget=declared,
             order=args.order or "checked",
             in_order_of=ordered,
+            image_size=args.image_size,
             seed=args.seed,
             fraction=args.fraction,
             split=split,
@@ -364,7 +368,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.export is not None:
         protected = load_images(args.output, split=read_card(args.output)["split"], channels=args.channels)
-        export(args, data, protected, dict(zip(data.ids, places)), where if assorted else None)
+        export(args, data, protected, dict(zip(data.ids, places)), where)
     card = read_card(args.output)
     if "recognised" in card:
         print("; ".join(f"{name}: {value}" for name, value in card["recognised"].items()))

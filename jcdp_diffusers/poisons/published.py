@@ -96,6 +96,7 @@ def read_perturbation(
     budget: Mapping[str, float] | None = None,
     order: str = "checked",
     in_order_of: LabelledImages | None = None,
+    image_size: int | None = None,
 ) -> tuple[torch.Tensor, dict[str, str]]:
     """Reads a perturbation that somebody published for `data`.
 
@@ -111,6 +112,8 @@ def read_perturbation(
         in_order_of: the clean images in the order of the file (torchvision's, say), where `data` has another: rows
             are brought into that order by what the file says of them (numbers, ids, classes), and then matched by the
             pixels of the images.
+        image_size: side of the square to which a folder's images are brought, as :func:`load_images` does; that of
+            `data`, where its images were brought to one.
 
     Returns:
         The perturbation, float32 `(N, C, H, W)` for images in [0, 1], one row per image of `data`, and what was
@@ -129,7 +132,7 @@ def read_perturbation(
     if path.is_dir() and (patterns := sorted(path.glob("perturbation_*.pth"))):
         rows = _read_clusters(path, patterns, ordered, budget, order)
     else:
-        rows = _read_folder(path, ordered) if path.is_dir() else _read_file(path)
+        rows = _read_folder(path, ordered, image_size) if path.is_dir() else _read_file(path)
     rows.values = _channels_first(rows.values, data.images.shape[1:], path)
     kind = kind or _kind(len(rows.values), ordered, path)
     if kind == "class-wise":
@@ -159,8 +162,8 @@ def check_budget(budget: Mapping[str, float]) -> None:
             raise ValueError(f"budget has {norm} {bound}, but for {', '.join(NORMS)} numbers from 0 on are accepted.")
 
 
-def _read_folder(path: Path, data: LabelledImages) -> _Rows:
-    poisoned = load_images(path, channels=data.images.shape[3])
+def _read_folder(path: Path, data: LabelledImages, image_size: int | None) -> _Rows:
+    poisoned = load_images(path, image_size=image_size, channels=data.images.shape[3])
     names = poisoned.files if "file_name" in column_names(path) else ()
     numbers = [number_of(Path(name).stem) for name in names]
     complete = sorted(number for number in numbers if number is not None) == list(range(len(poisoned)))

@@ -34,24 +34,27 @@ def adaptive_config(
     return _settings(protection_spectrum(*some), pipe)
 
 
-def adaptive_config_of_tiles(
-    protected: Rows, collected: Rows, size: int, pipe: JointConditionalPurificationPipeline
+def adaptive_config_of_rows(
+    protected: Rows, collected: Rows, size: int, pipe: JointConditionalPurificationPipeline, *, tiled: bool
 ) -> PurificationConfig:
     """
-    As `adaptive_config`, for photographs that are purified in squares at their own size: theirs is the spectrum.
+    As `adaptive_config`, for images as they are stored, of any size.
 
     Args:
-        protected, collected (`Rows`): Photographs of any size, no streams; those that cannot be used are passed over.
-        size (`int`): Side of the squares, in pixels.
+        protected, collected (`Rows`): Images, no streams; those that cannot be used are passed over.
+        size (`int`): Side of the purifier's squares, in pixels.
         pipe (`JointConditionalPurificationPipeline`): The purifier.
+        tiled (`bool`): Whether images are purified in squares at their own size, whose spectrum is then compared. Else
+            all are brought to `size`.
 
     Raises:
         ValueError: If a set has fewer than two images that can be used.
     """
-    channels = pipe.unet.config.in_channels
-    protected, of_protected = _squares(protected, size, channels, "protected")
-    collected, of_collected = _squares(collected, size, channels, "collected")
-    return _settings(protection_spectrum(protected, collected, photographs=(of_protected, of_collected)), pipe)
+    how = {"channels": pipe.unet.config.in_channels, "size": size, "fit": "tile" if tiled else "resize"}
+    protected, of_protected = _squares(protected, "protected", **how)
+    collected, of_collected = _squares(collected, "collected", **how)
+    photographs = (of_protected, of_collected) if tiled else None
+    return _settings(protection_spectrum(protected, collected, photographs=photographs), pipe)
 
 
 def _settings(spectrum: ProtectionSpectrum, pipe: JointConditionalPurificationPipeline) -> PurificationConfig:
@@ -61,14 +64,14 @@ def _settings(spectrum: ProtectionSpectrum, pipe: JointConditionalPurificationPi
     return adaptive_settings(spectrum.table(), pipe.scheduler.alpha_bars[:end], noise_corner=corner)
 
 
-def _squares(rows: Rows, size: int, channels: int, role: str) -> tuple[np.ndarray, np.ndarray]:
+def _squares(rows: Rows, role: str, *, channels: int, size: int, fit: str) -> tuple[np.ndarray, np.ndarray]:
     """uint8 (N, size, size, C), about `SPECTRUM_IMAGES` squares side by side, and each one's photograph's number."""
     wanted = _evenly(rows.length, SPECTRUM_IMAGES)
     each = min(SQUARES_EACH, SPECTRUM_IMAGES // max(1, len(wanted)))
     images = itertools.chain.from_iterable(table["image"].to_pylist() for table in rows.read(0, rows.length))
     squares, photographs, chosen = [], [], set(wanted.tolist())
     for number, value in enumerate(images):
-        tiled = prepare(value, channels=channels, size=size, fit="tile", overlap=0) if number in chosen else None
+        tiled = prepare(value, channels=channels, size=size, fit=fit, overlap=0) if number in chosen else None
         if isinstance(tiled, TiledImage):
             cut = list(tiled.squares())
             squares += [cut[index].copy() for index in _evenly(len(cut), each)]  # a view would keep the photograph

@@ -9,14 +9,15 @@ import threading
 
 from .. import engines
 from ..acceleration.placement import PRECISIONS
-from ..data import is_url, load_images
+from ..data import is_url, named_columns
 from ..data.export import FORMATS
+from ..data.photographs import detailed_side, stored_sizes
 from ..devices import default_device
 from ..outputs import check_apart
 from ..pipeline_jcdp import JointConditionalPurificationPipeline
 from ..purification_config import ADAPTIVE, PRESETS, PurificationConfig
 from ..storage import Folder
-from .adaptive import adaptive_config, adaptive_config_of_tiles
+from .adaptive import adaptive_config_of_rows
 from .dataset import open_purifier, purify_to_folder
 from .export import check_places, export_purified
 from .manifest import settled_fit
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--streaming", action="store_true", help="read a Hub data set as it comes, without a copy")
     what.add_argument("--output", required=True, help="folder; a run that it holds is gone on with")
     what.add_argument("--export", metavar="FOLDER", help="also write the pictures under their own file names")
-    what.add_argument("--export_format", choices=tuple(FORMATS), default="png", help="of --export")
+    what.add_argument("--export_format", choices=tuple(FORMATS), help="of --export, png if not given")
     what.add_argument("--push_to_hub", metavar="REPO", help="publish the finished data set")
 
     how = parser.add_argument_group("how (not given: what the purifier's repository says)")
@@ -99,11 +100,10 @@ def run(args: argparse.Namespace) -> None:
     device = args.device or default_device()
     engines.check(args.engine, args.processes, args.address, device)
     dataset, output = options.pop("dataset"), options.pop("output")
-    export, suffix = options.pop("export"), options.pop("export_format")
+    export, suffix = options.pop("export"), options.pop("export_format") or "png"
     if export is not None and engines.ranks()[0] == 0:
         where = {name: options[name] for name in ("split", "image_column", "label_column", "id_column")}
         check_places(export, dataset, output, suffix, **where)
-        check_apart(export, sources={"--collected": args.collected}, name="--export")
     opening = {name: options.pop(name) for name in ("device", "perceptual", "precision", "revision")}
     opening |= {"compiled": options.pop("compile"), "output_dir": output}
     if options["num_inference_steps"] is not None and len(options["num_inference_steps"]) == 1:
@@ -114,9 +114,12 @@ def run(args: argparse.Namespace) -> None:
             "must be given together."
         )
     if args.preset == ADAPTIVE:
-        if not is_url(output):
-            check_apart(output, sources={"--collected": args.collected}, name="--output")
+        for name, path in (("--output", output), ("--export", export)):
+            if path is not None and not is_url(path):
+                check_apart(path, sources={"--collected": args.collected}, name=name)
         options["preset"] = _adaptive(args)
+    if args.perceptual is not None:
+        _check_perceptual_guide(args, options["preset"])
     pipe = functools.partial(open_purifier, options.pop("purifier"), **opening)
     gpus = int(str(device).startswith("cuda"))  # of an actor on Ray
     try:
@@ -141,15 +144,32 @@ def _adaptive(args: argparse.Namespace) -> PurificationConfig:
     """Preset `"adaptive"`, of what the network will see: squares of both sets, or both brought to its size."""
     pipe = JointConditionalPurificationPipeline.from_pretrained(args.purifier, revision=args.revision)
     size = Job(args.dataset, pipe, args.output, image_size=args.image_size, tile_overlap=args.tile_overlap).size(pipe)
-    protected = {"split": args.split, "image_column": args.image_column, "id_column": args.id_column}
-    collected = {"split": args.collected_split, "image_column": args.image_column}
+    protected = {name: getattr(args, name) for name in ("split", "image_column", "label_column", "id_column")}
+    collected = {"split": args.collected_split}
+    collected |= named_columns(args.collected, {"image_column": args.image_column}, **collected)
+    sides = [
+        detailed_side({"": stored_sizes(source, **where)})
+        for source, where in ((args.dataset, protected), (args.collected, collected))
+    ]
+    if None not in sides and sides[1] < (least := min(size, sides[0])):
+        raise ValueError(
+            f"--collected has images with a side of {sides[1]} pixels, but must have at least {least}: enlarged ones "
+            "have no fine detail, beside which that of --dataset would be taken for a protection."
+        )
     rows = open_rows(args.dataset, **protected)
     fit, _ = settled_fit(Folder(args.output), rows, size, args.fit)
-    if fit == "tile":
-        return adaptive_config_of_tiles(rows, open_rows(args.collected, **collected), size, pipe)
-    brought = {"image_size": size, "channels": pipe.unet.config.in_channels}
-    sets = (load_images(args.dataset, **protected, **brought), load_images(args.collected, **collected, **brought))
-    return adaptive_config(*sets, pipe)
+    return adaptive_config_of_rows(rows, open_rows(args.collected, **collected), size, pipe, tiled=fit == "tile")
+
+
+def _check_perceptual_guide(args: argparse.Namespace, preset: str | PurificationConfig | None) -> None:
+    """Refuse a perceptual network that no guide would use."""
+    own = PurificationConfig.from_pretrained(args.purifier, revision=args.revision) if preset is None else None
+    asked = {"perceptual_guidance_scale": args.perceptual_guidance_scale}
+    if PurificationConfig.resolve(preset, repository=own, **asked).perceptual_guidance_scale == 0:
+        raise ValueError(
+            f"--perceptual is {args.perceptual!r}, but must be left out where the perceptual guide is off: "
+            "--perceptual_guidance_scale or a preset turns it on."
+        )
 
 
 def _stop(*_) -> None:

@@ -145,6 +145,8 @@ class Worker(contextlib.ExitStack):
                 f"{'rows_per_shard is what a stream takes' if length is None else 'one to that many are accepted'}."
             )
         fit, self.note = settled_fit(self.folder, self.rows, size, job.fit)
+        if job.tile_overlap is not None and fit != "tile":
+            raise ValueError(f"tile_overlap is {job.tile_overlap}, but must be left out where fit is {fit!r}.")
         self.config, self.asked = config, describe_run(self.pipe, config, self.rows, job, size, fit)
 
     def plan(self, processes: int | None = None) -> tuple[dict, dict, str | None]:

@@ -1,6 +1,7 @@
 """The purifier's training and the purification beside victims: what is run together, and in what order."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +11,13 @@ import torch
 from purifying import quick_pipe, some_images
 
 from jcdp_diffusers.audit import beside
+from jcdp_diffusers.audit.begun import begun_for, check_begun, write_begun
 from jcdp_diffusers.audit.beside import Preparation, prepare_beside
-from jcdp_diffusers.audit.purifier import AuditPurifier, _plan
+from jcdp_diffusers.audit.purifier import AuditPurifier, _plan, choose_purifier
 from jcdp_diffusers.audit.settings import AuditSettings
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.purification_config import PurificationConfig
+from jcdp_diffusers.train.default_purifier import with_steps
 from jcdp_diffusers.trials import measure
 
 
@@ -84,3 +87,29 @@ def test_a_short_purifier_serves_audits_that_purify_in_their_own_way():
     for longer in (AuditSettings(attacks=("avatar",)), AuditSettings(preset="unconditional")):
         assert _plan(many, longer, cpu).training.trained_timesteps == (0, 200)
     assert _plan(many, AuditSettings(), torch.device("cuda")).training.max_train_steps == 20_000
+
+
+def test_further_countermeasures_keep_the_purifier_that_an_audit_was_begun_with(tmp_path):
+    sets = {"protected": some_images(20), "collected": some_images(4000, seed=1)}
+
+    def chosen(folder, **settings):
+        """Of an audit that is begun or gone on with, whose budget has lessened the steps."""
+        folder.mkdir(exist_ok=True)
+        asked = AuditSettings(**settings)
+        used = choose_purifier(None, sets, asked, folder, torch.device("cpu"))
+        begun = begun_for(asked, sets, replace(used, plan=with_steps(used.plan, 150)))
+        check_begun(folder, begun)
+        write_begun(folder, begun)
+        return used.plan.training.trained_timesteps
+
+    short, long = tmp_path / "short", tmp_path / "long"
+    assert chosen(short) == chosen(short, attacks=("gdmp",)) == (0, 50)
+    assert chosen(long, attacks=("avatar",)) == chosen(long) == chosen(long, attacks=("diffpure",)) == (0, 200)
+    with pytest.raises(
+        ValueError, match="where an audit was begun whose purifier cannot do.*timesteps below 50.*Take"
+    ):
+        chosen(short, attacks=("avatar",))
+    with pytest.raises(ValueError, match="^perceptual is None"):  # nor could another
+        chosen(short, attacks=("jcdp",))
+    with pytest.raises(ValueError, match="where an audit with another preset was begun"):
+        chosen(short, preset=PurificationConfig(diffusion_steps=20))

@@ -103,6 +103,7 @@ def test_labels_that_an_export_has_lost_are_those_of_the_originals(tmp_path):
         ({"a": [(4000, 3000), (200, 300)]}, "cpu", 64),
         ({"a": [(4000, 3000), (200, 300)]}, "cuda", 256),
         ({"a": [(100, 140), (200, 90), (150, 150)]}, "cuda", 64),
+        ({"a": [(100, 140)] * 9, "b": [(40, 50)]}, "cpu", 32),  # none is enlarged, though most are large
         ({"a": [(28, 20)]}, "cpu", 32),
         ({"a": []}, "cpu", None),
     ],
@@ -246,6 +247,40 @@ def test_squares_are_those_of_the_collected_photographs_though_the_folders_diffe
     wholes = {image.tobytes() for image in squares.images}
     of_role = {role: [image.tobytes() in wholes for image in data.images] for role, data in found.sets.items()}
     assert all(of_role["collected"]) and not any(of_role["clean"] + of_role["test"])
+
+
+def test_photographs_of_one_size_give_squares_at_their_own_size(tmp_path):
+    for row in range(12):
+        Image.new("RGB", (150, 150), (20 * row, 0, 99)).save(tmp_path / f"{row:02d}.png")
+    sources = {"protected": tmp_path, "clean": None, "collected": None, "test": None}
+    for image_size, cut in ((None, True), (32, True), (150, False)):
+        options = {"image_size": image_size, "channels": 3, "options": {}, "skip_unusable_images": False}
+        found = read(sources, None, AuditSettings(), options, torch.device("cpu"), lambda line: None)
+        assert (found.squares(sources, options, seed=0) is not None) is cut
+
+
+@pytest.mark.parametrize("image_size", [None, 64])
+def test_enlarged_images_have_no_spectrum_to_compare(image_size, tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    for role, side in (("protected", 64), ("collected", 40)):
+        (tmp_path / role).mkdir()
+        for row in range(50):
+            pixels = draw.integers(0, 256, (side, side + row % 2, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / role / f"{row}.png")
+    sources = {role: tmp_path / role for role in ("protected", "collected")} | {"clean": None, "test": None}
+    options = {"image_size": image_size, "channels": 3, "options": {}, "skip_unusable_images": False}
+    how = (sources, None, AuditSettings(), options, torch.device("cpu"), lambda line: None)
+    found = read(*how)
+    report, texts = audited_without_labels(tmp_path / "out", monkeypatch, found)
+    if image_size is None:
+        assert found.side == 32 and found.enlarged is None and report["evidence"]["spectrum"] is not None
+        return
+    assert report["evidence"]["spectrum"] is None and found.enlarged in report["said"]
+    assert "40x40 (--image_size) or less" in found.enlarged and not any("there are 50 and 50" in s for s in texts)
+    with pytest.raises(ValueError, match="preset is 'adaptive', which reads spectra"):
+        read(*how[:2], AuditSettings(preset="adaptive"), *how[3:])
+    one_source = replace(found, division=Division("clean", ("collected",)))
+    assert one_source.enlarged is None  # both sets have the same images, as far as that goes
 
 
 def test_shots_of_one_thing_are_not_in_two_parts():

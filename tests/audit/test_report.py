@@ -421,6 +421,8 @@ def test_why_spectra_were_not_compared_is_said(of, missing, said):
     report["data"] |= {"spectrum": None, "division": {"of": of, "missing": missing, "stand_in": False}}
     (sentence,) = spectrum_said(report)
     assert sentence.startswith("Spectra were not compared: ") and said in sentence
+    report["data"]["enlarged"] = "Spectra were not compared: enlarged."
+    assert spectrum_said(report) == ["Spectra were not compared: enlarged."]
 
 
 @pytest.mark.parametrize("seconds, said", [(0.2, "0 s"), (89, "89 s"), (150, "2 min"), (7200, "2.0 h")])

@@ -280,6 +280,18 @@ def test_metadata_that_names_something_else_is_an_error(tmp_path, written, words
     refused(tmp_path / "d", words)
 
 
+def test_only_an_empty_field_is_a_missing_label(tmp_path):
+    for row in range(3):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{row}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label,note\n0.png,NA,null\n1.png, null,\n2.png,yes,x\n")
+    found = load_images(tmp_path)
+    assert [found.class_names[label] for label in found.labels] == ["NA", "null", "yes"]
+    assert [row["note"] for row in open_dataset(tmp_path)] == ["null", None, "x"]
+    (tmp_path / "metadata.csv").write_text('file_name,label\n0.png,NA\n1.png,""\n2.png,yes\n')
+    with pytest.raises(ValueError, match="lacks 1 of 3 labels"):
+        load_images(tmp_path)
+
+
 def test_metadata_in_several_folders_and_in_two_alphabets(tmp_path):
     plant(tmp_path, "train/é.png", "test/ü.png", "test/v.png")
     (tmp_path / "train/metadata.jsonl").write_text('{"file_name": "e\\u0301.png", "label": "a"}')
@@ -296,6 +308,16 @@ def test_a_column_that_looks_like_labels_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load_images(tmp_path / "x.parquet")
     assert "has no label column, but 'category', which label_column can name" in caplog.text
+
+
+@pytest.mark.parametrize("column", ["label", "labels", "fine_label"])
+def test_labels_of_metadata_count_and_class_folders_beside_them_do_not(column, tmp_path):
+    for name in ("cat/0.png", "dog/1.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text(f"file_name,{column}\ncat/0.png,7\ndog/1.png,7\n")
+    found = load_images(tmp_path)
+    assert found.labels.tolist() == [7, 7] and found.class_names is None
 
 
 # ---------------------------------------------------------------------------------------------------- files elsewhere

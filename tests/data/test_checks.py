@@ -125,6 +125,23 @@ def test_sets_that_do_not_fit(roles):
         check_sets({"protected": protected, "test": test}, {"collected": images(5, 5, size=16)})
 
 
+@pytest.mark.parametrize("in_folders", ["clean", "protected"])
+def test_originals_are_found_where_one_of_the_sets_was_put_into_class_folders(in_folders, roles):
+    """The order of the files is then another one, and no path agrees."""
+    flat = {"clean": roles["clean"], "protected": roles["protected"]}
+    order = np.argsort(flat["clean"].labels, kind="stable")
+    sets = {}
+    for role, data in flat.items():
+        files = [f"IMG_{row:02d}.{'png' if role == 'clean' else 'jpg'}" for row in range(30)]
+        if role == in_folders:
+            files = [f"{data.class_names[label]}/{file}" for label, file in zip(data.labels, files)]
+        rows = order if role == in_folders else np.arange(30)
+        numbers = {"ids": tuple(f"train/{row}" for row in range(30)), "id_space": role}
+        sets[role] = dataclasses.replace(data.subset(rows), files=tuple(files[row] for row in rows), **numbers)
+    wanted = flat["clean"].subset(order) if in_folders == "protected" else flat["clean"]
+    assert np.array_equal(match_originals(sets["clean"], sets["protected"]).images, wanted.images)
+
+
 def test_originals_are_matched_by_id(roles):
     clean, protected = roles["clean"], roles["protected"]
     shuffled = joined(clean, images(5, 7)).subset(np.random.default_rng(0).permutation(35))

@@ -171,3 +171,26 @@ def test_settings_beyond_the_purifier_are_an_error_in_words(tab, pictures):
     write(tab, "diffusion_steps", "2000")
     tab.click("#purify")
     tab.get_by_text(re.compile("diffusion_steps is 2000, but must be")).first.wait_for()
+
+
+def test_stop_ends_what_runs_and_what_waits(browser, address, tmp_path):
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8))
+    large.save(tmp_path / "large.png")
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "small.png")
+    first, second = (browser.new_page() for _ in range(2))
+    for tab, file in ((first, "large"), (second, "small")):
+        tab.set_default_timeout(SECONDS)
+        tab.goto(address)
+        tab.wait_for_selector("#pictures")
+        give(tab, tmp_path / f"{file}.png")
+        tab.locator("#purify").click()
+        tab.locator("#status").get_by_text("tiles" if tab is first else "queue").wait_for()
+    for tab in (second, first):
+        tab.locator("#stop").click()
+        tab.wait_for_function("document.querySelector('#status textarea').value == 'Stopped.'")
+    first.wait_for_timeout(3000)  # by then the second would have had its turn
+    assert not any(tab.locator("#results").is_visible() for tab in (first, second))
+    second.locator("#purify").click()
+    second.locator("#numbers").get_by_text("small.png").wait_for()
+    for tab in (first, second):
+        tab.close()

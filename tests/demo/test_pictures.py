@@ -163,6 +163,22 @@ def test_a_stopped_session_ends_and_can_begin_again(tmp_path):
     assert work.purify([str(tmp_path / "good.png")], config, 0, None, "one", lambda fraction, words: None)[0]
 
 
+def test_what_was_stopped_does_not_go_on_beside_what_is_begun_next(tmp_path):
+    """Whoever stops and begins again at once has both in work until the first comes to its next tiles."""
+    Image.fromarray(picture(8, 8)).save(tmp_path / "good.png")
+    pipe = quick_pipe()
+    work, config = PictureWork(pipe), pipe.resolve_config(diffusion_steps=2)
+    done = []
+
+    def stop_and_begin_again(fraction, words):
+        work.stop("one")
+        done.append(work.purify([str(tmp_path / "good.png")], config, 0, None, "one", lambda fraction, words: None)[0])
+
+    with pytest.raises(Stopped):
+        work.purify([str(tmp_path / "good.png")], config, 0, None, "one", stop_and_begin_again)
+    assert len(done) == 1 and Image.open(done[0][0]["after"]).size == (8, 8)
+
+
 def test_a_session_of_any_name_stays_in_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "other").mkdir()

@@ -1,5 +1,6 @@
 """Photographs of assorted sizes are protected at their own size."""
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -86,3 +87,59 @@ def test_an_export_is_apart_from_the_output(export, tmp_path, monkeypatch, capsy
     command = ["poison", "--method", "uc", "--preset", "smoke", "--dataset", "photos", "--output", "protected"]
     assert main([*command, "--export", export]) == 1
     assert "--export is" in capsys.readouterr().err and not (tmp_path / "protected").exists()
+
+
+def photographs(folder, sizes):
+    """Smooth pictures of these sizes, in two classes."""
+    draw = np.random.default_rng(0)
+    for row, size in enumerate(sizes):
+        path = folder / ("cat", "dog")[row % 2] / f"IMG_{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        small.resize(size, Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("side, more, brought", [(150, [], 64), (48, ["--image_size", "32"], 32)])
+def test_photographs_that_all_have_one_size_keep_it(side, more, brought, tmp_path, capsys):
+    photos = photographs(tmp_path / "photos", [(side, side)] * 4)
+    command = ["poison", "--method", "lsp", "--dataset", str(photos), "--output", str(tmp_path / "out"), *more]
+    assert main([*command, "--export", str(tmp_path / "pictures"), "--device", "cpu"]) == 0
+    assert f"4 photographs at their own size in {tmp_path / 'pictures'}" in capsys.readouterr().out
+    assert load_images(tmp_path / "pictures").images.shape[1:3] == (side, side)
+    assert load_images(tmp_path / "out").images.shape[1:3] == (brought, brought)
+
+
+@pytest.mark.parametrize("more", [[], ["--image_size", "32"]])
+def test_poisoned_photographs_of_assorted_sizes_are_brought_to_that_of_the_clean_ones(more, tmp_path, capsys):
+    photos = photographs(tmp_path / "photos", [(90 + row, 120 - 3 * row) for row in range(6)])
+    command = ["poison", "--dataset", str(photos), "--device", "cpu", *more]
+    made = [*command, "--method", "lsp", "--output", str(tmp_path / "a"), "--export", str(tmp_path / "poisoned")]
+    assert main(made) == 0
+    given = [*command, "--perturbation", str(tmp_path / "poisoned"), "--output", str(tmp_path / "b")]
+    assert main([*given, "--export", str(tmp_path / "pictures")]) == 0, capsys.readouterr().err
+    wanted, found = load_images(tmp_path / "poisoned", image_size=64), load_images(tmp_path / "b")
+    if not more:
+        assert np.array_equal(found.images, wanted.images)
+    assert load_images(tmp_path / "pictures", image_size=64).files == wanted.files
+
+
+def test_the_set_that_has_the_order_of_a_perturbation_may_lack_the_columns_of_the_others(tmp_path):
+    """And where it has them, they are read by their names there, too."""
+    draw = np.random.default_rng(0)
+    images = draw.integers(20, 230, (8, 16, 16, 3), dtype=np.uint8)
+    noise = draw.integers(-8, 9, images.shape)
+    np.save(tmp_path / "noise.npy", ((images + noise) - images).astype(np.int16))
+    np.savez(tmp_path / "arrays.npz", images=images, labels=np.arange(8) % 2)
+    for name, order in (("same", np.arange(8)), ("turned", np.arange(8)[::-1])):
+        columns = {"shot": datasets.Image(), "kind": datasets.Value("int64")}
+        data = {"shot": [Image.fromarray(images[row]) for row in order], "kind": (order % 2).tolist()}
+        (tmp_path / name).mkdir()
+        made = datasets.Dataset.from_dict(data, features=datasets.Features(columns))
+        made.to_parquet(tmp_path / name / "train-00000-of-00001.parquet")
+    command = ["poison", "--perturbation", str(tmp_path / "noise.npy"), "--dataset", str(tmp_path / "turned")]
+    command += ["--image_column", "shot", "--label_column", "kind"]
+    for name in ("same", "arrays.npz"):
+        output = tmp_path / f"by {name}"
+        assert main([*command, "--in_order_of", str(tmp_path / name), "--output", str(output)]) == 0
+        assert np.array_equal(load_images(output).images, (images + noise)[::-1])

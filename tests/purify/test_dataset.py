@@ -499,6 +499,7 @@ def test_refuses_to_go_on_with_another_torch(pipe, source, finished, tmp_path):
     ("options", "sentence"),
     [
         ({"fit": "crop"}, r"fit is 'crop', but must be one of \('exact', 'resize', 'tile'\)"),
+        ({"tile_overlap": 2}, "tile_overlap is 2, but must be left out where fit is 'exact'"),
         ({"tile_overlap": 8}, r"tile_overlap is 8, but must lie between 0 and image_size \(8\)"),
         ({"threads": 3}, "threads is 3, but must be a power of two"),
         ({"shards": 51}, "shards is 51, but the source has 50 rows: one to that many are accepted"),
@@ -711,6 +712,20 @@ def test_command_line(purifier, source, expected, tmp_path, capsys, handlers):
     with pytest.raises(SystemExit) as usage:
         main(["--purifier", purifier])
     assert usage.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "more, refused",
+    [([], True), (["--preset", "unconditional"], True), (["--perceptual_guidance_scale", "1"], False)],
+)
+def test_a_perceptual_network_without_its_guide_is_refused(
+    more, refused, purifier, source, tmp_path, capsys, handlers
+):
+    """The one that is no network is refused too, for another reason."""
+    words = ["--purifier", str(purifier), "--dataset", str(source), "--output", str(tmp_path / "out")]
+    assert main([*words, "--device", "cpu", "--perceptual", "nowhere", *more]) == 1
+    assert ("--perceptual is 'nowhere', but must be left out" in capsys.readouterr().err) is refused
+    assert not (tmp_path / "out").exists()
 
 
 def test_enlarged_images_of_a_run_in_tiles_are_not_told_of_tiles(purifier, tmp_path, capsys, handlers):
