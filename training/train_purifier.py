@@ -21,7 +21,7 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler, UNet2DModel
 
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.data import LabelledImages, find_overlap, load_images, open_dataset
 from jcdp_diffusers.hub import create_repository, push_purifier
 from jcdp_diffusers.outputs import check_apart
@@ -39,7 +39,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=_Help)
+    parser = Parser(description=__doc__.strip(), formatter_class=_Help)
     start = parser.add_argument_group("where to start").add_mutually_exclusive_group(required=True)
     start.add_argument("--unet", choices=sorted(UNETS), help="from scratch, with this network")
     start.add_argument("--pretrained", metavar="REPO", help="fine-tune this DDPM repository, and keep its schedule")
@@ -79,7 +79,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     TrainingConfig.add_arguments(parser.add_argument_group("training"))
     parser.set_defaults(noise_corner=None)  # that of --pretrained, where there is one
-    return expand_home(parser.parse_args(arguments))
+    return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:

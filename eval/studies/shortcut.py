@@ -5,20 +5,19 @@
 Every poison is a record, and is skipped when it is on record already. Seconds each, once the poisons are in the cache.
 """
 
-import argparse
 import time
 from pathlib import Path
 
 from jcdp_diffusers import poisons
 from jcdp_diffusers.audit.shortcut import shortcut_test
-from jcdp_diffusers.cli import expand_home
+from jcdp_diffusers.cli import Parser
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.results import append_record, read_records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dataset", required=True, help="data set with a train and a test split")
     parser.add_argument("--cache", required=True, help="folder in which protected data sets are kept")
     parser.add_argument("--output", required=True, help="JSON Lines file of records")
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("--preset", default="cpu")
     parser.add_argument("--train_images", type=int, default=5000)
     parser.add_argument("--test_images", type=int, default=2000)
-    args = expand_home(parser.parse_args())
+    args = parser.parse_args()
     clean = load_images(args.dataset, split="train").subset(range(args.train_images))
     test = load_images(args.dataset, split="test").subset(range(args.test_images))
     for name in args.poisons:

@@ -450,7 +450,7 @@ def test_refuses_to_go_on_with_another_purifier(source, finished):
         purify_to_folder(source, quick_pipe(seed=1), output_dir=finished, **SETTINGS)
     pipe = quick_pipe()
     pipe.unet.to(torch.float64)
-    with pytest.raises(ValueError, match="whose purifier content is|whose arithmetic dtype is"):
+    with pytest.raises(ValueError, match="whose purifier content is|whose dtype is"):
         purify_to_folder(source, pipe, output_dir=finished, **SETTINGS)
 
 
@@ -465,9 +465,9 @@ def test_refuses_to_go_on_with_other_columns(kind, pipe, tmp_path):
     began = {"label_column": "fine", "id_column": "key"}
     purify_to_folder(data, pipe, output_dir=tmp_path / "out", **began, **SETTINGS)
     for change, sentence in (
-        ({"label_column": "coarse"}, "source label_column is 'fine', but 'coarse' is wanted now"),
-        ({"id_column": "name"}, "source id_column is 'key', but 'name' is wanted now"),
-        ({"id_column": None}, "source id_column is 'key', but None is wanted now"),
+        ({"label_column": "coarse"}, "label_column is 'fine', but 'coarse' is wanted now"),
+        ({"id_column": "name"}, "id_column is 'key', but 'name' is wanted now"),
+        ({"id_column": None}, "id_column is 'key', but None is wanted now"),
     ):
         with pytest.raises(ValueError, match=f"holds a run whose {sentence}"):
             purify_to_folder(data, pipe, output_dir=tmp_path / "out", **began | change, **SETTINGS)
