@@ -38,13 +38,22 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Defaults behind each option, and the description's lines as they are."""
 
 
+# Options that say something of another one, and nothing without it.
+GO_WITH = {
+    "channels": "unet",
+    "revision": "pretrained",
+    "validation_split": "validation_dataset",
+    "hub_private_repo": "push_to_hub",
+}
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.strip(), formatter_class=_Help)
     start = parser.add_argument_group("where to start").add_mutually_exclusive_group(required=True)
     start.add_argument("--unet", choices=sorted(UNETS), help="from scratch, with this network")
     start.add_argument("--pretrained", metavar="REPO", help="fine-tune this DDPM repository, and keep its schedule")
     parser.add_argument("--revision", help="of --pretrained")
-    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="of --unet: greyscale or colour")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="of --unet: greyscale or colour; 3 if not given")
 
     images = parser.add_argument_group("images")
     images.add_argument("--dataset", required=True, help="Hub id, folder of Parquet, folder of images, or .npz")
@@ -86,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     keep_freed_memory()
     asked = argparse.Namespace(**vars(args) | {"noise_corner": args.noise_corner or 0.0})
     config = TrainingConfig.from_arguments(asked)
-    check_counts(args)
+    check_options(args)
     check_apart(
         args.output_dir, sources={"--dataset": args.dataset, "--pretrained": args.pretrained}, name="--output_dir"
     )
@@ -119,11 +128,15 @@ def main(args: argparse.Namespace) -> None:
     state.destroy_process_group()
 
 
-def check_counts(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse numbers that are too small, and options that nothing would read."""
     for name, least in (("num_validation_images", 0), ("max_train_samples", 1), ("resolution", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}, but must be at least {least}.")
+    for name, other in GO_WITH.items():
+        if getattr(args, name) and not getattr(args, other):
+            raise ValueError(f"{name} is {getattr(args, name)!r}, but must be left out without {other}.")
 
 
 def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, DDPMScheduler, float]:
@@ -141,7 +154,7 @@ def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, DDPMScheduler, fl
         corner = 0.0 if config is None else config.noise_corner
         return pipe.unet, DDPMScheduler.from_config(settings_of(pipe.scheduler)), settle_noise_corner(args, corner)
     size = args.resolution or usual_size(args.unet)
-    unet = named_unet(args.unet, in_channels=args.channels, sample_size=size, seed=args.seed)
+    unet = named_unet(args.unet, in_channels=args.channels or 3, sample_size=size, seed=args.seed)
     return unet, ddpm_scheduler(), settle_noise_corner(args, 0.0)
 
 
