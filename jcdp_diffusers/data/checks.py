@@ -32,7 +32,7 @@ def check_sets(
         unlabelled (`dict`): Further sets by role, whose images must have the same shape.
 
     Returns:
-        `dict`: All sets by role; those of `sets` as :func:`labels.join_labels` joins them.
+        `dict`: All sets by role; those of `sets` as [`labels.join_labels`] joins them.
 
     Raises:
         ValueError: In one sentence that names the role and what is wrong with it.
