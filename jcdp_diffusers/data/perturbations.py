@@ -56,8 +56,8 @@ def measured_norms(clean: np.ndarray, poisoned: np.ndarray) -> dict[str, float]:
         clean, poisoned (`np.ndarray`): uint8 `(N, H, W, C)`, in the same order.
 
     Returns:
-        `dict`: `linf`, the largest change of any value, in 1/255; `l2_mean` and `l2_max`, the Euclidean norm per image,
-        images in [0, 1]; `l0_mean` and `l0_max`, the pixels changed per image.
+        `dict`: `linf`, the largest change of any value, in 1/255; `l2_mean` and `l2_max`, the Euclidean norm per
+        image, images in [0, 1]; `l0_mean` and `l0_max`, the pixels changed per image.
 
     Raises:
         ValueError: if the two arrays differ in shape.
