@@ -9,7 +9,6 @@ Every trial is a victim and a record, named by the content of all that decides i
 time and given again, and measures only what is missing when the grid grows. `eval/README.md` shows a grid file.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -32,7 +31,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from eval.grid_file import DATA_ROLES, Column, Grid, read_grid, typed
 from jcdp_diffusers import countermeasures, engines, victims
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.countermeasures import Pairs, make_pairs
 from jcdp_diffusers.countermeasures.purifiers import check_purifier_suits
 from jcdp_diffusers.data import LabelledImages, join_labels, load_images
@@ -427,12 +426,12 @@ def tables_command(grid: Grid, trials: Sequence[Trial], output_dir: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
+    parser = Parser(description=__doc__.partition("\n\n")[0].strip())
     parser.add_argument("grid", metavar="GRID.yaml")
     parser.add_argument("--output", required=True, help="folder for records and whatever costs to make again")
     parser.add_argument("--recipe", "--protocol", dest="protocol", choices=RECIPE_NAMES, help="instead of the grid's")
     parser.add_argument("--roles", choices=("disjoint", "paper"), help="instead of the grid's")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="themselves, such as 0 1 2, instead of the grid's")
     parser.add_argument(
         "--processes",
         type=int,
@@ -441,7 +440,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=engines.ENGINES, default="local", help="ray: a Ray cluster")
     parser.add_argument("--address", help="of a running Ray cluster; one is started on this machine if not given")
     parser.add_argument("--device", help="a GPU of its own for each rank of a launcher, or the CPU, if not given")
-    args = expand_home(parser.parse_args())
+    args = parser.parse_args()
     keep_freed_memory()
     with ends_in_one_sentence("benchmark", "the same command goes on from here"):
         rank, _ = engines.ranks()

@@ -25,7 +25,7 @@ from eval.measured import (
     spread,
 )
 from eval.pictures import add_poisons_arguments, add_purified_arguments, draw_poisons, draw_purified
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.purification_config import PurificationConfig
 
 
@@ -400,7 +400,7 @@ FIGURES = {
 
 
 def parser_of_figures() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     figures = parser.add_subparsers(dest="figure", required=True)
     for name, (help_text, add_arguments, draw) in FIGURES.items():
         figure = figures.add_parser(name, help=help_text)
@@ -410,7 +410,7 @@ def parser_of_figures() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = expand_home(parser_of_figures().parse_args())
+    args = parser_of_figures().parse_args()
     with ends_in_one_sentence("figures"):
         args.draw(args)
 

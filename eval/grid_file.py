@@ -270,7 +270,7 @@ def _replaced(name: str, fields: Mapping[str, Any]) -> PurificationConfig:
             f"countermeasures has {name!r} with {', '.join(unknown or fields)}, but only a countermeasure that "
             "purifies takes settings, those of PurificationConfig."
         )
-    return PurificationConfig(**dict(purifying[0].settings) | dict(fields))
+    return PurificationConfig(**purifying[0].settings).changed(**fields)
 
 
 def typed(entry: str, fields: Mapping[str, Any], kind: Callable) -> dict[str, Any]:

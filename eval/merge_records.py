@@ -7,7 +7,6 @@ A trial that is there already is not added again, so the command can be given wh
 `python eval/pages.py` writes the tables.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 from eval.measured import add_selection_arguments, chosen_records
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.outputs import write_atomically
 from jcdp_diffusers.results import read_records, whole_records
 
@@ -73,10 +72,10 @@ def merge(records: Sequence[Mapping], into: Path) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
+    parser = Parser(description=__doc__.partition("\n\n")[0].strip())
     add_selection_arguments(parser)
     parser.add_argument("--into", required=True, help="JSON Lines file of results/")
-    args = expand_home(parser.parse_args())
+    args = parser.parse_args()
     with ends_in_one_sentence("merge_records"):
         added, kept = merge(chosen_records(args), Path(args.into))
     print(f"{args.into}: {added} trials added, {kept} were there already.")

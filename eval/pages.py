@@ -8,7 +8,6 @@ A table stands between `<!-- name -->` and `<!-- /name -->` (`PAGES`). A figure 
 `<!-- n:KEY -->` and `<!-- /n -->` (`eval/page_figures.py`).
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from eval.speed_tables import speed_table
 from eval.studies import detection, finetune_versus_scratch, spectrum_guidance
 from eval.tables import grid_table, markdown_table, poison_table, probe_table, seconds_of_rows, transfer_table
 from jcdp_diffusers import countermeasures
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.results import read_records, summarise
 
 
@@ -226,9 +225,9 @@ def written(page: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
+    parser = Parser(description=__doc__.partition("\n\n")[0].strip())
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is not as records are")
-    args = expand_home(parser.parse_args())
+    args = parser.parse_args()
     with ends_in_one_sentence("pages"):
         for page in PAGES:
             text = written(page)

@@ -9,7 +9,6 @@ cores with all that it starts. Speed counts from the moment when the first shard
 one is on record, so that the start of Python and of Ray is left out. Nothing else may run on the machine meanwhile.
 """
 
-import argparse
 import functools
 import json
 import multiprocessing
@@ -29,7 +28,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 from eval.tables import markdown_table
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.data import LabelledImages, open_dataset, write_dataset
 from jcdp_diffusers.engines import ENGINES
 from jcdp_diffusers.pipeline_jcdp import JointConditionalPurificationPipeline
@@ -50,7 +49,7 @@ CONTEXT = multiprocessing.get_context("spawn")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", required=True, help="JSON Lines file of records")
     what = parser.add_subparsers(dest="what", required=True)
     speed = what.add_parser("speed")
@@ -62,7 +61,7 @@ def main() -> None:
     memory.add_argument("--kinds", nargs="+", default=("folder", "stream"), choices=("folder", "stream", "dataset"))
     codec = what.add_parser("codec")
     codec.add_argument("--sizes", type=int, nargs="+", default=(32, 64, 256))
-    args = expand_home(parser.parse_args())
+    args = parser.parse_args()
     with ends_in_one_sentence("purify_scaling"):
         if args.what == "speed":
             measure_speed(args.cores, args.repeats, args.engines, args.output)

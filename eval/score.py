@@ -5,14 +5,12 @@
 All options of `jcdp score`, which does the same for two data sets, may be added.
 """
 
-import argparse
-
 from jcdp_diffusers import score
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], add_help=False)
+    parser = Parser(description=__doc__.partition("\n")[0], add_help=False)
     parser.add_argument(
         "--dataset", help="stands for --train and --test, with splits train and test if none are given"
     )
@@ -20,9 +18,9 @@ def main() -> None:
     if args.dataset is not None:
         roles = ["--train", args.dataset, "--train_split", "train", "--test", args.dataset, "--test_split", "test"]
         options = roles + options
-    both = argparse.ArgumentParser(description=parser.description, parents=[parser])
+    both = Parser(description=parser.description, parents=[parser])
     score.add_arguments(both)
-    args = expand_home(both.parse_args(options))
+    args = both.parse_args(options)
     with ends_in_one_sentence("score"):
         score.run(args)
 

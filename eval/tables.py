@@ -39,7 +39,7 @@ from eval.measured import (
     roles_of,
     spread,
 )
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.poisons import get as get_poison
 from jcdp_diffusers.poisons.control import SUFFIX as CONTROL
 
@@ -428,7 +428,7 @@ def _text_of_methods(args: argparse.Namespace, records: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
+    parser = Parser(description=__doc__.partition("\n\n")[0].strip())
     parser.add_argument("kind", choices=("grid", "poisons", "paper", "roles", "methods"))
     add_record_arguments(parser)
     parser.add_argument("--roles", choices=tuple(ROLES_SAID), help="disjoint by default; the table roles has both")
@@ -436,7 +436,7 @@ def main() -> None:
         "--table", help="print only the tables with this title, or with this before its comma: 'Table 1'"
     )
     parser.add_argument("--output", help="Markdown file; else printed")
-    args = expand_home(parser.parse_args())
+    args = parser.parse_args()
     if args.kind == "roles" and args.roles is not None:
         parser.error(f"--roles is {args.roles}, but the table roles shows both: leave it out.")
     with ends_in_one_sentence("tables"):

@@ -1,4 +1,4 @@
-"""`jcdp quickstart | poison | purify | score | audit | detect`: parse, call, print."""
+"""`jcdp COMMAND` for each of `COMMANDS`: parse, call, print."""
 
 import argparse
 import contextlib
@@ -28,6 +28,9 @@ COMMANDS = {
     "demo": ("jcdp_diffusers.demo.command", "a page on which to drop pictures, protect or purify them, and compare"),
 }
 
+# Arguments in Python whose option has another name.
+RENAMED = {"output_dir": "output", "purification": "preset", "attacks": "countermeasures", "folder": "source"}
+
 
 def sentence(command: str, error: Exception, options: Collection[str] = ()) -> str:
     """
@@ -41,19 +44,33 @@ def sentence(command: str, error: Exception, options: Collection[str] = ()) -> s
             word of prose.
     """
     said = printable(" ".join(str(error).split()))
-    if said.split(" ", 1)[0] in options:
-        said = f"--{said}"
-    called = {name: f"--{name}" for name in options if "_" in name}
-    if "output" in options:
-        called["output_dir"] = "--output"
+    renamed = {name: f"--{option}" for name, option in RENAMED.items() if option in options}
+    named = renamed | {name: f"--{name}" for name in options}
+    first, space, rest = said.partition(" ")
+    said = named.get(first, first) + space + rest
+    called = {name: option for name, option in named.items() if "_" in name}
     # Not within paths, quotes and longer names.
     return f"{command}: " + re.sub(
         r"(?<![\w./'\"-])\w+_\w+(?![\w./(=])", lambda name: called.get(name[0], name[0]), said
     )
 
 
-def expand_home(args: argparse.Namespace) -> argparse.Namespace:
-    """Parsed options, with the home folder for `~` at the beginning of a path: shells leave `--output=~/x` alone."""
+class Parser(argparse.ArgumentParser):
+    """
+    Of commands and scripts.
+
+    An option is given by its whole name: argparse would take `--seed` for `--seeds` where there is no `--seed`. The
+    home folder stands for `~` at the beginning of a path, because shells leave `--output=~/x` alone.
+    """
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, arguments: list[str] | None = None) -> argparse.Namespace:
+        return _expand_home(super().parse_args(arguments))
+
+
+def _expand_home(args: argparse.Namespace) -> argparse.Namespace:
 
     def expanded(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -100,16 +117,14 @@ def main(arguments: list[str] | None = None) -> int:
         Wrong usage exits with 2.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="jcdp", description="Audit unlearnable examples: does a protection survive purification?"
-    )
+    parser = Parser(prog="jcdp", description="Audit unlearnable examples: does a protection survive purification?")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (path, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if arguments[:1] == [name]:
             module = importlib.import_module(path)
             module.add_arguments(command)
-    args = expand_home(parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
     keep_freed_memory()
     try:
         check_belongings(args)

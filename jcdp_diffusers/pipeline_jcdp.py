@@ -510,6 +510,10 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
             self.check_perceptual(config)
         return config
 
+    def variance_type_of(self, config: PurificationConfig) -> str:
+        """The settings' variance type, or the scheduler's own."""
+        return config.variance_type or self.scheduler.config.variance_type
+
     def check_timesteps(self, config: PurificationConfig) -> None:
         """Refuse timesteps that the network was not trained on."""
         trained = config.trained_timesteps
@@ -532,7 +536,7 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
                 "GuidedDDPMScheduler.from_config(pipe.scheduler.config) makes one, and sampler='ddim' takes DDIM's "
                 "steps."
             )
-        variance_type = config.variance_type or self.scheduler.config.variance_type
+        variance_type = self.variance_type_of(config)
         if variance_type not in ("fixed_small", "fixed_large"):
             raise ValueError(
                 f"variance_type is {variance_type!r} in the scheduler's configuration, but must be 'fixed_small' or "
@@ -541,9 +545,8 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
 
     def check_guides(self, config: PurificationConfig) -> None:
         """Refuse guides that act at none of a round's timesteps."""
-        variance_type = config.variance_type or self.scheduler.config.variance_type
         # The posterior's variance, by which a mean would be shifted, is zero at the last step of a round.
-        last_is_free = config.sampler == "ddpm" and variance_type == "fixed_small"
+        last_is_free = config.sampler == "ddpm" and self.variance_type_of(config) == "fixed_small"
         if config.is_guided and last_is_free and min(config.evaluations_per_round) == 1:
             raise ValueError(
                 f"num_inference_steps is {config.num_inference_steps} and diffusion_steps {config.diffusion_steps}, "
@@ -566,10 +569,11 @@ class JointConditionalPurificationPipeline(DiffusionPipeline):
         wanted, present = config.perceptual_network, None if self.perceptual is None else self.perceptual.name
         if present is None or wanted not in (None, present):
             trunk = (wanted or "lpips-alex").removeprefix("lpips-")
-            loading = f"from_lpips({trunk!r})" if trunk != wanted else "from_trunk_file(PATH)"
+            loading, name = (f"from_lpips({trunk!r})", trunk) if trunk != wanted else ("from_trunk_file(PATH)", "PATH")
             raise ValueError(
                 f"perceptual is {present!r}, but must be {repr(wanted) if wanted else 'a network'} for a "
-                f"perceptual_guidance_scale of {config.perceptual_guidance_scale:g}: LPIPSModel.{loading} makes one."
+                f"perceptual_guidance_scale of {config.perceptual_guidance_scale:g}: LPIPSModel.{loading} makes one, "
+                f"and so does --perceptual {name} of jcdp purify."
             )
 
     def check_colour(self, config: PurificationConfig, height: int, width: int) -> None:

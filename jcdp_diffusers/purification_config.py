@@ -1,6 +1,7 @@
 """How to purify: settings, six named presets, and the file in which a purifier repository keeps its own."""
 
 import dataclasses
+import difflib
 import json
 import os
 import warnings
@@ -44,7 +45,7 @@ class PurificationConfig:
             off.
         perceptual_guidance_scale (`float`): Scale of the perceptual guide (gradient of the per-image LPIPS); 0 is off.
         guidance_strength (`str`): Factor on both scales over time: `"constant"` or `"noise_to_signal"`
-            (`guidance.strength`).
+            (`guidance.strength`). Like the windows and the reference, it is not read where both scales are 0.
         pixel_guidance_window (`tuple[int, int]`, *optional*): First and last timestep (inclusive, counted from 0) at
             which the pixel guide acts; None is always.
         perceptual_guidance_window (`tuple[int, int]`, *optional*): The same for the perceptual guide.
@@ -55,7 +56,8 @@ class PurificationConfig:
             off-by-one.
         final_variance_factor (`float`): Factor on the guidance at t = 0, where variance conventions differ.
         variance_type (`str`, *optional*): `"fixed_small"` or `"fixed_large"`; None keeps the repository's scheduler as
-            it is at stride 1 and takes `"fixed_small"`, the posterior's own variance, when steps are left out.
+            it is at stride 1 and takes `"fixed_small"`, the posterior's own variance, when steps are left out. The
+            sampler `"ddim"` has no variance and does not read it.
         sampler (`str`): `"ddpm"`, the stochastic reverse process; or `"ddim"`, the deterministic one
             (`GuidedDDIMScheduler`), which draws no noise after the start.
         feature_reuse (`int`): Of each round's evaluations, the first and every `feature_reuse`-th after it run the
@@ -203,6 +205,23 @@ class PurificationConfig:
         """UNet evaluations that purifying one image costs, whole or not."""
         return sum(self.evaluations_per_round)
 
+    @property
+    def leaves_out_steps(self) -> bool:
+        """Whether a round has fewer evaluations than steps."""
+        return min(self.evaluations_per_round) < self.diffusion_steps
+
+    def changed(self, **values) -> "PurificationConfig":
+        """
+        These settings with other values of some fields.
+
+        A variance type that was chosen for every step does not hold for longer ones: where the new values leave steps
+        out and the old ones did not, it is None unless it is among the new values.
+        """
+        config = dataclasses.replace(self, **values)
+        if config.leaves_out_steps and not self.leaves_out_steps and "variance_type" not in values:
+            config = dataclasses.replace(config, variance_type=None)
+        return config
+
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
         """Write `purification_config.json` into a folder, which is made if needed; returns the file's path."""
         path = Path(save_directory) / CONFIG_NAME
@@ -253,7 +272,8 @@ class PurificationConfig:
         Look settings up: the argument if given, else the preset's, else the repository's, else the package's default.
 
         What the network was trained on, `trained_timesteps` and `noise_corner`, is the repository's whatever settings
-        are used. Where steps are left out and nobody asks for a variance, it is `"fixed_small"`.
+        are used. Where steps are left out, the variance is `"fixed_small"`, unless an argument names another, or
+        settings that leave steps out themselves. A preset means the same by its name and as an object.
 
         Args:
             preset (`str` or `PurificationConfig`, *optional*): A preset's name, or settings.
@@ -261,8 +281,13 @@ class PurificationConfig:
             arguments: Fields of `PurificationConfig`; None is not given.
 
         Raises:
+            TypeError: If an argument is no field of `PurificationConfig`.
             ValueError: If the preset is unknown, or a setting impossible.
         """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [name for name in arguments if name not in known]:
+            accepted = difflib.get_close_matches(unknown[0], known, n=1) or known
+            raise TypeError(f"{unknown[0]} is no setting of a purification, but must be {' or '.join(accepted)}.")
         if preset == ADAPTIVE:
             raise ValueError(
                 f"preset is {ADAPTIVE!r}, but must be made from collected images first: by adaptive_settings, or by "
@@ -273,20 +298,19 @@ class PurificationConfig:
         base = PRESETS[preset] if isinstance(preset, str) else preset or repository or PRESETS["unconditional"]
         given = {name: value for name, value in arguments.items() if value is not None}
         facts = base if repository is None else repository
-        corner = given.pop("noise_corner", base.noise_corner or facts.noise_corner)
-        if corner != facts.noise_corner:
-            raise ValueError(
-                f"noise_corner is {corner!r}, but must be {facts.noise_corner:g}, as this purifier was trained."
-            )
-        given |= {"trained_timesteps": facts.trained_timesteps, "noise_corner": facts.noise_corner}
+        trained = {name: getattr(facts, name) for name in ("trained_timesteps", "noise_corner")}
+        asked = {"noise_corner": base.noise_corner or facts.noise_corner} | given
+        for name, value in trained.items():
+            if asked.get(name, value) != value:
+                raise ValueError(f"{name} is {asked[name]!r}, but must be {value!r}, as this purifier was trained.")
+        given |= trained
         if "perceptual_guidance_scale" in given:  # a scale of the caller's own was tuned for no network that is known
             given.setdefault("perceptual_network", None)
         steps = given.get("diffusion_steps", base.diffusion_steps)
         if "num_inference_steps" not in given and _is_whole(steps):  # a smaller T_p takes the evaluations with it
             given["num_inference_steps"] = _at_most(base.num_inference_steps, steps)
-        config = dataclasses.replace(base, **given)
-        asked = "variance_type" in given or not isinstance(preset, str) and base.variance_type
-        if min(config.evaluations_per_round) < config.diffusion_steps and not asked:
+        config = base.changed(**given)
+        if config.leaves_out_steps and config.variance_type is None:
             # The larger variance is that of the whole stride: it leaves noise in x_0 that no later step removes.
             config = dataclasses.replace(config, variance_type="fixed_small")
         return config

@@ -29,8 +29,7 @@ from .purification_config import PurificationConfig
 from .results import code_version, package_versions
 from .train.provenance import check_trained_on
 from .trials import Trial, given_seeds, is_model_of, measure, results_by_trial, spread_over_seeds
-from .victims import RECIPE_NAMES, Recipe, check_victim, choose, recipes_of
-from .victims.choice import RECIPE_HELP, VICTIM_HELP, WHITENING, WHITENING_HELP, check_whitening
+from .victims import Recipe, check_victim, choice, choose, recipes_of
 from .victims.finetuning import COLLECTED, FINETUNE, INIT_FROM_HELP, start_in_words, start_of
 
 
@@ -153,7 +152,7 @@ def score(
     trial["collected"] = collected if chosen.needs_collected else None
     trial["whitening"] = collected if whitening == "collected" else None
     others = trial["pairs"] is not None or init_from == COLLECTED or chosen.needs_collected
-    check_whitening(whitening, collected, victim, otherwise_used=others)
+    choice.check_whitening(whitening, collected, victim, otherwise_used=others)
     if output is not None:
         check_output_file(output)
     train, probe, test, names = _check_sets(train, probe, test, collected, overlap_budget, method)
@@ -383,11 +382,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--output", required=True, metavar="FILE.json")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--victim", choices=victims.NAMES, help=VICTIM_HELP)
-    how.add_argument("--method", default="supervised", choices=victims.METHODS, help="how victims learn")
-    how.add_argument("--width", type=int, help="of the network; the recipe's if not given")
-    how.add_argument("--recipe", "--protocol", dest="protocol", choices=RECIPE_NAMES, help=RECIPE_HELP)
-    how.add_argument("--whitening", default="training", choices=WHITENING, help=WHITENING_HELP)
+    choice.add_arguments(how, default="supervised", help="how victims learn")
     how.add_argument("--init_from", help=INIT_FROM_HELP)
     how.add_argument("--finetune", default="all", choices=FINETUNE, help="with --init_from: all, or the upper stages")
     how.add_argument("--seeds", type=int, default=3, help="number of victims")

@@ -1,10 +1,9 @@
-import argparse
 import importlib
 from pathlib import Path
 
 import pytest
 
-from jcdp_diffusers.cli import COMMANDS, ends_in_one_sentence, expand_home, main, sentence
+from jcdp_diffusers.cli import COMMANDS, Parser, ends_in_one_sentence, main, sentence
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -40,16 +39,39 @@ def test_the_home_folder_is_known_in_every_path(words, monkeypatch, tmp_path):
     assert given[0].output == f"{tmp_path}/x~y"
 
 
-def test_every_script_knows_the_home_folder_and_ends_in_one_sentence(monkeypatch, tmp_path):
+def test_the_home_folder_is_known_in_lists_and_paths_of_scripts(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    args = argparse.Namespace(one="~/a", several=["~/b", "c~"], path=Path("~/d"), number=3, nothing=None)
-    expected = {"one": f"{tmp_path}/a", "several": [f"{tmp_path}/b", "c~"], "path": tmp_path / "d"}
-    assert vars(expand_home(args)) == expected | {"number": 3, "nothing": None}
+    parser = Parser()
+    parser.add_argument("--several", nargs="+")
+    parser.add_argument("--path", type=Path)
+    parser.add_argument("--number", type=int)
+    parser.add_argument("--nothing")
+    args = parser.parse_args(["--several", "~/b", "c~", "--path", "~/d", "--number", "3"])
+    assert vars(args) == {"several": [f"{tmp_path}/b", "c~"], "path": tmp_path / "d", "number": 3, "nothing": None}
+
+
+def test_commands_and_scripts_have_the_parser_of_this_package():
     root = Path(__file__).parents[1]
+    for file in (*(root / "eval").rglob("*.py"), *(root / "training").glob("*.py"), *root.glob("jcdp_diffusers/*.py")):
+        assert file.name == "cli.py" or "ArgumentParser(" not in file.read_text(), file
     for file in (*(root / "eval").rglob("*.py"), *(root / "training").glob("*.py")):
-        parsed = [line for line in file.read_text().splitlines() if ".parse_args(" in line]
-        assert all("expand_home(" in line for line in parsed), file
-        assert not parsed or "with ends_in_one_sentence(" in file.read_text(), file
+        assert ".parse_args(" not in file.read_text() or "with ends_in_one_sentence(" in file.read_text(), file
+
+
+@pytest.mark.parametrize("words", [["score", "--seed", "7"], ["audit", "--attack", "gray"], ["detect", "--data", "x"]])
+def test_an_option_is_known_by_its_whole_name_only(words, capsys):
+    """`jcdp score --seed 7` had trained seven victims."""
+    needed = {"score": "--train a --test b --output c", "audit": "--protected a", "detect": "--dataset a"}
+    with pytest.raises(SystemExit):
+        main([*words, *needed[words[0]].split()])
+    assert f"unrecognized arguments: {' '.join(words[1:])}" in capsys.readouterr().err
+
+
+def test_short_options_may_still_be_joined():
+    parser = Parser()
+    parser.add_argument("-v", action="store_true")
+    parser.add_argument("-n", type=int)
+    assert vars(parser.parse_args(["-vn3"])) == {"v": True, "n": 3}
 
 
 @pytest.mark.parametrize(
@@ -109,6 +131,16 @@ def test_option_names_within_a_sentence_and_never_within_what_it_quotes():
         "jcdp x: --test has images of 8x8: --image_size and channels bring them to it, not 'image_size' or /image_size."
     )
     assert sentence("jcdp x", ValueError("the output_dir has no test"), options) == "jcdp x: the --output has no test"
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [("purification is given.", "preset"), ("output_dir is 'x'.", "output"), ("attacks has 'x'.", "countermeasures")],
+)
+def test_an_argument_is_called_by_its_option_where_that_has_another_name(said, option):
+    name = said.split()[0]
+    assert sentence("jcdp x", ValueError(said), {option}) == f"jcdp x: {said.replace(name, f'--{option}')}"
+    assert sentence("jcdp x", ValueError(said), {"seed"}) == f"jcdp x: {said}"
 
 
 def test_a_sentence_gives_no_terminal_orders():

@@ -27,7 +27,7 @@ from tiny import tiny_unet
 
 torch.set_num_threads(1)
 pipe = Pipeline(tiny_unet(), DDPMScheduler(variance_type="fixed_large"), LPIPSModel("alex"))
-pipe.purification_config = PurificationConfig(diffusion_steps=5, perceptual_guidance_scale=3.0, trained_timesteps=(0, 50))
+pipe.purification_config = PurificationConfig(diffusion_steps=2, perceptual_guidance_scale=3.0, trained_timesteps=(0, 50))
 pipe.push_to_hub("tester/purifier", commit_message="First")
 images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -55,7 +55,7 @@ DDPMPipeline(tiny_unet(), DDPMScheduler()).push_to_hub("tester/plain")
 plain = Pipeline.from_pretrained("tester/plain")
 assert plain.purification_config is None and plain.perceptual is None
 assert PurificationConfig.from_pretrained("tester/plain") is None
-assert PurificationConfig.from_pretrained("tester/purifier", revision="main").diffusion_steps == 5
+assert PurificationConfig.from_pretrained("tester/purifier", revision="main").diffusion_steps == 2
 
 # once in the cache it loads while the Hub cannot be reached
 def unreachable(*args, **options):

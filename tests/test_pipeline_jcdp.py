@@ -928,9 +928,14 @@ def test_networks_that_predict_something_else_are_refused(change, message):
 
 
 def test_the_way_to_a_missing_network_is_one_that_works(plain):
-    for wanted, way in (("features-squeezenet1_0", r"from_trunk_file\(PATH\)"), ("lpips-vgg", r"from_lpips\('vgg'\)")):
+    for wanted, way, option in (
+        ("features-squeezenet1_0", r"from_trunk_file\(PATH\)", "PATH"),
+        ("lpips-vgg", r"from_lpips\('vgg'\)", "vgg"),
+    ):
         config = PurificationConfig(perceptual_guidance_scale=1.0, perceptual_network=wanted)
-        with pytest.raises(ValueError, match=f"perceptual is None.*'{wanted}'.*LPIPSModel.{way}"):
+        with pytest.raises(
+            ValueError, match=f"perceptual is None.*'{wanted}'.*LPIPSModel.{way}.*--perceptual {option} "
+        ):
             plain(photos(1), preset=config)
 
 

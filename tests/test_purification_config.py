@@ -98,6 +98,24 @@ def test_the_default_has_a_tenth_of_its_steps_and_fits_every_network():
     assert default_settings(5, **facts) == PurificationConfig(diffusion_steps=5, num_inference_steps=5, **facts)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("change", [{}, {"num_inference_steps": 5}, {"diffusion_steps": 10}])
+def test_a_preset_means_the_same_by_its_name_as_an_object_and_as_the_repositorys(name, change):
+    by_name = PurificationConfig.resolve(name, **change)
+    assert by_name == PurificationConfig.resolve(PRESETS[name], **change)
+    assert by_name == PurificationConfig.resolve(repository=PRESETS[name], **change)
+    assert by_name.variance_type == "fixed_small" or not by_name.leaves_out_steps
+
+
+def test_a_variance_type_belongs_to_the_steps_that_it_was_chosen_for():
+    every = PurificationConfig(variance_type="fixed_large")
+    fewer = PurificationConfig(num_inference_steps=10, variance_type="fixed_large")
+    assert every.changed(num_rounds=2).variance_type == "fixed_large"
+    assert every.changed(num_inference_steps=10).variance_type is None
+    assert every.changed(num_inference_steps=10, variance_type="fixed_large") == fewer
+    assert fewer.changed(num_inference_steps=5).variance_type == "fixed_large"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -144,6 +162,22 @@ def test_the_default_has_a_tenth_of_its_steps_and_fits_every_network():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PurificationConfig(**settings)
+
+
+def test_an_argument_that_is_no_setting_is_refused():
+    with pytest.raises(TypeError, match="pixel_guidance_scal is no setting.*must be pixel_guidance_scale\\."):
+        PurificationConfig.resolve(pixel_guidance_scal=1)
+    with pytest.raises(TypeError, match="zzz is no setting.*diffusion_steps or num_inference_steps or "):
+        PurificationConfig.resolve("tuned", zzz=None)
+
+
+@pytest.mark.parametrize(("name", "value"), [("trained_timesteps", (0, 5)), ("noise_corner", 2.0)])
+def test_what_the_network_was_trained_on_cannot_be_asked_for(name, value):
+    for trained in (None, PurificationConfig(trained_timesteps=(0, 200), noise_corner=8.0)):
+        with pytest.raises(ValueError, match=f"{name} is .*, but must be .*, as this purifier was trained"):
+            PurificationConfig.resolve("tuned", repository=trained, **{name: value})
+    same = PurificationConfig(**{name: value})
+    assert PurificationConfig.resolve("tuned", repository=same, **{name: value}).diffusion_steps == 30
 
 
 def test_an_unknown_field_in_the_file_is_refused(tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.purification_config import CONFIG_NAME, default_settings
 from jcdp_diffusers.train.provenance import TRAINED_ON_NAME
 from jcdp_diffusers.train.record import RECORD_NAME
@@ -41,7 +41,7 @@ OF_A_PURIFIER = (
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help=".pth or .pt file")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a list of states (default: ema)")
@@ -57,7 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--beta_start", type=float, default=1e-4)
     parser.add_argument("--beta_end", type=float, default=0.02)
     parser.add_argument("--variance_type", default="fixed_large", choices=("fixed_small", "fixed_large"))
-    return expand_home(parser.parse_args(arguments))
+    return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler, UNet2DModel
 
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.data import LabelledImages, find_overlap, load_images, open_dataset
 from jcdp_diffusers.hub import create_repository, push_purifier
 from jcdp_diffusers.outputs import check_apart
@@ -38,13 +38,22 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Defaults behind each option, and the description's lines as they are."""
 
 
+# Options that say something of another one, and nothing without it.
+GO_WITH = {
+    "channels": "unet",
+    "revision": "pretrained",
+    "validation_split": "validation_dataset",
+    "hub_private_repo": "push_to_hub",
+}
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=_Help)
+    parser = Parser(description=__doc__.strip(), formatter_class=_Help)
     start = parser.add_argument_group("where to start").add_mutually_exclusive_group(required=True)
     start.add_argument("--unet", choices=sorted(UNETS), help="from scratch, with this network")
     start.add_argument("--pretrained", metavar="REPO", help="fine-tune this DDPM repository, and keep its schedule")
     parser.add_argument("--revision", help="of --pretrained")
-    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="of --unet: greyscale or colour")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="of --unet: greyscale or colour; 3 if not given")
 
     images = parser.add_argument_group("images")
     images.add_argument("--dataset", required=True, help="Hub id, folder of Parquet, folder of images, or .npz")
@@ -79,14 +88,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     TrainingConfig.add_arguments(parser.add_argument_group("training"))
     parser.set_defaults(noise_corner=None)  # that of --pretrained, where there is one
-    return expand_home(parser.parse_args(arguments))
+    return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
     keep_freed_memory()
     asked = argparse.Namespace(**vars(args) | {"noise_corner": args.noise_corner or 0.0})
     config = TrainingConfig.from_arguments(asked)
-    check_counts(args)
+    check_options(args)
     sources = {f"--{name}": getattr(args, name) for name in ("dataset", "validation_dataset", "pretrained")}
     check_apart(args.output_dir, sources=sources, name="--output_dir")
     state = PartialState(cpu=on_cpu(args.cpu))
@@ -118,11 +127,15 @@ def main(args: argparse.Namespace) -> None:
     state.destroy_process_group()
 
 
-def check_counts(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse numbers that are too small, and options that nothing would read."""
     for name, least in (("num_validation_images", 0), ("max_train_samples", 1), ("resolution", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}, but must be at least {least}.")
+    for name, other in GO_WITH.items():
+        if getattr(args, name) and not getattr(args, other):
+            raise ValueError(f"{name} is {getattr(args, name)!r}, but must be left out without {other}.")
 
 
 def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, DDPMScheduler, float]:
@@ -140,7 +153,7 @@ def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, DDPMScheduler, fl
         corner = 0.0 if config is None else config.noise_corner
         return pipe.unet, DDPMScheduler.from_config(settings_of(pipe.scheduler)), settle_noise_corner(args, corner)
     size = args.resolution or usual_size(args.unet)
-    unet = named_unet(args.unet, in_channels=args.channels, sample_size=size, seed=args.seed)
+    unet = named_unet(args.unet, in_channels=args.channels or 3, sample_size=size, seed=args.seed)
     return unet, ddpm_scheduler(), settle_noise_corner(args, 0.0)
 
 

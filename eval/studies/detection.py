@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 from eval.measured import NOT_MEASURED
 from eval.tables import markdown_table  # noqa: E402
 from jcdp_diffusers import poisons  # noqa: E402
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home  # noqa: E402
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence  # noqa: E402
 from jcdp_diffusers.data import LabelledImages, load_images  # noqa: E402
 from jcdp_diffusers.data.examples import digits  # noqa: E402
 from jcdp_diffusers.detect import detect  # noqa: E402
@@ -147,7 +147,7 @@ def _evidence(values: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
+    parser = Parser(description=__doc__.partition("\n\n")[0].strip())
     parser.add_argument("question", choices=("clean", "poisons", "digits", "table"))
     parser.add_argument("--output", required=True, help="JSON Lines file of records")
     parser.add_argument("--dataset", help="labelled data set; its split train is divided")
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--poisons", nargs="+", choices=poisons.NAMES, default=poisons.NAMES)
     parser.add_argument("--preset", default="cpu")
     parser.add_argument("--cache", help="folder in which protected sets are kept")
-    args = expand_home(parser.parse_args())
+    args = parser.parse_args()
     with ends_in_one_sentence("detection"):
         if args.question == "table":
             records = read_records(args.output)

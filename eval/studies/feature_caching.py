@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler
 from jcdp_diffusers import JointConditionalPurificationPipeline
 from jcdp_diffusers.acceleration.feature_cache import FeatureCache
 from jcdp_diffusers.acceleration.placement import PRECISIONS, place
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.data import load_images, to_uint8
 from jcdp_diffusers.purification_config import SAMPLERS
 from jcdp_diffusers.results import append_record
@@ -112,8 +112,8 @@ def measure_pixels(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    both = argparse.ArgumentParser(add_help=False)
+    parser = Parser(description=__doc__.partition("\n")[0])
+    both = Parser(add_help=False)
     both.add_argument("--output", required=True, help="JSON Lines file of records")
     both.add_argument("--precision", choices=PRECISIONS, default="auto")
     commands = parser.add_subparsers(required=True)
@@ -135,7 +135,7 @@ def main() -> None:
         "--reference", type=int, help="evaluations of the images compared with; the first number above"
     )
     pixels.set_defaults(run=measure_pixels)
-    args = expand_home(parser.parse_args())
+    args = parser.parse_args()
     torch.set_num_threads(1)
     with ends_in_one_sentence("feature_caching"):
         args.run(args)

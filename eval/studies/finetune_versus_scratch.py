@@ -20,11 +20,11 @@ from diffusers import DDPMPipeline
 
 sys.path.append(str(Path(__file__).parents[2]))
 from eval.tables import markdown_table
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.devices import default_device
 from jcdp_diffusers.results import append_record, read_records
-from jcdp_diffusers.train.config import PRECISIONS
+from jcdp_diffusers.train.config import MIXED_PRECISIONS
 from jcdp_diffusers.train.loop import TrainingConfig, train_purifier
 from jcdp_diffusers.train.record import read_record
 from jcdp_diffusers.train.unets import UNETS, ddpm_scheduler, named_unet
@@ -43,9 +43,7 @@ ARMS = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.strip().split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__.strip().split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--source", required=True, help="images of another domain: Hub id or folder")
     parser.add_argument("--target", required=True, help="images of the domain to purify: Hub id or folder")
     parser.add_argument("--source_split", default="test")
@@ -61,12 +59,12 @@ def parse_args() -> argparse.Namespace:
         "--first_timesteps", type=int, default=100, help="end of the restricted range, and of the loss's"
     )
     parser.add_argument("--validation_steps", type=int, default=50)
-    parser.add_argument("--mixed_precision", default="auto", choices=PRECISIONS)
+    parser.add_argument("--mixed_precision", default="auto", choices=MIXED_PRECISIONS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune_versus_scratch"))
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "finetune_versus_scratch.jsonl")
     parser.add_argument("--plot", type=Path, default=ROOT / "results" / "figures" / "finetune_versus_scratch.png")
-    return expand_home(parser.parse_args())
+    return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:

@@ -14,7 +14,6 @@ are given, and timed:
 The record has the seconds of both, and the processors' load before them, because other programs slow them down.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -29,7 +28,7 @@ from PIL import Image, ImageCms
 
 # A script is started with its own folder alone on the path, and a package has its own name for what is beside it.
 sys.path.append(str(Path(__file__).parents[2]))
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.data import decode_image
 from jcdp_diffusers.results import append_record
 
@@ -203,14 +202,14 @@ def study(output: Path, records: Path | None, sizes: Sequence[tuple[int, int]], 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", required=True, type=Path, help="folder for everything, without photographs yet")
     parser.add_argument("--records", type=Path, help="JSON Lines file for the record")
     parser.add_argument("--largest", type=int, default=4000, help="leave out photographs with a longer side than this")
     parser.add_argument("--budget_minutes", type=float, default=15)
     parser.add_argument("--image_size", type=int, help="of the audit")
     parser.add_argument("--protocol", help="of the audit's victims")
-    args = expand_home(parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
     sizes = [size for size in SIZES if size[0] <= args.largest]
     options = ["--budget_minutes", f"{args.budget_minutes:g}"]
     options += [] if args.image_size is None else ["--image_size", str(args.image_size)]

@@ -18,7 +18,7 @@ import numpy as np
 # A script is started with its own folder alone on the path, and a package has its own name for what is beside it.
 sys.path.append(str(Path(__file__).parents[2]))
 from eval.figures import line_style, pyplot
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.data import LabelledImages, load_images
 from jcdp_diffusers.poisons.protect import read_card
 from jcdp_diffusers.purify.manifest import RUN_NAME
@@ -110,7 +110,7 @@ def same_rows(data: LabelledImages, ids: tuple[str, ...], name: str) -> np.ndarr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--clean", required=True, help="the images before they were protected")
     parser.add_argument("--split", help="of the clean images")
     parser.add_argument("--protected", required=True, help="folder that `jcdp poison` or a grid wrote")
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="how many, the first of the protected ones")
     parser.add_argument("--output", required=True, help="JSON Lines file of records")
     parser.add_argument("--picture", type=Path)
-    args = expand_home(parser.parse_args())
+    args = parser.parse_args()
     with ends_in_one_sentence("residue"):
         measure(args)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from jcdp_diffusers import poisons
 from jcdp_diffusers.audit.shortcut import shortcut_test
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.data import load_images
 from jcdp_diffusers.poisons.protect import protect_dataset, read_card
 from jcdp_diffusers.results import append_record, read_records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dataset", required=True, help="data set with a train and a test split")
     parser.add_argument("--cache", required=True, help="folder in which protected data sets are kept")
     parser.add_argument("--output", required=True, help="JSON Lines file of records")
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--preset", default="cpu")
     parser.add_argument("--train_images", type=int, default=5000)
     parser.add_argument("--test_images", type=int, default=2000)
-    args = expand_home(parser.parse_args())
+    args = parser.parse_args()
     with ends_in_one_sentence("shortcut"):
         measure(args)
 

@@ -33,7 +33,7 @@ from eval.studies.detection import halves
 from eval.studies.residue import residue
 from eval.tables import markdown_table
 from jcdp_diffusers.acceleration.allocation import keep_freed_memory
-from jcdp_diffusers.cli import ends_in_one_sentence, expand_home
+from jcdp_diffusers.cli import Parser, ends_in_one_sentence
 from jcdp_diffusers.data import LabelledImages, load_images, to_uint8
 from jcdp_diffusers.perceptual import load_perceptual
 from jcdp_diffusers.poisons.protect import protect_dataset
@@ -237,7 +237,7 @@ def draw(records: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].strip())
+    parser = Parser(description=__doc__.partition("\n\n")[0].strip())
     parser.add_argument("question", choices=("validation", "test", "spectra", "residues", "table", "picture"))
     parser.add_argument("--output", required=True, help="JSON Lines file of records")
     parser.add_argument("--dataset", help="CIFAR-10")
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[NOTHING, NO_GUIDE, ADAPTIVE, PAPER])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--picture", type=Path)
-    args = expand_home(parser.parse_args())
+    args = parser.parse_args()
     for name in {"table": (), "picture": ("picture",)}.get(args.question, ("dataset", "purifier", "cache")):
         if getattr(args, name) is None:
             parser.error(f"--{name} is not given, but {args.question} needs it.")

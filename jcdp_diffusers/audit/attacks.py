@@ -97,7 +97,7 @@ def attack(name: str) -> Attack:
     names = name.split("+")
     starts = [part for part in names if part in PRETRAINED]
     if len(starts) > 1:
-        raise ValueError(f"attacks (--countermeasures) has {name!r}, but a victim has one start: name one of them.")
+        raise ValueError(f"attacks has {name!r}, but a victim has one start: name one of them.")
     if starts:
         others = "+".join(part for part in names if part not in starts) or "none"
         images = Attack(others, countermeasures.get("none")) if others == PURIFIED else attack(others)
@@ -108,13 +108,9 @@ def attack(name: str) -> Attack:
         return Attack(name, countermeasures.get(name))
     others = countermeasures.get("+".join(part for part in names if part != PURIFIED) or "none")
     if names.count(PURIFIED) > 1 or others.needs_purifier:
-        raise ValueError(
-            f"attacks (--countermeasures) has {name!r}, but images are purified once: name what comes beside it."
-        )
+        raise ValueError(f"attacks has {name!r}, but images are purified once: name what comes beside it.")
     if name == PURIFIED:
-        raise ValueError(
-            f"attacks (--countermeasures) has {name!r}, but that is a row of every audit: name what comes beside it."
-        )
+        raise ValueError(f"attacks has {name!r}, but that is a row of every audit: name what comes beside it.")
     if names[0] == PURIFIED:
         return Attack(name, others)
     return Attack(name, countermeasures.get("+".join("unconditional" if part == PURIFIED else part for part in names)))

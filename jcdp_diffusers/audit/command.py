@@ -4,11 +4,10 @@ import argparse
 import shlex
 from pathlib import Path
 
-from .. import countermeasures, victims
+from .. import countermeasures
 from ..data.checks import ROLES, budget_of_levels
 from ..outputs import check_output_folder, public_name
-from ..victims import RECIPE_NAMES
-from ..victims.choice import SHORT_RECIPE_HELP, VICTIM_HELP, WHITENING, WHITENING_HELP
+from ..victims import choice
 from .attacks import PRETRAINED, PURIFIED
 from .run import BEGUN_NAME, OWN_NAMES, audit
 from .settings import DIVIDED_MINUTES
@@ -74,15 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--control", action="store_true", help="also train on clean images with noise of the same size, as a control"
     )
-    how.add_argument("--victim", choices=victims.NAMES, help=VICTIM_HELP)
-    how.add_argument(
-        "--method",
+    choice.add_arguments(
+        how,
+        short=True,
         nargs="+",
         default=["supervised"],
-        choices=victims.METHODS,
         help="how victims learn; of several, the first gives the verdict, and the report has all",
     )
-    how.add_argument("--whitening", default="training", choices=WHITENING, help=WHITENING_HELP)
     how.add_argument(
         "--fractions",
         nargs="+",
@@ -92,8 +89,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also train on images of which these fractions are protected, such as 0.2 0.4 0.6 0.8 1.0, beside the "
         "clean rest alone; needs --clean",
     )
-    how.add_argument("--width", type=int, help="of the victims; the recipe's if not given")
-    how.add_argument("--protocol", "--recipe", dest="protocol", choices=RECIPE_NAMES, help=SHORT_RECIPE_HELP)
     how.add_argument("--seeds", type=int, default=3, help="victims per row")
     how.add_argument("--seed", type=int, default=0, help="of purifier and purification")
     how.add_argument(

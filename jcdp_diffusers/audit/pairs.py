@@ -70,7 +70,7 @@ def check_pairs_asked(asked: AuditSettings, sources: Mapping[str, Any]) -> Tool 
 def _tool_of(source: Any, attack: str) -> Tool:
     """What the card of a protected set says."""
     missing = ValueError(
-        f"attacks (--countermeasures) has {attack!r}, but the protected set has no card that names its tool: "
+        f"attacks has {attack!r}, but the protected set has no card that names its tool: "
         "collected_protected (--collected_protected) must be the collected images as that tool protects them."
     )
     if not isinstance(source, (str, Path)) or not Path(source).is_dir():

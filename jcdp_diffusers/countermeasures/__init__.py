@@ -42,7 +42,6 @@ from .draws import Draws
 
 KINDS = ("dataset", "transform", "hook", "combination")
 LEARNING = ("supervised", "contrastive")
-FORMS = ("bytes", "floats")
 
 _FILES = {
     "gray": "iss",

@@ -1,7 +1,7 @@
 """Any image data set in; images, labels and stable ids out; and the check that the three roles do not overlap.
 
-An image is uint8 of shape (height, width, channels) here. Floats exist between :meth:`LabelledImages.tensor` and
-:func:`to_uint8`, which rounds once. Ids travel with the images, so that shuffles and filters cannot misalign anything.
+An image is uint8 of shape (height, width, channels) here. Floats exist between [`LabelledImages.tensor`] and
+[`to_uint8`], which rounds once. Ids travel with the images, so that shuffles and filters cannot misalign anything.
 """
 
 from .decoding import MAX_PIXELS, ImageRejected, decode_image, picture_size

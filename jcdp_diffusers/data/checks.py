@@ -32,7 +32,7 @@ def check_sets(
         unlabelled (`dict`): Further sets by role, whose images must have the same shape.
 
     Returns:
-        `dict`: All sets by role; those of `sets` as :func:`labels.join_labels` joins them.
+        `dict`: All sets by role; those of `sets` as [`labels.join_labels`] joins them.
 
     Raises:
         ValueError: In one sentence that names the role and what is wrong with it.
@@ -281,22 +281,5 @@ def _refuse(pairs: np.ndarray, one: LabelledImages, other: LabelledImages, sente
         )
 
 
-def _difference(one: str, names: tuple[str, ...], other: str, others: tuple[str, ...]) -> str:
-    """What tells two lists of classes apart."""
-    alone = {
-        one: [name for name in names if name not in others],
-        other: [name for name in others if name not in names],
-    }
-    if said := [f"only {role} has {_few(missing)}" for role, missing in alone.items() if missing]:
-        return " and ".join(said)
-    turn = next(turn for turn, pair in enumerate(zip(names, others)) if pair[0] != pair[1])
-    return f"number {turn} is {names[turn]!r} in {one} and {others[turn]!r} in {other}"
-
-
 def _shape(data: LabelledImages) -> str:
     return "x".join(map(str, data.images.shape[1:]))
-
-
-def _few(names) -> str:
-    shown = ", ".join(repr(name) for name in names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -68,14 +68,15 @@ def decode_image(
     same in both directions. A square of that size stays as it is.
 
     Args:
-        value: `{"bytes": ..., "path": ...}` as `datasets.Image(decode=False)` gives, the bytes of a file, the path of
-            a regular file or a PIL image. Of URLs only `hf://` is opened, which a streamed data set of the Hub has.
-        channels: 3 or 1.
-        image_size: side of the square wanted, in pixels; None keeps the size.
-        changes: a list that takes what was changed, any of `CHANGES`.
+        value (`dict`, `bytes`, `str`, `os.PathLike` or `PIL.Image.Image`): `{"bytes": ..., "path": ...}` as
+            `datasets.Image(decode=False)` gives, the bytes of a file, the path of a regular file or a PIL image. Of
+            URLs only `hf://` is opened, which a streamed data set of the Hub has.
+        channels (`int`): 3 or 1.
+        image_size (`int`, *optional*): Side of the square wanted, in pixels; None keeps the size.
+        changes (`list[str]`, *optional*): A list that takes what was changed, any of `CHANGES`.
 
     Returns:
-        uint8 (H, W, channels).
+        `np.ndarray`: uint8 (H, W, channels).
 
     Raises:
         ImageRejected: the image cannot be used; `reason` says why.
@@ -162,7 +163,7 @@ def picture_size(value: Any) -> tuple[int, int]:
     Width and height of a stored image by its header, without decoding it, turned as its orientation tag says.
 
     Args:
-        value: as for :func:`decode_image`.
+        value (`Any`): As for [`decode_image`].
 
     Raises:
         ImageRejected: the header cannot be read.

@@ -91,7 +91,7 @@ def fenced_dataset(dataset, allowed: Callable[[str], str]):
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): Its image columns not decoded.
-        allowed (`Callable`): As for :func:`with_fenced_images`.
+        allowed (`Callable`): As for [`with_fenced_images`].
     """
     names = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if isinstance(dataset, datasets.IterableDataset):

@@ -15,16 +15,17 @@ class LabelledImages:
     """Images with their labels and ids, in memory.
 
     Args:
-        images: uint8 of shape (N, H, W, C), C = 1 or 3, N at least 1.
-        labels: integers of shape (N,), kept as int64, or None.
-        ids: N different strings.
-        class_names: name of label 0, 1, ..., where known.
-        id_space: where the ids have their meaning. "" for ids that were given (an `id` column, the caller); the
-            source's name for row numbers of a source without ids, which mean something within that source only; None
-            for row numbers of something without a name. Ids of two sets are compared only within one space.
-        files: the file that each image lies in, for sentences; None where it has none of its own.
-        ranked_by_text: whether the labels are ranks of texts in a column, whose order nobody else knows. Bare integers
-            of another set are no such ranks.
+        images (`np.ndarray`): uint8 of shape (N, H, W, C), C = 1 or 3, N at least 1.
+        labels (`np.ndarray`, *optional*): Integers of shape (N,), kept as int64, or None.
+        ids (`tuple[str, ...]`): N different strings.
+        class_names (`tuple[str, ...]`, *optional*): Name of label 0, 1, ..., where known.
+        id_space (`str`, *optional*): Where the ids have their meaning. "" for ids that were given (an `id` column, the
+            caller); the source's name for row numbers of a source without ids, which mean something within that source
+            only; None for row numbers of something without a name. Ids of two sets are compared only within one space.
+        files (`tuple[str | None, ...]`, *optional*): The file that each image lies in, for sentences; None where it
+            has none of its own.
+        ranked_by_text (`bool`): Whether the labels are ranks of texts in a column, whose order nobody else knows. Bare
+            integers of another set are no such ranks.
     """
 
     images: np.ndarray
@@ -118,10 +119,10 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Clip to [0, 1] and round once.
 
     Args:
-        images: float (N, C, H, W); 1.0 is level 255.
+        images (`torch.Tensor`): Float (N, C, H, W); 1.0 is level 255.
 
     Returns:
-        uint8 (N, H, W, C).
+        `np.ndarray`: uint8 (N, H, W, C).
     """
     if not images.is_floating_point():
         raise ValueError(f"images has dtype {images.dtype}; floats in [0, 1] are accepted.")

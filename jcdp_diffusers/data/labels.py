@@ -45,7 +45,7 @@ def label_array(
     Args:
         values (`list`): One value of the label column per image.
         ids (`Sequence[str]`): Of the images, for sentences.
-        feature: The column's type in `datasets`.
+        feature (`Any`): The column's type in `datasets`.
         label_column (`str`, *optional*): The column, where the caller named it; then it may not be empty throughout.
 
     Raises:

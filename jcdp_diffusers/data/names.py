@@ -22,7 +22,7 @@ def name_of(source: Any) -> str:
 
 
 def folder_values(parts: Sequence[str]) -> dict[str, str | None]:
-    """What folders named `key=value` say of the rows below them; the key `split` is for :mod:`.splits`."""
+    """What folders named `key=value` say of the rows below them; the key `split` is for `splits`."""
     values = {}
     for part in parts:
         key, equals, value = part.partition("=")

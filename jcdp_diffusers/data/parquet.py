@@ -206,7 +206,7 @@ def parquet_shards(source: Path | str, split: str | None, image_column: str | No
 
 
 def open_parquet(source: Path | str, split: str | None, streaming: bool, image_column: str | None = None):
-    """The data set of the files of one split, and that split; arguments as for :func:`parquet_shards`."""
+    """The data set of the files of one split, and that split; arguments as for [`parquet_shards`]."""
     shards = parquet_shards(source, split, image_column)
     passed = PassedOver(name_of(source))
     if not is_url(source) and source.is_dir() and shards.files[0].parent == source:

@@ -22,11 +22,11 @@ def apply_perturbation(images: np.ndarray, perturbation: torch.Tensor | np.ndarr
     """Adds a perturbation to 8-bit images: in floating point, clipped to the valid range, rounded once.
 
     Args:
-        images: uint8 `(N, H, W, C)`.
-        perturbation: float `(N, C, H, W)`, for images in [0, 1].
+        images (`np.ndarray`): uint8 `(N, H, W, C)`.
+        perturbation (`torch.Tensor` or `np.ndarray`): Float `(N, C, H, W)`, for images in [0, 1].
 
     Returns:
-        uint8 `(N, H, W, C)`.
+        `np.ndarray`: uint8 `(N, H, W, C)`.
 
     Raises:
         ValueError: if the two do not belong together.
@@ -53,11 +53,11 @@ def measured_norms(clean: np.ndarray, poisoned: np.ndarray) -> dict[str, float]:
     """Sizes of a perturbation as published: of the 8-bit images, after clipping and rounding.
 
     Args:
-        clean, poisoned: uint8 `(N, H, W, C)`, in the same order.
+        clean, poisoned (`np.ndarray`): uint8 `(N, H, W, C)`, in the same order.
 
     Returns:
-        `linf`: largest change of any value, in 1/255; `l2_mean`, `l2_max`: Euclidean norm per image, images in [0, 1];
-        `l0_mean`, `l0_max`: pixels changed per image.
+        `dict`: `linf`, the largest change of any value, in 1/255; `l2_mean` and `l2_max`, the Euclidean norm per
+        image, images in [0, 1]; `l0_mean` and `l0_max`, the pixels changed per image.
 
     Raises:
         ValueError: if the two arrays differ in shape.

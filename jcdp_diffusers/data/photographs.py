@@ -30,7 +30,7 @@ def stored_sizes(source: Any, **options) -> list[tuple[int, int]]:
     Width and height of the images of a source, by their headers.
 
     Args:
-        source: What `data.open_dataset` takes.
+        source (`Any`): What `data.open_dataset` takes.
         options: Of `data.open_dataset`.
 
     Returns:
@@ -107,7 +107,7 @@ def squares_of_photographs(
     seen alike. One photograph is decoded at a time.
 
     Args:
-        source: What `data.open_dataset` takes.
+        source (`Any`): What `data.open_dataset` takes.
         size (`int`): Side of the squares, in pixels.
         ids (`frozenset`, *optional*): The photographs to take; all by default.
         channels (`int`, defaults to 3): 1 or 3.

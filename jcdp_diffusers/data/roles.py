@@ -39,7 +39,7 @@ def check_roles(
 ) -> None:
     """Raise unless the three roles are disjoint.
 
-    Every two roles are compared by id (within one id space, see :class:`LabelledImages`: row numbers of different
+    Every two roles are compared by id (within one id space, see [`LabelledImages`]: row numbers of different
     sources agree by chance), by pixels and by nearness, as they are and mirrored. Two images are near
 
     - closer than `budget` in every channel of every pixel;
@@ -60,12 +60,13 @@ def check_roles(
     product of the numbers, the memory with their sum.
 
     Args:
-        protected, collected, test: the images to learn from, those that train the purifier, those that test victims.
-        budget: largest change of a pixel by the protection, images in [0, 1]; L-inf.
+        protected, collected, test (`LabelledImages`): The images to learn from, those that train the purifier, those
+            that test victims.
+        budget (`float`): Largest change of a pixel by the protection, images in [0, 1]; L-inf.
 
     Raises:
         ValueError: with the two roles, the number of images concerned and the first pair of ids. The rows to leave out
-            come from :func:`find_overlap`.
+            come from [`find_overlap`].
     """
     levels = _levels_of(budget)
     roles = {"protected": protected, "collected": collected, "test": test}
@@ -85,14 +86,14 @@ def check_roles(
 
 
 def find_overlap(one: LabelledImages, other: LabelledImages, *, budget: float = 0.0) -> np.ndarray:
-    """All pairs of rows that are one image by :func:`check_roles`: same id, same pixels, or near.
+    """All pairs of rows that are one image by [`check_roles`]: same id, same pixels, or near.
 
     Args:
-        budget: as for :func:`check_roles`; 0 finds the very same pixels only.
+        budget (`float`): As for [`check_roles`]; 0 finds the very same pixels only.
 
     Returns:
-        int64 (pairs, 2), sorted: rows of `one` and rows of `other`. `np.delete(np.arange(len(other)), pairs[:, 1])` is
-        what to pass to `other.subset` to be rid of them.
+        `np.ndarray`: int64 (pairs, 2), sorted: rows of `one` and rows of `other`. To be rid of them, pass
+        `np.delete(np.arange(len(other)), pairs[:, 1])` to `other.subset`.
     """
     levels = _levels_of(budget)
     within, again = _near_pairs(one, other, levels)
@@ -102,13 +103,13 @@ def find_overlap(one: LabelledImages, other: LabelledImages, *, budget: float = 
 
 
 def find_likenesses(data: LabelledImages, *, budget: float = 0.0) -> np.ndarray:
-    """All pairs of rows of one set that are one image by :func:`check_roles`: equal, near, stored again or mirrored.
+    """All pairs of rows of one set that are one image by [`check_roles`]: equal, near, stored again or mirrored.
 
     Args:
-        budget: as for :func:`check_roles`; 0 finds the very same pixels only.
+        budget (`float`): As for [`check_roles`]; 0 finds the very same pixels only.
 
     Returns:
-        int64 (pairs, 2), sorted, the smaller row first.
+        `np.ndarray`: int64 (pairs, 2), sorted, the smaller row first.
     """
     within, again = _near_pairs(data, data, _levels_of(budget))
     pairs = {(min(pair), max(pair)) for pair in (*_pairs_of_equal_pixels(data, data), *within, *again)}

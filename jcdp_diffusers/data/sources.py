@@ -47,13 +47,16 @@ def load_images(
     """All images of a source in memory, with labels and ids.
 
     Args:
-        source: what :func:`open_dataset` takes, an (images, labels) pair of arrays, or a :class:`LabelledImages`.
-        split: the split to take; None takes the only one and otherwise raises with the splits listed.
-        image_column, label_column, id_column: names of the columns; found by their usual names when None.
-        image_size: side of the square that every image is brought to, as :func:`decode_image` says.
-        channels: 3 or 1, as :func:`decode_image` says.
-        rejected: a list that takes `{"id", "file", "reason"}` of every image that cannot be used, whose row is left
-            out; None raises at the first of them. Rows in = rows out + rejected. `file` is None where there is none.
+        source (`Any`): What [`open_dataset`] takes, an (images, labels) pair of arrays, or a [`LabelledImages`].
+        split (`str`, *optional*): The split to take; None takes the only one and otherwise raises with the splits
+            listed.
+        image_column, label_column, id_column (`str`, *optional*): Names of the columns; found by their usual names
+            when None.
+        image_size (`int`, *optional*): Side of the square that every image is brought to, as [`decode_image`] says.
+        channels (`int`, defaults to 3): 3 or 1, as [`decode_image`] says.
+        rejected (`list[dict]`, *optional*): A list that takes `{"id", "file", "reason"}` of every image that cannot be
+            used, whose row is left out; None raises at the first of them. Rows in = rows out + rejected. `file` is
+            None where there is none.
 
     Labels are None when the source has no label column, or a label column not named by the caller that is empty
     throughout (None or -1); a part of them missing is an error. Labels that are strings become their rank among the
@@ -102,10 +105,10 @@ def open_dataset(
     """A source of any size as a data set with the columns `id`, `image`, `label` (if it has labels), then all others.
 
     Images are left encoded (`datasets.Image(decode=False)`), so that a bad one cannot break the iteration;
-    :func:`decode_image` decodes a row's.
+    [`decode_image`] decodes a row's.
 
     Args:
-        source: a path, a URL, or else a Hub id, or an object.
+        source (`Any`): A path, a URL, or else a Hub id, or an object.
 
             - a folder of Parquet files, `<split>-*.parquet` (files of other names make up the split "train"), or one
               file; a numbered set of shards has to be complete;
@@ -119,11 +122,13 @@ def open_dataset(
               must be given; images that its rows name by paths are not opened;
             - "owner/name" on the Hub, or "owner/name:config";
             - a `datasets.Dataset`, an `IterableDataset` (which stays one), a dict of these; an (images, labels) pair
-              of arrays; a :class:`LabelledImages`.
-        split: the split to take; None takes the only one and otherwise raises with the splits listed.
-        image_column, label_column, id_column: names of the columns, by default the first present of `image`, `img`; of
-            `label`, `labels`, `fine_label`; and `id`. A column that stood under the new name becomes `other_<name>`.
-        streaming: an `IterableDataset` that reads as it goes, instead of a `Dataset` in the cache.
+              of arrays; a [`LabelledImages`].
+        split (`str`, *optional*): The split to take; None takes the only one and otherwise raises with the splits
+            listed.
+        image_column, label_column, id_column (`str`, *optional*): Names of the columns, by default the first present
+            of `image`, `img`; of `label`, `labels`, `fine_label`; and `id`. A column that stood under the new name
+            becomes `other_<name>`.
+        streaming (`bool`): An `IterableDataset` that reads as it goes, instead of a `Dataset` in the cache.
 
     Ids are the id column as strings, else `<split>/<row>` with the row's number in the source's order; so shuffle and
     filter what this function returns rather than what it is given. Files of an image folder are ordered with numbers

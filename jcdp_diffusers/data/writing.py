@@ -28,22 +28,22 @@ def write_dataset(
     columns: Mapping[str, Sequence] | None = None,
     features: Mapping | None = None,
 ) -> list[Path]:
-    """Write a folder that `datasets.load_dataset(output_dir)` and :func:`load_images` open, bit for bit.
+    """Write a folder that `datasets.load_dataset(output_dir)` and [`load_images`] open, bit for bit.
 
     The columns are `id`, `image` (PNG, lossless), `label` (with the class names, where known; texts, where they were
     texts), then `columns`. A shard
     appears under its name only when it is whole and on disk.
 
     Args:
-        output_dir: folder, made if needed.
-        split: first part of the files' names, `<split>-00000-of-0000K.parquet`.
-        shards: K, the number of files, of equal length up to one row.
-        columns: further columns by name, one value per image.
-        features: types of `datasets` for some of these, such as class labels and images; found from the values
-            elsewhere.
+        output_dir (`str` or `os.PathLike`): Folder, made if needed.
+        split (`str`): First part of the files' names, `<split>-00000-of-0000K.parquet`.
+        shards (`int`): K, the number of files, of equal length up to one row.
+        columns (`dict`, *optional*): Further columns by name, one value per image.
+        features (`dict`, *optional*): Types of `datasets` for some of these, such as class labels and images; found
+            from the values elsewhere.
 
     Returns:
-        the paths of the files, in order.
+        `list[Path]`: The files, in order.
     """
     columns = {name: list(values) for name, values in (columns or {}).items()}
     for name, values in columns.items():

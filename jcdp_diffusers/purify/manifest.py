@@ -162,7 +162,7 @@ def settle_run(folder: Folder, run: dict, begin: dict | None = None) -> dict:
     for key in {**asked, **present}:
         if asked.get(key) != present.get(key):
             raise ValueError(
-                f"output_dir {folder.url!r} holds a run whose {' '.join(key)} is {present.get(key)!r}, but "
+                f"output_dir {folder.url!r} holds a run whose {_called(key)} is {present.get(key)!r}, but "
                 f"{asked.get(key)!r} is wanted now: go on with what it was begun with, or choose another output_dir."
             )
     return recorded
@@ -219,6 +219,11 @@ def _name_and_revision(pipe: JointConditionalPurificationPipeline) -> dict:
     # The weights were loaded from the cache's folder of one commit, whichever revision was asked for.
     commit = re.search(r"snapshots/([0-9a-f]{40})", Path(pipe.unet.config.get("_name_or_path", "")).as_posix())
     return {"name": name, "revision": commit[1] if commit else None}
+
+
+def _called(key: tuple[str, ...]) -> str:
+    """A part of a run in a sentence: by the name of its option, with its group where that alone says too little."""
+    return " ".join(key if key[-1] in ("content", "count", "rows", *PACKAGES_OF_PIXELS) else key[-1:])
 
 
 def _deciding(value: dict, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

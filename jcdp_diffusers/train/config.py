@@ -14,7 +14,7 @@ from ..noise import checked_corner
 from .denoising import TIMESTEP_SAMPLINGS
 
 
-PRECISIONS = ("no", "auto", "bf16", "fp16")
+MIXED_PRECISIONS = ("no", "auto", "bf16", "fp16")
 # Those of diffusers.optimization.get_scheduler that need no further settings.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -211,7 +211,7 @@ class TrainingConfig:
 
 _CHOICES = {
     "lr_scheduler": LR_SCHEDULERS,
-    "mixed_precision": PRECISIONS,
+    "mixed_precision": MIXED_PRECISIONS,
     "timestep_sampling": TIMESTEP_SAMPLINGS,
 }
 

@@ -67,7 +67,7 @@ class _Case:
     of_larger: PurificationConfig | None = None
 
 
-# On a CPU with few images: about 30 to 140 TFLOP of training, minutes on two cores.
+# On a CPU with few images: about 30 to 140 TFLOP of training, minutes on two cores, in float32 on every machine.
 _FEW = _Case(
     (
         _Choice(32, "tiny32", 1200, 32),

@@ -1,5 +1,7 @@
 """The network and the recipe where nobody names them: what a device trains in minutes, or what papers use."""
 
+import argparse
+
 import torch
 
 from .. import victims
@@ -12,7 +14,7 @@ _RECIPES = {"convnet94": "airbench"}
 # A position of the last maps of convnet94 sees 51 pixels, so that of larger images it would see parts alone.
 LARGEST_SIDE = 64
 WHITENING = ("training", "collected")
-# What `jcdp score` and `jcdp audit` say of the options. The hours: one image of 32x32 pixels is 3.3 GFLOP for a
+# What `jcdp score` and `jcdp audit` say of their options. The hours: one image of 32x32 pixels is 3.3 GFLOP for a
 # training step of a ResNet-18 of width 64, `fast` shows each 30 times, and a core does 100 to 300 GFLOP/s.
 _ON_A_CPU = (
     f"on a CPU resnet18 with mini for images below 9 or above {LARGEST_SIDE} pixels, and for methods without labels"
@@ -25,8 +27,24 @@ VICTIM_HELP = (
 RECIPE_HELP = (
     f"how victims are trained; airbench with convnet94 and fast with other networks if not given ({_ON_A_CPU})"
 )
-SHORT_RECIPE_HELP = RECIPE_HELP.replace("airbench", "airbench-short")
-WHITENING_HELP = "images whose patches convnet94 whitens first: training images, or --collected"
+
+
+def add_arguments(group: argparse._ArgumentGroup, *, short: bool = False, **method) -> None:
+    """
+    The options of a command that say what its victims are.
+
+    Args:
+        group (`argparse._ArgumentGroup`): Of the command's parser.
+        short (`bool`, defaults to `False`): As for [`choose`].
+        method: Of `--method`, beside its choices.
+    """
+    group.add_argument("--victim", choices=victims.NAMES, help=VICTIM_HELP)
+    group.add_argument("--method", choices=victims.METHODS, **method)
+    group.add_argument("--width", type=int, help="of the victims' network; the recipe's if not given")
+    recipe_help = RECIPE_HELP.replace("airbench", "airbench-short") if short else RECIPE_HELP
+    group.add_argument("--recipe", "--protocol", dest="protocol", choices=victims.RECIPE_NAMES, help=recipe_help)
+    whitening_help = "images whose patches convnet94 whitens first: training images, or --collected"
+    group.add_argument("--whitening", default="training", choices=WHITENING, help=whitening_help)
 
 
 def choose(

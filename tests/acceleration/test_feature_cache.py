@@ -150,7 +150,7 @@ def test_it_is_on_record(pipe, tmp_path):
     source = source_folder(tmp_path / "source", 4, size=32)
     run = dict(seed=0, progress=False, diffusion_steps=3)
     purify_to_folder(source, pipe, output_dir=tmp_path / "out", feature_reuse=2, **run)
-    with pytest.raises(ValueError, match="holds a run whose settings feature_reuse is 2.*3"):
+    with pytest.raises(ValueError, match="holds a run whose feature_reuse is 2.*3"):
         purify_to_folder(source, pipe, output_dir=tmp_path / "out", feature_reuse=3, **run)
 
 

@@ -128,7 +128,7 @@ def test_a_run_goes_on_in_the_precision_it_was_begun_in(tmp_path, capsys):
         assert pipe.unet.dtype == getattr(torch, precision)
     capsys.readouterr()
     assert main([*begun, "--precision", "float32"]) == 1
-    assert "whose arithmetic dtype is 'bfloat16', but 'float32' is wanted now" in capsys.readouterr().err
+    assert "whose dtype is 'bfloat16', but 'float32' is wanted now" in capsys.readouterr().err
 
 
 def test_noise_is_compiled_on_request_alone(pipe, monkeypatch):

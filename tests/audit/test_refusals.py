@@ -69,13 +69,11 @@ def test_what_cannot_be_audited_ends_in_one_sentence(folders, tmp_path, capfd):
     code, said = refused({}, "--countermeasures", "gray,magic")
     assert code == 1 and "'magic'" in said
     code, said = refused({}, "--countermeasures", "purified+eclipse")
-    assert code == 1 and "attacks (--countermeasures) has 'purified+eclipse', but images are purified once" in said
+    assert code == 1 and "--countermeasures has 'purified+eclipse', but images are purified once" in said
     code, said = refused({}, "--countermeasures", "gray+purified+purified")
-    assert (
-        code == 1 and "attacks (--countermeasures) has 'gray+purified+purified', but images are purified once" in said
-    )
+    assert code == 1 and "--countermeasures has 'gray+purified+purified', but images are purified once" in said
     code, said = refused({}, "--countermeasures", "purified")
-    assert code == 1 and "attacks (--countermeasures) has 'purified', but that is a row of every audit" in said
+    assert code == 1 and "--countermeasures has 'purified', but that is a row of every audit" in said
     code, said = refused({}, "--countermeasures", "gray,at-8+ueraser-max")
     assert code == 1 and "'at-8+ueraser-max'" in said and "at-8 and ueraser-max" in said
     code, said = refused({}, "--preset", "best")

@@ -564,6 +564,15 @@ def blank_images(count: int) -> LabelledImages:
     return LabelledImages(pixels, np.zeros(count, int), tuple(map(str, range(count))))
 
 
+def test_a_column_with_fewer_evaluations_purifies_as_the_command_does(source, tmp_path):
+    column = {"use": "gdmp", "num_inference_steps": 9}
+    columns = [column, column | {"as": "large", "variance_type": "fixed_large"}]
+    grid = benchmark.read_grid(grid_file(tmp_path, source, protocol="mini", countermeasures=columns))
+    small, large = (column.purification for column in grid.columns().values())
+    assert PurificationConfig.resolve(small) == PurificationConfig.resolve("gdmp", num_inference_steps=9)
+    assert PurificationConfig.resolve(large).variance_type == "fixed_large"
+
+
 def test_no_grid_that_ships_would_measure_again_what_is_on_record(monkeypatch):
     """With the images and purifiers that the records name, the grids give the very trials that are on record."""
     root = Path(benchmark.__file__).parents[1]

@@ -405,14 +405,14 @@ def test_micro_batches_and_threads_are_those_that_the_run_began_with(two_threads
     ("change", "sentence"),
     [
         ({"seed": 1}, "whose seed is 0, but 1 is wanted now"),
-        ({"diffusion_steps": 4}, "whose settings diffusion_steps is 3, but 4"),
-        ({"pixel_guidance_scale": 2.0}, "whose settings pixel_guidance_scale is 0.0, but 2.0"),
-        ({"image_size": 16}, "whose sizes image_size is 8, but 16"),
-        ({"fit": "tile"}, "whose sizes fit is 'exact', but 'tile'"),
-        ({"micro_batch_size": 8}, "whose arithmetic micro_batch_size is 16, but 8"),
-        ({"threads": 4}, "whose arithmetic threads is 1, but 4"),
+        ({"diffusion_steps": 4}, "whose diffusion_steps is 3, but 4"),
+        ({"pixel_guidance_scale": 2.0}, "whose pixel_guidance_scale is 0.0, but 2.0"),
+        ({"image_size": 16}, "whose image_size is 8, but 16"),
+        ({"fit": "tile"}, "whose fit is 'exact', but 'tile'"),
+        ({"micro_batch_size": 8}, "whose micro_batch_size is 16, but 8"),
+        ({"threads": 4}, "whose threads is 1, but 4"),
         ({"shards": 2}, "whose shards count is None, but 2"),
-        ({"rows_per_shard": 17}, "whose shards rows_per_shard is 16, but 17"),
+        ({"rows_per_shard": 17}, "whose rows_per_shard is 16, but 17"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -429,7 +429,7 @@ def test_goes_on_with_the_overlap_that_the_run_began_with(pipe, tmp_path):
     go_on(fit="tile")
     go_on()
     for fit in (None, "tile"):
-        with pytest.raises(ValueError, match="whose sizes tile_overlap is 3, but 5 is wanted now"):
+        with pytest.raises(ValueError, match="whose tile_overlap is 3, but 5 is wanted now"):
             go_on(fit=fit, tile_overlap=5)
 
 
@@ -450,7 +450,7 @@ def test_refuses_to_go_on_with_another_purifier(source, finished):
         purify_to_folder(source, quick_pipe(seed=1), output_dir=finished, **SETTINGS)
     pipe = quick_pipe()
     pipe.unet.to(torch.float64)
-    with pytest.raises(ValueError, match="whose purifier content is|whose arithmetic dtype is"):
+    with pytest.raises(ValueError, match="whose purifier content is|whose dtype is"):
         purify_to_folder(source, pipe, output_dir=finished, **SETTINGS)
 
 
@@ -465,9 +465,9 @@ def test_refuses_to_go_on_with_other_columns(kind, pipe, tmp_path):
     began = {"label_column": "fine", "id_column": "key"}
     purify_to_folder(data, pipe, output_dir=tmp_path / "out", **began, **SETTINGS)
     for change, sentence in (
-        ({"label_column": "coarse"}, "source label_column is 'fine', but 'coarse' is wanted now"),
-        ({"id_column": "name"}, "source id_column is 'key', but 'name' is wanted now"),
-        ({"id_column": None}, "source id_column is 'key', but None is wanted now"),
+        ({"label_column": "coarse"}, "label_column is 'fine', but 'coarse' is wanted now"),
+        ({"id_column": "name"}, "id_column is 'key', but 'name' is wanted now"),
+        ({"id_column": None}, "id_column is 'key', but None is wanted now"),
     ):
         with pytest.raises(ValueError, match=f"holds a run whose {sentence}"):
             purify_to_folder(data, pipe, output_dir=tmp_path / "out", **began | change, **SETTINGS)

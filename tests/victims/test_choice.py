@@ -1,9 +1,11 @@
 """Which network and recipe a victim has where they are not named."""
 
+import argparse
+
 import pytest
 
 from jcdp_diffusers.victims import Recipe, choose
-from jcdp_diffusers.victims.choice import LARGEST_SIDE, RECIPE_HELP, SHORT_RECIPE_HELP, VICTIM_HELP
+from jcdp_diffusers.victims.choice import LARGEST_SIDE, add_arguments
 
 
 OWN = Recipe("own", epochs=1)
@@ -35,9 +37,14 @@ def test_supervised(given, device, side, chosen):
     assert (victim, recipe.name) == chosen
 
 
-def test_the_help_names_the_cases_of_a_cpu():
+@pytest.mark.parametrize("short", [False, True])
+def test_the_help_names_the_cases_of_a_cpu_and_the_usual_recipe(short):
     said = f"(on a CPU resnet18 with mini for images below 9 or above {LARGEST_SIDE} pixels, and for methods without labels)"
-    assert all(said in text for text in (VICTIM_HELP, RECIPE_HELP, SHORT_RECIPE_HELP))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, short=short)
+    texts = {action.dest: action.help for action in parser._actions}
+    assert said in texts["victim"] and said in texts["protocol"]
+    assert f"{'airbench-short' if short else 'airbench'} with convnet94" in texts["protocol"]
 
 
 @pytest.mark.parametrize("given", [("convnet94", "smoke"), (None, "airbench-short")])
