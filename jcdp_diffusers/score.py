@@ -143,7 +143,7 @@ def score(
     victim, recipe = choose(victim, protocol, method, device=device, shape=train.images.shape[1:])
     victims.check_width(victim, recipe.width if width is None else width)
     countermeasure = countermeasure or "none"
-    chosen = countermeasures.get(countermeasure)
+    chosen = countermeasures.get(countermeasure, smoke=recipe.smoke)
     chosen.require_learning(method)
     chosen.require_draws(draws)
     trial = {"recipe": recipe, "victim": victim, "method": method, "width": width, "countermeasure": countermeasure}

@@ -176,6 +176,7 @@ def check_learners(sets: Mapping[str, LabelledImages], asked: AuditSettings, lea
     """
     protected, probed = sets["protected"], sets.get("probe", sets.get("clean"))
     for one in asked.tried:
+        one.countermeasure.require_collected(sets.get("collected"))
         with _named(f"countermeasure {one.countermeasure.name!r}"):
             one.countermeasure.require_images(protected)
     for learner in learners:

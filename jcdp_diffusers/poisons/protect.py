@@ -30,6 +30,7 @@ from ..devices import check_seed, default_device
 from ..engines import folder_lock, say
 from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
+from ..saved_state import kept_seconds
 from ..victims.checkpoints import digest
 from .photographs import export, places_of_export, size_to_read
 from .pretrained import public_weights
@@ -119,7 +120,7 @@ def protect_dataset(
                 )
             return done
 
-        start = time.monotonic()
+        start = time.monotonic() - kept_seconds(output_dir / _STATE)
         chosen = data.subset(rows)
         perturbation = poison(
             chosen.tensor(),

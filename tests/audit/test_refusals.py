@@ -153,7 +153,7 @@ def test_what_does_not_apply_is_refused(more, message, folders, tmp_path, capfd)
     [
         (("--method", "moco-v2", "--protocol", "mini"), "has 200 images, but must have at least 1024, the queue"),
         (
-            ("--method", "simclr", "--countermeasures", "advcl"),
+            ("--method", "simclr", "--protocol", "mini", "--countermeasures", "advcl"),
             "images, but must have at least 500 for the pseudo-labels",
         ),
     ],
