@@ -28,7 +28,7 @@ from .audit.shortcut import (
     gap_of,
     weights_by_class,
 )
-from .data import USUAL_BUDGET, LabelledImages, column_names, find_overlap, join_labels, load_images
+from .data import USUAL_BUDGET, LabelledImages, find_overlap, join_labels, load_images, present_columns
 from .data.checks import unlike_images
 from .data.photographs import sizes_in_words, stored_sizes, working_size
 from .devices import check_seed, default_device
@@ -334,10 +334,9 @@ def _where(args: argparse.Namespace, role: str) -> dict[str, str | None]:
         return {"split": args.split, "image_column": args.image_column, "label_column": args.label_column}
     if role == "purified":
         return {}
-    asked = {"image_column": args.image_column, "label_column": args.label_column}
-    named = {key: name for key, name in asked.items() if name is not None}
-    there = column_names(args.collected, split=args.collected_split) if named else ()
-    return {"split": args.collected_split} | {key: name for key, name in named.items() if name in there}
+    named = {"image_column": args.image_column, "label_column": args.label_column}
+    there = present_columns(args.collected, named, split=args.collected_split)
+    return {"split": args.collected_split} | there
 
 
 def _size_to_read(args: argparse.Namespace, where: dict[str, dict[str, str | None]]) -> int | None:

@@ -87,7 +87,10 @@ def test_the_score_of_a_representation(train, test):
         ({"countermeasure": "mixup"}, "countermeasure is 'mixup', .* 'simclr'"),
         ({"protocol": "iss"}, "protocol is 'iss', .* cp, fast"),
         ({"protocol": "mini"}, "train has 120 images, .* at least 128, the batch_size of recipe 'mini'"),
-        ({"protocol": "digits", "countermeasure": "advcl", "collected": digits(300, 400)}, "data has 120 images, .* 500"),
+        (
+            {"protocol": "digits", "countermeasure": "advcl", "collected": digits(300, 400)},
+            "data has 120 images, .* 500",
+        ),
     ],
 )
 def test_what_a_representation_cannot_be_scored_with(train, test, changes, message):
@@ -403,6 +406,26 @@ def test_a_method_without_labels_is_scored_by_a_probe(folders, capsys):
     result = json.loads((folders / "score.json").read_text())
     assert result["request"]["method"] == "simclr" and result["request"]["probe"]["images"] == 120
     assert result["knn_accuracy"]["values"] == [result["runs"][0]["knn_accuracy"]]
+
+
+def test_columns_are_asked_of_images_whose_labels_are_used(folders, monkeypatch, capsys):
+    """Training images of a method without labels, and collected ones, may lack them."""
+    for role, start in (("test", 120), ("probe", 220), ("collected", 260)):
+        data = digits(start, start + 20)
+        columns = {"kind": data.labels.tolist()} if role != "collected" else {}
+        write_dataset(folders / f"own_{role}", dataclasses.replace(data, labels=None), columns=columns)
+    asked = []
+    monkeypatch.setattr(scoring, "score", lambda train, test, **options: asked.append((train, test, options)) or {})
+    monkeypatch.setattr(scoring, "sentence", lambda result: "")
+    given = arguments(folders, "--label_column", "kind")
+    for role in ("test", "probe", "collected"):
+        given += [f"--{role}", str(folders / f"own_{role}")]
+    assert main([*given, "--method", "simclr"]) == 0
+    ((train, test, options),) = asked
+    assert test.labels.tolist() == digits(120, 140).labels.tolist() and options["probe"].labels is not None
+    assert train.labels is not None and options["collected"].labels is None  # those of its usual column, or none
+    assert main(given) == 1
+    assert "--train" in (said := capsys.readouterr().err) and "label_column is 'kind'" in said
     assert result["request"]["victim"] == "resnet18"
     assert "best_accuracy" not in result and np.sum(result["confusion"]) == 100
 

@@ -78,7 +78,7 @@ class AdvCLSettings:
 
 
 SETTINGS = {"advcl": AdvCLSettings(), "advcl-plain": AdvCLSettings(clusters=())}
-SMOKE_SETTINGS = {"advcl": AdvCLSettings(clusters=(2, 5), recipe="smoke")}
+SMOKE_SETTINGS = {"advcl": AdvCLSettings(steps=2, clusters=(2, 5), recipe="smoke")}
 
 
 class AdvCL:

@@ -193,6 +193,19 @@ def column_names(source: Any, *, split: str | None = None) -> list[str]:
     return [column for column in _rows_of(source, split, True, None)[0].features if column != ROW_ID]
 
 
+def present_columns(source: Any, named: Mapping[str, str | None], *, split: str | None = None) -> dict[str, str]:
+    """
+    Of the columns that are named for several sources, those that this one has; for one whose labels nobody needs.
+
+    Args:
+        source, split: As for `open_dataset`.
+        named (`dict`): By argument of `open_dataset`, the name of a column; None where none is named.
+    """
+    given = {argument: name for argument, name in named.items() if name is not None}
+    there = column_names(source, split=split) if given else ()
+    return {argument: name for argument, name in given.items() if name in there}
+
+
 def _rows_of(
     source: Any, split: str | None, streaming: bool, image_column: str | None
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, str, str | None, bool]:

@@ -17,6 +17,7 @@ from ..devices import has_bfloat16
 from . import evaluation, finetuning
 from .checkpoints import kept_seconds
 from .finetuning import Weights
+from .networks import last_layer
 from .recipes import ContrastiveRecipe, Recipe, get_recipe
 from .supervised import supervised_objective
 from .training import Hooks, Objective, reproducible, train
@@ -297,7 +298,7 @@ class Training:
             seed=self.seed,
             checkpoint_dir=None if self.checkpoint_dir is None else Path(self.checkpoint_dir) / PROBE_FOLDER,
         )
-        confusion = self._confusion(model, *test)
+        confusion = self._confusion_of_probe(model, *test)
         return {
             "accuracy": evaluation.accuracy(confusion),
             "best_accuracy": best,
@@ -310,6 +311,12 @@ class Training:
 
     def _confusion(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
         return evaluation.confusion_matrix(model, images, labels, self.num_classes, bfloat16=self.recipe.bfloat16)
+
+    @torch.no_grad()
+    def _confusion_of_probe(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+        """With the last layer in float32, in which it was fitted and its best epoch was found."""
+        features = evaluation.features(model, images, bfloat16=self.recipe.bfloat16)
+        return evaluation.count_confusion(last_layer(model)(features).argmax(dim=1), labels, self.num_classes)
 
     def _run(
         self,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from jcdp_diffusers.devices import seeded
-from jcdp_diffusers.victims import Recipe, get_recipe, linear_probe, predict, train_model, train_victim
+from jcdp_diffusers.victims import Recipe, get_recipe, linear_probe, predict, train_model, train_victim, training
 from jcdp_diffusers.victims.contrastive import (
     METHODS,
     Views,
@@ -335,6 +335,17 @@ def test_seconds_before_a_training_or_its_probe_was_cut_off_count(sets, tmp_path
     assert 1000 < train_victim(**options).seconds < 1100
     longer(tmp_path / "probe/training.safetensors", 500)
     assert 1500 < train_victim(**options).seconds < 1600
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_accuracy_of_a_probe_is_that_by_which_its_best_epoch_is_found(seed, sets, monkeypatch):
+    """Where convolutions run in bfloat16, too."""
+    monkeypatch.setattr(training, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(linear_probe, "CP", dataclasses.replace(linear_probe.CP, epochs=1, learning_rate=1e-3))
+    recipe = quick("simclr", epochs=1, max_steps_per_epoch=1, probe="cp", bfloat16=True)
+    result = train_victim(**sets, method="simclr", recipe=recipe, seed=seed)
+    assert result.accuracy == pytest.approx(result.best_accuracy)
+    assert result.accuracy == np.trace(result.confusion) / 100
 
 
 def test_features_without_the_last_layer(sets):
