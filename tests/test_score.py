@@ -406,6 +406,8 @@ def test_a_method_without_labels_is_scored_by_a_probe(folders, capsys):
     result = json.loads((folders / "score.json").read_text())
     assert result["request"]["method"] == "simclr" and result["request"]["probe"]["images"] == 120
     assert result["knn_accuracy"]["values"] == [result["runs"][0]["knn_accuracy"]]
+    assert result["request"]["victim"] == "resnet18"
+    assert "best_accuracy" not in result and np.sum(result["confusion"]) == 100
 
 
 def test_columns_are_asked_of_images_whose_labels_are_used(folders, monkeypatch, capsys):
@@ -426,8 +428,6 @@ def test_columns_are_asked_of_images_whose_labels_are_used(folders, monkeypatch,
     assert train.labels is not None and options["collected"].labels is None  # those of its usual column, or none
     assert main(given) == 1
     assert "--train" in (said := capsys.readouterr().err) and "label_column is 'kind'" in said
-    assert result["request"]["victim"] == "resnet18"
-    assert "best_accuracy" not in result and np.sum(result["confusion"]) == 100
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

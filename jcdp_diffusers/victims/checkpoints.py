@@ -30,6 +30,7 @@ class Checkpoint:
     """
 
     NAME = "training.safetensors"
+    TOLD = ("seed", "device", "number of threads")  # parts of a request that say something to a reader
     MOVING = ("last_epoch", "_step_count", "_last_lr")  # of a scheduler: the rest follows from the recipe
 
     def __init__(
@@ -76,10 +77,12 @@ class Checkpoint:
         with _opened(self.path) as (file, facts):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         for name, wanted in self.request.items():
-            if facts["request"].get(name) != wanted:
+            if (held := facts["request"].get(name)) != wanted:
+                # On another machine, say, whoever gives the command again knows neither this folder nor what is in it.
+                told = f", {held} instead of {wanted}" if name in self.TOLD else ""
                 raise ValueError(
                     f"checkpoint_dir is {str(self.path.parent)!r}, but must be empty or hold the same training; "
-                    f"it holds one with another {name}."
+                    f"it holds one with another {name}{told}."
                 )
         self._restore(tensors, facts)
         return facts["history"]

@@ -317,12 +317,13 @@ def test_a_training_that_was_cut_off_ends_with_the_same_weights(method, sets, tm
             train_victim(**options | {role: sets[role].subset(range(1, len(sets[role])))}, checkpoint_dir=tmp_path)
 
 
-def longer(path, seconds):
-    """Makes a checkpoint one whose epochs took longer."""
+def longer(path, seconds, **request):
+    """Makes a checkpoint one whose epochs took longer, or of another request."""
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["training"])
     for entry in facts["history"]:
         entry["seconds"] += seconds
+    facts["request"] |= request
     save_file(load_file(path), path, metadata={"training": json.dumps(facts)})
 
 
@@ -335,6 +336,9 @@ def test_seconds_before_a_training_or_its_probe_was_cut_off_count(sets, tmp_path
     assert 1000 < train_victim(**options).seconds < 1100
     longer(tmp_path / "probe/training.safetensors", 500)
     assert 1500 < train_victim(**options).seconds < 1600
+    longer(tmp_path / "training.safetensors", 0, device="cuda")
+    with pytest.raises(ValueError, match="another device, cuda instead of cpu"):
+        train_victim(**options)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
