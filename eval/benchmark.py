@@ -91,7 +91,7 @@ def run_grid(
     data_name, clean, collected, test = load_roles(grid)
     clean, test, collected = check_sets({"protected": clean, "test": test}, {"collected": collected}).values()
     check_separation(clean, collected, test, None, roles=grid.roles)
-    _check_victims(grid, clean, test)
+    _check_victims(grid, clean, test, collected)
     _check_starts(grid, clean, collected)
     _check_columns(grid, clean, collected, perceptual, device)
     roles = _roles(grid, clean, test, say)
@@ -207,15 +207,17 @@ def _start(grid: Grid, column: Column, collected: LabelledImages | None) -> Init
     return InitFrom(_collected_for(column.collected, collected), column.finetune, grid.pretraining_recipe)
 
 
-def _check_victims(grid: Grid, clean: LabelledImages, test: LabelledImages) -> None:
+def _check_victims(grid: Grid, clean: LabelledImages, test: LabelledImages, collected: LabelledImages) -> None:
     """Refuse images that victims or countermeasures cannot take, before anything is made."""
     probe, recipe = None if grid.method == "supervised" else clean, grid.full_recipe.for_images(len(clean))
     for victim in grid.victims:
         victims.check_width(victim, recipe.width if grid.width is None else grid.width)
         check_victim(clean, test, victim=victim, method=grid.method, probe=probe, recipe=recipe)
     for column in grid.columns().values():
-        countermeasures.get(column.countermeasure).require_draws(column.draws)
-        countermeasures.get(column.countermeasure).require_images(clean)
+        measure = countermeasures.get(column.countermeasure, smoke=recipe.smoke)
+        measure.require_draws(column.draws)
+        measure.require_images(clean)
+        measure.require_collected(collected)
 
 
 def _check_starts(grid: Grid, clean: LabelledImages, collected: LabelledImages) -> None:

@@ -122,7 +122,8 @@ def _share(costs: Mapping[tuple, tuple[float, float]], baseline: Mapping[tuple, 
 
 def poison_table(measured: Measured, dataset: str) -> str:
     """What each poison does to a victim without a countermeasure, beside clean images and noise of the same size."""
-    head = ["trained on", "test accuracy", "training accuracy", "noise of the same size: test accuracy"]
+    learned = ["training accuracy"] if measured.method == "supervised" else []  # nobody learned labels otherwise
+    head = ["trained on", "test accuracy", *learned, "noise of the same size: test accuracy"]
     head += ["mean L2 norm", "largest change in 1/255", "seconds to make"]
     rows = []
     for poison, preset in measured.poisons(dataset):
@@ -133,7 +134,10 @@ def poison_table(measured: Measured, dataset: str) -> str:
             [
                 "clean images" if poison == "none" else measured.poison_title(dataset, poison, preset),
                 spread(measured.accuracies(dataset, poison, "none", poison_preset=preset)),
-                spread(measured.training_accuracies(dataset, poison, "none", poison_preset=preset)),
+                *(
+                    spread(measured.training_accuracies(dataset, poison, "none", poison_preset=preset))
+                    for _ in learned
+                ),
                 "" if poison == "none" else spread(control),
                 f"{norms['l2_mean']:.2f}" if norms else "",
                 f"{norms['linf']:.0f}" if norms else "",

@@ -28,7 +28,7 @@ from .audit.shortcut import (
     gap_of,
     weights_by_class,
 )
-from .data import USUAL_BUDGET, LabelledImages, find_overlap, join_labels, load_images, named_columns
+from .data import USUAL_BUDGET, LabelledImages, find_overlap, join_labels, load_images, present_columns
 from .data.checks import unlike_images
 from .data.photographs import detailed_side, sizes_in_words, stored_sizes, working_size
 from .devices import check_seed, default_device
@@ -335,9 +335,9 @@ def _where(args: argparse.Namespace, role: str) -> dict[str, str | None]:
         return {"split": args.split, "image_column": args.image_column, "label_column": args.label_column}
     if role == "purified":
         return {}
-    asked = {"image_column": args.image_column, "label_column": args.label_column}
-    split = args.collected_split
-    return {"split": split} | named_columns(args.collected, asked, split=split)
+    named = {"image_column": args.image_column, "label_column": args.label_column}
+    there = present_columns(args.collected, named, split=args.collected_split)
+    return {"split": args.collected_split} | there
 
 
 def _size_to_read(args: argparse.Namespace, where: dict[str, dict[str, str | None]]) -> int | None:

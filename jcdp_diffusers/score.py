@@ -20,7 +20,7 @@ import torch
 from . import countermeasures, engines, victims
 from .countermeasures import assumed
 from .countermeasures.purifiers import check_purifier_suits
-from .data import USUAL_BUDGET, LabelledImages, find_overlap, load_images
+from .data import USUAL_BUDGET, LabelledImages, find_overlap, load_images, present_columns
 from .data.checks import budget_of_levels, check_sets
 from .devices import default_device, usable_device
 from .outputs import check_output_file, write_atomically
@@ -142,7 +142,7 @@ def score(
     victim, recipe = choose(victim, protocol, method, device=device, shape=train.images.shape[1:])
     victims.check_width(victim, recipe.width if width is None else width)
     countermeasure = countermeasure or "none"
-    chosen = countermeasures.get(countermeasure)
+    chosen = countermeasures.get(countermeasure, smoke=recipe.smoke)
     chosen.require_learning(method)
     chosen.require_draws(draws)
     trial = {"recipe": recipe, "victim": victim, "method": method, "width": width, "countermeasure": countermeasure}
@@ -376,7 +376,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--collected_protected", help="of --collected what the protection tool makes, for pairs")
     what.add_argument("--collected_protected_split")
     what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
-    what.add_argument("--label_column")
+    what.add_argument("--label_column", help="of images whose labels are used, and of others where they have it")
     what.add_argument("--image_size", type=int, help="side in pixels to which images are brought first")
     what.add_argument("--channels", type=int, choices=(1, 3), default=3)
     what.add_argument("--output", required=True, metavar="FILE.json")
@@ -468,14 +468,12 @@ def sentence(result: dict[str, Any]) -> str:
 def _load(args: argparse.Namespace, role: str) -> LabelledImages | None:
     if getattr(args, role) is None:
         return None
+    source, split = getattr(args, role), getattr(args, f"{role}_split")
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    labels_used = role in ("test", "probe") or (role == "train" and args.method == "supervised")
     try:
-        return load_images(
-            getattr(args, role),
-            split=getattr(args, f"{role}_split"),
-            image_column=args.image_column,
-            label_column=args.label_column,
-            image_size=args.image_size,
-            channels=args.channels,
-        )
+        if not labels_used:
+            columns = present_columns(source, columns, split=split)
+        return load_images(source, split=split, image_size=args.image_size, channels=args.channels, **columns)
     except ValueError as error:  # says what is wrong, but not which option it is about
         raise ValueError(f"--{role} (with --{role}_split): {error}") from error

@@ -111,8 +111,8 @@ class Trial:
         if (self.probe is None) != (self.method == "supervised"):
             given, needed = ("None", "labelled images") if self.probe is None else ("a set of images", "None")
             raise ValueError(f"probe is {given}, but must be {needed} for method {self.method!r}.")
-        countermeasures.get(self.countermeasure).require_learning(self.method)
-        countermeasures.get(self.countermeasure).require_collected(self.collected)
+        self.chosen_countermeasure.require_learning(self.method)
+        self.chosen_countermeasure.require_collected(self.collected)
         if self.init_from is not None:
             if self.method != "supervised":
                 raise ValueError(f"init_from is given, but must be None for method {self.method!r}.")
@@ -120,10 +120,15 @@ class Trial:
                 raise ValueError("work_dir is None, but must be a folder for a network that is pretrained.")
             check_start(self.init_from, self.victim, self.width or self.recipe.width, self.train.images.shape[1:])
 
+    @property
+    def chosen_countermeasure(self) -> countermeasures.Countermeasure:
+        """What is done against the protection."""
+        return countermeasures.get(self.countermeasure, smoke=self.recipe.smoke)
+
     @functools.cached_property
     def settings(self) -> dict:
         """Everything that decides the figure but the seed, in JSON's types, and `trial`, its name."""
-        countermeasure = countermeasures.get(self.countermeasure)
+        countermeasure = self.chosen_countermeasure
         purification = self.purification
         if isinstance(purification, PurificationConfig):
             purification = as_settings(purification)
@@ -390,14 +395,13 @@ def _no_worker() -> None:
 
 def _train(trial: Trial, records: Path, device: torch.device, progress: bool) -> float:
     """Train one victim, append its records, and return its accuracy."""
-    countermeasure = countermeasures.get(trial.countermeasure)
     num_classes = max((trial.train if trial.probe is None else trial.probe).num_classes, trial.test.num_classes)
     work_dir = None if trial.work_dir is None else trial.work_dir / _preparation(trial)
     # Learning without labels takes hours, so it goes on where it was cut off; supervised victims take minutes.
     keeps = trial.work_dir is not None and trial.method != "supervised"
     checkpoint_dir = trial.work_dir / "victims" / trial.name if keeps else None
     with cpu_threads(1 if device.type == "cpu" else None):
-        prepared = countermeasure.prepare(
+        prepared = trial.chosen_countermeasure.prepare(
             trial.train,
             seed=PREPARATION_SEED,
             device=device,
@@ -491,8 +495,7 @@ def _preparation(trial: Trial) -> str:
     Name of the folder for what a countermeasure does before training, which has nothing to do with the victim: trials
     that differ only in what is done while training, or in the number of draws, share it.
     """
-    countermeasure = countermeasures.get(trial.countermeasure)
-    parts = countermeasure.parts or (countermeasure,)
+    parts = trial.chosen_countermeasure.parts or (trial.chosen_countermeasure,)
     before = [[part.name, dict(part.settings)] for part in parts if part.kind != "hook"]
     decided = [trial.settings["train"], before, *map(trial.settings.get, ("purifier", "purification"))]
     return _hash([*decided, trial.settings["pairs"]] if "pairs" in trial.settings else decided)

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from jcdp_diffusers import score as scoring
 from jcdp_diffusers import trials, victims
 from jcdp_diffusers.cli import main
-from jcdp_diffusers.countermeasures import advcl, paired
+from jcdp_diffusers.countermeasures import paired
 from jcdp_diffusers.data import LabelledImages, write_dataset
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.score import check_pair, score, sentence
@@ -87,7 +87,10 @@ def test_the_score_of_a_representation(train, test):
         ({"countermeasure": "mixup"}, "countermeasure is 'mixup', .* 'simclr'"),
         ({"protocol": "iss"}, "protocol is 'iss', .* cp, fast"),
         ({"protocol": "mini"}, "train has 120 images, .* at least 128, the batch_size of recipe 'mini'"),
-        ({"countermeasure": "advcl", "collected": digits(300, 400)}, "data has 120 images, .* 500 .* advcl"),
+        (
+            {"protocol": "digits", "countermeasure": "advcl", "collected": digits(300, 400)},
+            "data has 120 images, .* 500",
+        ),
     ],
 )
 def test_what_a_representation_cannot_be_scored_with(train, test, changes, message):
@@ -327,7 +330,6 @@ def test_another_scores_file_is_not_overwritten(train, test, tmp_path, change, n
 def test_a_score_with_other_collected_images_is_another(test, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "measure", lambda trials, records, **_: records.touch())
     monkeypatch.setattr(scoring, "_result", lambda request, *_: {"request": request})
-    monkeypatch.setitem(advcl.SETTINGS, "advcl", dataclasses.replace(advcl.SETTINGS["advcl"], clusters=(2,)))
     options = {"method": "simclr", "protocol": "smoke", "countermeasure": "advcl", "probe": digits(280, 340)}
     options |= {"output": tmp_path / "score.json"}
     first = score(digits(220, 280), test, collected=digits(340, 400), **options)
@@ -406,6 +408,26 @@ def test_a_method_without_labels_is_scored_by_a_probe(folders, capsys):
     assert result["knn_accuracy"]["values"] == [result["runs"][0]["knn_accuracy"]]
     assert result["request"]["victim"] == "resnet18"
     assert "best_accuracy" not in result and np.sum(result["confusion"]) == 100
+
+
+def test_columns_are_asked_of_images_whose_labels_are_used(folders, monkeypatch, capsys):
+    """Training images of a method without labels, and collected ones, may lack them."""
+    for role, start in (("test", 120), ("probe", 220), ("collected", 260)):
+        data = digits(start, start + 20)
+        columns = {"kind": data.labels.tolist()} if role != "collected" else {}
+        write_dataset(folders / f"own_{role}", dataclasses.replace(data, labels=None), columns=columns)
+    asked = []
+    monkeypatch.setattr(scoring, "score", lambda train, test, **options: asked.append((train, test, options)) or {})
+    monkeypatch.setattr(scoring, "sentence", lambda result: "")
+    given = arguments(folders, "--label_column", "kind")
+    for role in ("test", "probe", "collected"):
+        given += [f"--{role}", str(folders / f"own_{role}")]
+    assert main([*given, "--method", "simclr"]) == 0
+    ((train, test, options),) = asked
+    assert test.labels.tolist() == digits(120, 140).labels.tolist() and options["probe"].labels is not None
+    assert train.labels is not None and options["collected"].labels is None  # those of its usual column, or none
+    assert main(given) == 1
+    assert "--train" in (said := capsys.readouterr().err) and "label_column is 'kind'" in said
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

@@ -87,9 +87,9 @@ class Attack:
         )
 
 
-def attack(name: str) -> Attack:
+def attack(name: str, *, smoke: bool = False) -> Attack:
     """
-    An attack by its name.
+    An attack by its name; of a smoke run, with countermeasures of seconds.
 
     Raises:
         ValueError: If it is no countermeasure, names the audit's purification alone, or purifies twice.
@@ -100,20 +100,21 @@ def attack(name: str) -> Attack:
         raise ValueError(f"attacks has {name!r}, but a victim has one start: name one of them.")
     if starts:
         others = "+".join(part for part in names if part not in starts) or "none"
-        images = Attack(others, countermeasures.get("none")) if others == PURIFIED else attack(others)
+        images = Attack(others, countermeasures.get("none")) if others == PURIFIED else attack(others, smoke=smoke)
         # A start has no place in the order of what is done to images, so it comes last.
         whole = starts[0] if others == "none" else f"{others}+{starts[0]}"
         return replace(images, name=whole, finetune=PRETRAINED[starts[0]])
     if PURIFIED not in names:
-        return Attack(name, countermeasures.get(name))
-    others = countermeasures.get("+".join(part for part in names if part != PURIFIED) or "none")
+        return Attack(name, countermeasures.get(name, smoke=smoke))
+    others = countermeasures.get("+".join(part for part in names if part != PURIFIED) or "none", smoke=smoke)
     if names.count(PURIFIED) > 1 or others.needs_purifier:
         raise ValueError(f"attacks has {name!r}, but images are purified once: name what comes beside it.")
     if name == PURIFIED:
         raise ValueError(f"attacks has {name!r}, but that is a row of every audit: name what comes beside it.")
     if names[0] == PURIFIED:
         return Attack(name, others)
-    return Attack(name, countermeasures.get("+".join("unconditional" if part == PURIFIED else part for part in names)))
+    whole = "+".join("unconditional" if part == PURIFIED else part for part in names)
+    return Attack(name, countermeasures.get(whole, smoke=smoke))
 
 
 def in_seconds(config: PurificationConfig) -> PurificationConfig:

@@ -5,11 +5,13 @@ import shlex
 from pathlib import Path
 
 from .. import countermeasures
+from ..data import present_columns
 from ..data.checks import ROLES, budget_of_levels
 from ..outputs import check_output_folder, public_name
 from ..victims import choice
 from .attacks import PRETRAINED, PURIFIED
 from .run import BEGUN_NAME, OWN_NAMES, audit
+from .sets import UNLABELLED, about
 from .settings import DIVIDED_MINUTES
 
 
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for role in ("protected", "collected", "collected_protected", "test", "clean", "probe_images"):
         what.add_argument(f"--{role}_split", help="the only one if not given" if role == "protected" else None)
     what.add_argument("--image_column", help="found by its usual names if not given, and so the next")
-    what.add_argument("--label_column")
+    what.add_argument("--label_column", help="of images whose labels are used, and of others where they have it")
     what.add_argument(
         "--image_size", type=int, help="side in pixels to which images are brought; chosen for assorted ones"
     )
@@ -119,10 +121,13 @@ def run(args: argparse.Namespace) -> None:
     check_output_folder(args.output, marks=(BEGUN_NAME,), own=OWN_NAMES, sources=sources, name="--output")
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     options = {role: {"split": getattr(args, f"{role}_split")} for role in roles}
-    for role in ("protected", "test", "clean", "probe_images"):
-        options[role] |= columns
-    for role in ("collected", "collected_protected"):
-        options[role]["image_column"] = args.image_column
+    unused = UNLABELLED if "supervised" in args.method else (*UNLABELLED, "protected")
+    for role in roles:
+        if role in unused and getattr(args, role) is not None:
+            found = about(role, present_columns, getattr(args, role), named=columns, **options[role])
+            options[role] |= found
+        else:
+            options[role] |= columns
     audit(
         protected=args.protected,
         collected=args.collected,

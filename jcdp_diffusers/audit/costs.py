@@ -17,6 +17,7 @@ from ..devices import available_cores, cpu_threads, has_bfloat16, seeded
 from ..pipeline_jcdp import usual_micro_batch
 from ..train.default_purifier import with_steps
 from ..train.unets import named_unet
+from ..victims.linear_probe import CP
 from .purifier import AuditPurifier
 from .settings import AuditSettings, Learner
 
@@ -25,6 +26,9 @@ MEASURED_IMAGES = 8  # of a step that is timed; a batch's time is in proportion
 REPEATS = 3
 USED = 0.85  # fraction of a budget that is planned for: the machine may get slower
 LEAST_WIDTH, LEAST_SEEDS = 16, 2
+FORWARD = 1 / 3  # of a step, as it goes forward and backward
+# Steps of one image in a step without labels: of both views, or of one; a second network goes forward alone.
+STEPS_OF_VIEWS = {"simclr": 2, "moco-v2": 1 + FORWARD, "byol": 2 + 2 * FORWARD}
 LEAST_STEPS = 0.25  # fraction of a plan's training steps, below which a purifier is of no use
 
 
@@ -200,8 +204,12 @@ def _victim(
     with cpu_threads(1 if device.type == "cpu" else None):
         options = {"backward": True, "bfloat16": recipe.bfloat16, "count": 2 * MEASURED_IMAGES}
         step = _step(network, (channels, height, side), device, **options)
-    views = 1 if learner.method == "supervised" else 2
-    return step * recipe.epochs * (views * len(train) + len(test) / 3)
+    if learner.method == "supervised":
+        return step * recipe.epochs * (len(train) + FORWARD * len(test))
+    probe = sets.get("probe", sets.get("clean"))
+    evaluated = min(recipe.knn_evaluations, recipe.epochs) * (len(probe) + len(test))
+    evaluated += CP.epochs * len(probe) if recipe.probe == "cp" else 0
+    return step * (recipe.epochs * STEPS_OF_VIEWS[learner.method] * len(train) + FORWARD * evaluated)
 
 
 def _step(

@@ -168,13 +168,12 @@ def trained(
         images = collected if squares is None else squares()
         cut = "" if squares is None else f", {len(images)} squares of them"
         say(f"Training a purifier on {len(collected)} collected images{cut}: {training.max_train_steps} steps")
-        start = time.perf_counter()
         plan = dataclasses.replace(used.plan, training=training)
         stop = None if deadline is None else lambda: time.monotonic() > deadline
         train_planned(plan, images, folder, used.perceptual, progress=progress, stop=stop)
         purification = dataclasses.replace(used.plan.purification, **training.facts_of_the_network())
         purification.save_pretrained(folder)
-        seconds = round(time.perf_counter() - start, 2)
+        seconds = used.record["seconds"]  # those before an interruption included
         append_record(
             records,
             what="seconds",

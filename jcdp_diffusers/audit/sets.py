@@ -88,7 +88,7 @@ def size_to_read(
         `int`: The side, None where images stay as they are; and width and height of the stored images, by role.
     """
     sizes = {
-        role: _about(role, stored_sizes, source, **where_to_read(options.get(role, {})))
+        role: about(role, stored_sizes, source, **where_to_read(options.get(role, {})))
         for role, source in sources.items()
         if source is not None
     }
@@ -105,7 +105,7 @@ def where_to_read(options: Mapping) -> dict:
     return {name: value for name, value in options.items() if name in names}
 
 
-def _about(role: str, function: Callable, source: Any, **options) -> Any:
+def about(role: str, function: Callable, source: Any, **options) -> Any:
     """What a function says of a source, or its error with the role in front."""
     try:
         return function(source, **options)
@@ -177,6 +177,7 @@ def check_learners(sets: Mapping[str, LabelledImages], asked: AuditSettings, lea
     for one in asked.tried:
         with _named(f"countermeasure {one.countermeasure.name!r}"):
             one.countermeasure.require_images(protected)
+        one.countermeasure.require_collected(sets.get("collected"))
     for learner in learners:
         victims.check_width(learner.victim, learner.recipe.width if asked.width is None else asked.width)
         with _named(f"method {learner.method!r}"):

@@ -183,4 +183,4 @@ class AuditSettings:
     @functools.cached_property
     def tried(self) -> tuple[Attack, ...]:
         """The attacks beside purification, each once."""
-        return tuple(attack(name) for name in dict.fromkeys(self.attacks) if name != "none")
+        return tuple(attack(name, smoke=self.smoke) for name in dict.fromkeys(self.attacks) if name != "none")

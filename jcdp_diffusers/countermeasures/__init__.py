@@ -217,13 +217,15 @@ class Countermeasure:
             that changes labels or the loss, or needs labels, suits `"supervised"` alone.
         method (`str`, *optional*): The one method that it goes with, such as `"simclr"`, where not all that `suits`
             says.
-        needs_collected (`bool`, *optional*, defaults to `False`): Whether `prepare` needs `collected`.
+        least_collected (`int`, *optional*, defaults to 0): How many images of `collected` `prepare` needs.
         replaces_loss (`bool`, *optional*, defaults to `False`): Whether its hook takes the place of the loss.
         takes (`str`, *optional*, defaults to `"floats"`): Form of the stored images that it needs when it is applied:
             `"bytes"`, or `"floats"` for one that works on floats too.
         gives (`str`, *optional*, defaults to `"bytes"`): `"floats"` where it leaves stored images that have no 8-bit
             form. A hook that acts after crop and flip leaves the stored images as they are.
         check (`Callable`, *optional*): `check(data)` raises a `ValueError` for training images that it cannot take.
+        smoke (`Countermeasure`, *optional*): What a smoke run takes in its place, where it would take more than
+            seconds or more images than a smoke run has.
         parts (`tuple[Countermeasure]`, *optional*): Of a combination.
     """
 
@@ -238,12 +240,18 @@ class Countermeasure:
     assumes: str = ""
     suits: tuple[str, ...] = LEARNING
     method: str | None = None
-    needs_collected: bool = False
+    least_collected: int = 0
     replaces_loss: bool = False
     takes: str = "floats"
     gives: str = "bytes"
     check: Callable[[LabelledImages], None] | None = None
+    smoke: "Countermeasure | None" = None
     parts: tuple["Countermeasure", ...] = ()
+
+    @property
+    def needs_collected(self) -> bool:
+        """Whether `prepare` needs `collected`."""
+        return self.least_collected > 0
 
     def prepare(
         self,
@@ -295,6 +303,8 @@ class Countermeasure:
             else:
                 sets = [part.before_training(*given) for given in zip(sets, contexts, strict=True)]
             elapsed = time.perf_counter() - start
+            if part.kind == "hook":
+                elapsed += getattr(hooks[-1], "seconds_before", 0.0)
             kept = [took for one in contexts if (took := one.kept_seconds(part.name)) is not None]
             seconds += sum(kept) if kept else elapsed
         if draws > 1:
@@ -363,7 +373,7 @@ class Countermeasure:
 
     def require_collected(self, collected: LabelledImages | None) -> None:
         """
-        Check that collected images are there where they are needed.
+        Check that collected images are there where they are needed, and as many as are needed.
 
         Raises:
             ValueError: If they are not.
@@ -372,6 +382,11 @@ class Countermeasure:
             raise ValueError(
                 f"collected is None, but countermeasure {self.name!r} needs unprotected images like the protected "
                 "ones."
+            )
+        if self.needs_collected and len(collected) < self.least_collected:
+            raise ValueError(
+                f"collected has {len(collected)} images, but countermeasure {self.name!r} needs at least "
+                f"{self.least_collected}, a batch of its training."
             )
 
     def require_images(self, data: LabelledImages) -> None:
@@ -416,9 +431,13 @@ class Countermeasure:
         return self.parts if self.kind == "combination" else (self,)
 
 
-def get(name: str) -> Countermeasure:
+def get(name: str, *, smoke: bool = False) -> Countermeasure:
     """
     The countermeasure called `name`, or the combination of several called `"one+other"`.
+
+    Args:
+        name (`str`): One of `NAMES`, or several joined by `+`.
+        smoke (`bool`, *optional*, defaults to `False`): What a smoke run takes in its place.
 
     Raises:
         ValueError: If there is no countermeasure of that name, two of a combination replace the loss, one is there
@@ -426,14 +445,15 @@ def get(name: str) -> Countermeasure:
     """
     if name in _FILES:
         family = importlib.import_module(f"{__name__}.{_FILES[name]}")
-        return next(entry for entry in family.COUNTERMEASURES if entry.name == name)
+        found = next(entry for entry in family.COUNTERMEASURES if entry.name == name)
+        return found.smoke if smoke and found.smoke is not None else found
     members = [part for part in _COMBINATIONS.get(name, name).split("+") if part or name != "none"]
     unknown = [part for part in members if part not in NAMES]
     if unknown:
         raise ValueError(
             f"countermeasure is {unknown[0]!r}, but must be one of {', '.join(NAMES)}, or several joined by '+'."
         )
-    return join(name, [get(part) for part in members])
+    return join(name, [get(part, smoke=smoke) for part in members])
 
 
 def join(name: str, members: list[Countermeasure]) -> Countermeasure:
@@ -457,7 +477,7 @@ def join(name: str, members: list[Countermeasure]) -> Countermeasure:
         assumes="; ".join(dict.fromkeys(part.assumes for part in parts if part.assumes)),
         suits=tuple(learning for learning in LEARNING if all(learning in part.suits for part in parts)),
         method=next((part.method for part in parts if part.method is not None), None),
-        needs_collected=any(part.needs_collected for part in parts),
+        least_collected=max((part.least_collected for part in parts), default=0),
         replaces_loss=any(part.replaces_loss for part in parts),
         takes="bytes" if any(part.takes == "bytes" for part in parts) else "floats",
         gives="floats" if any(part.gives == "floats" for part in parts) else "bytes",

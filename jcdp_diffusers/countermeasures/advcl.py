@@ -19,7 +19,7 @@ network once per step, not once per step of the attack.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import victims
 from ..data import LabelledImages
 from ..victims import evaluation
-from ..victims.checkpoints import digest
+from ..victims.checkpoints import digest, kept_seconds
 from ..victims.contrastive import Contrastive, SimCLR
 from ..victims.recipes import ContrastiveRecipe, get_recipe
 from ..victims.supervised import random_crop_flip
@@ -78,6 +78,7 @@ class AdvCLSettings:
 
 
 SETTINGS = {"advcl": AdvCLSettings(), "advcl-plain": AdvCLSettings(clusters=())}
+SMOKE_SETTINGS = {"advcl": AdvCLSettings(steps=2, clusters=(2, 5), recipe="smoke")}
 
 
 class AdvCL:
@@ -87,11 +88,13 @@ class AdvCL:
     Args:
         settings ([`AdvCLSettings`]): Of the method.
         targets (`torch.Tensor`, *optional*): Pseudo-labels of the training images, int64 (N, number of clusterings).
+        seconds_before (`float`, *optional*, defaults to 0): What earlier calls took for them.
     """
 
-    def __init__(self, settings: AdvCLSettings, targets: torch.Tensor | None = None):
+    def __init__(self, settings: AdvCLSettings, targets: torch.Tensor | None = None, seconds_before: float = 0.0):
         self.settings = settings
         self.targets = targets
+        self.seconds_before = seconds_before
 
     def own_modules(self, objective: Contrastive) -> nn.Module:
         """
@@ -116,6 +119,8 @@ class AdvCL:
         ordinary = [objective.view(images, generator) for _ in range(2)]
         padding = round(settings.crop_padding * images.shape[2])
         plain = random_crop_flip(images, own, crop_padding=padding, flip=recipe.flip)
+        # Hooks change the image that two of the four views are made of as they change the other two.
+        plain, _ = objective.hooks.before_forward(plain, None)
         with branches.instead(objective.network, ORDINARY):
             known = [project(objective, view) for view in (*ordinary, high_frequencies(plain, settings.radius))]
 
@@ -245,7 +250,7 @@ def attack(
     return moved.contiguous(memory_format=torch.channels_last)
 
 
-def pseudo_labels(data: LabelledImages, settings: AdvCLSettings, context: Context) -> torch.Tensor:
+def pseudo_labels(data: LabelledImages, settings: AdvCLSettings, context: Context) -> tuple[torch.Tensor, float]:
     """
     Clusters of the training images, by features of a network that learned from the collected ones.
 
@@ -255,7 +260,8 @@ def pseudo_labels(data: LabelledImages, settings: AdvCLSettings, context: Contex
         context ([`Context`]): Has the collected images.
 
     Returns:
-        `torch.Tensor`: int64 (N, number of clusterings).
+        `tuple`: `torch.Tensor`, int64 (N, number of clusterings); and the seconds that earlier calls trained the
+        network, whose training is kept.
 
     Raises:
         ValueError: If there are fewer images than clusters.
@@ -268,12 +274,13 @@ def pseudo_labels(data: LabelledImages, settings: AdvCLSettings, context: Contex
         network = victims.build(settings.victim, 1, **options)
         objective = SimCLR(network, recipe, tuple(collected.shape[2:]))
     with context.place_for_work(f"advcl-features-{digest(collected)[:16]}-{context.seed}") as folder:
+        seconds_before = kept_seconds(folder)
         options = {"recipe": recipe, "seed": context.seed, "device": context.device, "checkpoint_dir": folder}
         train(objective, collected, None, **options)
     features = evaluation.features(network, images, bfloat16=recipe.bfloat16)
     features = F.normalize(features, dim=1).cpu().numpy()
     labels = [KMeans(count, random_state=context.seed).fit(features).labels_ for count in settings.clusters]
-    return torch.stack([torch.from_numpy(one).long() for one in labels], dim=1)
+    return torch.stack([torch.from_numpy(one).long() for one in labels], dim=1), seconds_before
 
 
 def check_images(data: LabelledImages, settings: AdvCLSettings) -> None:
@@ -290,27 +297,31 @@ def _tensor(data: LabelledImages) -> torch.Tensor:
     return torch.from_numpy(data.images.copy()).permute(0, 3, 1, 2)
 
 
-def _advcl(name: str, cost: str) -> Countermeasure:
+def _advcl(name: str, cost: str, settings: Mapping[str, AdvCLSettings] = SETTINGS, **declared) -> Countermeasure:
     def function(data: LabelledImages, context: Context) -> AdvCL:
-        settings = SETTINGS[name]
-        return AdvCL(settings, pseudo_labels(data, settings, context) if settings.clusters else None)
+        own = settings[name]
+        return AdvCL(own, *pseudo_labels(data, own, context)) if own.clusters else AdvCL(own)
 
+    clusters, recipe = settings[name].clusters, get_recipe(settings[name].recipe, "simclr")
     return Countermeasure(
         name,
         "hook",
         SOURCE,
         cost,
         function,
-        asdict(SETTINGS[name]),
-        needs_collected=bool(SETTINGS[name].clusters),
+        asdict(settings[name]),
+        least_collected=recipe.batch_size if clusters else 0,
         suits=("contrastive",),
         method="simclr",
         replaces_loss=True,
-        check=lambda data: check_images(data, SETTINGS[name]),
+        check=lambda data: check_images(data, settings[name]),
+        **declared,
     )
 
 
+_COST = "about 15 passes forward and backward per step instead of two, and SimCLR on collected images"
+
 COUNTERMEASURES = (
-    _advcl("advcl", "about 15 passes forward and backward per step instead of two, and SimCLR on collected images"),
+    _advcl("advcl", _COST, smoke=_advcl("advcl", _COST, SMOKE_SETTINGS)),
     _advcl("advcl-plain", "about nine passes forward and backward per step instead of two"),
 )

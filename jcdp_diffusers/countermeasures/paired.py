@@ -10,6 +10,7 @@ is closer to the second.
 `paired-small` is for a CPU. `paired` has the network of the paper's CIFAR-10 purifier and has not been run yet.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from ..data import LabelledImages
@@ -22,6 +23,7 @@ SETTINGS = {
     "paired": PairedSettings(),
     "paired-small": PairedSettings(unet="mini32", epochs=10, batch_size=64, learning_rate=1e-3),
 }
+SMOKE_SETTINGS = dict.fromkeys(SETTINGS, PairedSettings(unet="tiny32", epochs=2, batch_size=64))
 
 
 def restore_by_pairs(data: LabelledImages, context: Context, settings: PairedSettings, name: str) -> LabelledImages:
@@ -52,19 +54,25 @@ def restore_by_pairs(data: LabelledImages, context: Context, settings: PairedSet
         return restore(data, folder, device=context.device, bfloat16=settings.bfloat16)
 
 
-def _registered(name: str, cost: str) -> Countermeasure:
+def _registered(
+    name: str, cost: str, settings: Mapping[str, PairedSettings] = SETTINGS, smoke: Countermeasure | None = None
+) -> Countermeasure:
     def function(data: LabelledImages, context: Context) -> LabelledImages:
-        return restore_by_pairs(data, context, SETTINGS[name], name)
+        return restore_by_pairs(data, context, settings[name], name)
 
     source = (
         "regression of the perturbation on pairs, ours, in the setting of BridgePure (Wang et al., NeurIPS 2025) and "
         "with the idea of LightShed (Foerster et al., USENIX Security 2025)"
     )
-    declared = {"needs_pairs": True, "assumes": ASSUMES, "takes": "bytes"}
-    return Countermeasure(name, "dataset", source, cost, function, asdict(SETTINGS[name]), **declared)
+    declared = {"needs_pairs": True, "assumes": ASSUMES, "takes": "bytes", "smoke": smoke}
+    return Countermeasure(name, "dataset", source, cost, function, asdict(settings[name]), **declared)
 
 
-COUNTERMEASURES = (
-    _registered("paired", "the tool on the pairs, 250 epochs of a large UNet on them, and one pass over the images"),
-    _registered("paired-small", "the tool on the pairs, 10 epochs of a small UNet on them, and one pass"),
+_COSTS = {
+    "paired": "the tool on the pairs, 250 epochs of a large UNet on them, and one pass over the images",
+    "paired-small": "the tool on the pairs, 10 epochs of a small UNet on them, and one pass",
+}
+
+COUNTERMEASURES = tuple(
+    _registered(name, cost, smoke=_registered(name, cost, SMOKE_SETTINGS)) for name, cost in _COSTS.items()
 )

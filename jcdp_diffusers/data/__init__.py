@@ -9,7 +9,7 @@ from .labelled import LabelledImages, to_uint8
 from .labels import join_labels
 from .parquet import is_url, parquet_files, parquet_shards
 from .roles import FEW, USUAL_BUDGET, check_roles, find_likenesses, find_overlap
-from .sources import column_names, load_images, named_columns, open_dataset
+from .sources import column_names, load_images, open_dataset, present_columns
 from .splits import choose_split
 from .writing import write_dataset
 
@@ -29,11 +29,11 @@ __all__ = [
     "is_url",
     "join_labels",
     "load_images",
-    "named_columns",
     "open_dataset",
     "parquet_files",
     "parquet_shards",
     "picture_size",
+    "present_columns",
     "to_uint8",
     "write_dataset",
 ]

@@ -198,17 +198,17 @@ def column_names(source: Any, *, split: str | None = None) -> list[str]:
     return [column for column in _rows_of(source, split, True, None)[0].features if column != ROW_ID]
 
 
-def named_columns(source: Any, names: Mapping[str, str | None], *, split: str | None = None) -> dict[str, str]:
+def present_columns(source: Any, named: Mapping[str, str | None], *, split: str | None = None) -> dict[str, str]:
     """
-    Of columns that an option names for several sources, those that this one has.
+    Of the columns that are named for several sources, those that this one has; for one whose labels nobody needs.
 
     Args:
         source, split: As for `open_dataset`.
-        names (`dict`): Columns by option of `open_dataset`; None where nobody named one.
+        named (`dict`): By argument of `open_dataset`, the name of a column; None where none is named.
     """
-    given = {option: name for option, name in names.items() if name is not None}
+    given = {argument: name for argument, name in named.items() if name is not None}
     there = column_names(source, split=split) if given else ()
-    return {option: name for option, name in given.items() if name in there}
+    return {argument: name for argument, name in given.items() if name in there}
 
 
 def _rows_of(

@@ -23,13 +23,14 @@ import torch
 import yaml
 
 from .. import poisons
-from ..data import LabelledImages, load_images, named_columns, open_dataset, write_dataset
+from ..data import LabelledImages, load_images, open_dataset, present_columns, write_dataset
 from ..data.export import FORMATS
 from ..data.perturbations import apply_perturbation, measured_norms, visibility, visibility_in_words
 from ..devices import check_seed, default_device
 from ..engines import folder_lock, say
 from ..outputs import check_output_folder, printable, public_name, write_atomically
 from ..results import package_versions
+from ..saved_state import kept_seconds
 from ..victims.checkpoints import digest
 from .photographs import export, places_of_export, size_to_read
 from .pretrained import public_weights
@@ -119,7 +120,7 @@ def protect_dataset(
                 )
             return done
 
-        start = time.monotonic()
+        start = time.monotonic() - kept_seconds(output_dir / _STATE)
         chosen = data.subset(rows)
         perturbation = poison(
             chosen.tensor(),
@@ -348,7 +349,7 @@ def run(args: argparse.Namespace) -> None:
         sizes = {"image_size": args.image_size, "channels": args.channels}
         ordered = None
         if args.in_order_of is not None:
-            named = named_columns(args.in_order_of, columns, split=args.split)
+            named = present_columns(args.in_order_of, columns, split=args.split)
             ordered = load_images(args.in_order_of, split=args.split, **named, **sizes)
         protect_with_file(
             data,

@@ -9,7 +9,7 @@ import threading
 
 from .. import engines
 from ..acceleration.placement import PRECISIONS
-from ..data import is_url, named_columns
+from ..data import is_url, present_columns
 from ..data.export import FORMATS
 from ..data.photographs import detailed_side, stored_sizes
 from ..devices import default_device
@@ -146,7 +146,7 @@ def _adaptive(args: argparse.Namespace) -> PurificationConfig:
     size = Job(args.dataset, pipe, args.output, image_size=args.image_size, tile_overlap=args.tile_overlap).size(pipe)
     protected = {name: getattr(args, name) for name in ("split", "image_column", "label_column", "id_column")}
     collected = {"split": args.collected_split}
-    collected |= named_columns(args.collected, {"image_column": args.image_column}, **collected)
+    collected |= present_columns(args.collected, {"image_column": args.image_column}, **collected)
     sides = [
         detailed_side({"": stored_sizes(source, **where)})
         for source, where in ((args.dataset, protected), (args.collected, collected))

@@ -20,7 +20,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -149,27 +148,26 @@ def train_paired(
     height, width, channels = protected.images.shape[1:]
     unet = named_unet(settings.unet, in_channels=channels, sample_size=height, seed=seed)
     unet.register_to_config(sample_size=height if height == width else [height, width])
-    scale, losses, seconds = _train(unet, protected, originals, settings, seed, torch.device(device), kept, progress)
-    facts = {"about": about, "scale": scale, "losses": losses, "seconds": round(seconds, 1)}
+    scale, losses = _train(unet, protected, originals, settings, seed, torch.device(device), kept, progress)
+    facts = {"about": about, "scale": scale, "losses": losses, "seconds": round(kept.seconds, 1)}
     _write(unet, folder, facts)
     kept.path.unlink(missing_ok=True)
 
 
 def _train(unet, protected, originals, settings: PairedSettings, seed: int, device, kept: SavedState, progress: bool):
-    """All epochs that are left; the perturbation's size, the mean loss of each epoch, and seconds of work."""
+    """All epochs that are left; the perturbation's size and the mean loss of each epoch."""
     unet.to(device, memory_format=torch.channels_last).train()
     after, before = (channels_first(data.images).to(device) for data in (protected, originals))
     scale = _root_mean_square(after, before)
     optimizer = torch.optim.Adam(unet.parameters(), lr=settings.learning_rate)
     steps = -(-len(after) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps)
-    losses, seconds = [], 0.0
+    losses = []
     if (state := kept.load()) is not None:
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        losses, seconds = state["losses"], state["seconds"]
-    start = time.perf_counter() - seconds
+        losses = state["losses"]
     with tqdm(total=settings.epochs, initial=len(losses), unit="epoch", desc="pairs", disable=not progress) as bar:
         for epoch in range(len(losses), settings.epochs):
             total = torch.zeros((), device=device)
@@ -193,13 +191,11 @@ def _train(unet, protected, originals, settings: PairedSettings, seed: int, devi
                 )
             bar.update()
             bar.set_postfix_str(f"left of the perturbation: {losses[-1]:.1%}")
-            seconds = time.perf_counter() - start
             if kept.due():
                 parts = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict()}
-                parts |= {"schedule": schedule.state_dict(), "losses": losses, "seconds": seconds}
-                kept.save(parts)
+                kept.save(parts | {"schedule": schedule.state_dict(), "losses": losses})
     unet.to(memory_format=torch.contiguous_format).eval()
-    return scale, losses, seconds
+    return scale, losses
 
 
 def _root_mean_square(after: torch.Tensor, before: torch.Tensor) -> float:

@@ -1,9 +1,10 @@
 """Where a training that was cut off goes on from: one file without pickle."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Checkpoint:
     """
 
     NAME = "training.safetensors"
+    TOLD = ("seed", "device", "number of threads")  # parts of a request that say something to a reader
     MOVING = ("last_epoch", "_step_count", "_last_lr")  # of a scheduler: the rest follows from the recipe
 
     def __init__(
@@ -72,19 +74,15 @@ class Checkpoint:
         """Puts everything as it was after the last finished epoch and returns the history until then."""
         if not self.path.exists():
             return []
-        try:
-            with safe_open(self.path, "pt") as file:
-                facts = json.loads(file.metadata()["training"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"checkpoint_dir is {str(self.path.parent)!r}, but its {self.NAME} must be a checkpoint: {error}."
-            ) from error
+        with _opened(self.path) as (file, facts):
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         for name, wanted in self.request.items():
-            if facts["request"].get(name) != wanted:
+            if (held := facts["request"].get(name)) != wanted:
+                # On another machine, say, whoever gives the command again knows neither this folder nor what is in it.
+                told = f", {held} instead of {wanted}" if name in self.TOLD else ""
                 raise ValueError(
                     f"checkpoint_dir is {str(self.path.parent)!r}, but must be empty or hold the same training; "
-                    f"it holds one with another {name}."
+                    f"it holds one with another {name}{told}."
                 )
         self._restore(tensors, facts)
         return facts["history"]
@@ -106,6 +104,27 @@ class Checkpoint:
         torch.set_rng_state(kept["generator"]["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(kept["generator"]["cuda"], self.device)
+
+
+def kept_seconds(folder: str | Path) -> float:
+    """Seconds that the training in a folder took until its last checkpoint; 0 where there is none."""
+    path = Path(folder) / Checkpoint.NAME
+    if not path.exists():
+        return 0.0
+    with _opened(path) as (_, facts):
+        return facts["history"][-1]["seconds"]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[safe_open, dict[str, Any]]]:
+    """The file and the facts of a checkpoint."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file, json.loads(file.metadata()["training"])
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint_dir is {str(path.parent)!r}, but its {path.name} must be a checkpoint: {error}."
+        ) from error
 
 
 def digest(*tensors: torch.Tensor) -> str:

@@ -28,8 +28,8 @@ class Recipe:
         schedule (`str`, defaults to `"cosine"`): `"steps"` (multiplied by `gamma` at each of `milestones`),
             `"cosine"` (from `learning_rate` to 0, changed once an epoch), `"one_cycle"` (rises and falls once,
             changed at every step; Smith and Topin), or `"warmup_cosine"` (rises linearly from 0.01 to a cosine from
-            `learning_rate` to a thousandth of it, changed at every step), or `"triangular"` (rises linearly from a
-            fifth of `learning_rate` and falls linearly to 0.07 of it, changed at every step).
+            `learning_rate` to a thousandth of it, but never falls to it; changed at every step), or `"triangular"`
+            (rises linearly from a fifth of `learning_rate` and falls linearly to 0.07 of it, changed at every step).
         milestones (`tuple` of `int`): Epochs, counted from 0, at whose start `"steps"` multiplies the learning rate.
         gamma (`float`, defaults to 0.1): The factor of `"steps"`.
         warmup (`float`, defaults to 0.3): The fraction of all steps in which `"one_cycle"`, `"warmup_cosine"` and

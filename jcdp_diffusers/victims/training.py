@@ -362,10 +362,12 @@ def _optimizer(
 def _warmup_cosine(recipe: Recipe, steps: int) -> Callable[[int], float]:
     """The factor of the learning rate at each of all steps."""
     rising = recipe.warmup * steps
-    first, last = 0.01 / recipe.learning_rate, 1e-3
+    last = 1e-3
 
     def cosine(step: float) -> float:
         return last + (1 - last) * (1 + math.cos(math.pi * step / steps)) / 2
+
+    first = min(0.01 / recipe.learning_rate, cosine(rising))
 
     def factor(step: int) -> float:
         return cosine(step) if step >= rising else first + (cosine(rising) - first) * step / rising

@@ -15,10 +15,15 @@ from .. import victims
 from ..data import LabelledImages
 from ..devices import has_bfloat16
 from . import evaluation, finetuning
+from .checkpoints import kept_seconds
 from .finetuning import Weights
+from .networks import last_layer
 from .recipes import ContrastiveRecipe, Recipe, get_recipe
 from .supervised import supervised_objective
 from .training import Hooks, Objective, reproducible, train
+
+
+PROBE_FOLDER = "probe"  # within a victim's checkpoints
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class VictimResult:
         history (`tuple` of `dict`): One entry per epoch: `epoch` (from 1), `learning_rate` (at its start),
             `train_loss` (mean over its steps), `test_accuracy` (or, after some epochs, `knn_accuracy`), and `seconds`
             (since the start).
-        seconds (`float`): For training and all evaluations.
+        seconds (`float`): For training and all evaluations, of a training that was cut off those before included.
         settings (`dict`): What was asked for and what it ran as, ready for a record.
         model (`nn.Module`): The trained network, in eval mode, on the device. Its last layer is the probe's where
             labels were not learned.
@@ -128,7 +133,7 @@ def train_victim(
     _check_start(init_from, finetune, method, whitening)
     device = torch.device(device)
     width = recipe.width if width is None else width
-    start = time.perf_counter()
+    start = time.perf_counter() - _seconds_before(checkpoint_dir)
     with reproducible(seed, device):
         height, side, channels = train.images.shape[1:]
         model = victims.build(victim, num_classes, in_channels=channels, width=width, image_size=min(height, side))
@@ -142,6 +147,13 @@ def train_victim(
     settings = training.settings() | {"victim": victim, "method": method, "width": width}
     settings |= _counts(whitening=whitening) | _start_settings(init_from, finetune)
     return VictimResult(**figures, seconds=time.perf_counter() - start, settings=settings, model=model)
+
+
+def _seconds_before(checkpoint_dir: str | Path | None) -> float:
+    """Seconds of training and probe before they were cut off."""
+    if checkpoint_dir is None:
+        return 0.0
+    return kept_seconds(checkpoint_dir) + kept_seconds(Path(checkpoint_dir) / PROBE_FOLDER)
 
 
 def _start_settings(init_from: Weights | None, finetune: str) -> dict[str, Any]:
@@ -284,9 +296,9 @@ class Training:
             probe=recipe.probe,
             bfloat16=recipe.bfloat16,
             seed=self.seed,
-            checkpoint_dir=None if self.checkpoint_dir is None else Path(self.checkpoint_dir) / "probe",
+            checkpoint_dir=None if self.checkpoint_dir is None else Path(self.checkpoint_dir) / PROBE_FOLDER,
         )
-        confusion = self._confusion(model, *test)
+        confusion = self._confusion_of_probe(model, *test)
         return {
             "accuracy": evaluation.accuracy(confusion),
             "best_accuracy": best,
@@ -299,6 +311,12 @@ class Training:
 
     def _confusion(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
         return evaluation.confusion_matrix(model, images, labels, self.num_classes, bfloat16=self.recipe.bfloat16)
+
+    @torch.no_grad()
+    def _confusion_of_probe(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+        """With the last layer in float32, in which it was fitted and its best epoch was found."""
+        features = evaluation.features(model, images, bfloat16=self.recipe.bfloat16)
+        return evaluation.count_confusion(last_layer(model)(features).argmax(dim=1), labels, self.num_classes)
 
     def _run(
         self,

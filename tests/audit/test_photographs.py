@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from purifying import quick_pipe
 
-from jcdp_diffusers.audit import begun, extent, run, unlabelled
+from jcdp_diffusers.audit import begun, costs, extent, run, unlabelled
 from jcdp_diffusers.audit.command import add_arguments
 from jcdp_diffusers.audit.costs import Costs, Extent, within_budget
 from jcdp_diffusers.audit.division import Division, divide
@@ -24,7 +24,7 @@ from jcdp_diffusers.audit.page import as_html, as_html_with_code
 from jcdp_diffusers.audit.purifier import AuditPurifier
 from jcdp_diffusers.audit.reading import Found, read
 from jcdp_diffusers.audit.report import escaped, with_code
-from jcdp_diffusers.audit.settings import AuditSettings
+from jcdp_diffusers.audit.settings import AuditSettings, Learner
 from jcdp_diffusers.audit.unlabelled import audit_unlabelled, check_unlabelled, divide_unlabelled, evidence, sentences
 from jcdp_diffusers.audit.verdict import verdict, without_clean_images
 from jcdp_diffusers.cli import main
@@ -34,6 +34,7 @@ from jcdp_diffusers.outputs import printable
 from jcdp_diffusers.purification_config import PurificationConfig
 from jcdp_diffusers.train.config import TrainingConfig
 from jcdp_diffusers.train.default_purifier import Plan
+from jcdp_diffusers.victims import get_recipe
 
 
 SMOKE = ["--protocol", "smoke", "--seeds", "1", "--processes", "1", "--device", "cpu"]
@@ -339,6 +340,26 @@ def test_a_budget_that_is_too_small_says_what_is_enough():
     assert within_budget(COSTS, Extent(1200, 64, 3), 5).seeds >= 2
     # A purifier that was given is not trained.
     assert within_budget(COSTS, Extent(0, 64, 3), 100) == Extent(0, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "method, recipe, steps",
+    [
+        ("supervised", "smoke", 2 * (60 + 30 / 3)),
+        ("simclr", "smoke", 2 * 2 * 60 + 2 * (45 + 30) / 3),
+        ("moco-v2", "smoke", 2 * (1 + 1 / 3) * 60 + 2 * (45 + 30) / 3),
+        ("byol", "smoke", 2 * (2 + 2 / 3) * 60 + 2 * (45 + 30) / 3),
+        ("simclr", "cp", 1000 * 2 * 60 + 10 * (45 + 30) / 3 + 100 * 45 / 3),
+    ],
+)
+def test_the_estimate_of_a_victim_counts_its_views_its_second_network_and_its_probe(
+    method, recipe, steps, monkeypatch
+):
+    monkeypatch.setattr(costs, "_step", lambda *_, **__: 1.0)
+    sets = {"protected": noise(60, seed=0), "test": noise(30, seed=1), "probe": noise(45, seed=2)}
+    learner = Learner(method, "resnet18", get_recipe(recipe, method))
+    found = costs._victim(sets, learner, torch.device("cpu"), 2, AuditSettings())
+    assert found == pytest.approx(steps)
 
 
 def test_a_folder_that_was_begun_keeps_its_purifier_and_its_width(tmp_path, monkeypatch):

@@ -1,15 +1,33 @@
 """What cannot be audited ends in one sentence, before anything costly."""
 
+import dataclasses
+
 import pytest
 import torch
 from audit_runs import command, digits, sentence
 from diffusers import DDPMPipeline, DDPMScheduler
 from tiny import tiny_unet
 
+from jcdp_diffusers.audit import command as audit_command
 from jcdp_diffusers.audit.run import audit
 from jcdp_diffusers.cli import main
 from jcdp_diffusers.data import LabelledImages, load_images, write_dataset
 from jcdp_diffusers.train.default_purifier import plan_for
+
+
+def test_columns_are_asked_of_roles_whose_labels_are_used(folders, tmp_path, monkeypatch, capfd):
+    seen = []
+    monkeypatch.setattr(audit_command, "audit", lambda **options: seen.append(options["load_options"]))
+    more = ("--label_column", "label", "--image_column", "image")
+    assert main(command(folders, tmp_path / "out", *more)) == 0
+    write_dataset(tmp_path / "plain", dataclasses.replace(load_images(folders["collected"]), labels=None))
+    folders = folders | {"collected": str(tmp_path / "plain"), "protected": str(tmp_path / "plain")}
+    assert main(command(folders, tmp_path / "out", *more, "--method", "simclr")) == 0
+    for role in ("collected", "protected"):
+        assert [options[role].get("label_column") for options in seen] == ["label", None]
+    assert all(options["test"]["label_column"] == "label" for options in seen)
+    assert main(command(folders | {"collected": "nowhere"}, tmp_path / "out", *more)) == 1
+    assert sentence(capfd).startswith("jcdp audit: collected: ")
 
 
 @pytest.mark.parametrize("draws", ["0", "-1"])
@@ -151,7 +169,7 @@ def test_what_does_not_apply_is_refused(more, message, folders, tmp_path, capfd)
     [
         (("--method", "moco-v2", "--protocol", "mini"), "has 200 images, but must have at least 1024, the queue"),
         (
-            ("--method", "simclr", "--countermeasures", "advcl"),
+            ("--method", "simclr", "--protocol", "mini", "--countermeasures", "advcl"),
             "images, but must have at least 500 for the pseudo-labels",
         ),
     ],

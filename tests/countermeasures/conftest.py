@@ -73,7 +73,7 @@ def generator() -> torch.Generator:
 @pytest.fixture(scope="session")
 def collected() -> LabelledImages:
     """Unprotected images, without labels."""
-    return dataclasses.replace(digits(260, 300), labels=None, class_names=None)
+    return dataclasses.replace(digits(500, 640), labels=None, class_names=None)
 
 
 @pytest.fixture(scope="session")

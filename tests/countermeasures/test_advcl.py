@@ -143,18 +143,34 @@ def test_loss_is_multiplied_as_in_the_program_under_every_recipe():
 def test_pseudo_labels_are_clusters_of_what_the_collected_images_taught(train, collected, tmp_path):
     context = Context(collected=collected, checkpoint_dir=tmp_path)
     settings = dataclasses.replace(advcl.SETTINGS["advcl"], clusters=(2, 5))
-    targets = advcl.pseudo_labels(train, settings, context)
+    targets, seconds_before = advcl.pseudo_labels(train, settings, context)
+    assert seconds_before == 0
     assert targets.shape == (160, 2) and targets.dtype == torch.int64
     assert [len(one.unique()) for one in targets.T] == [2, 5]
-    assert torch.equal(advcl.pseudo_labels(train, settings, context), targets)  # from what is kept
+    again, seconds_before = advcl.pseudo_labels(train, settings, context)  # from what is kept
+    assert torch.equal(again, targets) and seconds_before > 0
     without = dataclasses.replace(train, labels=None, class_names=None)
-    assert torch.equal(advcl.pseudo_labels(without, settings, Context(collected=collected)), targets)
+    assert torch.equal(advcl.pseudo_labels(without, settings, Context(collected=collected))[0], targets)
     other = collected.with_images(255 - collected.images)
     assert not torch.equal(
-        advcl.pseudo_labels(train, settings, Context(collected=other, checkpoint_dir=tmp_path)), targets
+        advcl.pseudo_labels(train, settings, Context(collected=other, checkpoint_dir=tmp_path))[0], targets
     )
     with pytest.raises(ValueError, match="data has 4 images.*5.*advcl-plain"):
         advcl.pseudo_labels(train.subset(range(4)), settings, context)
+
+
+def test_every_seed_counts_the_training_of_the_network_for_pseudo_labels(train, collected, tmp_path, monkeypatch):
+    monkeypatch.setattr(advcl, "kept_seconds", lambda folder: 1000.0)
+    prepared = countermeasures.get("advcl").prepare(train, collected=collected, checkpoint_dir=tmp_path)
+    assert 1000 < prepared.seconds < 1100
+
+
+def test_a_smoke_run_takes_few_clusters_and_a_short_recipe(train):
+    few, whole = (countermeasures.get("gray+advcl", smoke=smoke) for smoke in (True, False))
+    assert max(few.settings["advcl"]["clusters"]) <= 10 and get_recipe(few.settings["advcl"]["recipe"], "simclr").smoke
+    assert few.settings["advcl"]["epsilon"] == whole.settings["advcl"]["epsilon"]
+    few.require_images(train.subset(range(10)))
+    assert few.needs_collected and not countermeasures.get("advcl-plain", smoke=True).needs_collected
 
 
 def test_published_numbers_are_the_programs():
@@ -191,17 +207,35 @@ def test_other_ways_without_labels_are_refused(method, kind):
         kind(network, get_recipe("smoke", method), (16, 16), Hooks([AdvCL(SMALL)]))
 
 
-def test_collected_images_that_are_missing(train, test, quick_views):
+def test_collected_images_that_are_missing_or_too_few(train, test, collected, quick_views):
     with pytest.raises(ValueError, match="collected is None.*'advcl'"):
         countermeasures.get("advcl").prepare(train)
     options = {"method": "simclr", "probe": test, "countermeasure": "gray+advcl"}
     with pytest.raises(ValueError, match="collected is None.*'gray\\+advcl'"):
         Trial(train, test, quick_views, 0, **options)
-    trial = Trial(train, test, quick_views, 0, **options, collected=test)
-    assert trial.settings["collected_images"]["images"] == len(test)
+    with pytest.raises(ValueError, match="collected has 100 images.*'gray\\+advcl' needs at least 128"):
+        Trial(train, test, quick_views, 0, **options, collected=test)
+    trial = Trial(train, test, quick_views, 0, **options, collected=collected)
+    assert trial.settings["collected_images"]["images"] == len(collected)
     assert trial.name != Trial(train, test, quick_views, 0, **options, collected=train).name
     with pytest.raises(ValueError, match="advcl and at-8 each do"):
         countermeasures.get("advcl+at-8")
+
+
+def test_other_hooks_change_all_four_views(photos, quick_views, monkeypatch):
+    """With Cutout, each view that AdvCL compares has a black square."""
+    hooks = countermeasures.get("advcl-plain+cutout").prepare(photos).hooks
+    objective = SimCLR(victims.get("resnet18")(4, width=2), quick_views, (32, 32), Hooks(hooks))
+    seen, project = [], advcl.project
+    monkeypatch.setattr(advcl, "project", lambda objective, views: seen.append(views) or project(objective, views))
+    monkeypatch.setattr(advcl, "attack", lambda loss, images, settings, generator: images)
+    monkeypatch.setattr(advcl, "high_frequencies", lambda images, radius: images)
+    monkeypatch.setattr(advcl, "random_crop_flip", lambda images, generator, **options: images)
+    objective.loss(torch.full((4, 3, 32, 32), 0.5), None, torch.Generator().manual_seed(0))
+    assert len(seen) == 4
+    for views in seen:
+        black = (views == 0).all(dim=1).float().mean(dim=(1, 2))
+        assert (black > 0.05).all()
 
 
 def views_with(name, data, images, recipe):

@@ -239,6 +239,17 @@ def prepared(kept, prepare, few):
     return prepared
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_smoke_run_takes_the_same_with_smaller_numbers_and_few_images(name, few):
+    quick, whole = countermeasures.get(name, smoke=True), countermeasures.get(name)
+    smaller = {"settings", "function", "check", "smoke", "least_collected", "parts"}
+    declared = {field.name for field in dataclasses.fields(whole)} - smaller
+    assert all(getattr(quick, one) == getattr(whole, one) for one in declared)
+    assert quick.least_collected <= 8 and quick.needs_collected == whole.needs_collected
+    quick.require_images(few)
+    assert (whole.smoke is None) or max(quick.settings.get("epochs", 0), *quick.settings.get("clusters", (0,))) <= 5
+
+
 # One of several that differ in a number alone.
 ALIKE = ("jpeg-30", "jpeg-50", "jpeg-70", "jpeg-75", "jpeg-90", "jpeg-95", "jcdp-code", "diffpure-l2", "d-vae-small", "at-8",
          "advcl-plain", "paired-small")  # fmt: skip

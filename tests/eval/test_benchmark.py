@@ -123,7 +123,10 @@ def accuracies(folder: Path) -> dict[str, float]:
             {"method": "moco-v2", "countermeasures": ["none"], "recipe": {"batch_size": 128, "queue": 256}},
             "train has 120 images, .* 128, the batch_size",
         ),
-        ({"method": "simclr", "countermeasures": ["advcl"]}, "data has 120 images, .* pseudo-labels of advcl"),
+        (
+            {"method": "simclr", "protocol": "digits", "countermeasures": ["advcl"]},
+            "data has 120 images, .* pseudo-labels of advcl",
+        ),
     ],
 )
 def test_images_that_victims_cannot_take_are_refused_before_anything_is_made(source, tmp_path, changes, sentence):

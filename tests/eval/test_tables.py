@@ -134,9 +134,10 @@ def test_roles_smoke_runs_and_victims_are_never_mixed():
         assert "gray" not in table and "Cutout" not in table
 
 
-def without_labels(method, poison, column, values, **settings):
+def without_labels(method, poison, column, values, *, details=(), **settings):
     recipe = RECIPE | {"epochs": 100, "method": method}
-    return records(poison, column, values, **{"method": method, "recipe": recipe, "probe": {"images": 9}} | settings)
+    settings = {"method": method, "recipe": recipe, "probe": {"images": 9}} | settings
+    return records(poison, column, values, details={"train_accuracy": None} | dict(details), **settings)
 
 
 def test_ways_of_learning_are_never_mixed():
@@ -390,6 +391,13 @@ def test_a_poison_of_another_preset_has_rows_and_columns_of_its_own():
     assert cell_of(grid_table(both, "cifar10"), "vanilla", "REMN (cpu-wide)") == "40.0"
     with pytest.raises(ValueError, match="'none' against 'remn' on cifar10 with poison_preset 'cpu' and 'cpu-wide'"):
         paper_tables(both)
+
+
+def test_the_table_of_poisons_has_no_training_accuracy_where_no_labels_were_learned():
+    both = [*without_labels("simclr", "lsp", "none", [0.6]), *records("lsp", "none", [0.2])]
+    table, supervised = (poison_table(Measured(both, method=method), "cifar10") for method in ("simclr", "supervised"))
+    assert cell_of(table, "LSP", "test accuracy") == "60.0" and "training accuracy" not in table
+    assert cell_of(supervised, "LSP", "training accuracy") == "100.0"
 
 
 def test_a_cell_that_was_measured_twice_counts_once():

@@ -208,8 +208,12 @@ def test_command_goes_on_where_it_was_cut_off(source, data, tmp_path):
     options = ("--method", "tap", "--preset", "smoke", "--dataset", source, "--split", "train", "--output", output)
     with cut_off_at_save(Checkpoint):
         command(*options)
-    assert not (output / "README.md").exists() and (output / ".poison-state" / "tap.pt").exists()
+    kept = output / ".poison-state" / "tap.pt"
+    assert not (output / "README.md").exists()
+    state = torch.load(kept, weights_only=True)
+    torch.save(state | {"seconds": state["seconds"] + 1000}, kept)
     command(*options)
+    assert 1000 < protect.read_card(output)["seconds"] < 1100
     whole = poisons.get("tap")(data.tensor(), torch.from_numpy(data.labels), preset="smoke")
     np.testing.assert_array_equal(load_images(output).images, apply_perturbation(data.images, whole))
     assert not (output / ".poison-state").exists()

@@ -2,16 +2,19 @@
 
 import copy
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from digits import as_tensors, digits, weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from jcdp_diffusers.devices import seeded
-from jcdp_diffusers.victims import Recipe, get_recipe, predict, train_model, train_victim
+from jcdp_diffusers.victims import Recipe, get_recipe, linear_probe, predict, train_model, train_victim, training
 from jcdp_diffusers.victims.contrastive import (
     METHODS,
     Views,
@@ -312,6 +315,41 @@ def test_a_training_that_was_cut_off_ends_with_the_same_weights(method, sets, tm
     for role in ("probe", "test"):  # of which the kept figures are not
         with pytest.raises(ValueError, match="it holds one with another evaluation"):
             train_victim(**options | {role: sets[role].subset(range(1, len(sets[role])))}, checkpoint_dir=tmp_path)
+
+
+def longer(path, seconds, **request):
+    """Makes a checkpoint one whose epochs took longer, or of another request."""
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["training"])
+    for entry in facts["history"]:
+        entry["seconds"] += seconds
+    facts["request"] |= request
+    save_file(load_file(path), path, metadata={"training": json.dumps(facts)})
+
+
+def test_seconds_before_a_training_or_its_probe_was_cut_off_count(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear_probe, "CP", dataclasses.replace(linear_probe.CP, epochs=2))
+    recipe = quick("simclr", epochs=2, max_steps_per_epoch=1, probe="cp")
+    options = {**sets, "method": "simclr", "recipe": recipe, "checkpoint_dir": tmp_path}
+    assert train_victim(**options).seconds < 100
+    longer(tmp_path / "training.safetensors", 1000)
+    assert 1000 < train_victim(**options).seconds < 1100
+    longer(tmp_path / "probe/training.safetensors", 500)
+    assert 1500 < train_victim(**options).seconds < 1600
+    longer(tmp_path / "training.safetensors", 0, device="cuda")
+    with pytest.raises(ValueError, match="another device, cuda instead of cpu"):
+        train_victim(**options)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_accuracy_of_a_probe_is_that_by_which_its_best_epoch_is_found(seed, sets, monkeypatch):
+    """Where convolutions run in bfloat16, too."""
+    monkeypatch.setattr(training, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(linear_probe, "CP", dataclasses.replace(linear_probe.CP, epochs=1, learning_rate=1e-3))
+    recipe = quick("simclr", epochs=1, max_steps_per_epoch=1, probe="cp", bfloat16=True)
+    result = train_victim(**sets, method="simclr", recipe=recipe, seed=seed)
+    assert result.accuracy == pytest.approx(result.best_accuracy)
+    assert result.accuracy == np.trace(result.confusion) / 100
 
 
 def test_features_without_the_last_layer(sets):

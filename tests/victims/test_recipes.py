@@ -36,6 +36,14 @@ def test_cosine_schedule(name):
     assert rates(RECIPES[name]) == pytest.approx(closed_form)
 
 
+def test_a_warmup_never_falls():
+    """Where the highest learning rate is below 0.01, as in smoke runs without labels."""
+    found = rates(Recipe("low", 20, batch_size=4, learning_rate=0.005, schedule="warmup_cosine", warmup=0.25))
+    assert found == sorted(found, reverse=True) and found[0] == pytest.approx(found[5]) == pytest.approx(
+        0.0043, rel=0.01
+    )
+
+
 def test_warmup_cosine_schedule():
     recipe = Recipe("rising", 20, batch_size=4, learning_rate=0.5, schedule="warmup_cosine", warmup=0.1)
     steps = 3 * 20
