@@ -86,7 +86,7 @@ def test_fractions_and_whitening_by_collected_images(folders, purifier, tmp_path
     for name in ("report.md", "report.html"):
         assert "Where a part is protected" in (tmp_path / "out" / name).read_text()
     assert "patches of 100 collected images whitened" in (tmp_path / "out/report.md").read_text()
-    assert "--fractions 0.5 1.0 --protocol smoke" in report["command"]
+    assert "--recipe smoke --whitening collected --fractions 0.5 1.0" in report["command"]
     settings = [one["settings"] for one in results_by_trial(tmp_path / "out/records.jsonl", what="accuracy").values()]
     assert all(one["whitening"]["images"] == 100 for one in settings)
     images = {one["row"]: one["train"]["images"] for one in settings}

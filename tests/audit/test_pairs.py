@@ -92,9 +92,9 @@ def test_pairs_that_are_given_need_no_card(sets, tmp_path):
 
 
 def test_pairs_that_cannot_be_had(folder, sets, tmp_path):
-    with pytest.raises(ValueError, match="attacks .* has 'paired-small', .*collected_protected"):
+    with pytest.raises(ValueError, match="attacks has 'paired-small', .*collected_protected"):
         check_pairs_asked(PAIRED, {"protected": folder / "test", "collected": "somewhere"})
-    with pytest.raises(ValueError, match="attacks .* has 'paired-small', .*collected_protected"):
+    with pytest.raises(ValueError, match="attacks has 'paired-small', .*collected_protected"):
         check_pairs_asked(PAIRED, {"protected": "owner/name", "collected": "somewhere"})
     with pytest.raises(ValueError, match="collected is None, .*'paired-small'"):
         check_pairs_asked(PAIRED, {"protected": folder / "protected", "collected": None})

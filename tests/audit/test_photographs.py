@@ -500,7 +500,7 @@ def test_photographs_and_a_purifier_that_is_given(flat, photographs, tmp_path, m
 @pytest.mark.parametrize(
     "words, name",
     [
-        (["--attacks", "jpeg-10"], "attacks"),
+        (["--attacks", "jpeg-10"], "--countermeasures"),
         (["--control"], "control"),
         (["--fractions", "0.5"], "fractions"),
         (["--draws", "2"], "draws"),
