@@ -49,6 +49,8 @@ from .victims.finetuning import (
 
 # Countermeasures are prepared once for all victims, as the papers do it.
 PREPARATION_SEED = 0
+# Images that a victim sees in all its epochs. A victim that sees fewer takes minutes, also on a slow CPU.
+MANY_IMAGES = 100_000
 # Facts that a record keeps and that decide nothing: what a comparison is called, what a poison took and measures.
 PROVENANCE = ("grid", "poison_seconds", "poison_norms", "assumes")
 # Fields of a trial that came after the first records: left out at the value that was meant before, as in `results`.
@@ -80,7 +82,8 @@ class Trial:
         collected (`LabelledImages`, *optional*): Unprotected images, for countermeasures that need them.
         whitening (`LabelledImages`, *optional*): Images whose patches the first layer of `"convnet94"` whitens, in
             place of the training images.
-        work_dir (`Path`, *optional*): Where purified images and pretrained networks are kept for all seeds.
+        work_dir (`Path`, *optional*): Where purified images and pretrained networks are kept for all seeds, and
+            victims that take long between their epochs.
         model_path (`Path`, *optional*): Safetensors file in which the trained network is kept.
         about (`dict`): What the images are, for the record: poison, roles and the like. Part of the trial's name, but
             for `PROVENANCE`.
@@ -397,8 +400,7 @@ def _train(trial: Trial, records: Path, device: torch.device, progress: bool) ->
     """Train one victim, append its records, and return its accuracy."""
     num_classes = max((trial.train if trial.probe is None else trial.probe).num_classes, trial.test.num_classes)
     work_dir = None if trial.work_dir is None else trial.work_dir / _preparation(trial)
-    # Learning without labels takes hours, so it goes on where it was cut off; supervised victims take minutes.
-    keeps = trial.work_dir is not None and trial.method != "supervised"
+    keeps = trial.work_dir is not None and _is_long(trial)
     checkpoint_dir = trial.work_dir / "victims" / trial.name if keeps else None
     with cpu_threads(1 if device.type == "cpu" else None):
         prepared = trial.chosen_countermeasure.prepare(
@@ -448,6 +450,12 @@ def _train(trial: Trial, records: Path, device: torch.device, progress: bool) ->
     if checkpoint_dir is not None:
         shutil.rmtree(checkpoint_dir)
     return result.accuracy
+
+
+def _is_long(trial: Trial) -> bool:
+    """Whether a victim can take so long that it should go on where it was cut off; others begin again."""
+    epochs = trial.recipe.for_images(len(trial.train)).epochs
+    return trial.method != "supervised" or epochs * len(trial.train) >= MANY_IMAGES
 
 
 def _start_of(trial: Trial) -> dict[str, Any]:

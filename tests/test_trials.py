@@ -221,9 +221,13 @@ def test_a_second_command_on_the_same_records_is_refused_and_told_who_is_there(t
     assert len(accuracies(records)) == 1 and held == [os.getpid()] and lock.read_text() == ""
 
 
-def test_a_victim_without_labels_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
-    options = {"recipe": SIMCLR, "method": "simclr", "probe": images(24, 3)}
-    one = trial(train=dataclasses.replace(TRAIN, labels=None), work_dir=tmp_path / "work", **options)
+@pytest.mark.parametrize("method", ["simclr", "supervised"])
+def test_a_long_victim_goes_on_where_it_was_cut_off(method, tmp_path, monkeypatch):
+    supervised = method == "supervised"
+    options = {"recipe": dataclasses.replace(QUICK, epochs=2) if supervised else SIMCLR, "method": method}
+    options |= {} if supervised else {"probe": images(24, 3)}
+    shown = TRAIN if supervised else dataclasses.replace(TRAIN, labels=None)
+    one = trial(train=shown, work_dir=tmp_path / "work", **options)
     seen = []
 
     def cut_off(*args, **keywords):
@@ -235,6 +239,7 @@ def test_a_victim_without_labels_goes_on_where_it_was_cut_off(tmp_path, monkeypa
         return train_victim(*args, **keywords, progress=progress)
 
     monkeypatch.setattr(trials, "train_victim", cut_off)
+    monkeypatch.setattr(trials, "MANY_IMAGES", 2 * len(TRAIN))
     with pytest.raises(KeyboardInterrupt):
         measure([one], tmp_path / "records.jsonl", progress=False)
     assert len(list((tmp_path / "work").glob("victims/*/training.safetensors"))) == 1
@@ -242,10 +247,23 @@ def test_a_victim_without_labels_goes_on_where_it_was_cut_off(tmp_path, monkeypa
     assert seen == [1, 2]
     assert not list((tmp_path / "work").glob("victims/*"))
     details = results_by_trial(tmp_path / "records.jsonl", what="victim")[one.name]["value"]
-    alone = train_victim(TRAIN, TEST, **options)
-    assert details["knn_accuracy"] == alone.knn_accuracy and details["confusion"] == alone.confusion.tolist()
-    assert details["best_accuracy"] is None and details["train_accuracy"] is None
-    assert set(spread_over_seeds([one], tmp_path / "records.jsonl")) == {"accuracy", "knn_accuracy"}
+    alone = train_victim(TRAIN, TEST, width=one.width, **options)
+    assert details["confusion"] == alone.confusion.tolist() and details["knn_accuracy"] == alone.knn_accuracy
+    if not supervised:
+        assert details["best_accuracy"] is None and details["train_accuracy"] is None
+        assert set(spread_over_seeds([one], tmp_path / "records.jsonl")) == {"accuracy", "knn_accuracy"}
+
+
+def test_a_short_victim_begins_again(tmp_path, monkeypatch):
+    given = []
+
+    def look(*args, checkpoint_dir, **options):
+        given.append(checkpoint_dir)
+        return train_victim(*args, **options)
+
+    monkeypatch.setattr(trials, "train_victim", look)
+    measure([trial(0, work_dir=tmp_path / "work")], tmp_path / "records.jsonl", progress=False)
+    assert given == [None]
 
 
 @pytest.mark.parametrize(

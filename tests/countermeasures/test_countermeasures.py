@@ -25,7 +25,7 @@ from jcdp_diffusers.countermeasures import KINDS, LEARNING, Context
 from jcdp_diffusers.victims import HOOK_METHODS, Recipe, train_victim
 
 
-QUICK = Recipe("quick", epochs=1, batch_size=32, learning_rate=0.05, width=2, max_steps_per_epoch=2)
+QUICK = Recipe("quick", epochs=2, batch_size=32, learning_rate=0.05, width=2, max_steps_per_epoch=1)
 # Guides need a perceptual network, and a hundred steps need time.
 SHORT = PurificationConfig(diffusion_steps=3, num_inference_steps=2, pixel_guidance_scale=100.0)
 NAMES = countermeasures.NAMES
@@ -250,14 +250,23 @@ def test_a_smoke_run_takes_the_same_with_smaller_numbers_and_few_images(name, fe
     assert (whole.smoke is None) or max(quick.settings.get("epochs", 0), *quick.settings.get("clusters", (0,))) <= 5
 
 
+def _cut_off(entry):
+    raise KeyboardInterrupt
+
+
 # One of several that differ in a number alone.
 ALIKE = ("jpeg-30", "jpeg-50", "jpeg-70", "jpeg-75", "jpeg-90", "jpeg-95", "jcdp-code", "diffpure-l2", "d-vae-small", "at-8",
          "advcl-plain", "paired-small")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ALIKE])
-def test_trains_a_victim_by_name_and_the_same_under_one_seed(name, prepare, prepared, fit, few, test, plainly_learned):
-    """Composition: every countermeasure, the same two lines; it does something, and nothing but the victim changes."""
+def test_trains_a_victim_by_name_and_the_same_under_one_seed(
+    name, prepare, prepared, fit, few, test, plainly_learned, tmp_path
+):
+    """
+    Composition: every countermeasure, the same two lines; it does something, nothing but the victim changes, and a
+    training that was cut off ends as if it had not been.
+    """
     before = few.images.copy(), test.images.copy(), torch.get_rng_state()
     again = prepare(name, few, seed=1)
     result = fit(name, again, test, seed=1)
@@ -267,7 +276,12 @@ def test_trains_a_victim_by_name_and_the_same_under_one_seed(name, prepare, prep
     assert all(np.array_equal(one, other) for one, other in zip(before, after))
     assert np.array_equal(again.data.images, prepared(name).data.images)
     if again.hooks:  # else it is the same training
-        assert torch.equal(weights(result.model), weights(fit(name, prepared(name), test, seed=1).model))
+        afresh = copy.deepcopy(prepared(name))  # as another process would prepare it
+        with pytest.raises(KeyboardInterrupt):
+            fit(name, prepared(name), test, seed=1, checkpoint_dir=tmp_path, progress=_cut_off)
+        assert torch.equal(
+            weights(result.model), weights(fit(name, afresh, test, seed=1, checkpoint_dir=tmp_path).model)
+        )
     plain = plainly_learned[countermeasures.get(name).suits[0]]
     assert torch.equal(weights(result.model), plain) is (name == "none")
 
