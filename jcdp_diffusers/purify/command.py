@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--label_column")
     what.add_argument("--id_column")
     what.add_argument("--streaming", action="store_true", help="read a Hub data set as it comes, without a copy")
-    what.add_argument("--output", required=True, help="folder; a run that it holds is gone on with")
+    what.add_argument("--output", required=True, help="folder; an interrupted run in it is resumed")
     what.add_argument("--export", metavar="FOLDER", help="also write the pictures under their own file names")
     what.add_argument("--export_format", choices=tuple(FORMATS), help="of --export, png if not given")
     what.add_argument("--push_to_hub", metavar="REPO", help="publish the finished data set")

@@ -93,7 +93,7 @@ def test_further_countermeasures_keep_the_purifier_that_an_audit_was_begun_with(
     sets = {"protected": some_images(20), "collected": some_images(4000, seed=1)}
 
     def chosen(folder, **settings):
-        """Of an audit that is begun or gone on with, whose budget has lessened the steps."""
+        """Of an audit that is begun or resumed, whose budget has lessened the steps."""
         folder.mkdir(exist_ok=True)
         asked = AuditSettings(**settings)
         used = choose_purifier(None, sets, asked, folder, torch.device("cpu"))
