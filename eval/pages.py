@@ -120,6 +120,11 @@ def cpu_victim_table() -> str:
     return markdown_table(["trained on", "ResNet-18 of width 16", "convnet94", "convnet94, purified"], rows)
 
 
+def full_size_table() -> str:
+    """What the victim of an audit on a CPU learns at the sizes of published tables."""
+    return grid_table(Measured(read_records(RESULTS / "cifar10_40k.jsonl"), victim="convnet94"), "cifar10")
+
+
 def unlabelled_table() -> str:
     """What SimCLR learns from protected images."""
     return probe_table(Measured(read_records(RESULTS / "contrastive.jsonl"), method="simclr"), "cifar10", UNLABELLED)
@@ -173,6 +178,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "protocols": table_by(recipe_in_words, "protocols", "recipe"),
         "victims": table_by(lambda record: record["settings"]["victim"], "victims", "victim"),
         "cpu victim": cpu_victim_table,
+        "full size": full_size_table,
         "tiny": tiny_table("tiny_imagenet_20"),
         "tiny search": tiny_table("tiny_imagenet_20_search"),
         "guides": grid_of("guides"),
