@@ -71,7 +71,7 @@ def _tool_of(source: Any, attack: str) -> Tool:
     """What the card of a protected set says."""
     missing = ValueError(
         f"attacks has {attack!r}, but the protected set has no card that names its tool: "
-        "collected_protected (--collected_protected) must be the collected images as that tool protects them."
+        "collected_protected must be the collected images as that tool protects them."
     )
     if not isinstance(source, (str, Path)) or not Path(source).is_dir():
         raise missing

@@ -19,8 +19,8 @@ WORKING_SIZES = (32, 64, 128, 256)
 LARGEST = {"cpu": 64, "cuda": 256}
 # Sets whose images have one size stay as they are up to this side.
 LARGEST_AS_IT_IS = {"cpu": 128, "cuda": 256}
-# Of a set. Enlarged images have no fine detail; so few of them change no spectrum.
-ENLARGED = 0.05
+# Fraction of a set. Enlarged images have no fine detail; so few of them change no spectrum.
+MOST_ENLARGED = 0.05
 SQUARES_IN_ALL = 2048  # to train a purifier on
 SQUARES_EACH = (2, 64)  # of a photograph, at least and at most
 
@@ -89,11 +89,11 @@ def detailed_side(sizes: Mapping[str, list[tuple[int, int]]]) -> int | None:
         sizes (`dict`): Width and height of images, by role.
 
     Returns:
-        `int`: The side, than which at most a fraction `ENLARGED` of the images of each role are smaller; None where no
-        sizes are known.
+        `int`: The side, than which at most a fraction `MOST_ENLARGED` of the images of each role are smaller; None
+        where no sizes are known.
     """
     shorter = [sorted(map(min, of_role)) for of_role in sizes.values() if of_role]
-    return min((sides[int(ENLARGED * len(sides))] for sides in shorter), default=None)
+    return min((sides[int(MOST_ENLARGED * len(sides))] for sides in shorter), default=None)
 
 
 def squares_of_photographs(

@@ -112,7 +112,7 @@ def read_perturbation(
         in_order_of: the clean images in the order of the file (torchvision's, say), where `data` has another: rows
             are brought into that order by what the file says of them (numbers, ids, classes), and then matched by the
             pixels of the images.
-        image_size: side of the square to which a folder's images are brought, as :func:`load_images` does; that of
+        image_size: side of the square to which a folder's images are brought, as [`load_images`] does; that of
             `data`, where its images were brought to one.
 
     Returns:
